@@ -1,0 +1,255 @@
+// The activations, each once: value, derivative, name and parameters. Included by every ISA file
+// inside its target region (M is then that ISA's vector arithmetic), by activation.cpp for the
+// names, and by device code, where M works on scalars. M::V is the operand type; comparisons give
+// masks for `?:`. Must not include a standard header, nor hold a function that is emitted without
+// M as a template argument: two instruction sets would share its symbol.
+//
+// `gradient(g, s, p)` returns g * act'(z). Its s is the layer's output where keeps_output(p) says
+// so, the pre-activation z otherwise. Values at kinks, NaN and infinity are torch's.
+#pragma once
+
+#include "problem.h"
+
+namespace fastmlp {
+
+struct ParameterInfo {
+  const char* name = nullptr;
+  double initial = 0;
+};
+
+struct Identity {
+  static constexpr const char* name = "identity";
+  static constexpr ParameterInfo parameters[2] = {};
+  static constexpr bool keeps_output(Scalars) { return true; }
+  template <class M> static typename M::V value(typename M::V z, Scalars) { return z; }
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V, Scalars) {
+    return g;
+  }
+};
+
+struct Relu {
+  static constexpr const char* name = "relu";
+  static constexpr ParameterInfo parameters[2] = {};
+  static constexpr bool keeps_output(Scalars) { return true; }
+  template <class M> static typename M::V value(typename M::V z, Scalars) {
+    const auto zero = M::fill(0);
+    return z < zero ? zero : z;
+  }
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+    const auto zero = M::fill(0);
+    return s <= zero ? zero : g;
+  }
+};
+
+// A negative slope gives outputs that no longer tell the sign of z.
+struct LeakyRelu {
+  static constexpr const char* name = "leaky_relu";
+  static constexpr ParameterInfo parameters[2] = {{"negative_slope", 0.01}};
+  static constexpr bool keeps_output(Scalars p) { return p.a >= 0; }
+  template <class M> static typename M::V value(typename M::V z, Scalars p) {
+    return z > M::fill(0) ? z : z * M::fill(p.a);
+  }
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
+    return s > M::fill(0) ? g : g * M::fill(p.a);
+  }
+};
+
+struct Elu {
+  static constexpr const char* name = "elu";
+  static constexpr ParameterInfo parameters[2] = {{"alpha", 1.0}};
+  static constexpr bool keeps_output(Scalars p) { return p.a > 0; }
+  template <class M> static typename M::V value(typename M::V z, Scalars p) {
+    return z <= M::fill(0) ? M::fill(p.a) * M::expm1_of_negative(z) : z;
+  }
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
+    const auto slope = keeps_output(p) ? s + M::fill(p.a) : M::fill(p.a) * M::exp(s);
+    return s <= M::fill(0) ? g * slope : g;
+  }
+};
+
+struct Selu {
+  static constexpr const char* name = "selu";
+  static constexpr ParameterInfo parameters[2] = {};
+  static constexpr bool keeps_output(Scalars) { return true; }
+  // Klambauer et al., Self-Normalizing Neural Networks, 2017, equation 14.
+  static constexpr double alpha = 1.6732632423543772848170429916717;
+  static constexpr double scale = 1.0507009873554804934193349852946;
+  template <class M> static typename M::V value(typename M::V z, Scalars) {
+    return z <= M::fill(0) ? M::fill(alpha * scale) * M::expm1_of_negative(z) : M::fill(scale) * z;
+  }
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+    return g * (s <= M::fill(0) ? s + M::fill(alpha * scale) : M::fill(scale));
+  }
+};
+
+struct Sigmoid {
+  static constexpr const char* name = "sigmoid";
+  static constexpr ParameterInfo parameters[2] = {};
+  static constexpr bool keeps_output(Scalars) { return true; }
+  template <class M> static typename M::V value(typename M::V z, Scalars) { return M::sigmoid(z); }
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+    return g * (s * (M::fill(1) - s));
+  }
+};
+
+struct Tanh {
+  static constexpr const char* name = "tanh";
+  static constexpr ParameterInfo parameters[2] = {};
+  static constexpr bool keeps_output(Scalars) { return true; }
+  template <class M> static typename M::V value(typename M::V z, Scalars) { return M::tanh(z); }
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+    return g * (M::fill(1) - s * s);
+  }
+};
+
+// z times the normal distribution function (Hendrycks and Gimpel, 2016).
+struct Gelu {
+  static constexpr const char* name = "gelu";
+  static constexpr ParameterInfo parameters[2] = {};
+  static constexpr bool keeps_output(Scalars) { return false; }
+  static constexpr double inverse_sqrt_2pi = 0.39894228040143267794;
+  template <class M> static typename M::V value(typename M::V z, Scalars) {
+    return z * cumulative<M>(z, M::exp(M::fill(-0.5) * z * z));
+  }
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+    const auto bell = M::exp(M::fill(-0.5) * s * s);
+    return g * (cumulative<M>(s, bell) + s * (bell * M::fill(inverse_sqrt_2pi)));
+  }
+  template <class M> static typename M::V cumulative(typename M::V z, typename M::V bell) {
+    const auto tail = bell * M::normal_tail(M::abs(z));
+    return z > M::fill(0) ? M::fill(1) - tail : tail;
+  }
+};
+
+// z / 2 (1 + tanh u) = z sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3).
+struct GeluTanh {
+  static constexpr const char* name = "gelu_tanh";
+  static constexpr ParameterInfo parameters[2] = {};
+  static constexpr bool keeps_output(Scalars) { return false; }
+  static constexpr double twice_sqrt_2_over_pi = 1.5957691216057307117598;
+  static constexpr double cubic = 0.044715;
+  template <class M> static typename M::V value(typename M::V z, Scalars) {
+    return z * M::sigmoid(M::fill(twice_sqrt_2_over_pi) * (z + M::fill(cubic) * (z * z * z)));
+  }
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+    const auto scale = M::fill(twice_sqrt_2_over_pi);
+    const auto one = M::fill(1);
+    const auto square = s * s;
+    const auto y = M::sigmoid(scale * (s + M::fill(cubic) * (square * s)));
+    const auto inner = scale * (one + M::fill(3 * cubic) * square);
+    return g * (y + s * (y * (one - y)) * inner);
+  }
+};
+
+struct Silu {
+  static constexpr const char* name = "silu";
+  static constexpr ParameterInfo parameters[2] = {};
+  static constexpr bool keeps_output(Scalars) { return false; }
+  template <class M> static typename M::V value(typename M::V z, Scalars) {
+    return z * M::sigmoid(z);
+  }
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+    const auto one = M::fill(1);
+    const auto y = M::sigmoid(s);
+    return g * (y * (one + s * (one - y)));
+  }
+};
+
+// z tanh(log(1 + e^z)) = z n / (n + 2) with n = e^z (e^z + 2) (Misra, 2019). Above z = 20 the
+// quotient is 1 in double precision, and e^z would overflow.
+struct Mish {
+  static constexpr const char* name = "mish";
+  static constexpr ParameterInfo parameters[2] = {};
+  static constexpr bool keeps_output(Scalars) { return false; }
+  template <class M> static typename M::V value(typename M::V z, Scalars) {
+    const auto e = exp_below_20<M>(z);
+    const auto n = e * (e + M::fill(2));
+    return z * (n / (n + M::fill(2)));
+  }
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+    const auto two = M::fill(2);
+    const auto e = exp_below_20<M>(s);
+    const auto n = e * (e + two);
+    const auto inverse = M::fill(1) / (n + two);
+    // s * 0 keeps the NaN that torch gives at infinity.
+    const auto bend = s > M::fill(20)
+                          ? s * M::fill(0)
+                          : s * (M::fill(4) * e * (e + M::fill(1)) * inverse * inverse);
+    return g * (n * inverse + bend);
+  }
+  template <class M> static typename M::V exp_below_20(typename M::V z) {
+    const auto top = M::fill(20);
+    return M::exp(z > top ? top : z);
+  }
+};
+
+struct Hardswish {
+  static constexpr const char* name = "hardswish";
+  static constexpr ParameterInfo parameters[2] = {};
+  static constexpr bool keeps_output(Scalars) { return false; }
+  template <class M> static typename M::V value(typename M::V z, Scalars) {
+    const auto zero = M::fill(0);
+    const auto six = M::fill(6);
+    auto gate = z + M::fill(3);
+    gate = gate < zero ? zero : gate;
+    gate = gate > six ? six : gate;
+    return z * gate / six;
+  }
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+    const auto three = M::fill(3);
+    const auto middle = g * (s / three + M::fill(0.5));
+    return s <= -three ? M::fill(0) : (s < three ? middle : g);
+  }
+};
+
+// log(1 + e^(beta z)) / beta, the identity where beta z exceeds the threshold.
+struct Softplus {
+  static constexpr const char* name = "softplus";
+  static constexpr ParameterInfo parameters[2] = {{"beta", 1.0}, {"threshold", 20.0}};
+  static constexpr bool keeps_output(Scalars) { return false; }
+  template <class M> static typename M::V value(typename M::V z, Scalars p) {
+    const auto x = z * M::fill(p.a);
+    const auto zero = M::fill(0);
+    const auto soft = (x > zero ? x : zero) + M::log1p_of_unit(M::exp(-M::abs(x)));
+    return x > M::fill(p.b) ? z : soft / M::fill(p.a);
+  }
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
+    const auto x = s * M::fill(p.a);
+    return x > M::fill(p.b) ? g : g * M::sigmoid(x);
+  }
+};
+
+struct Sin {
+  static constexpr const char* name = "sin";
+  static constexpr ParameterInfo parameters[2] = {};
+  static constexpr bool keeps_output(Scalars) { return false; }
+  template <class M> static typename M::V value(typename M::V z, Scalars) { return M::sin(z); }
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+    return g * M::cos(s);
+  }
+};
+
+template <class... A> struct ActivationList {
+  static constexpr int size = sizeof...(A);
+};
+
+// The order is the numbering that ActivationSpec::kind and the operators' schemas use.
+using Activations =
+    ActivationList<Identity, Relu, LeakyRelu, Elu, Selu, Sigmoid, Tanh, Gelu, GeluTanh, Silu, Mish,
+                   Hardswish, Softplus, Sin>;
+
+}  // namespace fastmlp

@@ -1,0 +1,23 @@
+// Names, parameters and saving rule of every activation of activation.h, as data for baseline
+// code: argument checks, allocation and the Python side. Computes no activation.
+#pragma once
+
+#include "activation.h"
+
+namespace fastmlp {
+
+struct ActivationInfo {
+  const char* name;
+  const ParameterInfo* parameters;  // two; unused ones have no name
+  bool (*keeps_output)(Scalars);    // backward reads the output; otherwise the pre-activation
+};
+
+constexpr int identity_kind = 0;
+
+const ActivationInfo& activation_info(int kind);
+
+inline bool keeps_output(const ActivationSpec& spec) {
+  return activation_info(spec.kind).keeps_output(spec.scalars);
+}
+
+}  // namespace fastmlp

@@ -1,0 +1,96 @@
+// The names that Python sees: the module _C for direct calls, and the operators' schemas for the
+// dispatcher. No computation and no checks of its own.
+#include <torch/extension.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+
+#include "checks.h"
+#include "cpu/dispatch.h"
+#include "operators.h"
+#include "route.h"
+
+namespace fastmlp {
+namespace {
+
+py::list activations() {
+  py::list all;
+  for (int kind = 0; kind < Activations::size; kind++) {
+    const ActivationInfo& info = activation_info(kind);
+    py::dict parameters;
+    for (int i = 0; i < 2 && info.parameters[i].name; i++) parameters[info.parameters[i].name] = info.parameters[i].initial;
+    all.append(py::make_tuple(info.name, parameters));
+  }
+  return all;
+}
+
+py::list instruction_sets() {
+  py::list all;
+  for (const cpu::KernelTable* table : cpu::tables()) {
+    const auto sizes = [](const auto& k) {
+      return py::dict(py::arg("MR") = k.mr, py::arg("NR") = k.nr, py::arg("MC") = k.mc, py::arg("NC") = k.nc,
+                      py::arg("KC") = k.kc);
+    };
+    all.append(py::dict(py::arg("name") = table->name, py::arg("description") = table->description,
+                        py::arg("supported") = cpu::supported(*table), py::arg("float32") = sizes(table->float32),
+                        py::arg("float64") = sizes(table->float64)));
+  }
+  return all;
+}
+
+std::optional<std::string> obstacle_of(py::handle input, const py::tuple& parameters) {
+  const char* why = obstacle(input.ptr(), parameters.ptr());
+  return why ? std::optional<std::string>(why) : std::nullopt;
+}
+
+bool is_plain(py::handle input, const py::tuple& parameters) { return !obstacle(input.ptr(), parameters.ptr()); }
+
+// Below autograd, as inside a kernel that the dispatcher calls.
+template <auto function, class... Args> auto direct(const Args&... args) {
+  const py::gil_scoped_release release;
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return function(args...);
+}
+
+}  // namespace
+}  // namespace fastmlp
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace fastmlp;
+  py::class_<Stack>(m, "Stack")
+      .def(py::init<std::vector<bool>, std::vector<int64_t>, std::vector<double>>(), py::arg("has_bias"),
+           py::arg("activations"), py::arg("scalars"))
+      .def_property_readonly("last_is_identity", &Stack::last_is_identity)
+      .def_property_readonly("saved", &Stack::saved);
+  m.def("forward", &direct<&cpu::forward, Stack, at::Tensor, Tensors>);
+  m.def("infer", &direct<&cpu::infer, Stack, at::Tensor, Tensors>);
+  m.def("backward", &direct<&cpu::backward, Stack, at::Tensor, at::Tensor, Tensors, Tensors, std::vector<bool>>);
+  m.def("check_forward", [](const Stack& stack, const at::Tensor& input, const Tensors& parameters, bool same_dtype) {
+    check_forward(stack, input, parameters, same_dtype);
+  });
+  m.def("is_plain", &is_plain);
+  m.def("obstacle", &obstacle_of);
+  m.def("activations", &activations);
+  m.def("instruction_sets", &instruction_sets);
+  m.def("get_isa", [] { return cpu::active().name; });
+  m.def("set_isa", &cpu::set_active);
+  m.def("last_isa", [] { return cpu::last_isa; });
+  m.def("decode_features", [](uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint64_t xcr0) {
+    const unsigned features = cpu::decode_features({leaf1_ecx, leaf7_ebx, xcr0});
+    py::list names;
+    for (const cpu::KernelTable* table : cpu::tables()) {
+      if ((table->needs & ~features) == 0) names.append(table->name);
+    }
+    return names;
+  });
+}
+
+TORCH_LIBRARY(fastmlp, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def("forward(Tensor input, Tensor[] parameters, bool[] has_bias, int[] activations, float[] scalars)"
+        " -> (Tensor, Tensor[])", tags);
+  m.def("infer(Tensor input, Tensor[] parameters, bool[] has_bias, int[] activations, float[] scalars) -> Tensor", tags);
+  m.def("backward(Tensor grad, Tensor input, Tensor[] saved, Tensor[] parameters, bool[] has_bias, int[] activations,"
+        " float[] scalars, bool[] needs) -> Tensor[]", tags);
+}

@@ -1,0 +1,111 @@
+// Run-time choice of the instruction set. To add one: a file in isa/, its declaration and its line
+// in tables() below. Runs no vector code.
+#include "dispatch.h"
+
+#include <atomic>
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace fastmlp::cpu {
+
+namespace portable {
+extern const KernelTable table;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const KernelTable table;
+}
+namespace avx512 {
+extern const KernelTable table;
+}
+#endif
+
+thread_local const char* last_isa = "";
+
+unsigned decode_features(const CpuidWords& words) {
+  const auto bit = [](uint64_t word, int i) { return (word >> i & 1) != 0; };
+  const auto saves = [&](uint64_t state) { return (words.xcr0 & state) == state; };
+  const bool osxsave = bit(words.leaf1_ecx, 27);
+  const bool ymm = osxsave && saves(0x06);  // XMM, YMM
+  const bool zmm = osxsave && saves(0xe6);  // and opmask, upper halves of ZMM0-15, ZMM16-31
+  unsigned features = 0;
+  const bool fma = bit(words.leaf1_ecx, 12);
+  const bool avx2 = bit(words.leaf7_ebx, 5);
+  if (ymm && fma && avx2) features |= feature_avx2_fma;
+  const bool avx512 = bit(words.leaf7_ebx, 16) && bit(words.leaf7_ebx, 17) &&  // F, DQ
+                      bit(words.leaf7_ebx, 30) && bit(words.leaf7_ebx, 31);    // BW, VL
+  if (zmm && avx512) features |= feature_avx512;
+  return features;
+}
+
+namespace {
+
+unsigned host_features() {
+#if defined(__x86_64__)
+  CpuidWords words;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx)) words.leaf1_ecx = ecx;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) words.leaf7_ebx = ebx;
+  if (words.leaf1_ecx >> 27 & 1) {
+    uint32_t low = 0, high = 0;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    words.xcr0 = uint64_t(high) << 32 | low;
+  }
+  return decode_features(words);
+#else
+  return 0;
+#endif
+}
+
+const KernelTable* best() {
+  const KernelTable* found = nullptr;
+  for (const KernelTable* table : tables()) {
+    if (supported(*table)) found = table;
+  }
+  return found;
+}
+
+std::atomic<const KernelTable*>& active_slot() {
+  static std::atomic<const KernelTable*> slot{best()};
+  return slot;
+}
+
+}  // namespace
+
+const std::vector<const KernelTable*>& tables() {
+  static const std::vector<const KernelTable*> all = {
+      &portable::table,
+#if defined(__x86_64__)
+      &avx2::table,
+      &avx512::table,
+#endif
+  };
+  return all;
+}
+
+bool supported(const KernelTable& table) {
+  static const unsigned features = host_features();
+  return (table.needs & ~features) == 0;
+}
+
+const KernelTable& active() { return *active_slot().load(std::memory_order_relaxed); }
+
+void set_active(const std::string& name) {
+  std::string known;
+  for (const KernelTable* table : tables()) {
+    known += (known.empty() ? "" : ", ") + std::string(table->name);
+    if (name != table->name) continue;
+    if (!supported(*table)) {
+      throw std::invalid_argument("isa '" + name + "' needs " + table->description +
+                                  ", which this processor or its operating system does not offer");
+    }
+    active_slot().store(table, std::memory_order_relaxed);
+    return;
+  }
+  throw std::invalid_argument("isa must be one of " + known + ", got '" + name + "'");
+}
+
+}  // namespace fastmlp::cpu

@@ -1,0 +1,33 @@
+// Which instruction sets this build and this processor offer, and which one runs. Called by
+// gemm.cpp and network.cpp for the active table, by register.cpp for Python's get_isa and set_isa.
+// Baseline code: compiled for the oldest processor of the architecture.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernel_table.h"
+
+namespace fastmlp::cpu {
+
+// What CPUID and XGETBV say, kept apart from asking them, so that a test can make one up.
+struct CpuidWords {
+  uint32_t leaf1_ecx = 0;
+  uint32_t leaf7_ebx = 0;
+  uint64_t xcr0 = 0;  // the register state that the operating system saves; 0 without OSXSAVE
+};
+
+// A set of Feature bits: what both the processor and the operating system support.
+unsigned decode_features(const CpuidWords& words);
+
+// Every table of this build, the most portable first.
+const std::vector<const KernelTable*>& tables();
+bool supported(const KernelTable& table);
+
+// The table in use: the last supported one unless set_active chose another.
+const KernelTable& active();
+// Throws std::invalid_argument for a name that is unknown, or not supported here.
+void set_active(const std::string& name);
+
+}  // namespace fastmlp::cpu

@@ -1,0 +1,293 @@
+// Blocking, packing, split-K and threads of the product declared in gemm.h. Baseline code: it runs on
+// every processor of the architecture, and leaves arithmetic to the kernels of the table.
+#include "gemm.h"
+
+#include <algorithm>
+
+#include <omp.h>
+
+#include "workspace.h"
+
+namespace fastmlp::cpu {
+namespace {
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
+
+// Rows of a gradient that are formed at once when the batch runs along k: a staging block of this
+// many rows of mc values stays in the L1 cache.
+constexpr int64_t staged_k = 16;
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// The part-th of `parts` nearly equal ranges of [0, n), cut at multiples of `unit`.
+Range part_of(int64_t n, int64_t unit, int64_t part, int64_t parts) {
+  const int64_t units = ceil_divide(n, unit);
+  return {std::min(n, units * part / parts * unit), std::min(n, units * (part + 1) / parts * unit)};
+}
+
+// The block of k is set by K alone: equal blocks rather than a short last one.
+int64_t k_block(int64_t k, int64_t kc) { return k <= kc ? k : ceil_divide(k, ceil_divide(k, kc)); }
+
+// Scratch of one thread; the sizes are those of the largest block that it will see.
+template <class T> struct Scratch {
+  T *a, *b, *tile, *bias, *staging, *run, *sums;
+
+  Scratch(Carver& carver, const Kernels<T>& kernels, const Product<T>& p, int64_t m, int64_t n, int64_t k) {
+    const int64_t kc = std::min(k, kernels.kc);
+    const int64_t mc = std::min(kernels.mc, round_up(m, kernels.mr));
+    const int64_t nc = std::min(kernels.nc, round_up(n, kernels.nr));
+    a = carver.take<T>(mc * kc + kernels.lanes);
+    b = carver.take<T>(nc * kc);
+    tile = carver.take<T>(kernels.mr * kernels.nr);
+    bias = p.bias.data ? carver.take<T>(nc) : nullptr;
+    const bool formed = p.a.form != Form::plain || p.b.form != Form::plain;
+    const int64_t longest = std::max(std::max(mc, nc), kc);
+    // Runs along k stage one panel; runs across k stage staged_k of them.
+    staging = formed ? carver.take<T>(std::max(std::max(kernels.mr, kernels.nr) * kc, staged_k * longest)) : nullptr;
+    run = formed ? carver.take<T>(2 * longest) : nullptr;
+    sums = p.row_sums ? carver.take<T>(kernels.mr + kernels.lanes) : nullptr;
+  }
+};
+
+// n values that lie `stride` apart, as a gapless run: themselves, or copied to `buffer`.
+template <class T> const T* gapless(const T* source, int64_t stride, int64_t n, T* buffer) {
+  if (stride == 1) return source;
+  for (int64_t i = 0; i < n; i++) buffer[i] = source[i * stride];
+  return buffer;
+}
+
+template <class T>
+void form_run(const Kernels<T>& kernels, const Operand<T>& x, int64_t at, int64_t saved_at, int64_t step,
+              int64_t saved_step, int64_t n, T* buffer, T* out) {
+  const ActivationKernels<T>& act = kernels.activations[x.activation.kind];
+  const T* data = gapless(x.data + at, step, n, buffer);
+  if (x.form == Form::value) {
+    act.value(n, data, out, x.activation.scalars);
+  } else {
+    const T* saved = gapless(x.saved + saved_at, saved_step, n, buffer + n);
+    act.gradient(n, data, saved, out, x.activation.scalars);
+  }
+}
+
+// Packs rows `i` of A (or columns of B) times range `p` of k into panels `width` wide.
+template <class T, class Pack>
+void pack_block(const Kernels<T>& kernels, const Operand<T>& x, Range i, Range p, int64_t width, Pack pack,
+                const Scratch<T>& scratch, T* panels) {
+  const int64_t k = p.size();
+  if (x.form == Form::plain) {
+    for (int64_t j = i.begin; j < i.end; j += width) {
+      pack(x.data + j * x.stride + p.begin * x.k_stride, x.stride, x.k_stride, std::min(width, i.end - j), k,
+           panels + (j - i.begin) * k);
+    }
+  } else if (x.stride == 1) {
+    // Runs across k: form a few rows of the block at a time, then deal them out to the panels.
+    const int64_t n = i.size();
+    for (int64_t q = p.begin; q < p.end; q += staged_k) {
+      const int64_t count = std::min(staged_k, p.end - q);
+      for (int64_t r = 0; r < count; r++) {
+        form_run(kernels, x, i.begin * x.stride + (q + r) * x.k_stride,
+                 i.begin * x.saved_stride + (q + r) * x.saved_k_stride, x.stride, x.saved_stride, n, scratch.run,
+                 scratch.staging + r * n);
+      }
+      for (int64_t j = 0; j < n; j += width) {
+        pack(scratch.staging + j, 1, n, std::min(width, n - j), count, panels + j * k + (q - p.begin) * width);
+      }
+    }
+  } else {
+    for (int64_t j = i.begin; j < i.end; j += width) {
+      const int64_t count = std::min(width, i.end - j);
+      for (int64_t r = 0; r < count; r++) {
+        form_run(kernels, x, (j + r) * x.stride + p.begin * x.k_stride,
+                 (j + r) * x.saved_stride + p.begin * x.saved_k_stride, x.k_stride, x.saved_k_stride, k, scratch.run,
+                 scratch.staging + r * k);
+      }
+      pack(scratch.staging, k, 1, count, k, panels + (j - i.begin) * k);
+    }
+  }
+}
+
+template <class T> void load_bias(const Vector& bias, Range n, int64_t padded, T* out) {
+  const T* source = static_cast<const T*>(bias.data);
+  for (int64_t j = 0; j < n.size(); j++) out[j] = source[(n.begin + j) * bias.stride];
+  std::fill(out + n.size(), out + padded, T(0));
+}
+
+// What a chunk of K writes: the result itself, or its share of the sum over chunks.
+template <class T> struct Target {
+  T* output;
+  int64_t leading_dimension;
+  T* row_sums;
+};
+
+template <class T>
+void add_row_sums(const Kernels<T>& kernels, Range rows, int64_t k, bool first, const Scratch<T>& scratch, T* out) {
+  for (int64_t i = rows.begin; i < rows.end; i += kernels.mr) {
+    std::fill(scratch.sums, scratch.sums + kernels.mr + kernels.lanes, T(0));
+    kernels.panel_sums(k, scratch.a + (i - rows.begin) * k, scratch.sums);
+    const int64_t count = std::min(kernels.mr, rows.end - i);
+    for (int64_t r = 0; r < count; r++) out[i + r] = first ? scratch.sums[r] : out[i + r] + scratch.sums[r];
+  }
+}
+
+// One thread's share: rows m and columns n of C, range k of the sum.
+template <class T>
+void multiply_part(const KernelTable& table, const Product<T>& p, Range m, Range n, Range k, const Target<T>& target,
+                   const Scratch<T>& scratch) {
+  const Kernels<T>& kernels = kernels_of<T>(table);
+  const bool sums = target.row_sums && n.begin == 0;
+  if (m.size() == 0 || (n.size() == 0 && !sums)) return;
+  table.mark();
+  const int64_t kc = k_block(k.size(), kernels.kc);
+  Epilogue<T> e{};
+  e.tile = scratch.tile;
+  e.leading_dimension = target.leading_dimension;
+  e.scalars = p.activation.scalars;
+  const auto epilogue = kernels.activations[p.activation.kind].epilogue;
+
+  int64_t jc = n.begin;
+  do {  // once even without columns, for the row sums; likewise once without k, for the epilogue
+    const Range columns{jc, std::min(n.end, jc + kernels.nc)};
+    if (p.bias.data) load_bias(p.bias, columns, round_up(columns.size(), kernels.nr), scratch.bias);
+    int64_t pc = k.begin;
+    do {
+      const Range depth{pc, std::min(k.end, pc + kc)};
+      e.first = pc == k.begin;
+      e.last = depth.end == k.end;
+      pack_block(kernels, p.b, columns, depth, kernels.nr, kernels.pack_b, scratch, scratch.b);
+      for (int64_t ic = m.begin; ic < m.end; ic += kernels.mc) {
+        const Range rows{ic, std::min(m.end, ic + kernels.mc)};
+        pack_block(kernels, p.a, rows, depth, kernels.mr, kernels.pack_a, scratch, scratch.a);
+        if (sums && jc == n.begin) {
+          add_row_sums(kernels, rows, depth.size(), e.first, scratch, target.row_sums);
+        }
+        for (int64_t j = columns.begin; j < columns.end; j += kernels.nr) {
+          e.columns = std::min(kernels.nr, columns.end - j);
+          e.bias = p.bias.data ? scratch.bias + (j - columns.begin) : nullptr;
+          const T* b_panel = scratch.b + (j - columns.begin) * depth.size();
+          for (int64_t i = rows.begin; i < rows.end; i += kernels.mr) {
+            kernels.microkernel(depth.size(), scratch.a + (i - rows.begin) * depth.size(), b_panel, scratch.tile);
+            e.rows = std::min(kernels.mr, rows.end - i);
+            const int64_t at = i * target.leading_dimension + j;
+            e.output = target.output + at;
+            e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
+            epilogue(e);
+          }
+        }
+      }
+      pc = depth.end;
+    } while (pc < k.end);
+    jc = columns.end;
+  } while (jc < n.end);
+}
+
+// How many chunks K is cut into: by the shape alone, so that results do not depend on threads. Few
+// tiles and a long K leave threads idle; a chunk must outweigh adding its share of the result.
+int64_t chunks_of(int64_t m, int64_t n, int64_t k) {
+  constexpr int64_t most = 16, shortest = 1024, largest_result = 1 << 17;
+  if (m * n > largest_result) return 1;
+  return std::clamp<int64_t>(k / shortest, 1, most);
+}
+
+struct Grid {
+  int64_t rows, columns;
+};
+
+// The division of C among threads that takes least time: every thread packs its own A and B, one
+// packed element costing about as much as `packing` multiply-adds of the micro-kernel.
+template <class T> Grid grid_of(const Kernels<T>& kernels, int64_t m, int64_t n, int64_t threads) {
+  constexpr double packing = 8;
+  Grid best{1, 1};
+  double least = -1;
+  for (int64_t rows = 1; rows <= threads; rows++) {
+    const int64_t columns = threads / rows;
+    const double mt = double(ceil_divide(ceil_divide(m, kernels.mr), rows) * kernels.mr);
+    const double nt = double(ceil_divide(ceil_divide(n, kernels.nr), columns) * kernels.nr);
+    const double cost = mt * nt + packing * (mt + nt);
+    if (least < 0 || cost < least) {
+      least = cost;
+      best = {rows, columns};
+    }
+  }
+  return best;
+}
+
+// Runs task(i, slot) for i in [0, tasks), slot < threads; the calling thread alone if threads is 1.
+template <class Task> void run_tasks(int64_t tasks, int threads, const Task& task) {
+  if (threads <= 1) {
+    for (int64_t i = 0; i < tasks; i++) task(i, 0);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const int slot = omp_get_thread_num();
+    for (int64_t i = slot; i < tasks; i += omp_get_num_threads()) task(i, slot);
+  }
+}
+
+// out = the sum of `chunks` vectors that lie n apart, in order.
+template <class T> void reduce_chunks(const T* shares, int64_t chunks, int64_t n, T* out) {
+  std::copy(shares, shares + n, out);
+  for (int64_t c = 1; c < chunks; c++) {
+    const T* share = shares + c * n;
+    for (int64_t i = 0; i < n; i++) out[i] += share[i];
+  }
+}
+
+}  // namespace
+
+int useful_threads(int64_t multiply_adds, int threads) {
+  // About 20 us of one core: what waking a thread costs must stay small against it.
+  constexpr int64_t worth_a_thread = 1 << 20;
+  if (threads <= 1 || omp_in_parallel()) return 1;
+  return int(std::clamp<int64_t>(multiply_adds / worth_a_thread, 1, threads));
+}
+
+template <class T> void multiply(const KernelTable& table, const Product<T>& p, int threads) {
+  const Kernels<T>& kernels = kernels_of<T>(table);
+  const int64_t chunks = p.split_k ? chunks_of(p.m, p.n, p.k) : 1;
+  // Reading and writing an element costs time even where K is short.
+  threads = useful_threads(p.m * p.n * (p.k + 16), threads);
+  const Grid grid = grid_of(kernels, p.m, p.n, std::max<int64_t>(1, threads / chunks));
+  const int64_t tiles = grid.rows * grid.columns;
+  const int64_t tasks = tiles * chunks;
+  threads = int(std::min<int64_t>(threads, tasks));
+
+  const int64_t m = part_of(p.m, kernels.mr, grid.rows - 1, grid.rows).size();
+  const int64_t n = part_of(p.n, kernels.nr, grid.columns - 1, grid.columns).size();
+  const int64_t longest_k = ceil_divide(p.k, chunks);
+  Carver measure;
+  Scratch<T>(measure, kernels, p, m + kernels.mr, n + kernels.nr, longest_k);
+  const size_t scratch_bytes = measure.used();
+  const int64_t result = p.m * p.n;
+  const size_t share_bytes = chunks > 1 ? size_t(chunks) * size_t(result + p.m) * sizeof(T) : 0;
+  const Workspace workspace(scratch_bytes * size_t(threads) + share_bytes);
+  T* const shares = reinterpret_cast<T*>(workspace.data() + scratch_bytes * size_t(threads));
+  T* const sum_shares = shares + chunks * result;
+
+  run_tasks(tasks, threads, [&](int64_t task, int slot) {
+    const int64_t chunk = task / tiles;
+    const int64_t tile = task % tiles;
+    Carver carver(workspace.data() + scratch_bytes * size_t(slot));
+    const Scratch<T> scratch(carver, kernels, p, m + kernels.mr, n + kernels.nr, longest_k);
+    Target<T> target{p.output, p.leading_dimension, p.row_sums};
+    if (chunks > 1) {
+      target = {shares + chunk * result, p.n, p.row_sums ? sum_shares + chunk * p.m : nullptr};
+    }
+    const Range k = chunks > 1 ? part_of(p.k, 1, chunk, chunks) : Range{0, p.k};
+    multiply_part(table, p, part_of(p.m, kernels.mr, tile % grid.rows, grid.rows),
+                  part_of(p.n, kernels.nr, tile / grid.rows, grid.columns), k, target, scratch);
+  });
+  if (chunks > 1) {
+    reduce_chunks(shares, chunks, result, p.output);
+    if (p.row_sums) reduce_chunks(sum_shares, chunks, p.m, p.row_sums);
+  }
+}
+
+template void multiply<float>(const KernelTable&, const Product<float>&, int);
+template void multiply<double>(const KernelTable&, const Product<double>&, int);
+
+}  // namespace fastmlp::cpu

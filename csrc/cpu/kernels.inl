@@ -1,0 +1,134 @@
+// The one body of every ISA's kernels. Each file of isa/ includes it inside its own namespace and
+// target region, after a struct Isa that gives vector_bytes and the tile sizes; the functions reach
+// the rest of the library through make_table() only. Must not include anything, use OpenMP, lambdas
+// or standard templates, nor allocate.
+
+#include "math.inl"
+
+template <class T> struct Leaf {
+  using M = Math<T>;
+  using V = typename M::V;
+  using Size = Blocks<T>;
+  static constexpr int lanes = M::lanes;
+  static constexpr int mr = Size::mr;
+  static constexpr int vectors = 2;  // per row of the register tile
+  static constexpr int nr = vectors * lanes;
+
+  template <int width>
+  static void pack(const T* source, int64_t stride, int64_t k_stride, int64_t count, int64_t k, T* panel) {
+    if (count == width && stride == 1) {
+      for (int64_t p = 0; p < k; p++) __builtin_memcpy(panel + p * width, source + p * k_stride, width * sizeof(T));
+    } else if (count == width) {
+      for (int64_t p = 0; p < k; p++) {
+        for (int i = 0; i < width; i++) panel[p * width + i] = source[i * stride + p * k_stride];
+      }
+    } else {
+      for (int64_t p = 0; p < k; p++) {
+        for (int64_t i = 0; i < count; i++) panel[p * width + i] = source[i * stride + p * k_stride];
+        for (int64_t i = count; i < width; i++) panel[p * width + i] = 0;
+      }
+    }
+  }
+
+  static void microkernel(int64_t k, const T* a, const T* b, T* tile) {
+    V sum[mr][vectors] = {};
+    for (int64_t p = 0; p < k; p++) {
+      V row[vectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; j++) row[j] = M::load(b + j * lanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < mr; i++) {
+        const V x = M::broadcast(a[i]);
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++) sum[i][j] += x * row[j];
+      }
+      a += mr;
+      b += nr;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; j++) M::store(tile + i * nr + j * lanes, sum[i][j]);
+    }
+  }
+
+  static void panel_sums(int64_t k, const T* panel, T* sums) {
+    for (int i = 0; i < mr; i += lanes) {
+      V even = {}, odd = {};
+      int64_t p = 0;
+      for (; p + 2 <= k; p += 2) {
+        even += M::load(panel + p * mr + i);
+        odd += M::load(panel + (p + 1) * mr + i);
+      }
+      if (p < k) even += M::load(panel + p * mr + i);
+      // Lanes past mr hold values of the next group of k; the caller ignores them.
+      M::store(sums + i, M::load(sums + i) + (even + odd));
+    }
+  }
+
+  template <class A> static void epilogue(const Epilogue<T>& arguments) {
+    const Epilogue<T> e = arguments;  // stores through output cannot change a copy
+    for (int64_t i = 0; i < e.rows; i++) {
+      const int64_t at = i * e.leading_dimension;
+      for (int64_t j = 0; j < e.columns; j += lanes) {
+        V v = M::load(e.tile + i * nr + j);
+        const int64_t left = e.columns - j;
+        T* output = e.output + at + j;
+        if (left >= lanes) {
+          if (!e.first) v += M::load(output);
+          if (e.last) v = finish<A>(e, v, j, lanes, at);
+          M::store(output, v);
+        } else {
+          if (!e.first) v += M::load_first(output, left);
+          if (e.last) v = finish<A>(e, v, j, left, at);
+          M::store_first(output, v, left);
+        }
+      }
+    }
+  }
+
+  template <class A> static V finish(const Epilogue<T>& e, V v, int64_t j, int64_t left, int64_t at) {
+    if (e.bias) v += M::load(e.bias + j);
+    if (e.pre_activation) {
+      if (left == lanes) {
+        M::store(e.pre_activation + at + j, v);
+      } else {
+        M::store_first(e.pre_activation + at + j, v, left);
+      }
+    }
+    return A::template value<M>(v, e.scalars);
+  }
+
+  template <class A> static void gradient(int64_t n, const T* g, const T* saved, T* out, Scalars p) {
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) {
+      M::store(out + i, A::template gradient<M>(M::load(g + i), M::load(saved + i), p));
+    }
+    if (i < n) {
+      const V v = A::template gradient<M>(M::load_first(g + i, n - i), M::load_first(saved + i, n - i), p);
+      M::store_first(out + i, v, n - i);
+    }
+  }
+
+  template <class A> static void value(int64_t n, const T* pre, T* out, Scalars p) {
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) M::store(out + i, A::template value<M>(M::load(pre + i), p));
+    if (i < n) M::store_first(out + i, A::template value<M>(M::load_first(pre + i, n - i), p), n - i);
+  }
+
+  template <class List> struct Activation;
+  template <class... A> struct Activation<ActivationList<A...>> {
+    static constexpr ActivationKernels<T> rows[] = {{&epilogue<A>, &gradient<A>, &value<A>}...};
+  };
+
+  static constexpr Kernels<T> kernels() {
+    return {mr, nr, Size::mc, Size::nc, Size::kc, lanes, &pack<mr>, &pack<nr>, &microkernel, &panel_sums,
+            Activation<Activations>::rows};
+  }
+};
+
+static void mark() { last_isa = Isa::name; }
+
+static constexpr KernelTable make_table() {
+  return {Isa::name, Isa::description, Isa::needs, Leaf<float>::kernels(), Leaf<double>::kernels(), &mark};
+}

@@ -1,0 +1,161 @@
+// Tensors -> problem.h -> cpu::forward and cpu::backward: the only file of the CPU device that knows
+// torch. Checks arguments, allocates results, takes the number of threads from torch, and registers
+// the operators for the dispatcher.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include "../checks.h"
+#include "../operators.h"
+#include "network.h"
+
+namespace fastmlp::cpu {
+namespace {
+
+int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+DType dtype_of(const at::Tensor& input) {
+  TORCH_CHECK(has_kernels_for(input.scalar_type()), "fastmlp: input has dtype ", input.scalar_type(),
+              ", expected float32 or float64, for which this build has CPU kernels");
+  return input.scalar_type() == at::kFloat ? DType::float32 : DType::float64;
+}
+
+Matrix matrix_of(const at::Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
+
+// All leading dimensions as rows: a view where strides allow it, a copy where they do not.
+at::Tensor as_rows(const at::Tensor& x, int64_t rows) { return x.dim() == 2 ? x : x.reshape({rows, x.size(-1)}); }
+
+at::Tensor row_major(const at::Tensor& input, int64_t features) {
+  c10::SmallVector<int64_t, 5> sizes(input.sizes().begin(), input.sizes().end());
+  sizes.back() = features;
+  return at::empty(sizes, input.options().memory_format(at::MemoryFormat::Contiguous));
+}
+
+// `input` is the two-dimensional form, which the caller keeps alive.
+Network network_of(const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
+  Network network;
+  network.dtype = dtype_of(input);
+  network.rows = input.size(0);
+  network.input = matrix_of(input);
+  network.layers.resize(stack.layers());
+  for (size_t l = 0; l < stack.layers(); l++) {
+    const at::Tensor& weight = parameters[stack.weight(l)];
+    Layer& layer = network.layers[l];
+    layer.in_features = weight.size(1);
+    layer.out_features = weight.size(0);
+    layer.weight = matrix_of(weight);
+    if (stack.has_bias(l)) {
+      const at::Tensor& bias = parameters[stack.bias(l)];
+      layer.bias = {bias.data_ptr(), bias.stride(0)};
+    }
+    layer.activation = stack.activation(l);
+  }
+  return network;
+}
+
+int64_t rows_of(const at::Tensor& input) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < input.dim(); d++) rows *= input.size(d);
+  return rows;
+}
+
+}  // namespace
+
+bool has_kernels_for(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kDouble; }
+
+std::tuple<at::Tensor, Tensors> forward(const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
+  check_forward(stack, input, parameters);
+  const at::Tensor rows = as_rows(input, rows_of(input));
+  ForwardPass pass;
+  pass.network = network_of(stack, rows, parameters);
+  Tensors hidden;
+  hidden.reserve(stack.hidden());
+  pass.kept.resize(stack.layers(), nullptr);
+  for (size_t l = 0; l < stack.hidden(); l++) {
+    hidden.push_back(row_major(input, pass.network.layers[l].out_features));
+    pass.kept[l] = hidden.back().data_ptr();
+  }
+  at::Tensor output = row_major(input, pass.network.layers.back().out_features);
+  pass.output = output.data_ptr();
+  forward(pass, threads());
+  return {output, hidden};
+}
+
+at::Tensor infer(const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
+  check_forward(stack, input, parameters);
+  const at::Tensor rows = as_rows(input, rows_of(input));
+  ForwardPass pass;
+  pass.network = network_of(stack, rows, parameters);
+  at::Tensor output = row_major(input, pass.network.layers.back().out_features);
+  pass.output = output.data_ptr();
+  forward(pass, threads());
+  return output;
+}
+
+Tensors backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
+                 at::TensorList parameters, const std::vector<bool>& needs) {
+  check_backward(stack, grad, input, saved, parameters, needs);
+  const int64_t rows = rows_of(input);
+  const at::Tensor flat_input = as_rows(input, rows);
+  const at::Tensor flat_grad = as_rows(grad, rows);
+  Tensors flat_saved;
+  flat_saved.reserve(saved.size());
+  BackwardPass pass;
+  pass.network = network_of(stack, flat_input, parameters);
+  pass.grad_output = matrix_of(flat_grad);
+  pass.saved.resize(stack.layers());
+  for (size_t l = 0; l < saved.size(); l++) {
+    flat_saved.push_back(as_rows(saved[l], rows));
+    pass.saved[l] = matrix_of(flat_saved.back());
+  }
+  Tensors grads(1 + parameters.size());
+  const auto allocate = [&](size_t i, const at::Tensor& like) -> void* {
+    if (!needs[i]) return nullptr;
+    grads[i] = at::empty(like.sizes(), input.options().memory_format(at::MemoryFormat::Contiguous));
+    return grads[i].data_ptr();
+  };
+  const bool input_needed = needs[0] && input.numel() > 0;
+  allocate(0, input);
+  pass.grad_input = input_needed ? grads[0].data_ptr() : nullptr;
+  for (size_t l = 0; l < stack.layers(); l++) {
+    pass.grad_weights.push_back(allocate(1 + stack.weight(l), parameters[stack.weight(l)]));
+    pass.grad_biases.push_back(stack.has_bias(l) ? allocate(1 + stack.bias(l), parameters[stack.bias(l)]) : nullptr);
+  }
+  backward(pass, threads());
+  return grads;
+}
+
+namespace {
+
+std::tuple<at::Tensor, Tensors> forward_op(const at::Tensor& input, at::TensorList parameters,
+                                           const c10::List<bool>& has_bias, at::IntArrayRef activations,
+                                           at::ArrayRef<double> scalars) {
+  return forward(Stack(has_bias, activations, scalars), input, parameters);
+}
+
+at::Tensor infer_op(const at::Tensor& input, at::TensorList parameters, const c10::List<bool>& has_bias,
+                    at::IntArrayRef activations, at::ArrayRef<double> scalars) {
+  return infer(Stack(has_bias, activations, scalars), input, parameters);
+}
+
+Tensors backward_op(const at::Tensor& grad, const at::Tensor& input, at::TensorList saved, at::TensorList parameters,
+                    const c10::List<bool>& has_bias, at::IntArrayRef activations, at::ArrayRef<double> scalars,
+                    const c10::List<bool>& needs) {
+  const std::vector<bool> needed(needs.begin(), needs.end());
+  Tensors all = backward(Stack(has_bias, activations, scalars), grad, input, saved, parameters, needed);
+  Tensors grads;
+  for (size_t i = 0; i < all.size(); i++) {
+    if (needed[i]) grads.push_back(std::move(all[i]));
+  }
+  return grads;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastmlp, CPU, m) {
+  m.impl("forward", &forward_op);
+  m.impl("infer", &infer_op);
+  m.impl("backward", &backward_op);
+}
+
+}  // namespace fastmlp::cpu

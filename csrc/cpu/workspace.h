@@ -1,0 +1,47 @@
+// Scratch memory of one call: a 64-byte aligned block from a cache that belongs to the calling
+// thread. Used by gemm.cpp and network.cpp before they start threads, so that running out of memory
+// throws in the caller and nowhere else.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastmlp::cpu {
+
+// At most this much stays with a thread between calls; larger blocks are freed at once.
+constexpr size_t workspace_kept_bytes = size_t(16) << 20;
+constexpr size_t cache_line = 64;
+
+class Workspace {
+ public:
+  // Throws std::bad_alloc. Contents are not initialised.
+  explicit Workspace(size_t bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  char* data() const { return data_; }
+
+ private:
+  char* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// Hands out aligned pieces of a block, or, made without one, only adds up what they would take.
+class Carver {
+ public:
+  explicit Carver(char* base = nullptr) : base_(base) {}
+
+  template <class T> T* take(int64_t count) {
+    const size_t at = used_;
+    used_ += (size_t(count) * sizeof(T) + cache_line - 1) / cache_line * cache_line;
+    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+}  // namespace fastmlp::cpu

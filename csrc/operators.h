@@ -1,0 +1,30 @@
+// Signatures that every device implements for the schemas of bindings.cpp; called by the dispatcher
+// (flat lists) and, on the CPU, directly by Python (a Stack). `register.cpp` of a device and
+// meta.cpp define them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+#include <vector>
+
+#include "stack.h"
+
+namespace fastmlp {
+
+using Tensors = std::vector<at::Tensor>;
+
+namespace cpu {
+
+// y and what backward needs besides it (Stack::hidden tensors).
+std::tuple<at::Tensor, Tensors> forward(const Stack& stack, const at::Tensor& input, at::TensorList parameters);
+at::Tensor infer(const Stack& stack, const at::Tensor& input, at::TensorList parameters);
+// One gradient for the input and one for each parameter; undefined where not needed.
+Tensors backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
+                 at::TensorList parameters, const std::vector<bool>& needs);
+
+// Whether the kernels of this device take the dtype.
+bool has_kernels_for(at::ScalarType dtype);
+
+}  // namespace cpu
+}  // namespace fastmlp

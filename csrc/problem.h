@@ -1,0 +1,74 @@
+// The torch-free contract between the register files and the kernels of every device: what a
+// network is, and which raw pointers one forward or backward pass reads and writes. A linear
+// layer is a network of one layer. Nothing here allocates tensors or checks arguments: who fills
+// these structs (register.cpp) has run checks.h before.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace fastmlp {
+
+enum class DType { float32, float64 };
+
+// The parameters of an activation, in the order in which its struct in activation.h names them.
+struct Scalars {
+  double a = 0;
+  double b = 0;
+};
+
+// `kind` is an index into the list of activation.h.
+struct ActivationSpec {
+  int kind = 0;
+  Scalars scalars;
+};
+
+// A strided vector; strides count elements and may be zero. `data` is null for "not given".
+struct Vector {
+  void* data = nullptr;
+  int64_t stride = 0;
+};
+
+// A strided matrix; strides count elements and may be zero. `data` is null for "not given".
+struct Matrix {
+  void* data = nullptr;
+  int64_t row_stride = 0;
+  int64_t column_stride = 0;
+};
+
+struct Layer {
+  int64_t in_features = 0;
+  int64_t out_features = 0;
+  Matrix weight;  // [out_features, in_features]
+  Vector bias;    // [out_features]
+  ActivationSpec activation;
+};
+
+struct Network {
+  DType dtype = DType::float32;
+  int64_t rows = 0;  // the batch, all leading dimensions of the input flattened
+  std::vector<Layer> layers;
+  Matrix input;  // [rows, layers[0].in_features]
+};
+
+// What layer l keeps for backward: its output, or its pre-activation where the derivative needs
+// that (keeps_output of activation.h decides). All are row-major without gaps.
+struct ForwardPass {
+  Network network;
+  // One entry a layer, each null or [rows, out_features]. The last layer's output is `output`, so
+  // its own entry is given only where its pre-activation is kept. Empty: nothing is kept.
+  std::vector<void*> kept;
+  void* output = nullptr;  // [rows, layers.back().out_features]
+};
+
+struct BackwardPass {
+  Network network;
+  Matrix grad_output;         // [rows, layers.back().out_features]
+  std::vector<Matrix> saved;  // one a layer; the last one's data may be null if it is identity
+  // Where to write; null for a gradient that is not asked for. Row-major without gaps.
+  void* grad_input = nullptr;        // [rows, layers[0].in_features]
+  std::vector<void*> grad_weights;   // [out_features, in_features] each
+  std::vector<void*> grad_biases;    // [out_features] each
+};
+
+}  // namespace fastmlp

@@ -1,0 +1,51 @@
+// The rule of route.h, by comparison of dispatch key sets.
+#include "route.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "operators.h"
+
+namespace fastmlp {
+namespace {
+
+// Raw representations are compared, since operator- of key sets keeps backend bits.
+const char* mode_obstacle() {
+  const auto keys = c10::impl::tls_local_dispatch_key_set();
+  static const uint64_t usual =
+      (c10::default_included_set | c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView)).raw_repr();
+  if (at::impl::torch_function_mode_enabled()) return "a torch function mode is active";
+  if (!keys.excluded_.has(c10::DispatchKey::AutocastCPU)) return "autocast is active";
+  if ((keys.included_.raw_repr() & ~usual) != 0) return "a functorch transform, dispatch mode or tracer is active";
+  return nullptr;
+}
+
+const char* tensor_obstacle(PyObject* object) {
+  if (!THPVariable_CheckExact(object)) return "a tensor is of a subclass of torch.Tensor";
+  const at::Tensor& tensor = THPVariable_Unpack(object);
+  static const uint64_t usual =
+      (c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView}) |
+       c10::autocast_dispatch_keyset)
+          .raw_repr();
+  if (!tensor.key_set().has_all(c10::DispatchKeySet(c10::DispatchKey::CPU))) return "a tensor is not on the CPU";
+  if ((tensor.key_set().raw_repr() & ~usual) != 0) return "a tensor is wrapped, sparse, conjugated or otherwise special";
+  return nullptr;
+}
+
+}  // namespace
+
+const char* obstacle(PyObject* input, PyObject* parameters) {
+  if (const char* why = mode_obstacle()) return why;
+  if (const char* why = tensor_obstacle(input)) return why;
+  if (!cpu::has_kernels_for(THPVariable_Unpack(input).scalar_type())) return "there are no kernels for the dtype";
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(parameters);
+  PyObject** items = PySequence_Fast_ITEMS(parameters);
+  for (Py_ssize_t i = 0; i < count; i++) {
+    if (const char* why = tensor_obstacle(items[i])) return why;
+  }
+  return nullptr;
+}
+
+}  // namespace fastmlp

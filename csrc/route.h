@@ -1,0 +1,14 @@
+// Whether tensors may go straight to the kernels: no transform, mode, subclass or tracing stands
+// between them and their data. Asked by bindings.cpp on every call from Python, so it must stay
+// within a fraction of a microsecond.
+#pragma once
+
+#include <Python.h>
+
+namespace fastmlp {
+
+// Null if the input and every parameter are plain, else why they are not. `parameters` is a tuple or
+// list. Raises TypeError for what is not a tensor.
+const char* obstacle(PyObject* input, PyObject* parameters);
+
+}  // namespace fastmlp

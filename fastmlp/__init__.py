@@ -1,0 +1,24 @@
+"""Fused multilayer perceptrons for PyTorch: the same modules, the same numbers, faster."""
+
+from fastmlp import functional, reference
+from fastmlp.activations import Activation
+from fastmlp.config import Route, explain, get_isa, set_isa, show_config
+from fastmlp.modules import MLP, Linear
+from fastmlp.reference import Sin
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MLP",
+    "Activation",
+    "Linear",
+    "Route",
+    "Sin",
+    "__version__",
+    "explain",
+    "functional",
+    "get_isa",
+    "reference",
+    "set_isa",
+    "show_config",
+]

@@ -1,0 +1,89 @@
+"""The layers as functions, without modules."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmlp import reference
+from fastmlp.activations import ActivationLike, resolve
+from fastmlp.autograd import run
+from fastmlp.ops import stack_of
+
+__all__ = ["linear", "mlp"]
+
+
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: ActivationLike = None
+) -> Tensor:
+    """act(input weight^T + bias) as one operation.
+
+    Equals `torch.nn.functional.linear` followed by the activation.
+
+    Args:
+        input: (*, in_features), float32 or float64 for the fused kernels; any dtype that
+            `torch.nn.functional.linear` takes is computed by PyTorch.
+        weight: (out_features, in_features), of the dtype and on the device of `input`.
+        bias: (out_features), or None.
+        activation: None, a name, a module of `torch.nn` or a `fastmlp.Activation`.
+
+    Returns:
+        (*, out_features).
+
+    Raises:
+        RuntimeError: for shapes, dtypes or devices that do not belong together.
+        TypeError: for an argument of the wrong type.
+        ValueError: for an activation without a fused form.
+
+    Example:
+        >>> import torch
+        >>> x, w = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
+        >>> linear(x, w, torch.tensor([0.5, 0.5]), "relu")
+        tensor([[3.5000, 0.0000]])
+    """
+    act = resolve(activation)
+    if isinstance(weight, Tensor) and weight.dim() == 1:
+        # torch's vector form, (in_features) -> (): a dot product, with nothing to fuse.
+        return reference.activate(F.linear(input, weight, bias), act.name, act.parameters)
+    if bias is None:
+        return run(stack_of((False,), (act,)), input, (weight,))
+    return run(stack_of((True,), (act,)), input, (weight, bias))
+
+
+def mlp(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[ActivationLike],
+) -> Tensor:
+    """A whole network as one operation.
+
+    Args:
+        input: (*, in_features of the first layer).
+        weights: (out_features, in_features) of each layer.
+        biases: (out_features) or None for each layer.
+        activations: one for each layer, None for the identity.
+
+    Returns:
+        (*, out_features of the last layer).
+
+    Raises:
+        RuntimeError: for shapes, dtypes or devices that do not belong together.
+        TypeError: for an argument of the wrong type.
+        ValueError: for lists of different lengths, no layer at all, or an activation without a
+            fused form.
+
+    Example:
+        >>> import torch
+        >>> w = torch.eye(2)
+        >>> mlp(torch.tensor([1.0, -1.0]), [w, w], [None, torch.ones(2)], ["relu", None])
+        tensor([2., 1.])
+    """
+    if not len(weights) == len(biases) == len(activations):
+        raise ValueError(
+            "weights, biases and activations must have one entry for each layer, "
+            f"got {len(weights)}, {len(biases)} and {len(activations)}"
+        )
+    acts = tuple([resolve(activation) for activation in activations])
+    parameters = [t for pair in zip(weights, biases, strict=True) for t in pair if t is not None]
+    return run(stack_of(tuple([bias is not None for bias in biases]), acts), input, tuple(parameters))

@@ -1,0 +1,75 @@
+"""The operators that the dispatcher knows, and the description of a stack of layers they take.
+
+The operators are private: they lack autograd and are called through `fastmlp.autograd`, which picks
+the route. Their kernels for meta and fake tensors are in `csrc/meta.cpp`.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmlp.activations import Activation
+from fastmlp._load import _C  # isort: skip
+
+_ops = torch.ops.fastmlp
+
+
+class Stack(NamedTuple):
+    """What a list of layers is besides its tensors.
+
+    Plain tuples for the dispatcher and for Dynamo, which cannot look into `native`.
+    """
+
+    has_bias: tuple[bool, ...]
+    kinds: tuple[int, ...]
+    scalars: tuple[float, ...]
+    activations: tuple[Activation, ...]
+    native: _C.Stack
+    saved: int
+    last_is_identity: bool
+
+    def split(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Weights and biases from the flat list of parameters."""
+        flat = iter(parameters)
+        weights: list[Tensor] = []
+        biases: list[Tensor | None] = []
+        for has_bias in self.has_bias:
+            weights.append(next(flat))
+            biases.append(next(flat) if has_bias else None)
+        return weights, biases
+
+
+@lru_cache(maxsize=512)
+def stack_of(has_bias: tuple[bool, ...], activations: tuple[Activation, ...]) -> Stack:
+    """The `Stack` of layers with these biases and activations."""
+    kinds = tuple(activation.kind for activation in activations)
+    scalars = tuple(value for activation in activations for value in activation.scalars)
+    native = _C.Stack(has_bias, kinds, scalars)
+    return Stack(has_bias, kinds, scalars, activations, native, native.saved, native.last_is_identity)
+
+
+def forward(stack: Stack, input: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The output, and what backward needs besides it."""
+    return _ops.forward(input, parameters, stack.has_bias, stack.kinds, stack.scalars)  # type: ignore[no-any-return]
+
+
+def infer(stack: Stack, input: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The output alone."""
+    return _ops.infer(input, parameters, stack.has_bias, stack.kinds, stack.scalars)  # type: ignore[no-any-return]
+
+
+def backward(
+    stack: Stack,
+    grad: Tensor,
+    input: Tensor,
+    saved: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients asked for, without gaps."""
+    return _ops.backward(  # type: ignore[no-any-return]
+        grad, input, saved, parameters, stack.has_bias, stack.kinds, stack.scalars, needs
+    )
