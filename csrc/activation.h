@@ -67,7 +67,7 @@ struct Elu {
   template <class M>
   static typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
     const auto slope = keeps_output(p) ? s + M::fill(p.a) : M::fill(p.a) * M::exp(s);
-    return s <= M::fill(0) ? g * slope : g;
+    return s > M::fill(0) ? g : g * slope;
   }
 };
 
@@ -83,7 +83,7 @@ struct Selu {
   }
   template <class M>
   static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
-    return g * (s <= M::fill(0) ? s + M::fill(alpha * scale) : M::fill(scale));
+    return g * (s > M::fill(0) ? M::fill(scale) : s + M::fill(alpha * scale));
   }
 };
 
@@ -210,7 +210,7 @@ struct Hardswish {
   static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     const auto three = M::fill(3);
     const auto middle = g * (s / three + M::fill(0.5));
-    return s <= -three ? M::fill(0) : (s < three ? middle : g);
+    return s <= -three ? M::fill(0) : (s >= three ? g : middle);
   }
 };
 

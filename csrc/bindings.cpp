@@ -66,6 +66,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("forward", &direct<&cpu::forward, Stack, at::Tensor, Tensors>);
   m.def("infer", &direct<&cpu::infer, Stack, at::Tensor, Tensors>);
   m.def("backward", &direct<&cpu::backward, Stack, at::Tensor, at::Tensor, Tensors, Tensors, std::vector<bool>>);
+  // For tests, which put guards around what is written.
+  m.def("forward_into", &direct<&cpu::forward_into, Stack, at::Tensor, Tensors, at::Tensor, Tensors>);
+  m.def("backward_into", &direct<&cpu::backward_into, Stack, at::Tensor, at::Tensor, Tensors, Tensors, Tensors>);
   m.def("check_forward", [](const Stack& stack, const at::Tensor& input, const Tensors& parameters, bool same_dtype) {
     check_forward(stack, input, parameters, same_dtype);
   });

@@ -23,6 +23,13 @@ at::Tensor infer(const Stack& stack, const at::Tensor& input, at::TensorList par
 Tensors backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
                  at::TensorList parameters, const std::vector<bool>& needs);
 
+// The same into memory of the caller, row-major without gaps; what they write is not checked. No
+// `hidden` means that nothing is kept; an undefined gradient is not computed.
+void forward_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters, const at::Tensor& output,
+                  at::TensorList hidden);
+void backward_into(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
+                   at::TensorList parameters, const Tensors& grads);
+
 // Whether the kernels of this device take the dtype.
 bool has_kernels_for(at::ScalarType dtype);
 

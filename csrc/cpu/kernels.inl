@@ -14,14 +14,33 @@ template <class T> struct Leaf {
   static constexpr int vectors = 2;  // per row of the register tile
   static constexpr int nr = vectors * lanes;
 
+  // Rows of gapless k become columns of the panel, lanes x lanes elements at a time in registers.
+  template <int width, int from>
+  static void pack_transposed(const T* source, int64_t stride, int64_t k, T* panel) {
+    constexpr int rows = width - from < lanes ? width - from : lanes;
+    int64_t p = 0;
+    for (; p + lanes <= k; p += lanes) {
+      V block[lanes] = {};
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; i++) block[i] = M::load(source + (from + i) * stride + p);
+      M::transpose(block);
+#pragma GCC unroll 16
+      for (int q = 0; q < lanes; q++) {
+        __builtin_memcpy(panel + (p + q) * width + from, &block[q], rows * sizeof(T));
+      }
+    }
+    for (; p < k; p++) {
+      for (int i = 0; i < rows; i++) panel[p * width + from + i] = source[(from + i) * stride + p];
+    }
+    if constexpr (from + rows < width) pack_transposed<width, from + rows>(source, stride, k, panel);
+  }
+
   template <int width>
   static void pack(const T* source, int64_t stride, int64_t k_stride, int64_t count, int64_t k, T* panel) {
     if (count == width && stride == 1) {
       for (int64_t p = 0; p < k; p++) __builtin_memcpy(panel + p * width, source + p * k_stride, width * sizeof(T));
-    } else if (count == width) {
-      for (int64_t p = 0; p < k; p++) {
-        for (int i = 0; i < width; i++) panel[p * width + i] = source[i * stride + p * k_stride];
-      }
+    } else if (count == width && k_stride == 1) {
+      pack_transposed<width, 0>(source, stride, k, panel);
     } else {
       for (int64_t p = 0; p < k; p++) {
         for (int64_t i = 0; i < count; i++) panel[p * width + i] = source[i * stride + p * k_stride];

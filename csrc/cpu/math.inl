@@ -90,6 +90,9 @@ template <class T> struct Math {
     for (int64_t i = 0; i < n; i++) p[i] = v[i];
   }
 
+  // rows[i][j] <-> rows[j][i]: at each distance, a power of two, halves of pairs of rows change places.
+  static void transpose(V (&rows)[lanes]) { transpose_from<1>(rows, typename Counting<lanes>::Type{}); }
+
   static V abs(V x) { return V(I(x) & R::magnitude); }
 
   // e^x. Values below and above the range of T become 0 and infinity.
@@ -141,6 +144,25 @@ template <class T> struct Math {
   }
 
  private:
+  template <int... l> struct Indices {};
+  template <int n, int... l> struct Counting : Counting<n - 1, n - 1, l...> {};
+  template <int... l> struct Counting<0, l...> {
+    using Type = Indices<l...>;
+  };
+
+  template <int distance, int... l> static void transpose_from(V (&rows)[lanes], Indices<l...> all) {
+    if constexpr (distance < lanes) {
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; i++) {
+        if (i & distance) continue;
+        const V a = rows[i], b = rows[i + distance];
+        rows[i] = __builtin_shufflevector(a, b, (l & distance ? lanes + l - distance : l)...);
+        rows[i + distance] = __builtin_shufflevector(a, b, (l & distance ? lanes + l : l + distance)...);
+      }
+      transpose_from<2 * distance>(rows, all);
+    }
+  }
+
   // Keeps exponents positive while they are split in two.
   static constexpr Bits offset = 2048;
 

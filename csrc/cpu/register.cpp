@@ -63,38 +63,38 @@ int64_t rows_of(const at::Tensor& input) {
 
 bool has_kernels_for(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kDouble; }
 
-std::tuple<at::Tensor, Tensors> forward(const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
-  check_forward(stack, input, parameters);
+void forward_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters, const at::Tensor& output,
+                  at::TensorList hidden) {
   const at::Tensor rows = as_rows(input, rows_of(input));
   ForwardPass pass;
   pass.network = network_of(stack, rows, parameters);
-  Tensors hidden;
-  hidden.reserve(stack.hidden());
-  pass.kept.resize(stack.layers(), nullptr);
-  for (size_t l = 0; l < stack.hidden(); l++) {
-    hidden.push_back(row_major(input, pass.network.layers[l].out_features));
-    pass.kept[l] = hidden.back().data_ptr();
-  }
-  at::Tensor output = row_major(input, pass.network.layers.back().out_features);
+  if (!hidden.empty()) pass.kept.resize(stack.layers(), nullptr);
+  for (size_t l = 0; l < hidden.size(); l++) pass.kept[l] = hidden[l].data_ptr();
   pass.output = output.data_ptr();
   forward(pass, threads());
+}
+
+std::tuple<at::Tensor, Tensors> forward(const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
+  check_forward(stack, input, parameters);
+  Tensors hidden;
+  hidden.reserve(stack.hidden());
+  for (size_t l = 0; l < stack.hidden(); l++) {
+    hidden.push_back(row_major(input, parameters[stack.weight(l)].size(0)));
+  }
+  at::Tensor output = row_major(input, parameters[stack.weight(stack.layers() - 1)].size(0));
+  forward_into(stack, input, parameters, output, hidden);
   return {output, hidden};
 }
 
 at::Tensor infer(const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
   check_forward(stack, input, parameters);
-  const at::Tensor rows = as_rows(input, rows_of(input));
-  ForwardPass pass;
-  pass.network = network_of(stack, rows, parameters);
-  at::Tensor output = row_major(input, pass.network.layers.back().out_features);
-  pass.output = output.data_ptr();
-  forward(pass, threads());
+  at::Tensor output = row_major(input, parameters[stack.weight(stack.layers() - 1)].size(0));
+  forward_into(stack, input, parameters, output, {});
   return output;
 }
 
-Tensors backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
-                 at::TensorList parameters, const std::vector<bool>& needs) {
-  check_backward(stack, grad, input, saved, parameters, needs);
+void backward_into(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
+                   at::TensorList parameters, const Tensors& grads) {
   const int64_t rows = rows_of(input);
   const at::Tensor flat_input = as_rows(input, rows);
   const at::Tensor flat_grad = as_rows(grad, rows);
@@ -108,20 +108,25 @@ Tensors backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& i
     flat_saved.push_back(as_rows(saved[l], rows));
     pass.saved[l] = matrix_of(flat_saved.back());
   }
-  Tensors grads(1 + parameters.size());
-  const auto allocate = [&](size_t i, const at::Tensor& like) -> void* {
-    if (!needs[i]) return nullptr;
-    grads[i] = at::empty(like.sizes(), input.options().memory_format(at::MemoryFormat::Contiguous));
-    return grads[i].data_ptr();
-  };
-  const bool input_needed = needs[0] && input.numel() > 0;
-  allocate(0, input);
-  pass.grad_input = input_needed ? grads[0].data_ptr() : nullptr;
+  const auto data_of = [&](size_t i) { return grads[i].defined() ? grads[i].data_ptr() : nullptr; };
+  pass.grad_input = data_of(0);
   for (size_t l = 0; l < stack.layers(); l++) {
-    pass.grad_weights.push_back(allocate(1 + stack.weight(l), parameters[stack.weight(l)]));
-    pass.grad_biases.push_back(stack.has_bias(l) ? allocate(1 + stack.bias(l), parameters[stack.bias(l)]) : nullptr);
+    pass.grad_weights.push_back(data_of(1 + stack.weight(l)));
+    pass.grad_biases.push_back(stack.has_bias(l) ? data_of(1 + stack.bias(l)) : nullptr);
   }
   backward(pass, threads());
+}
+
+Tensors backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
+                 at::TensorList parameters, const std::vector<bool>& needs) {
+  check_backward(stack, grad, input, saved, parameters, needs);
+  Tensors grads(1 + parameters.size());
+  for (size_t i = 0; i < grads.size(); i++) {
+    if (!needs[i]) continue;
+    const at::Tensor& like = i == 0 ? input : parameters[i - 1];
+    grads[i] = at::empty(like.sizes(), input.options().memory_format(at::MemoryFormat::Contiguous));
+  }
+  backward_into(stack, grad, input, saved, parameters, grads);
   return grads;
 }
 

@@ -1,0 +1,149 @@
+"""Values of a network and its gradients in higher precision, each with a bound on the error that a
+kernel may make, computed from the data.
+
+Products: an inner product of n terms summed in any order in precision u errs by at most
+gamma_n = n u / (1 - n u) times the sum of the terms' magnitudes (Higham, Accuracy and Stability of
+Numerical Algorithms, 2002, section 3.1). Activations: their value may change as much as it does over
+the uncertainty of their argument, which is sampled, and evaluation itself may err by `ULPS` units in
+the last place of the largest intermediate. Errors of one layer are the next one's uncertainty.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastmlp import Activation, reference
+
+#: Units in the last place that evaluating an activation, or its derivative, may lose.
+ULPS = 8
+
+
+@dataclass
+class Bounded:
+    """A value in double precision and a bound on the error of its computed counterpart."""
+
+    value: Tensor
+    error: Tensor
+
+    @staticmethod
+    def exact(value: Tensor) -> "Bounded":
+        value = value.detach().double()
+        return Bounded(value, torch.zeros_like(value))
+
+
+def gamma(n: int, dtype: torch.dtype) -> float:
+    u = torch.finfo(dtype).eps / 2
+    return n * u / (1 - n * u)
+
+
+def product(a: Bounded, b: Bounded, dtype: torch.dtype, more: Tensor | None = None) -> Bounded:
+    """a b (+ more), all two-dimensional."""
+    magnitude = a.value.abs() @ b.value.abs()
+    value = a.value @ b.value
+    terms = a.value.shape[1] + 1
+    if more is not None:
+        value, magnitude = value + more, magnitude + more.abs()
+    carried = a.error @ b.value.abs() + a.value.abs() @ b.error + a.error @ b.error
+    return Bounded(value, gamma(terms + 1, dtype) * (magnitude + carried) + carried)
+
+
+def slope(z: Tensor, act: Activation) -> Tensor:
+    """act'(z) as torch's autograd has it."""
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        y = reference.activate(leaf, act.name, act.parameters)
+        return torch.autograd.grad(y.sum(), leaf)[0]
+
+
+@cache
+def steepest(act: Activation) -> float:
+    return slope(torch.linspace(-20, 20, 8001, dtype=torch.float64), act).abs().max().item()
+
+
+def sampled(f: Callable[[Tensor], Tensor], z: Bounded) -> tuple[Tensor, Tensor]:
+    """f(z) and the most that f was seen to change over z's uncertainty."""
+    centre = f(z.value)
+    change = torch.zeros_like(centre)
+    for part in (-1, -0.5, 0.5, 1):
+        change = torch.maximum(change, (f(z.value + part * z.error) - centre).abs())
+    return centre, change
+
+
+def activated(z: Bounded, act: Activation, dtype: torch.dtype) -> Bounded:
+    finfo = torch.finfo(dtype)
+    y, change = sampled(lambda v: reference.activate(v, act.name, act.parameters), z)
+    if act.name == "identity":
+        return Bounded(y, z.error)
+    scale = y.abs() + z.value.abs() * slope(z.value, act).abs()
+    # The reference is torch in float64, and its own formulas cancel (1 + erf(z), say).
+    reference_error = torch.finfo(torch.float64).eps * (1 + z.value.abs()) * (1 + steepest(act))
+    return Bounded(y, change + ULPS * (finfo.eps * scale + reference_error) + finfo.tiny)
+
+
+def differentiated(g: Bounded, z: Bounded, act: Activation, dtype: torch.dtype) -> Bounded:
+    """g act'(z), where a kernel may take the derivative from its own rounded output."""
+    finfo = torch.finfo(dtype)
+    if act.name == "identity":
+        return g
+    d, change = sampled(lambda v: slope(v, act), z)
+    error = change + ULPS * finfo.eps * (1 + z.value.abs() * steepest(act)).clamp(max=1 + steepest(act))
+    error = error + finfo.eps * d.abs()
+    carried = g.error * (d.abs() + error)
+    return Bounded(g.value * d, g.value.abs() * error + carried + finfo.tiny)
+
+
+def column_sums(x: Bounded, dtype: torch.dtype) -> Bounded:
+    n = x.value.shape[0]
+    return Bounded(x.value.sum(0), gamma(n, dtype) * (x.value.abs() + x.error).sum(0) + x.error.sum(0))
+
+
+@dataclass
+class Expected:
+    """What a forward and a backward pass should give; gradients in the order input, parameters."""
+
+    output: Bounded
+    gradients: list[Bounded]
+
+
+def network(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[Activation],
+    grad: Tensor,
+) -> Expected:
+    """Bounds for two-dimensional arguments, whose dtype is the one computed in."""
+    dtype = input.dtype
+    xs, zs = [Bounded.exact(input)], []
+    for weight, bias, act in zip(weights, biases, activations, strict=True):
+        more = None if bias is None else bias.detach().double()
+        zs.append(product(xs[-1], Bounded.exact(weight.t()), dtype, more))
+        xs.append(activated(zs[-1], act, dtype))
+    g = Bounded.exact(grad)
+    backwards: list[Bounded] = []
+    for layer in reversed(range(len(weights))):
+        dz = differentiated(g, zs[layer], activations[layer], dtype)
+        if biases[layer] is not None:
+            backwards.append(column_sums(dz, dtype))
+        transposed = Bounded(dz.value.t(), dz.error.t())
+        backwards.append(product(transposed, xs[layer], dtype))
+        g = product(dz, Bounded.exact(weights[layer]), dtype)
+    return Expected(xs[-1], [g, *reversed(backwards)])
+
+
+def assert_within(found: Tensor, expected: Bounded, what: str) -> None:
+    """The reference itself is computed in float64, so there both sides may err."""
+    assert found.shape == expected.value.shape, f"{what}: {found.shape} for {expected.value.shape}"
+    allowed = expected.error * (2 if found.dtype == torch.float64 else 1)
+    allowed = allowed + torch.finfo(found.dtype).eps / 2 * expected.value.abs()
+    excess = (found.double() - expected.value).abs() - allowed
+    assert not torch.isnan(found).any(), f"{what} holds NaN"
+    if excess.numel():
+        worst = excess.argmax()
+        assert excess.max() <= 0, (
+            f"{what}: at {worst.item()} {found.flatten()[worst].item():.9g} for "
+            f"{expected.value.flatten()[worst].item():.9g}, allowed {allowed.flatten()[worst].item():.3g}"
+        )

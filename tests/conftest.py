@@ -1,0 +1,69 @@
+"""What the extension reports (instruction sets, activations), as parameters of the tests."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fastmlp
+from fastmlp import _C, Activation
+from fastmlp.activations import DEFAULTS
+
+#: FASTMLP_TEST_ISAS narrows the list, for the runs of CI that are about one of them.
+_WANTED = os.environ.get("FASTMLP_TEST_ISAS")
+ISAS = [
+    str(isa["name"])
+    for isa in _C.instruction_sets()
+    if isa["supported"] and (_WANTED is None or isa["name"] in _WANTED.split(","))
+]
+DTYPES = [torch.float32, torch.float64]
+
+#: Every activation with its defaults, and those with parameters also with others: the values on
+#: either side of the point where the derivative no longer follows from the output.
+ACTIVATIONS = [Activation(name) for name in DEFAULTS] + [
+    Activation("leaky_relu", negative_slope=0.0),
+    Activation("leaky_relu", negative_slope=-0.5),
+    Activation("elu", alpha=0.3),
+    Activation("elu", alpha=0.0),
+    Activation("elu", alpha=-0.7),
+    Activation("softplus", beta=2.5, threshold=1.0),
+]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once with each instruction set that the processor supports."""
+    before = fastmlp.get_isa()
+    fastmlp.set_isa(request.param)
+    yield request.param
+    fastmlp.set_isa(before)
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=ACTIVATIONS, ids=repr)
+def activation(request: pytest.FixtureRequest) -> Activation:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture()
+def without_onednn() -> Iterator[None]:
+    """torch's own kernels: oneDNN's gelu of float32 gives NaN at infinity, where torch's gives infinity."""
+    torch._C._set_mkldnn_enabled(False)
+    yield
+    torch._C._set_mkldnn_enabled(True)
+
+
+def tiles(isa: str, dtype: torch.dtype) -> dict[str, int]:
+    """MR, NR, MC, NC and KC of an instruction set's kernels."""
+    key = str(dtype).removeprefix("torch.")
+    return next(i[key] for i in _C.instruction_sets() if i["name"] == isa)  # type: ignore[return-value]
