@@ -24,6 +24,23 @@ def backward(
     needs: Sequence[bool],
     /,
 ) -> list[Tensor | None]: ...
+def forward_into(
+    stack: Stack,
+    input: Tensor,
+    parameters: Sequence[Tensor],
+    output: Tensor,
+    hidden: Sequence[Tensor],
+    /,
+) -> None: ...
+def backward_into(
+    stack: Stack,
+    grad: Tensor,
+    input: Tensor,
+    saved: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    /,
+) -> None: ...
 def check_forward(stack: Stack, input: Tensor, parameters: Sequence[Tensor], same_dtype: bool, /) -> None: ...
 def is_plain(input: Tensor, parameters: tuple[Tensor, ...], /) -> bool: ...
 def obstacle(input: Tensor, parameters: tuple[Tensor, ...], /) -> str | None: ...

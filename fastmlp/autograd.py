@@ -79,7 +79,7 @@ def _captured(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Te
 
 
 def _composite(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
-    for name, tensor in (("input", input), *(("weight or bias", p) for p in parameters)):
+    for name, tensor in zip(("input", *stack.names()), (input, *parameters), strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"fastmlp: {name} must be a torch.Tensor, got {type(tensor).__name__}")
     autocast = torch.is_autocast_enabled(input.device.type) if input.device.type != "meta" else False

@@ -85,5 +85,7 @@ def mlp(
             f"got {len(weights)}, {len(biases)} and {len(activations)}"
         )
     acts = tuple([resolve(activation) for activation in activations])
-    parameters = [t for pair in zip(weights, biases, strict=True) for t in pair if t is not None]
+    parameters: list[Tensor] = []
+    for weight, bias in zip(weights, biases, strict=True):
+        parameters += (weight,) if bias is None else (weight, bias)
     return run(stack_of(tuple([bias is not None for bias in biases]), acts), input, tuple(parameters))

@@ -41,6 +41,13 @@ class Stack(NamedTuple):
             biases.append(next(flat) if has_bias else None)
         return weights, biases
 
+    def names(self) -> list[str]:
+        """What errors call the parameters: "weight" in a network of one layer, "weights[2]" in a longer one."""
+        if len(self.has_bias) == 1:
+            return ["weight", "bias"] if self.has_bias[0] else ["weight"]
+        pairs = ((f"weights[{i}]", f"biases[{i}]") for i in range(len(self.has_bias)))
+        return [n for b, pair in zip(self.has_bias, pairs, strict=True) for n in (pair if b else pair[:1])]
+
 
 @lru_cache(maxsize=512)
 def stack_of(has_bias: tuple[bool, ...], activations: tuple[Activation, ...]) -> Stack:

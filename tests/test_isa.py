@@ -1,0 +1,103 @@
+"""The choice of the instruction set at run time."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastmlp
+from fastmlp import _C
+from tests.conftest import ISAS
+
+# CPUID bits: OSXSAVE and FMA in leaf 1 ECX; AVX2, AVX-512 F, DQ, BW, VL in leaf 7 EBX.
+OSXSAVE, FMA = 1 << 27, 1 << 12
+AVX2, AVX512 = 1 << 5, 1 << 16 | 1 << 17 | 1 << 30 | 1 << 31
+SSE_STATE, YMM_STATE, ZMM_STATE = 0x03, 0x07, 0xE7
+
+
+def run(layer: fastmlp.Linear) -> str:
+    layer(torch.randn(3, 8))
+    return _C.last_isa()
+
+
+def test_the_forced_one_runs(isa: str) -> None:
+    assert fastmlp.get_isa() == isa
+    assert run(fastmlp.Linear(8, 8)) == isa
+
+
+def test_backward_runs_the_forced_one(isa: str) -> None:
+    y = fastmlp.Linear(8, 8)(torch.randn(3, 8))
+    torch.nn.Linear(8, 1)(y).sum().backward()
+    assert _C.last_isa() == isa
+
+
+@pytest.mark.skipif("avx2" not in ISAS, reason="the processor has no FMA to tell apart")
+def test_portable_does_not_use_fma() -> None:
+    """(1 + e)(1 - e) - 1 is -e^2 with one rounding and 0 with two: the code that ran, not its label."""
+    e = 2.0**-13
+    x, w = torch.tensor([[1.0, 1 + e]]), torch.tensor([[-1.0, 1 - e]])
+    before = fastmlp.get_isa()
+    try:
+        fastmlp.set_isa("portable")
+        assert fastmlp.functional.linear(x, w).item() == 0
+        fastmlp.set_isa("avx2")
+        assert fastmlp.functional.linear(x, w).item() == -(e**2)
+    finally:
+        fastmlp.set_isa(before)
+
+
+def test_unknown_raises() -> None:
+    with pytest.raises(ValueError, match="isa must be one of portable.*, got 'sse9'"):
+        fastmlp.set_isa("sse9")
+
+
+def test_unsupported_raises_and_changes_nothing() -> None:
+    unsupported = [str(i["name"]) for i in _C.instruction_sets() if not i["supported"]]
+    before = fastmlp.get_isa()
+    for name in unsupported:
+        with pytest.raises(ValueError, match=f"isa '{name}' needs"):
+            fastmlp.set_isa(name)
+    assert fastmlp.get_isa() == before
+
+
+def in_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def test_environment_variable(isa: str) -> None:
+    code = (
+        "import torch, fastmlp; from fastmlp import _C; "
+        "fastmlp.Linear(3, 3)(torch.ones(1, 3)); print(fastmlp.get_isa(), _C.last_isa())"
+    )
+    assert in_process(code, FASTMLP_ISA=isa).stdout.split() == [isa, isa]
+
+
+def test_wrong_environment_variable_raises() -> None:
+    done = in_process("import fastmlp", FASTMLP_ISA="avx1024")
+    assert done.returncode != 0
+    assert "ImportError: FASTMLP_ISA: isa must be one of portable" in done.stderr
+
+
+@pytest.mark.skipif("avx2" not in _C.decode_features(OSXSAVE | FMA, AVX2, YMM_STATE), reason="not an x86-64 build")
+def test_operating_system_is_asked() -> None:
+    """Without the operating system's support of a register state its instructions are not believed."""
+    decode = _C.decode_features
+    assert decode(OSXSAVE | FMA, AVX2 | AVX512, ZMM_STATE) == ["portable", "avx2", "avx512"]
+    assert decode(OSXSAVE | FMA, AVX2 | AVX512, YMM_STATE) == ["portable", "avx2"]
+    assert decode(OSXSAVE | FMA, AVX2 | AVX512, SSE_STATE) == ["portable"]
+    assert decode(FMA, AVX2 | AVX512, ZMM_STATE) == ["portable"]
+    assert decode(OSXSAVE, AVX2 | AVX512, ZMM_STATE) == ["portable"]
+    for bit in (16, 17, 30, 31):
+        assert decode(OSXSAVE | FMA, AVX2 | AVX512 & ~(1 << bit), ZMM_STATE) == ["portable", "avx2"]
+
+
+def test_best_is_the_default() -> None:
+    code = "import fastmlp; print(fastmlp.get_isa())"
+    environment = {k: v for k, v in os.environ.items() if k != "FASTMLP_ISA"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    supported = [str(i["name"]) for i in _C.instruction_sets() if i["supported"]]
+    assert done.stdout.strip() == supported[-1]
