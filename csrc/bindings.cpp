@@ -60,9 +60,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fastmlp;
   py::class_<Stack>(m, "Stack")
       .def(py::init<std::vector<bool>, std::vector<int64_t>, std::vector<double>>(), py::arg("has_bias"),
-           py::arg("activations"), py::arg("scalars"))
-      .def_property_readonly("last_is_identity", &Stack::last_is_identity)
-      .def_property_readonly("saved", &Stack::saved);
+           py::arg("activations"), py::arg("scalars"));
   m.def("forward", &direct<&cpu::forward, Stack, at::Tensor, Tensors>);
   m.def("infer", &direct<&cpu::infer, Stack, at::Tensor, Tensors>);
   m.def("backward", &direct<&cpu::backward, Stack, at::Tensor, at::Tensor, Tensors, Tensors, std::vector<bool>>);

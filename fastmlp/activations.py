@@ -107,6 +107,8 @@ def resolve(activation: ActivationLike) -> Activation:
             )
         if name == "gelu" and activation.approximate == "tanh":
             name = "gelu_tanh"
+        if not DEFAULTS[name]:
+            return _BY_NAME[name]
         return Activation(name, **{key: getattr(activation, key) for key in DEFAULTS[name]})
     raise TypeError(
         "activation must be None, a name, a torch.nn module or an Activation, "

@@ -67,7 +67,7 @@ def _captured(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Te
     # through reference.mlp only; autocast acts on torch's own operations.
     if (
         torch.compiler.is_exporting()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._are_functorch_transforms_active()
         or torch.is_autocast_enabled(input.device.type)
         or input.dtype not in (torch.float32, torch.float64)
         or input.device.type != "cpu"

@@ -6,12 +6,12 @@ the route. Their kernels for meta and fake tensors are in `csrc/meta.cpp`.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmlp.activations import Activation
+from fastmlp.activations import IDENTITY, Activation
 from fastmlp._load import _C  # isort: skip
 
 _ops = torch.ops.fastmlp
@@ -27,9 +27,8 @@ class Stack(NamedTuple):
     kinds: tuple[int, ...]
     scalars: tuple[float, ...]
     activations: tuple[Activation, ...]
-    native: _C.Stack
-    saved: int
-    last_is_identity: bool
+    native: Any  # _C.Stack; None under Dynamo
+    saved: int  # tensors that forward keeps for backward, the output included
 
     def split(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
         """Weights and biases from the flat list of parameters."""
@@ -49,13 +48,26 @@ class Stack(NamedTuple):
         return [n for b, pair in zip(self.has_bias, pairs, strict=True) for n in (pair if b else pair[:1])]
 
 
-@lru_cache(maxsize=512)
 def stack_of(has_bias: tuple[bool, ...], activations: tuple[Activation, ...]) -> Stack:
     """The `Stack` of layers with these biases and activations."""
-    kinds = tuple(activation.kind for activation in activations)
-    scalars = tuple(value for activation in activations for value in activation.scalars)
-    native = _C.Stack(has_bias, kinds, scalars)
-    return Stack(has_bias, kinds, scalars, activations, native, native.saved, native.last_is_identity)
+    if torch.compiler.is_compiling():
+        # Dynamo traces neither caches nor the extension, and the operators take plain lists.
+        return _describe(has_bias, activations)
+    return _cached(has_bias, activations)
+
+
+@lru_cache(maxsize=512)
+def _cached(has_bias: tuple[bool, ...], activations: tuple[Activation, ...]) -> Stack:
+    described = _describe(has_bias, activations)
+    return described._replace(native=_C.Stack(has_bias, described.kinds, described.scalars))
+
+
+def _describe(has_bias: tuple[bool, ...], activations: tuple[Activation, ...]) -> Stack:
+    kinds = tuple([activation.kind for activation in activations])
+    scalars = tuple([value for activation in activations for value in activation.scalars])
+    # A last layer without activation keeps nothing, so that its output may be changed in place.
+    saved = len(activations) - (activations[-1] == IDENTITY if activations else 0)
+    return Stack(has_bias, kinds, scalars, activations, None, saved)
 
 
 def forward(stack: Stack, input: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -240,8 +240,9 @@ template <class T> void reduce_chunks(const T* shares, int64_t chunks, int64_t n
 }  // namespace
 
 int useful_threads(int64_t multiply_adds, int threads) {
-  // About 20 us of one core: what waking a thread costs must stay small against it.
-  constexpr int64_t worth_a_thread = 1 << 20;
+  // About 80 us of one core: waking a thread costs microseconds on an idle machine, but a time slice
+  // where another process holds the core.
+  constexpr int64_t worth_a_thread = 1 << 22;
   if (threads <= 1 || omp_in_parallel()) return 1;
   return int(std::clamp<int64_t>(multiply_adds / worth_a_thread, 1, threads));
 }

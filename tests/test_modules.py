@@ -1,0 +1,219 @@
+"""The modules as drop-ins for torch's."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+import fastmlp
+from fastmlp import Activation, reference
+from fastmlp.activations import DEFAULTS, module_of, resolve
+from tests.bounds import assert_within, network
+
+
+def seeded(make: Callable[[], nn.Module], seed: int = 7) -> Any:
+    torch.manual_seed(seed)
+    return make()
+
+
+def by_hand(*children: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*children)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_has_the_same_initial_bits_and_state(bias: bool) -> None:
+    ours, torchs = seeded(lambda: fastmlp.Linear(7, 5, bias, "relu")), seeded(lambda: nn.Linear(7, 5, bias))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), torchs.parameters(), strict=True))
+    assert list(ours.state_dict()) == list(torchs.state_dict())
+    other = seeded(lambda: nn.Linear(7, 5, bias), 8)
+    ours.load_state_dict(other.state_dict())
+    torchs.load_state_dict(ours.state_dict())
+    assert torch.equal(torchs.weight, other.weight)
+    assert isinstance(ours, nn.Linear)
+
+
+def test_mlp_is_what_one_would_write_by_hand() -> None:
+    ours = seeded(lambda: fastmlp.MLP(10, [50, 20], 3, nn.LeakyReLU(0.2), "sigmoid"))
+    torchs = seeded(
+        lambda: by_hand(
+            nn.Linear(10, 50), nn.LeakyReLU(0.2), nn.Linear(50, 20), nn.LeakyReLU(0.2), nn.Linear(20, 3), nn.Sigmoid()
+        )
+    )
+    assert list(ours.state_dict()) == list(torchs.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), torchs.parameters(), strict=True))
+    assert repr(ours) == repr(torchs).replace("Sequential(", "MLP(")
+    weights, biases = [torchs[i].weight for i in (0, 2, 4)], [torchs[i].bias for i in (0, 2, 4)]
+    acts = [resolve(nn.LeakyReLU(0.2)), resolve(nn.LeakyReLU(0.2)), resolve("sigmoid")]
+    x = torch.randn(6, 10)
+    assert_within(ours(x), network(x, weights, biases, acts, torch.randn(6, 3)).output, "output")
+
+
+def test_no_hidden_layer_and_no_bias() -> None:
+    assert repr(fastmlp.MLP(3, [], 2)) == repr(by_hand(nn.Linear(3, 2))).replace("Sequential", "MLP")
+    assert all(m.bias is None for m in fastmlp.MLP(3, [4], 2, bias=False) if isinstance(m, nn.Linear))
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_every_activation_by_name_class_and_instance(name: str) -> None:
+    act = Activation(name)
+    assert resolve(module_of(act)) == act
+    forms: list[Any] = [name, act, module_of(act)]
+    if name not in ("gelu_tanh",):
+        forms.append(type(module_of(act)))
+    x = torch.randn(4, 6)
+    results = [seeded(lambda f=form: fastmlp.Linear(6, 5, activation=f))(x) for form in forms]
+    assert all(torch.equal(results[0], r) for r in results)
+    layer = seeded(lambda: fastmlp.Linear(6, 5, activation=name))
+    assert_within(results[0], network(x, [layer.weight], [layer.bias], [act], torch.randn(4, 5)).output, name)
+    mlp = fastmlp.MLP(6, [5], 2, name)
+    assert fastmlp.explain(mlp, x).name == "direct"
+    assert mlp(x).shape == (4, 2)
+
+
+def test_every_reference_activation_has_kernels() -> None:
+    assert set(reference.FUNCTIONS) == set(DEFAULTS) == set(reference.MODULES.values()) | {"gelu_tanh"}
+
+
+def test_repr() -> None:
+    assert repr(fastmlp.Linear(3, 4, activation=nn.ELU(0.5))).endswith("bias=True, activation=elu(alpha=0.5))")
+    assert repr(fastmlp.Linear(3, 4)) == repr(nn.Linear(3, 4))
+
+
+def test_vector_weight_as_in_torch() -> None:
+    x, w = torch.randn(3, 4), torch.randn(4)
+    torch.testing.assert_close(fastmlp.functional.linear(x, w, None, "relu"), torch.relu(nn.functional.linear(x, w)))
+
+
+@pytest.mark.parametrize("make", [lambda: fastmlp.Linear(4, 3, activation=nn.ELU(0.3)), lambda: fastmlp.MLP(4, [5], 3, "gelu")])
+def test_copies(make: Callable[[], nn.Module]) -> None:
+    module, x = make(), torch.randn(2, 4)
+    for other in (copy.deepcopy(module), copy.copy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(x), module(x))
+        assert repr(other) == repr(module)
+
+
+def test_saved_whole(tmp_path: Any) -> None:
+    module, x = fastmlp.MLP(4, [5], 3, "gelu"), torch.randn(2, 4)
+    torch.save(module, tmp_path / "module.pt")
+    assert torch.equal(torch.load(tmp_path / "module.pt", weights_only=False)(x), module(x))
+    torch.save(module.state_dict(), tmp_path / "state.pt")
+    native = by_hand(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3))
+    native.load_state_dict(torch.load(tmp_path / "state.pt"))
+    torch.testing.assert_close(native(x), module(x))
+
+
+def test_meta_device_and_moves() -> None:
+    with torch.device("meta"):
+        mlp = fastmlp.MLP(4, [5], 3)
+    assert mlp(torch.zeros(2, 4, device="meta")).shape == (2, 3)
+    mlp.to_empty(device="cpu")
+    for p in mlp.parameters():
+        nn.init.ones_(p)
+    assert mlp(torch.ones(1, 4)).tolist() == [[26.0] * 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64])
+def test_dtypes_without_kernels_are_computed_by_torch(dtype: torch.dtype) -> None:
+    layer = fastmlp.Linear(4, 3, activation="tanh", dtype=dtype)
+    x = torch.randn(2, 4, dtype=dtype)
+    expected = torch.tanh(nn.functional.linear(x, layer.weight, layer.bias))
+    assert torch.equal(layer(x), expected)
+    layer(x).abs().float().sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_autocast() -> None:
+    mlp = fastmlp.MLP(8, [16], 3)
+    x = torch.randn(5, 8)
+    native = by_hand(*mlp)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, torchs = mlp(x), native(x)
+    assert ours.dtype == torchs.dtype == torch.bfloat16
+    assert torch.equal(ours, torchs)
+
+
+class Recorder:
+    """A hook that counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, *_: Any) -> None:
+        self.calls += 1
+
+
+def test_hooks_on_children_of_mlp_run() -> None:
+    mlp, x = fastmlp.MLP(4, [5], 3), torch.randn(2, 4, requires_grad=True)
+    expected = mlp(x)
+    for child in (mlp[0], mlp[1], mlp[2]):
+        for register in (child.register_forward_hook, child.register_forward_pre_hook, child.register_full_backward_hook):
+            recorder = Recorder()
+            handle = register(recorder)  # type: ignore[arg-type]
+            found = mlp(x)
+            found.sum().backward()
+            handle.remove()
+            assert recorder.calls == 1
+            torch.testing.assert_close(found, expected)
+    recorder = Recorder()
+    handle = nn.modules.module.register_module_forward_hook(recorder)
+    mlp(x)
+    handle.remove()
+    assert recorder.calls == 4
+
+
+def test_edits_of_mlp_are_seen() -> None:
+    mlp, x = fastmlp.MLP(4, [5], 3), torch.randn(2, 4)
+
+    def native() -> Tensor:
+        return nn.Sequential.forward(mlp, x)  # type: ignore[no-any-return]
+
+    edits: list[Callable[[], Any]] = [
+        lambda: mlp.__setitem__(1, nn.Tanh()),
+        lambda: mlp.append(nn.Softmax(-1)),
+        lambda: mlp.__delitem__(3),
+        lambda: mlp.insert(1, nn.Dropout(0.0)),
+        lambda: mlp.__delitem__(1),
+        lambda: parametrizations.weight_norm(mlp[0]),
+        lambda: prune.l1_unstructured(mlp[2], "weight", 0.5),
+        lambda: setattr(mlp[1], "forward", lambda t: t * 0),
+        lambda: delattr(mlp[1], "forward"),
+        lambda: mlp.__setitem__(1, nn.LayerNorm(5)),
+        lambda: setattr(mlp[2], "bias", None),
+    ]
+    for edit in edits:
+        edit()
+        torch.testing.assert_close(mlp(x), native())
+
+
+def test_slices_of_mlp() -> None:
+    mlp = fastmlp.MLP(4, [5], 3)
+    part = mlp[:2]
+    assert isinstance(part, nn.Sequential)
+    assert part(torch.zeros(1, 4)).shape == (1, 5)
+    assert isinstance(mlp[-1], nn.Linear)
+    assert [type(m).__name__ for m in mlp] == ["Linear", "ReLU", "Linear"]
+
+
+def test_training_follows_torch() -> None:
+    """Ten steps of the four-line loop in float64: the same losses, parameters and optimizer state."""
+    x, t = torch.randn(32, 10, dtype=torch.float64), torch.randn(32, 1, dtype=torch.float64)
+    runs = []
+    for make in (lambda: fastmlp.MLP(10, [50], 1, "tanh"), lambda: by_hand(nn.Linear(10, 50), nn.Tanh(), nn.Linear(50, 1))):
+        model = seeded(make).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        losses = []
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), t)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        runs.append([torch.stack(losses), *model.parameters()])
+    for a, b in zip(*runs, strict=True):
+        # Ten steps of lr 0.05: rounding of one step is carried on, not amplified beyond its size times steps.
+        assert (a - b).abs().max() <= 1e4 * torch.finfo(torch.float64).eps * b.abs().max()

@@ -1,0 +1,206 @@
+"""The library as a neighbour: threads, one OpenMP runtime, fork, memory, the guard at import."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import fastmlp
+from fastmlp._load import check_build
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def in_process(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_one_openmp_runtime_after_parallel_work() -> None:
+    code = """
+import torch, fastmlp
+torch.set_num_threads(2)
+x, layer = torch.randn(1024, 512), fastmlp.Linear(512, 512)
+layer(x).sum().backward()
+(x @ x.t()).sum()
+names = {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.rsplit("/", 1)[-1]}
+print(sorted(n for n in names if any(k in n.rsplit("/", 1)[-1] for k in ("libgomp", "libiomp", "libomp"))))
+"""
+    runtimes = in_process(code)
+    assert runtimes.count(".so") == 1, runtimes
+    assert "torch" in runtimes
+
+
+COUNT_THREADS = """
+import os, torch, fastmlp
+torch.set_num_threads({threads})
+layer = fastmlp.Linear({width}, {width}, activation="relu")
+x = torch.randn({rows}, {width})
+before = len(os.listdir("/proc/self/task"))
+with torch.no_grad():
+    layer(x)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+def test_small_work_never_wakes_a_thread() -> None:
+    assert in_process(COUNT_THREADS.format(threads=4, width=64, rows=32)) == "0"
+
+
+def test_number_of_threads_is_obeyed() -> None:
+    assert in_process(COUNT_THREADS.format(threads=1, width=1024, rows=1024)) == "0"
+    assert in_process(COUNT_THREADS.format(threads=3, width=1024, rows=1024)) == "2"
+
+
+def test_called_from_many_threads() -> None:
+    """Each thread its own input, one shared module; forward, backward and inference."""
+    module = fastmlp.MLP(32, [64, 64], 8, "tanh")
+    inputs = [torch.randn(50 + i, 32) for i in range(8)]
+    expected = [module(x).detach() for x in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(30):
+            y = module(inputs[i])
+            torch.autograd.grad(y.sum(), list(module.parameters()))
+            with torch.no_grad():
+                same = torch.equal(module(inputs[i]), expected[i])
+            if not same or not torch.equal(y, expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_gil_is_released() -> None:
+    """Another Python thread makes progress while one long call runs."""
+    layer, x = fastmlp.Linear(2048, 2048), torch.randn(4096, 2048)
+    started, ticks = threading.Event(), []
+
+    def work() -> None:
+        started.set()
+        with torch.no_grad():
+            layer(x)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        thread = threading.Thread(target=work)
+        thread.start()
+        started.wait()
+        while thread.is_alive():
+            ticks.append(0)
+            thread.join(0.001)
+    finally:
+        torch.set_num_threads(before)
+    # Without the GIL's release the first join would return only when the call is over.
+    assert len(ticks) > 10
+
+
+class Transformed(Dataset[torch.Tensor]):
+    """Items that are outputs of a network, computed in the loader's workers."""
+
+    def __init__(self) -> None:
+        self.module = fastmlp.Linear(512, 512, activation="relu")
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        with torch.no_grad():
+            return self.module(torch.full((512, 512), float(i)))  # type: ignore[no-any-return]
+
+
+def test_in_loader_workers_after_fork() -> None:
+    data = Transformed()
+    expected = torch.stack([data[i] for i in range(4)])  # the parent has used its threads before the fork
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    assert torch.equal(torch.stack(list(loader)), expected)
+
+
+def test_memory_does_not_grow() -> None:
+    code = """
+import resource, torch, fastmlp
+torch.set_num_threads(1)
+module = fastmlp.MLP(64, [128, 96], 10, "gelu")
+def once(i):
+    x = torch.randn(256 + i % 7, 64, requires_grad=True)
+    module(x).sum().backward()
+    with torch.no_grad():
+        module(x)
+for i in range(300): once(i)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for i in range(3000): once(i)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    assert int(in_process(code)) < 4096  # KiB; one leaked output a call would be 30 MiB
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """A row more than 2^31 elements away from the first, without that much memory."""
+    storage = torch.empty((1 << 31) + 64, dtype=torch.float32)
+    x = storage.as_strided((2, 16), ((1 << 31) + 16, 1))
+    x.copy_(torch.randn(2, 16))
+    layer = fastmlp.Linear(16, 4, activation="tanh")
+    torch.testing.assert_close(layer(x), layer(x.clone()))
+
+
+def test_another_torch_is_named_at_import(tmp_path: Path) -> None:
+    info = tmp_path / "_build.json"
+    info.write_text(json.dumps({"torch": "1.2.3", "cuda": False}))
+    with pytest.raises(ImportError, match=r"built with torch 1.2.3, but torch 9.9 is installed.*pip install"):
+        check_build(info, "9.9")
+    check_build(info, "1.2.3")
+    with pytest.raises(ImportError, match=r"not built.*pip install"):
+        check_build(tmp_path / "absent.json", "9.9")
+
+
+def test_the_guard_comes_before_the_binary(tmp_path: Path) -> None:
+    """A copy of the package whose build names another torch, and whose binary is garbage."""
+    source = Path(fastmlp.__file__).parent
+    package = tmp_path / "fastmlp"
+    package.mkdir()
+    for file in source.glob("*.py"):
+        (package / file.name).write_bytes(file.read_bytes())
+    (package / "_C.so").write_bytes(b"not a library")
+    (package / "_build.json").write_text(json.dumps({"torch": "1.2.3", "cuda": False}))
+    done = subprocess.run(
+        [sys.executable, "-c", "import fastmlp"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode != 0
+    assert f"built with torch 1.2.3, but torch {torch.__version__} is installed" in done.stderr
+
+
+def test_import_is_quiet_and_light() -> None:
+    """Nothing printed, no extras imported."""
+    code = "import sys, fastmlp; print([m for m in ('sklearn', 'matplotlib', 'rich') if m in sys.modules])"
+    assert in_process(code) == "[]"
+
+
+def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
+    fastmlp.show_config()
+    shown = capsys.readouterr().out
+    for word in (fastmlp.__version__, torch.__version__, f"isa {fastmlp.get_isa()}", "runs;", "float64", "gelu"):
+        assert word in shown
+
+
+def test_data_parallel_copies_share_nothing() -> None:
+    module = nn.Sequential(fastmlp.Linear(4, 3, activation="relu"))
+    shared = module.share_memory()
+    assert shared(torch.zeros(1, 4)).shape == (1, 3)
