@@ -29,6 +29,7 @@ class Build(BuildExtension):
     """Writes beside the extension which torch it belongs to, for fastmlp/_load.py to check."""
 
     def run(self) -> None:
+        """As BuildExtension, then the note."""
         super().run()
         info = {"torch": torch.__version__, "cuda": wants_cuda()}
         path = Path(self.get_ext_fullpath("fastmlp._C")).with_name("_build.json")

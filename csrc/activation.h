@@ -22,10 +22,7 @@ struct Identity {
   static constexpr ParameterInfo parameters[2] = {};
   static constexpr bool keeps_output(Scalars) { return true; }
   template <class M> static typename M::V value(typename M::V z, Scalars) { return z; }
-  template <class M>
-  static typename M::V gradient(typename M::V g, typename M::V, Scalars) {
-    return g;
-  }
+  template <class M> static typename M::V gradient(typename M::V g, typename M::V, Scalars) { return g; }
 };
 
 struct Relu {
@@ -36,8 +33,7 @@ struct Relu {
     const auto zero = M::fill(0);
     return z < zero ? zero : z;
   }
-  template <class M>
-  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     const auto zero = M::fill(0);
     return s <= zero ? zero : g;
   }
@@ -51,8 +47,7 @@ struct LeakyRelu {
   template <class M> static typename M::V value(typename M::V z, Scalars p) {
     return z > M::fill(0) ? z : z * M::fill(p.a);
   }
-  template <class M>
-  static typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
+  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
     return s > M::fill(0) ? g : g * M::fill(p.a);
   }
 };
@@ -64,8 +59,7 @@ struct Elu {
   template <class M> static typename M::V value(typename M::V z, Scalars p) {
     return z <= M::fill(0) ? M::fill(p.a) * M::expm1_of_negative(z) : z;
   }
-  template <class M>
-  static typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
+  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
     const auto slope = keeps_output(p) ? s + M::fill(p.a) : M::fill(p.a) * M::exp(s);
     return s > M::fill(0) ? g : g * slope;
   }
@@ -81,8 +75,7 @@ struct Selu {
   template <class M> static typename M::V value(typename M::V z, Scalars) {
     return z <= M::fill(0) ? M::fill(alpha * scale) * M::expm1_of_negative(z) : M::fill(scale) * z;
   }
-  template <class M>
-  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     return g * (s > M::fill(0) ? M::fill(scale) : s + M::fill(alpha * scale));
   }
 };
@@ -92,8 +85,7 @@ struct Sigmoid {
   static constexpr ParameterInfo parameters[2] = {};
   static constexpr bool keeps_output(Scalars) { return true; }
   template <class M> static typename M::V value(typename M::V z, Scalars) { return M::sigmoid(z); }
-  template <class M>
-  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     return g * (s * (M::fill(1) - s));
   }
 };
@@ -103,8 +95,7 @@ struct Tanh {
   static constexpr ParameterInfo parameters[2] = {};
   static constexpr bool keeps_output(Scalars) { return true; }
   template <class M> static typename M::V value(typename M::V z, Scalars) { return M::tanh(z); }
-  template <class M>
-  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     return g * (M::fill(1) - s * s);
   }
 };
@@ -118,8 +109,7 @@ struct Gelu {
   template <class M> static typename M::V value(typename M::V z, Scalars) {
     return z * cumulative<M>(z, M::exp(M::fill(-0.5) * z * z));
   }
-  template <class M>
-  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     const auto bell = M::exp(M::fill(-0.5) * s * s);
     return g * (cumulative<M>(s, bell) + s * (bell * M::fill(inverse_sqrt_2pi)));
   }
@@ -139,8 +129,7 @@ struct GeluTanh {
   template <class M> static typename M::V value(typename M::V z, Scalars) {
     return z * M::sigmoid(M::fill(twice_sqrt_2_over_pi) * (z + M::fill(cubic) * (z * z * z)));
   }
-  template <class M>
-  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     const auto scale = M::fill(twice_sqrt_2_over_pi);
     const auto one = M::fill(1);
     const auto square = s * s;
@@ -154,11 +143,8 @@ struct Silu {
   static constexpr const char* name = "silu";
   static constexpr ParameterInfo parameters[2] = {};
   static constexpr bool keeps_output(Scalars) { return false; }
-  template <class M> static typename M::V value(typename M::V z, Scalars) {
-    return z * M::sigmoid(z);
-  }
-  template <class M>
-  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+  template <class M> static typename M::V value(typename M::V z, Scalars) { return z * M::sigmoid(z); }
+  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     const auto one = M::fill(1);
     const auto y = M::sigmoid(s);
     return g * (y * (one + s * (one - y)));
@@ -176,16 +162,13 @@ struct Mish {
     const auto n = e * (e + M::fill(2));
     return z * (n / (n + M::fill(2)));
   }
-  template <class M>
-  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     const auto two = M::fill(2);
     const auto e = exp_below_20<M>(s);
     const auto n = e * (e + two);
     const auto inverse = M::fill(1) / (n + two);
     // s * 0 keeps the NaN that torch gives at infinity.
-    const auto bend = s > M::fill(20)
-                          ? s * M::fill(0)
-                          : s * (M::fill(4) * e * (e + M::fill(1)) * inverse * inverse);
+    const auto bend = s > M::fill(20) ? s * M::fill(0) : s * (M::fill(4) * e * (e + M::fill(1)) * inverse * inverse);
     return g * (n * inverse + bend);
   }
   template <class M> static typename M::V exp_below_20(typename M::V z) {
@@ -206,8 +189,7 @@ struct Hardswish {
     gate = gate > six ? six : gate;
     return z * gate / six;
   }
-  template <class M>
-  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     const auto three = M::fill(3);
     const auto middle = g * (s / three + M::fill(0.5));
     return s <= -three ? M::fill(0) : (s >= three ? g : middle);
@@ -225,8 +207,7 @@ struct Softplus {
     const auto soft = (x > zero ? x : zero) + M::log1p_of_unit(M::exp(-M::abs(x)));
     return x > M::fill(p.b) ? z : soft / M::fill(p.a);
   }
-  template <class M>
-  static typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
+  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
     const auto x = s * M::fill(p.a);
     return x > M::fill(p.b) ? g : g * M::sigmoid(x);
   }
@@ -237,10 +218,7 @@ struct Sin {
   static constexpr ParameterInfo parameters[2] = {};
   static constexpr bool keeps_output(Scalars) { return false; }
   template <class M> static typename M::V value(typename M::V z, Scalars) { return M::sin(z); }
-  template <class M>
-  static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
-    return g * M::cos(s);
-  }
+  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) { return g * M::cos(s); }
 };
 
 template <class... A> struct ActivationList {
@@ -248,8 +226,7 @@ template <class... A> struct ActivationList {
 };
 
 // The order is the numbering that ActivationSpec::kind and the operators' schemas use.
-using Activations =
-    ActivationList<Identity, Relu, LeakyRelu, Elu, Selu, Sigmoid, Tanh, Gelu, GeluTanh, Silu, Mish,
-                   Hardswish, Softplus, Sin>;
+using Activations = ActivationList<Identity, Relu, LeakyRelu, Elu, Selu, Sigmoid, Tanh, Gelu, GeluTanh, Silu, Mish,
+                                   Hardswish, Softplus, Sin>;
 
 }  // namespace fastmlp

@@ -16,8 +16,6 @@ constexpr int identity_kind = 0;
 
 const ActivationInfo& activation_info(int kind);
 
-inline bool keeps_output(const ActivationSpec& spec) {
-  return activation_info(spec.kind).keeps_output(spec.scalars);
-}
+inline bool keeps_output(const ActivationSpec& spec) { return activation_info(spec.kind).keeps_output(spec.scalars); }
 
 }  // namespace fastmlp

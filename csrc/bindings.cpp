@@ -19,7 +19,8 @@ py::list activations() {
   for (int kind = 0; kind < Activations::size; kind++) {
     const ActivationInfo& info = activation_info(kind);
     py::dict parameters;
-    for (int i = 0; i < 2 && info.parameters[i].name; i++) parameters[info.parameters[i].name] = info.parameters[i].initial;
+    for (int i = 0; i < 2 && info.parameters[i].name; i++)
+      parameters[info.parameters[i].name] = info.parameters[i].initial;
     all.append(py::make_tuple(info.name, parameters));
   }
   return all;
@@ -89,9 +90,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
 TORCH_LIBRARY(fastmlp, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  m.def("forward(Tensor input, Tensor[] parameters, bool[] has_bias, int[] activations, float[] scalars)"
-        " -> (Tensor, Tensor[])", tags);
-  m.def("infer(Tensor input, Tensor[] parameters, bool[] has_bias, int[] activations, float[] scalars) -> Tensor", tags);
-  m.def("backward(Tensor grad, Tensor input, Tensor[] saved, Tensor[] parameters, bool[] has_bias, int[] activations,"
-        " float[] scalars, bool[] needs) -> Tensor[]", tags);
+  m.def(
+      "forward(Tensor input, Tensor[] parameters, bool[] has_bias, int[] activations, float[] scalars)"
+      " -> (Tensor, Tensor[])",
+      tags);
+  m.def("infer(Tensor input, Tensor[] parameters, bool[] has_bias, int[] activations, float[] scalars) -> Tensor",
+        tags);
+  m.def(
+      "backward(Tensor grad, Tensor input, Tensor[] saved, Tensor[] parameters, bool[] has_bias, int[] activations,"
+      " float[] scalars, bool[] needs) -> Tensor[]",
+      tags);
 }

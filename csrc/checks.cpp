@@ -22,8 +22,8 @@ void check_kind(const std::string& name, const at::Tensor& given, const at::Tens
               given.scalar_type(), ", expected the dtype of input, ", input.scalar_type());
 }
 
-void check_saved(const std::string& name, const at::Tensor& given, const at::Tensor& input,
-                 c10::SymIntArrayRef leading, const c10::SymInt& features) {
+void check_saved(const std::string& name, const at::Tensor& given, const at::Tensor& input, c10::SymIntArrayRef leading,
+                 const c10::SymInt& features) {
   check_kind(name, given, input, true);
   const auto sizes = given.sym_sizes();
   bool equal = sizes.size() == leading.size() + 1 && sizes.back() == features;
@@ -74,13 +74,11 @@ void check_backward(const Stack& stack, const at::Tensor& grad, const at::Tensor
   check_forward(stack, input, parameters);
   TORCH_CHECK(needs.size() == 1 + stack.parameters(), "fastmlp: needs has ", needs.size(), " entries, expected ",
               1 + stack.parameters(), ", one for the input and one for each parameter");
-  TORCH_CHECK(saved.size() == stack.saved(), "fastmlp: saved has ", saved.size(), " tensors, expected ",
-              stack.saved());
+  TORCH_CHECK(saved.size() == stack.saved(), "fastmlp: saved has ", saved.size(), " tensors, expected ", stack.saved());
   const auto sizes = input.sym_sizes();
   const auto leading = sizes.slice(0, sizes.size() - 1);
   for (size_t l = 0; l < saved.size(); l++) {
-    check_saved("saved[" + std::to_string(l) + "]", saved[l], input, leading,
-                parameters[stack.weight(l)].sym_size(0));
+    check_saved("saved[" + std::to_string(l) + "]", saved[l], input, leading, parameters[stack.weight(l)].sym_size(0));
   }
   TORCH_CHECK(grad.defined(), "fastmlp: grad is an undefined tensor");
   check_saved("grad", grad, input, leading, parameters[stack.weight(stack.layers() - 1)].sym_size(0));

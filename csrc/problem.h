@@ -66,9 +66,9 @@ struct BackwardPass {
   Matrix grad_output;         // [rows, layers.back().out_features]
   std::vector<Matrix> saved;  // one a layer; the last one's data may be null if it is identity
   // Where to write; null for a gradient that is not asked for. Row-major without gaps.
-  void* grad_input = nullptr;        // [rows, layers[0].in_features]
-  std::vector<void*> grad_weights;   // [out_features, in_features] each
-  std::vector<void*> grad_biases;    // [out_features] each
+  void* grad_input = nullptr;       // [rows, layers[0].in_features]
+  std::vector<void*> grad_weights;  // [out_features, in_features] each
+  std::vector<void*> grad_biases;   // [out_features] each
 };
 
 }  // namespace fastmlp

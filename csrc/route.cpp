@@ -30,7 +30,8 @@ const char* tensor_obstacle(PyObject* object) {
        c10::autocast_dispatch_keyset)
           .raw_repr();
   if (!tensor.key_set().has_all(c10::DispatchKeySet(c10::DispatchKey::CPU))) return "a tensor is not on the CPU";
-  if ((tensor.key_set().raw_repr() & ~usual) != 0) return "a tensor is wrapped, sparse, conjugated or otherwise special";
+  if ((tensor.key_set().raw_repr() & ~usual) != 0)
+    return "a tensor is wrapped, sparse, conjugated or otherwise special";
   return nullptr;
 }
 

@@ -111,8 +111,7 @@ def resolve(activation: ActivationLike) -> Activation:
             return _BY_NAME[name]
         return Activation(name, **{key: getattr(activation, key) for key in DEFAULTS[name]})
     raise TypeError(
-        "activation must be None, a name, a torch.nn module or an Activation, "
-        f"got {type(activation).__name__}"
+        f"activation must be None, a name, a torch.nn module or an Activation, got {type(activation).__name__}"
     )
 
 

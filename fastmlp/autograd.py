@@ -47,10 +47,8 @@ def run(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
     if torch.compiler.is_compiling():
         return _captured(stack, input, parameters)
     if forward_ad._current_level < 0 and _C.is_plain(input, parameters):
-        if torch.is_grad_enabled() and (
-            input.requires_grad or any([parameter.requires_grad for parameter in parameters])
-        ):
-            return _Direct.apply(stack, input, *parameters)  # type: ignore[no-any-return]
+        if torch.is_grad_enabled() and (input.requires_grad or any(p.requires_grad for p in parameters)):
+            return _Direct.apply(stack, input, *parameters)
         return _C.infer(stack.native, input, parameters)
     return _composite(stack, input, parameters)
 
@@ -74,7 +72,7 @@ def _captured(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Te
     ):
         return _reference(stack, input, parameters)
     if torch.is_grad_enabled():
-        return _Captured.apply(stack, input, *parameters)  # type: ignore[no-any-return]
+        return _Captured.apply(stack, input, *parameters)
     return ops.infer(stack, input, parameters)
 
 
@@ -123,13 +121,11 @@ def _backward(
     if forward_ad._current_level >= 0 or not _C.is_plain(grad, tensors := (input, *parameters, *saved)):
         return _vjp(stack, needs, grad, input, parameters)
     if torch.is_grad_enabled():
-        return _DirectBackward.apply(stack, tuple(needs), grad, *tensors)  # type: ignore[no-any-return]
+        return _DirectBackward.apply(stack, tuple(needs), grad, *tensors)
     return _C.backward(stack.native, grad, input, saved, parameters, needs)
 
 
-def _vjp(
-    stack: Stack, needs: Sequence[bool], grad: Tensor, input: Tensor, parameters: tuple[Tensor, ...]
-) -> Gradients:
+def _vjp(stack: Stack, needs: Sequence[bool], grad: Tensor, input: Tensor, parameters: tuple[Tensor, ...]) -> Gradients:
     """The gradients asked for, recomputed with PyTorch's operations; differentiable if grad mode is on."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -175,9 +171,7 @@ class _DirectBackward(torch.autograd.Function):
             found: Sequence[Tensor | None] = [None] * len(wanted)
             if pairs and wanted:
                 outputs, seeds = zip(*pairs, strict=True)
-                found = torch.autograd.grad(
-                    outputs, wanted, seeds, create_graph=create_graph, allow_unused=True
-                )
+                found = torch.autograd.grad(outputs, wanted, seeds, create_graph=create_graph, allow_unused=True)
         second = iter(found)
         gradients = [next(second) if need else None for need in asked]
         return None, None, *gradients, *[None] * ctx.stack.saved
@@ -196,7 +190,7 @@ class _Captured(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         stack, tensors, needs = ctx.stack, ctx.saved_tensors, ctx.needs_input_grad[1:]
         count = ctx.count

@@ -13,9 +13,7 @@ from fastmlp.ops import stack_of
 __all__ = ["linear", "mlp"]
 
 
-def linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: ActivationLike = None
-) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: ActivationLike = None) -> Tensor:
     """act(input weight^T + bias) as one operation.
 
     Equals `torch.nn.functional.linear` followed by the activation.

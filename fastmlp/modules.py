@@ -134,14 +134,14 @@ class MLP(nn.Sequential):
         """The network's output for (*, in_features)."""
         fused = _fused(self._modules)
         if fused is None:
-            return super().forward(input)  # type: ignore[no-any-return]
+            return super().forward(input)
         stack, parameters = fused
         return run(stack, input, parameters)
 
-    def __getitem__(self, index: slice | int) -> nn.Module:  # type: ignore[override]
+    def __getitem__(self, index: slice | int) -> nn.Module:
         """A child, or a `torch.nn.Sequential` of several."""
         if isinstance(index, slice):
-            return nn.Sequential(*list(self._modules.values())[index])  # type: ignore[arg-type]
+            return nn.Sequential(*list(self._modules.values())[index])
         return super().__getitem__(index)
 
 
@@ -164,7 +164,7 @@ def _fused(children: Mapping[str, nn.Module | None]) -> tuple[Stack, tuple[Tenso
             has_bias.append(bias is not None)
             if bias is not None:
                 parameters.append(bias)
-            activations.append(child.activation if kind is Linear else IDENTITY)
+            activations.append(child.activation if isinstance(child, Linear) else IDENTITY)
         elif kind in reference.MODULES and activations and activations[-1] == IDENTITY:
             activations[-1] = resolve(child)
         else:

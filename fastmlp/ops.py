@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastmlp._load import _C
 from fastmlp.activations import IDENTITY, Activation
-from fastmlp._load import _C  # isort: skip
 
 _ops = torch.ops.fastmlp
 
@@ -72,12 +72,12 @@ def _describe(has_bias: tuple[bool, ...], activations: tuple[Activation, ...]) -
 
 def forward(stack: Stack, input: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The output, and what backward needs besides it."""
-    return _ops.forward(input, parameters, stack.has_bias, stack.kinds, stack.scalars)  # type: ignore[no-any-return]
+    return _ops.forward(input, parameters, stack.has_bias, stack.kinds, stack.scalars)
 
 
 def infer(stack: Stack, input: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """The output alone."""
-    return _ops.infer(input, parameters, stack.has_bias, stack.kinds, stack.scalars)  # type: ignore[no-any-return]
+    return _ops.infer(input, parameters, stack.has_bias, stack.kinds, stack.scalars)
 
 
 def backward(
@@ -89,6 +89,4 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients asked for, without gaps."""
-    return _ops.backward(  # type: ignore[no-any-return]
-        grad, input, saved, parameters, stack.has_bias, stack.kinds, stack.scalars, needs
-    )
+    return _ops.backward(grad, input, saved, parameters, stack.has_bias, stack.kinds, stack.scalars, needs)

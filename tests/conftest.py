@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -42,12 +43,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param  # type: ignore[no-any-return]
+    return request.param
 
 
 @pytest.fixture(params=ACTIVATIONS, ids=repr)
 def activation(request: pytest.FixtureRequest) -> Activation:
-    return request.param  # type: ignore[no-any-return]
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture()
+@pytest.fixture
 def without_onednn() -> Iterator[None]:
     """torch's own kernels: oneDNN's gelu of float32 gives NaN at infinity, where torch's gives infinity."""
     torch._C._set_mkldnn_enabled(False)
@@ -65,5 +66,6 @@ def without_onednn() -> Iterator[None]:
 
 def tiles(isa: str, dtype: torch.dtype) -> dict[str, int]:
     """MR, NR, MC, NC and KC of an instruction set's kernels."""
-    key = str(dtype).removeprefix("torch.")
-    return next(i[key] for i in _C.instruction_sets() if i["name"] == isa)  # type: ignore[return-value]
+    found: Any = next(i for i in _C.instruction_sets() if i["name"] == isa)
+    sizes: dict[str, int] = found[str(dtype).removeprefix("torch.")]
+    return sizes

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import grad, gradcheck, gradgradcheck
 
 import fastmlp
-from fastmlp import Activation, _C, functional, reference
+from fastmlp import _C, Activation, functional, reference
 from fastmlp.activations import IDENTITY, resolve
 
 Function = Callable[..., Tensor]
@@ -117,7 +117,9 @@ def subsets(case: Case, masks: Sequence[Sequence[bool]]) -> None:
         for tensor, wanted in zip(case.tensors, mask, strict=True):
             tensor.requires_grad_(wanted)
         wanted_tensors = [t for t in case.tensors if t.requires_grad]
-        first = [grad(f(*case.tensors).pow(3).sum(), wanted_tensors, create_graph=True) for f in (case.ours, case.torchs)]
+        first = [
+            grad(f(*case.tensors).pow(3).sum(), wanted_tensors, create_graph=True) for f in (case.ours, case.torchs)
+        ]
         assert_same(*first)
         second = [grad(sum(g.pow(2).sum() for g in gs), wanted_tensors, allow_unused=True) for gs in first]  # type: ignore[arg-type]
         assert_same(*second)
@@ -169,7 +171,12 @@ def test_output_of_identity_may_be_changed_in_place() -> None:
 
 def test_expanded_and_strided_gradients() -> None:
     case = Case([4, 6, 3], [resolve("silu"), resolve("sigmoid")], [True, True])
-    for reduce in (lambda y: y.sum(), lambda y: y[:, ::2].sum(), lambda y: y.t().reshape(-1)[1:].sum(), lambda y: y.mean()):
+    for reduce in (
+        lambda y: y.sum(),
+        lambda y: y[:, ::2].sum(),
+        lambda y: y.t().reshape(-1)[1:].sum(),
+        lambda y: y.mean(),
+    ):
         assert_same(*[grad(reduce(f(*case.tensors)), case.tensors) for f in (case.ours, case.torchs)])
 
 

@@ -11,6 +11,11 @@ import fastmlp
 from fastmlp import _C, functional
 from fastmlp.ops import stack_of
 
+# Without their types, since wrong types are what is tested.
+linear: Any = functional.linear
+mlp: Any = functional.mlp
+activation: Any = fastmlp.Activation
+
 x, w, b = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(5)
 
 ARGUMENTS: dict[str, tuple[tuple[Any, Any, Any], str]] = {
@@ -77,14 +82,14 @@ def test_layers_are_counted() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: functional.linear([1.0], w), "input must be a torch.Tensor, got list"),
-        (lambda: functional.linear(None, w), "input must be a torch.Tensor, got NoneType"),
-        (lambda: functional.linear(x, 3), "weight must be a torch.Tensor, got int"),
-        (lambda: functional.linear(x, w, 3.0), "bias must be a torch.Tensor, got float"),
-        (lambda: functional.mlp(x, [w, None], [b, b], ["relu", None]), r"weights\[1\] must be a torch.Tensor"),
-        (lambda: functional.linear(x, w, b, 7), "activation must be None, a name, .* got int"),
-        (lambda: fastmlp.Activation("relu", slope=1), "activation 'relu' takes no parameters, got 'slope'"),
-        (lambda: fastmlp.Activation("elu", alpha="1"), "alpha of activation 'elu' must be a number, got str"),
+        (lambda: linear([1.0], w), "input must be a torch.Tensor, got list"),
+        (lambda: linear(None, w), "input must be a torch.Tensor, got NoneType"),
+        (lambda: linear(x, 3), "weight must be a torch.Tensor, got int"),
+        (lambda: linear(x, w, 3.0), "bias must be a torch.Tensor, got float"),
+        (lambda: mlp(x, [w, None], [b, b], ["relu", None]), r"weights\[1\] must be a torch.Tensor"),
+        (lambda: linear(x, w, b, 7), "activation must be None, a name, .* got int"),
+        (lambda: activation("relu", slope=1), "activation 'relu' takes no parameters, got 'slope'"),
+        (lambda: activation("elu", alpha="1"), "alpha of activation 'elu' must be a number, got str"),
         (lambda: fastmlp.explain(nn.Linear(2, 2)), "input must be a torch.Tensor, got NoneType"),
     ],
 )
@@ -115,7 +120,7 @@ def test_operators_check_their_lists() -> None:
         ops.infer(x, [w], [False], [1], [0.0])
     with pytest.raises(ValueError, match="one activation for each of 1 layers, got 2"):
         ops.infer(x, [w], [False], [1, 1], [0.0, 0.0])
-    with pytest.raises(RuntimeError, match="expected 2 parameters .* got 1"):
+    with pytest.raises(RuntimeError, match=r"expected 2 parameters .* got 1"):
         ops.infer(x, [w], [True], [1], [0.0, 0.0])
 
 
@@ -130,7 +135,7 @@ def test_backward_checks_its_arguments() -> None:
         ((y, x, [y], [w, b], [True]), "needs has 1 entries, expected 3"),
     ):
         with pytest.raises(RuntimeError, match=f"fastmlp: {message}"):
-            _C.backward(stack.native, *arguments)  # type: ignore[arg-type]
+            _C.backward(stack.native, *arguments)
 
 
 def test_nothing_is_computed_after_an_error() -> None:

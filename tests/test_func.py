@@ -60,8 +60,12 @@ TRANSFORMS: dict[str, Callable[[Net, Tensor, Tensor, list[Tensor], list[Tensor]]
     "vmap of vjp": lambda f, x, xs, p, ps: vmap(vjp(lambda t: f(t, *p), x)[1])(torch.eye(12, dtype=F64).view(12, 6, 2)),
     "linearize": lambda f, x, xs, p, ps: torch.func.linearize(lambda t: f(t, *p), x)[1](torch.ones_like(x)),
     "functionalize": lambda f, x, xs, p, ps: torch.func.functionalize(lambda t: f(t, *p))(x),
-    "fourth derivative": lambda f, x, xs, p, ps: grad(grad(grad(grad(lambda s: f(s * x, *p).sum()))))(torch.tensor(0.7, dtype=F64)),
-    "autograd.functional": lambda f, x, xs, p, ps: torch.autograd.functional.jacobian(lambda t: f(t, *p), x, vectorize=True),
+    "fourth derivative": lambda f, x, xs, p, ps: grad(grad(grad(grad(lambda s: f(s * x, *p).sum()))))(
+        torch.tensor(0.7, dtype=F64)
+    ),
+    "autograd.functional": lambda f, x, xs, p, ps: torch.autograd.functional.jacobian(
+        lambda t: f(t, *p), x, vectorize=True
+    ),
     "forward over reverse": lambda f, x, xs, p, ps: torch.autograd.functional.hessian(
         lambda t: f(t, *p).sum(), x, vectorize=True, outer_jacobian_strategy="forward-mode"
     ),
@@ -110,7 +114,7 @@ def test_per_sample_gradients_of_modules() -> None:
 
 def test_ensembles_of_modules() -> None:
     models = [fastmlp.Linear(4, 3, activation="elu").double() for _ in range(5)]
-    parameters, buffers = stack_module_state(models)  # type: ignore[arg-type]
+    parameters, buffers = stack_module_state(models)
     x = torch.randn(6, 4, dtype=F64)
     together = vmap(lambda p, b: functional_call(models[0], (p, b), (x,)))(parameters, buffers)
     assert_same([together], [torch.stack([m(x) for m in models])])

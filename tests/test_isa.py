@@ -49,7 +49,7 @@ def test_portable_does_not_use_fma() -> None:
 
 
 def test_unknown_raises() -> None:
-    with pytest.raises(ValueError, match="isa must be one of portable.*, got 'sse9'"):
+    with pytest.raises(ValueError, match=r"isa must be one of portable.*, got 'sse9'"):
         fastmlp.set_isa("sse9")
 
 

@@ -1,6 +1,7 @@
 """Every instruction set, dtype, activation and layout against the specification."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_every_activation(isa: str, dtype: torch.dtype, activation: Activation) 
 def test_networks(isa: str, dtype: torch.dtype, activation: Activation) -> None:
     """Hidden pre-activations are turned into outputs again where backward needs those."""
     for widths, last in (([7, 33, 5, 12], IDENTITY), ([3, 4, 3], activation), ([9, 1, 17, 2, 6], activation)):
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(pairwise(widths))
         acts = [activation] * (len(pairs) - 1) + [last]
         check(
             torch.randn(29, widths[0], dtype=dtype),
@@ -214,9 +215,7 @@ def through(stack: Stack, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return output[:, 0], gradients[0][:, 0]
 
 
-def test_special_values_are_torch_s(
-    isa: str, dtype: torch.dtype, activation: Activation, without_onednn: None
-) -> None:
+def test_special_values_are_torch_s(isa: str, dtype: torch.dtype, activation: Activation, without_onednn: None) -> None:
     """NaN, infinities, zeros of both signs and kinks, with gradients of one, zero and infinity."""
     inf, nan, big = float("inf"), float("nan"), torch.finfo(dtype).max
     points = [nan, inf, -inf, 0.0, -0.0, 3.0, -3.0, 1.0, -1.0, big, -big]
@@ -266,7 +265,7 @@ def test_same_bits_for_any_number_of_threads(isa: str, dtype: torch.dtype) -> No
     before = torch.get_num_threads()
     try:
         for m, widths in ((300, (257, 190, 75)), (20000, (3, 40, 2)), (5000, (64, 64, 64))):
-            parameters = [t for k, n in zip(widths, widths[1:], strict=False) for t in (torch.randn(n, k), torch.randn(n))]
+            parameters = [t for k, n in pairwise(widths) for t in (torch.randn(n, k), torch.randn(n))]
             parameters = [p.to(dtype) for p in parameters]
             input, grad = torch.randn(m, widths[0], dtype=dtype), torch.randn(m, widths[-1], dtype=dtype)
             results = []

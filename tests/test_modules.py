@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -66,7 +67,7 @@ def test_every_activation_by_name_class_and_instance(name: str) -> None:
     if name not in ("gelu_tanh",):
         forms.append(type(module_of(act)))
     x = torch.randn(4, 6)
-    results = [seeded(lambda f=form: fastmlp.Linear(6, 5, activation=f))(x) for form in forms]
+    results = [seeded(partial(fastmlp.Linear, 6, 5, activation=form))(x) for form in forms]
     assert all(torch.equal(results[0], r) for r in results)
     layer = seeded(lambda: fastmlp.Linear(6, 5, activation=name))
     assert_within(results[0], network(x, [layer.weight], [layer.bias], [act], torch.randn(4, 5)).output, name)
@@ -89,7 +90,9 @@ def test_vector_weight_as_in_torch() -> None:
     torch.testing.assert_close(fastmlp.functional.linear(x, w, None, "relu"), torch.relu(nn.functional.linear(x, w)))
 
 
-@pytest.mark.parametrize("make", [lambda: fastmlp.Linear(4, 3, activation=nn.ELU(0.3)), lambda: fastmlp.MLP(4, [5], 3, "gelu")])
+@pytest.mark.parametrize(
+    "make", [lambda: fastmlp.Linear(4, 3, activation=nn.ELU(0.3)), lambda: fastmlp.MLP(4, [5], 3, "gelu")]
+)
 def test_copies(make: Callable[[], nn.Module]) -> None:
     module, x = make(), torch.randn(2, 4)
     for other in (copy.deepcopy(module), copy.copy(module), pickle.loads(pickle.dumps(module))):
@@ -151,9 +154,13 @@ def test_hooks_on_children_of_mlp_run() -> None:
     mlp, x = fastmlp.MLP(4, [5], 3), torch.randn(2, 4, requires_grad=True)
     expected = mlp(x)
     for child in (mlp[0], mlp[1], mlp[2]):
-        for register in (child.register_forward_hook, child.register_forward_pre_hook, child.register_full_backward_hook):
+        for register in (
+            child.register_forward_hook,
+            child.register_forward_pre_hook,
+            child.register_full_backward_hook,
+        ):
             recorder = Recorder()
-            handle = register(recorder)  # type: ignore[arg-type]
+            handle = register(recorder)
             found = mlp(x)
             found.sum().backward()
             handle.remove()
@@ -170,7 +177,7 @@ def test_edits_of_mlp_are_seen() -> None:
     mlp, x = fastmlp.MLP(4, [5], 3), torch.randn(2, 4)
 
     def native() -> Tensor:
-        return nn.Sequential.forward(mlp, x)  # type: ignore[no-any-return]
+        return nn.Sequential.forward(mlp, x)
 
     edits: list[Callable[[], Any]] = [
         lambda: mlp.__setitem__(1, nn.Tanh()),
@@ -203,7 +210,10 @@ def test_training_follows_torch() -> None:
     """Ten steps of the four-line loop in float64: the same losses, parameters and optimizer state."""
     x, t = torch.randn(32, 10, dtype=torch.float64), torch.randn(32, 1, dtype=torch.float64)
     runs = []
-    for make in (lambda: fastmlp.MLP(10, [50], 1, "tanh"), lambda: by_hand(nn.Linear(10, 50), nn.Tanh(), nn.Linear(50, 1))):
+    for make in (
+        lambda: fastmlp.MLP(10, [50], 1, "tanh"),
+        lambda: by_hand(nn.Linear(10, 50), nn.Tanh(), nn.Linear(50, 1)),
+    ):
         model = seeded(make).double()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         losses = []

@@ -46,10 +46,7 @@ def normal_tail(v: mp.mpf) -> mp.mpf:
 
 def fit(f: Callable[[mp.mpf], mp.mpf], lo: mp.mpf, hi: mp.mpf, degree: int) -> list[mp.mpf]:
     """Coefficients, constant first, of the interpolant at Chebyshev nodes of [lo, hi]."""
-    nodes = [
-        (lo + hi) / 2 + (hi - lo) / 2 * mp.cos(mp.pi * (2 * i + 1) / (2 * degree + 2))
-        for i in range(degree + 1)
-    ]
+    nodes = [(lo + hi) / 2 + (hi - lo) / 2 * mp.cos(mp.pi * (2 * i + 1) / (2 * degree + 2)) for i in range(degree + 1)]
     rows = mp.matrix(degree + 1, degree + 1)
     values = mp.matrix(degree + 1, 1)
     for i, x in enumerate(nodes):

@@ -15,8 +15,7 @@ template <class T> struct Leaf {
   static constexpr int nr = vectors * lanes;
 
   // Rows of gapless k become columns of the panel, lanes x lanes elements at a time in registers.
-  template <int width, int from>
-  static void pack_transposed(const T* source, int64_t stride, int64_t k, T* panel) {
+  template <int width, int from> static void pack_transposed(const T* source, int64_t stride, int64_t k, T* panel) {
     constexpr int rows = width - from < lanes ? width - from : lanes;
     int64_t p = 0;
     for (; p + lanes <= k; p += lanes) {
@@ -141,7 +140,16 @@ template <class T> struct Leaf {
   };
 
   static constexpr Kernels<T> kernels() {
-    return {mr, nr, Size::mc, Size::nc, Size::kc, lanes, &pack<mr>, &pack<nr>, &microkernel, &panel_sums,
+    return {mr,
+            nr,
+            Size::mc,
+            Size::nc,
+            Size::kc,
+            lanes,
+            &pack<mr>,
+            &pack<nr>,
+            &microkernel,
+            &panel_sums,
             Activation<Activations>::rows};
   }
 };

@@ -172,8 +172,8 @@ template <class T> void backward_of(const BackwardPass& pass, int threads) {
   for (size_t l = count; l-- > first;) {
     if (pass.grad_weights[l] || pass.grad_biases[l]) layer_wgrad<T>(table, pass, l, grad, threads);
     if (l == first && !pass.grad_input) break;
-    T* const output = l == 0 ? static_cast<T*>(pass.grad_input)
-                             : reinterpret_cast<T*>(workspace.data() + l % 2 * measure.used());
+    T* const output =
+        l == 0 ? static_cast<T*>(pass.grad_input) : reinterpret_cast<T*>(workspace.data() + l % 2 * measure.used());
     layer_dgrad(table, pass, l, grad, output, threads);
     grad = gapless(output, network.layers[l].in_features);
   }
@@ -184,15 +184,19 @@ template <class T> void backward_of(const BackwardPass& pass, int threads) {
 void forward(const ForwardPass& pass, int threads) {
   const bool keep = !pass.kept.empty();
   switch (pass.network.dtype) {
-    case DType::float32: return keep ? forward_keeping<float>(pass, threads) : forward_only<float>(pass, threads);
-    case DType::float64: return keep ? forward_keeping<double>(pass, threads) : forward_only<double>(pass, threads);
+    case DType::float32:
+      return keep ? forward_keeping<float>(pass, threads) : forward_only<float>(pass, threads);
+    case DType::float64:
+      return keep ? forward_keeping<double>(pass, threads) : forward_only<double>(pass, threads);
   }
 }
 
 void backward(const BackwardPass& pass, int threads) {
   switch (pass.network.dtype) {
-    case DType::float32: return backward_of<float>(pass, threads);
-    case DType::float64: return backward_of<double>(pass, threads);
+    case DType::float32:
+      return backward_of<float>(pass, threads);
+    case DType::float64:
+      return backward_of<double>(pass, threads);
   }
 }
 

@@ -13,9 +13,7 @@ struct Block {
   size_t bytes = 0;
 };
 
-char* allocate(size_t bytes) {
-  return static_cast<char*>(::operator new(bytes, std::align_val_t(cache_line)));
-}
+char* allocate(size_t bytes) { return static_cast<char*>(::operator new(bytes, std::align_val_t(cache_line))); }
 void release(char* data) { ::operator delete(data, std::align_val_t(cache_line)); }
 
 struct Cache {

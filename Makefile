@@ -1,0 +1,82 @@
+# Everything on a fresh machine: `make demo` runs the main job, `make test` the tests. Both first make a
+# virtual environment and build the extension in it.
+#   make demo TORCH='torch==2.14.1'     with another torch (default: the one that CI tests with)
+#   make demo PYTHON=python3.12         with another Python
+#   make demo VENV=/path                with the environment elsewhere
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= $(shell nproc)
+
+# Tools of the environment, ninja among them, are found first.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+export MAX_JOBS ?= $(JOBS)
+
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SANITIZED := build/sanitized
+
+.PHONY: demo test build lint pytest other-isas sanitize bench format clean
+.DELETE_ON_ERROR:
+
+demo: build
+	python -m fastmlp demo
+
+# Lint, types, all tests, then the kernels once more on the other instruction sets and under sanitizers.
+test: lint sanitize other-isas pytest
+
+build: $(VENV)/built
+
+$(VENV)/installed: pyproject.toml Makefile
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet --upgrade pip
+	python -m pip install --quiet '$(TORCH)'
+	python -m pip install --quiet 'setuptools>=77' ninja numpy
+	touch $@
+
+# The extension is built in place, so that tests and tools see the checkout.
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	python -m pip install --quiet --no-build-isolation --editable '.[demo,test,dev]'
+	touch $@
+
+lint: build
+	ruff check .
+	ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs clang-format --dry-run --Werror
+	mypy
+
+pytest: build
+	python -m pytest
+
+# On a processor without one of them the list that the tests enumerate is shorter.
+KERNEL_TESTS := tests/test_kernels.py tests/test_math.py tests/test_autograd.py
+other-isas: build
+	FASTMLP_ISA=portable FASTMLP_TEST_ISAS=portable python -m pytest -q $(KERNEL_TESTS)
+	if python -c "import fastmlp; fastmlp.set_isa('avx2')"; then \
+	  FASTMLP_ISA=avx2 FASTMLP_TEST_ISAS=avx2 python -m pytest -q $(KERNEL_TESTS); fi
+
+# A second build of the package with ASan and UBSan, in a folder of its own. Python itself is not
+# instrumented, so the runtime is preloaded and leaks are not looked for.
+$(SANITIZED)/done: $(VENV)/built
+	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)
+	cp -r setup.py pyproject.toml README.md LICENSE csrc fastmlp tests $(SANITIZED)
+	rm -f $(SANITIZED)/fastmlp/_C*.so
+	cd $(SANITIZED) && FASTMLP_SANITIZE=address,undefined python setup.py -q build_ext --inplace
+	touch $@
+
+sanitize: $(SANITIZED)/done
+	cd $(SANITIZED) && \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=. \
+	  python -m pytest -q -p no:cacheprovider tests/test_kernels.py tests/test_errors.py
+
+bench: build
+	python -m benchmarks.compare
+
+format: build
+	ruff check --fix .
+	ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs clang-format -i
+
+clean:
+	rm -rf $(VENV) build out *.egg-info fastmlp/_C*.so fastmlp/_build.json
