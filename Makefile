@@ -67,7 +67,7 @@ $(SANITIZED)/done: $(VENV)/built
 sanitize: $(SANITIZED)/done
 	cd $(SANITIZED) && \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=. \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=. \
 	  python -m pytest -q -p no:cacheprovider tests/test_kernels.py tests/test_errors.py
 
 bench: build
