@@ -61,6 +61,18 @@ def test_shapes_around_register_tile(isa: str, dtype: torch.dtype) -> None:
     assert _C.last_isa() == isa
 
 
+def test_few_rows(isa: str, dtype: torch.dtype) -> None:
+    """Batches for which the weight is not packed, and the first for which it is."""
+    size = tiles(isa, dtype)
+    lanes = size["NR"] // 2
+    for m in (*range(1, 15), 27, 28, 29, 2 * size["MR"] + 1):
+        for k in (lanes - 1, lanes, lanes + 1, 2 * lanes + 3, 67):
+            for n in (1, 3, 4, lanes, lanes + 1, size["NR"] + 7):
+                one_layer(m, n, k, dtype, resolve("relu"), bias=n % 2 == 0)
+    one_layer(3, 5, 2 * size["KC"] + 3, dtype, resolve("mish"))
+    one_layer(2, size["NC"] + 9, 33, dtype, resolve("sigmoid"))
+
+
 @pytest.mark.parametrize("name", ["gelu", "tanh", "identity"])
 def test_shapes_around_cache_blocks(isa: str, dtype: torch.dtype, name: str) -> None:
     size = tiles(isa, dtype)

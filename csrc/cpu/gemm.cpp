@@ -18,6 +18,11 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
 // many rows of mc values stays in the L1 cache.
 constexpr int64_t staged_k = 16;
 
+// Up to so many rows of C, B is read in place rather than packed, where its layout allows it: as
+// inner products (both operands gapless along k), or by the micro-kernel (B gapless along n).
+constexpr int64_t dot_rows = 12;
+constexpr int64_t unpacked_rows = 28;
+
 struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
@@ -157,7 +162,10 @@ void multiply_part(const KernelTable& table, const Product<T>& p, Range m, Range
       const Range depth{pc, std::min(k.end, pc + kc)};
       e.first = pc == k.begin;
       e.last = depth.end == k.end;
-      pack_block(kernels, p.b, columns, depth, kernels.nr, kernels.pack_b, scratch, scratch.b);
+      // Full panels of B are read where they are if its rows are gapless and few rows of C use them.
+      const bool in_place = p.b.form == Form::plain && p.b.stride == 1 && m.size() <= unpacked_rows;
+      const int64_t in_place_end = in_place ? columns.begin + columns.size() / kernels.nr * kernels.nr : columns.begin;
+      pack_block(kernels, p.b, {in_place_end, columns.end}, depth, kernels.nr, kernels.pack_b, scratch, scratch.b);
       for (int64_t ic = m.begin; ic < m.end; ic += kernels.mc) {
         const Range rows{ic, std::min(m.end, ic + kernels.mc)};
         pack_block(kernels, p.a, rows, depth, kernels.mr, kernels.pack_a, scratch, scratch.a);
@@ -167,10 +175,14 @@ void multiply_part(const KernelTable& table, const Product<T>& p, Range m, Range
         for (int64_t j = columns.begin; j < columns.end; j += kernels.nr) {
           e.columns = std::min(kernels.nr, columns.end - j);
           e.bias = p.bias.data ? scratch.bias + (j - columns.begin) : nullptr;
-          const T* b_panel = scratch.b + (j - columns.begin) * depth.size();
+          const bool packed = j >= in_place_end;
+          const T* b_panel =
+              packed ? scratch.b + (j - in_place_end) * depth.size() : p.b.data + j + depth.begin * p.b.k_stride;
+          const int64_t b_step = packed ? kernels.nr : p.b.k_stride;
           for (int64_t i = rows.begin; i < rows.end; i += kernels.mr) {
-            kernels.microkernel(depth.size(), scratch.a + (i - rows.begin) * depth.size(), b_panel, scratch.tile);
             e.rows = std::min(kernels.mr, rows.end - i);
+            kernels.microkernel(e.rows, e.columns)(depth.size(), scratch.a + (i - rows.begin) * depth.size(), b_panel,
+                                                   b_step, scratch.tile);
             const int64_t at = i * target.leading_dimension + j;
             e.output = target.output + at;
             e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
@@ -182,6 +194,39 @@ void multiply_part(const KernelTable& table, const Product<T>& p, Range m, Range
     } while (pc < k.end);
     jc = columns.end;
   } while (jc < n.end);
+}
+
+// Few rows of C with both operands gapless along K: a forward pass of a small batch. Packing the
+// weight would cost more than the product.
+template <class T> bool fits_dots(const Kernels<T>& kernels, const Product<T>& p) {
+  return p.m <= dot_rows && p.k >= kernels.lanes && p.a.form == Form::plain && p.b.form == Form::plain &&
+         p.a.k_stride == 1 && p.b.k_stride == 1 && !p.row_sums && !p.split_k;
+}
+
+template <class T>
+void multiply_dots(const KernelTable& table, const Product<T>& p, Range n, const Scratch<T>& scratch) {
+  const Kernels<T>& kernels = kernels_of<T>(table);
+  table.mark();
+  Epilogue<T> e{};
+  e.tile = scratch.tile;
+  e.leading_dimension = p.leading_dimension;
+  e.scalars = p.activation.scalars;
+  e.first = e.last = true;
+  e.bias = p.bias.data ? scratch.bias : nullptr;
+  const auto epilogue = kernels.activations[p.activation.kind].epilogue;
+  for (int64_t j = n.begin; j < n.end; j += kernels.nr) {
+    e.columns = std::min(kernels.nr, n.end - j);
+    if (e.bias) load_bias(p.bias, {j, j + e.columns}, kernels.nr, scratch.bias);
+    for (int64_t i = 0; i < p.m; i += kernels.mr) {
+      e.rows = std::min(kernels.mr, p.m - i);
+      kernels.dot_tile(e.rows, e.columns, p.k, p.a.data + i * p.a.stride, p.a.stride, p.b.data + j * p.b.stride,
+                       p.b.stride, scratch.tile);
+      const int64_t at = i * p.leading_dimension + j;
+      e.output = p.output + at;
+      e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
+      epilogue(e);
+    }
+  }
 }
 
 // How many chunks K is cut into: by the shape alone, so that results do not depend on threads. Few
@@ -252,7 +297,9 @@ template <class T> void multiply(const KernelTable& table, const Product<T>& p, 
   const int64_t chunks = p.split_k ? chunks_of(p.m, p.n, p.k) : 1;
   // Reading and writing an element costs time even where K is short.
   threads = useful_threads(p.m * p.n * (p.k + 16), threads);
-  const Grid grid = grid_of(kernels, p.m, p.n, std::max<int64_t>(1, threads / chunks));
+  const bool dots = fits_dots(kernels, p);
+  const int64_t parts = std::max<int64_t>(1, threads / chunks);
+  const Grid grid = dots ? Grid{1, parts} : grid_of(kernels, p.m, p.n, parts);
   const int64_t tiles = grid.rows * grid.columns;
   const int64_t tasks = tiles * chunks;
   threads = int(std::min<int64_t>(threads, tasks));
@@ -274,6 +321,10 @@ template <class T> void multiply(const KernelTable& table, const Product<T>& p, 
     const int64_t tile = task % tiles;
     Carver carver(workspace.data() + scratch_bytes * size_t(slot));
     const Scratch<T> scratch(carver, kernels, p, m + kernels.mr, n + kernels.nr, longest_k);
+    if (dots) {
+      multiply_dots(table, p, part_of(p.n, kernels.nr, tile, grid.columns), scratch);
+      return;
+    }
     Target<T> target{p.output, p.leading_dimension, p.row_sums};
     if (chunks > 1) {
       target = {shares + chunk * result, p.n, p.row_sums ? sum_shares + chunk * p.m : nullptr};

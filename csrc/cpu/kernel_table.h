@@ -36,6 +36,10 @@ template <class T> struct ActivationKernels {
   void (*value)(int64_t n, const T* pre, T* out, Scalars);
 };
 
+// tile = the products of one panel of A and NR columns of B, whose rows lie b_step apart: NR where B
+// is packed, and B's own distance where packing would not pay.
+template <class T> using Microkernel = void (*)(int64_t k, const T* a, const T* b, int64_t b_step, T* tile);
+
 template <class T> struct Kernels {
   int64_t mr, nr;      // register tile
   int64_t mc, nc, kc;  // cache blocks: mc a multiple of mr, nc of nr
@@ -43,10 +47,20 @@ template <class T> struct Kernels {
   // panel[p * width + i] = source[i * stride + p * k_stride], zero for i >= count.
   void (*pack_a)(const T* source, int64_t stride, int64_t k_stride, int64_t count, int64_t k, T* panel);
   void (*pack_b)(const T* source, int64_t stride, int64_t k_stride, int64_t count, int64_t k, T* panel);
-  void (*microkernel)(int64_t k, const T* a, const T* b, T* tile);
+  // One for each number of rows and of vectors per row that hold anything; see microkernel().
+  const Microkernel<T>* microkernels;
+  // tile = the first `rows` rows of A times the first `columns` columns of B, without packing: both
+  // are gapless along k >= lanes. For few rows, rows <= MR.
+  void (*dot_tile)(int64_t rows, int64_t columns, int64_t k, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
+                   T* tile);
   // sums[i] += sum over p of panel[p * mr + i]; sums holds mr + lanes values.
   void (*panel_sums)(int64_t k, const T* panel, T* sums);
   const ActivationKernels<T>* activations;
+
+  Microkernel<T> microkernel(int64_t rows, int64_t columns) const {
+    const int64_t vectors = (columns + lanes - 1) / lanes;
+    return microkernels[(rows - 1) * (nr / lanes) + vectors - 1];
+  }
 };
 
 // Bits of CpuFeatures (dispatch.h) that a table needs.

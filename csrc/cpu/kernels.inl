@@ -48,26 +48,82 @@ template <class T> struct Leaf {
     }
   }
 
-  static void microkernel(int64_t k, const T* a, const T* b, T* tile) {
-    V sum[mr][vectors] = {};
+  // Rows and vectors of the register tile that a block's edge leaves empty are not computed.
+  template <int rows, int used> static void microkernel(int64_t k, const T* a, const T* b, int64_t b_step, T* tile) {
+    V sum[rows][used] = {};
     for (int64_t p = 0; p < k; p++) {
-      V row[vectors];
+      V row[used];
 #pragma GCC unroll 4
-      for (int j = 0; j < vectors; j++) row[j] = M::load(b + j * lanes);
+      for (int j = 0; j < used; j++) row[j] = M::load(b + j * lanes);
 #pragma GCC unroll 16
-      for (int i = 0; i < mr; i++) {
+      for (int i = 0; i < rows; i++) {
         const V x = M::broadcast(a[i]);
 #pragma GCC unroll 4
-        for (int j = 0; j < vectors; j++) sum[i][j] += x * row[j];
+        for (int j = 0; j < used; j++) sum[i][j] += x * row[j];
       }
       a += mr;
-      b += nr;
+      b += b_step;
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < mr; i++) {
+    for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 4
-      for (int j = 0; j < vectors; j++) M::store(tile + i * nr + j * lanes, sum[i][j]);
+      for (int j = 0; j < used; j++) M::store(tile + i * nr + j * lanes, sum[i][j]);
     }
+  }
+
+  template <class Sequence> struct Microkernels;
+  template <int... i> struct Microkernels<typename M::template Indices<i...>> {
+    static constexpr Microkernel<T> all[] = {&microkernel<i / vectors + 1, i % vectors + 1>...};
+  };
+
+  // Inner products along k, in vectors. A last, partial vector is taken from the last `lanes` elements,
+  // with those that were counted before masked out of A's.
+  template <int rows, int columns>
+  static void dot(int64_t k, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* tile) {
+    V sum[rows][columns] = {};
+    int64_t p = 0;
+    for (; p + lanes <= k; p += lanes) {
+      V x[rows];
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; i++) x[i] = M::load(a + i * a_stride + p);
+#pragma GCC unroll 4
+      for (int j = 0; j < columns; j++) {
+        const V y = M::load(b + j * b_stride + p);
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; i++) sum[i][j] += x[i] * y;
+      }
+    }
+    if (p < k) {
+      const int64_t last = k - lanes;
+      for (int j = 0; j < columns; j++) {
+        const V y = M::load_after(b + j * b_stride + last, p - last);
+        for (int i = 0; i < rows; i++) sum[i][j] += M::load_after(a + i * a_stride + last, p - last) * y;
+      }
+    }
+    for (int i = 0; i < rows; i++) {
+      for (int j = 0; j < columns; j++) tile[i * nr + j] = M::sum(sum[i][j]);
+    }
+  }
+
+  template <int rows>
+  static void dot_rows(int64_t columns, int64_t k, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
+                       T* tile) {
+    int64_t j = 0;
+    for (; j + 4 <= columns; j += 4) dot<rows, 4>(k, a, a_stride, b + j * b_stride, b_stride, tile + j);
+    for (; j < columns; j++) dot<rows, 1>(k, a, a_stride, b + j * b_stride, b_stride, tile + j);
+  }
+
+  static void dot_tile(int64_t rows, int64_t columns, int64_t k, const T* a, int64_t a_stride, const T* b,
+                       int64_t b_stride, T* tile) {
+    for (; rows >= 4; rows -= 4, a += 4 * a_stride, tile += 4 * nr) {
+      dot_rows<4>(columns, k, a, a_stride, b, b_stride, tile);
+    }
+    if (rows >= 2) {
+      dot_rows<2>(columns, k, a, a_stride, b, b_stride, tile);
+      a += 2 * a_stride;
+      tile += 2 * nr;
+    }
+    if (rows % 2) dot_rows<1>(columns, k, a, a_stride, b, b_stride, tile);
   }
 
   static void panel_sums(int64_t k, const T* panel, T* sums) {
@@ -140,17 +196,11 @@ template <class T> struct Leaf {
   };
 
   static constexpr Kernels<T> kernels() {
-    return {mr,
-            nr,
-            Size::mc,
-            Size::nc,
-            Size::kc,
-            lanes,
-            &pack<mr>,
-            &pack<nr>,
-            &microkernel,
-            &panel_sums,
-            Activation<Activations>::rows};
+    using Tiles = typename M::template Counting<mr * vectors>::Type;
+    return {mr,        nr,          Size::mc,
+            Size::nc,  Size::kc,    lanes,
+            &pack<mr>, &pack<nr>,   Microkernels<Tiles>::all,
+            &dot_tile, &panel_sums, Activation<Activations>::rows};
   }
 };
 

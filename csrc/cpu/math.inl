@@ -74,6 +74,13 @@ template <class T> struct Math {
 
   // x - 0 is x for every x, -0.0 included; x + 0 is not, and costs an addition.
   static V broadcast(T x) { return x - V{}; }
+  // Counting<n>::Type is Indices<0, ..., n - 1>.
+  template <int... l> struct Indices {};
+  template <int n, int... l> struct Counting : Counting<n - 1, n - 1, l...> {};
+  template <int... l> struct Counting<0, l...> {
+    using Type = Indices<l...>;
+  };
+
   static V fill(double x) { return broadcast(T(x)); }
   static V load(const T* p) {
     V v;
@@ -85,6 +92,12 @@ template <class T> struct Math {
     for (int64_t i = 0; i < n; i++) v[i] = p[i];
     return v;
   }
+  // All lanes from `from` on; zero before.
+  static V load_after(const T* p, int64_t from) {
+    V v = load(p);
+    for (int64_t i = 0; i < from; i++) v[i] = 0;
+    return v;
+  }
   static void store(T* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
   static void store_first(T* p, V v, int64_t n) {
     for (int64_t i = 0; i < n; i++) p[i] = v[i];
@@ -92,6 +105,8 @@ template <class T> struct Math {
 
   // rows[i][j] <-> rows[j][i]: at each distance, a power of two, halves of pairs of rows change places.
   static void transpose(V (&rows)[lanes]) { transpose_from<1>(rows, typename Counting<lanes>::Type{}); }
+
+  static T sum(V x) { return sum_of<lanes>(x); }
 
   static V abs(V x) { return V(I(x) & R::magnitude); }
 
@@ -144,12 +159,6 @@ template <class T> struct Math {
   }
 
  private:
-  template <int... l> struct Indices {};
-  template <int n, int... l> struct Counting : Counting<n - 1, n - 1, l...> {};
-  template <int... l> struct Counting<0, l...> {
-    using Type = Indices<l...>;
-  };
-
   template <int distance, int... l> static void transpose_from(V (&rows)[lanes], Indices<l...> all) {
     if constexpr (distance < lanes) {
 #pragma GCC unroll 16
@@ -160,6 +169,16 @@ template <class T> struct Math {
         rows[i + distance] = __builtin_shufflevector(a, b, (l & distance ? lanes + l : l + distance)...);
       }
       transpose_from<2 * distance>(rows, all);
+    }
+  }
+
+  // Halves added to halves.
+  template <int n> static T sum_of(V x) {
+    if constexpr (n == 1) {
+      return x[0];
+    } else {
+      for (int i = 0; i < n / 2; i++) x[i] += x[i + n / 2];
+      return sum_of<n / 2>(x);
     }
   }
 
