@@ -1,0 +1,1 @@
+"""What fastmlp's speed is measured on: `pytest benchmarks/`, or `python -m benchmarks.compare` for ratios."""
