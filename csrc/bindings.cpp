@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "autograd.h"
 #include "checks.h"
 #include "cpu/dispatch.h"
 #include "operators.h"
@@ -45,7 +46,17 @@ std::optional<std::string> obstacle_of(py::handle input, const py::tuple& parame
   return why ? std::optional<std::string>(why) : std::nullopt;
 }
 
-bool is_plain(py::handle input, const py::tuple& parameters) { return !obstacle(input.ptr(), parameters.ptr()); }
+// The direct route, or None if something stands in its way.
+std::optional<at::Tensor> try_run(const c10::intrusive_ptr<Stack>& stack, py::handle input,
+                                  const py::tuple& parameters) {
+  if (obstacle(input.ptr(), parameters.ptr())) return std::nullopt;
+  Tensors unpacked;
+  unpacked.reserve(parameters.size());
+  for (const py::handle parameter : parameters) unpacked.push_back(THPVariable_Unpack(parameter.ptr()));
+  const at::Tensor& unpacked_input = THPVariable_Unpack(input.ptr());
+  const py::gil_scoped_release release;
+  return run(stack, unpacked_input, unpacked);
+}
 
 // Below autograd, as inside a kernel that the dispatcher calls.
 template <auto function, class... Args> auto direct(const Args&... args) {
@@ -59,7 +70,7 @@ template <auto function, class... Args> auto direct(const Args&... args) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fastmlp;
-  py::class_<Stack>(m, "Stack")
+  py::class_<Stack, c10::intrusive_ptr<Stack>>(m, "Stack")
       .def(py::init<std::vector<bool>, std::vector<int64_t>, std::vector<double>>(), py::arg("has_bias"),
            py::arg("activations"), py::arg("scalars"));
   m.def("forward", &direct<&cpu::forward, Stack, at::Tensor, Tensors>);
@@ -71,7 +82,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("check_forward", [](const Stack& stack, const at::Tensor& input, const Tensors& parameters, bool same_dtype) {
     check_forward(stack, input, parameters, same_dtype);
   });
-  m.def("is_plain", &is_plain);
+  m.def("try_run", &try_run);
+  m.def("set_composed_backward", [](const py::function& function) { set_composed_backward(function.ptr()); });
   m.def("obstacle", &obstacle_of);
   m.def("activations", &activations);
   m.def("instruction_sets", &instruction_sets);

@@ -22,9 +22,7 @@ const char* mode_obstacle() {
   return nullptr;
 }
 
-const char* tensor_obstacle(PyObject* object) {
-  if (!THPVariable_CheckExact(object)) return "a tensor is of a subclass of torch.Tensor";
-  const at::Tensor& tensor = THPVariable_Unpack(object);
+const char* key_obstacle(const at::Tensor& tensor) {
   static const uint64_t usual =
       (c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView}) |
        c10::autocast_dispatch_keyset)
@@ -33,6 +31,11 @@ const char* tensor_obstacle(PyObject* object) {
   if ((tensor.key_set().raw_repr() & ~usual) != 0)
     return "a tensor is wrapped, sparse, conjugated or otherwise special";
   return nullptr;
+}
+
+const char* tensor_obstacle(PyObject* object) {
+  if (!THPVariable_CheckExact(object)) return "a tensor is of a subclass of torch.Tensor";
+  return key_obstacle(THPVariable_Unpack(object));
 }
 
 }  // namespace
@@ -48,5 +51,7 @@ const char* obstacle(PyObject* input, PyObject* parameters) {
   }
   return nullptr;
 }
+
+bool is_plain(const at::Tensor& tensor) { return !mode_obstacle() && !key_obstacle(tensor); }
 
 }  // namespace fastmlp

@@ -5,10 +5,15 @@
 
 #include <Python.h>
 
+#include <ATen/core/Tensor.h>
+
 namespace fastmlp {
 
 // Null if the input and every parameter are plain, else why they are not. `parameters` is a tuple or
 // list. Raises TypeError for what is not a tensor.
 const char* obstacle(PyObject* input, PyObject* parameters);
+
+// The same for one tensor inside backward, where modes and Python's types are out of sight.
+bool is_plain(const at::Tensor& tensor);
 
 }  // namespace fastmlp

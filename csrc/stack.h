@@ -1,9 +1,10 @@
 // What a list of layers is besides its tensors: which have a bias, and their activations. Parsed
-// once and kept by Python for direct calls, or from a schema's flat lists; read by checks.h and by
-// every device's register file.
+// once and kept by Python and by the autograd graph for direct calls, or from a schema's flat lists; read by checks.h
+// and by every device's register file.
 #pragma once
 
 #include <ATen/core/List.h>
+#include <ATen/core/ivalue.h>
 #include <c10/util/ArrayRef.h>
 
 #include <vector>
@@ -12,7 +13,7 @@
 
 namespace fastmlp {
 
-class Stack {
+class Stack : public torch::CustomClassHolder {
  public:
   // `scalars` holds two values a layer. Raises ValueError for lists that do not belong together or
   // an activation that does not exist.

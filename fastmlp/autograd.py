@@ -2,8 +2,8 @@
 
 Routes:
 
-direct: plain CPU tensors in eager mode go straight into the extension. Functions in the old style
-    (forward takes ctx), since `setup_context` costs four times as much per call.
+direct: plain CPU tensors in eager mode go straight into the extension, whose autograd node
+    (`csrc/autograd.cpp`) is a `torch::autograd::Function`: the same in Python costs 6 us more per call.
 captured: under Dynamo, a Function that calls nothing but registered operators.
 composite: `fastmlp.reference`, for whatever stands between a tensor and its data: functorch
     transforms, forward mode, batched gradients, subclasses, export, dtypes without kernels. It is
@@ -46,10 +46,10 @@ def run(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _captured(stack, input, parameters)
-    if forward_ad._current_level < 0 and _C.is_plain(input, parameters):
-        if torch.is_grad_enabled() and (input.requires_grad or any(p.requires_grad for p in parameters)):
-            return _Direct.apply(stack, input, *parameters)
-        return _C.infer(stack.native, input, parameters)
+    if forward_ad._current_level < 0:
+        output = _C.try_run(stack.native, input, parameters)
+        if output is not None:
+            return output
     return _composite(stack, input, parameters)
 
 
@@ -90,39 +90,25 @@ def _reference(stack: Stack, input: Tensor, parameters: Sequence[Tensor]) -> Ten
     return reference.mlp(input, weights, biases, [(a.name, a.parameters) for a in stack.activations])
 
 
-class _Direct(torch.autograd.Function):
-    """Forward and backward of plain tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, stack: Stack, input: Tensor, *parameters: Tensor) -> Tensor:
-        output, hidden = _C.forward(stack.native, input, parameters)
-        ctx.stack = stack
-        # The output itself is saved only where the derivative is taken from it.
-        saved = hidden if len(hidden) == stack.saved else (*hidden, output)
-        ctx.save_for_backward(input, *parameters, *saved)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        stack, tensors, needs = ctx.stack, ctx.saved_tensors, ctx.needs_input_grad[1:]
-        count = len(tensors) - stack.saved
-        input, parameters, saved = tensors[0], tensors[1:count], tensors[count:]
-        return None, *_backward(stack, needs, grad, input, parameters, saved)
-
-
-def _backward(
-    stack: Stack,
+def _composed_backward(
+    has_bias: Sequence[bool],
+    kinds: Sequence[int],
+    scalars: Sequence[float],
     needs: Sequence[bool],
     grad: Tensor,
     input: Tensor,
-    parameters: tuple[Tensor, ...],
-    saved: tuple[Tensor, ...],
+    parameters: Sequence[Tensor],
+    saved: Sequence[Tensor],
 ) -> Gradients:
-    if forward_ad._current_level >= 0 or not _C.is_plain(grad, tensors := (input, *parameters, *saved)):
-        return _vjp(stack, needs, grad, input, parameters)
-    if torch.is_grad_enabled():
+    """What the direct route's node calls under `create_graph`, or for a gradient that is not plain."""
+    stack = ops.stack_from(has_bias, kinds, scalars)
+    tensors = (input, *parameters, *saved)
+    if forward_ad._current_level < 0 and _C.obstacle(grad, tensors) is None:
         return _DirectBackward.apply(stack, tuple(needs), grad, *tensors)
-    return _C.backward(stack.native, grad, input, saved, parameters, needs)
+    return _vjp(stack, needs, grad, input, tuple(parameters))
+
+
+_C.set_composed_backward(_composed_backward)
 
 
 def _vjp(stack: Stack, needs: Sequence[bool], grad: Tensor, input: Tensor, parameters: tuple[Tensor, ...]) -> Gradients:

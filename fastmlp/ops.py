@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmlp._load import _C
-from fastmlp.activations import IDENTITY, Activation
+from fastmlp.activations import DEFAULTS, IDENTITY, Activation
 
 _ops = torch.ops.fastmlp
 
@@ -60,6 +60,16 @@ def stack_of(has_bias: tuple[bool, ...], activations: tuple[Activation, ...]) ->
 def _cached(has_bias: tuple[bool, ...], activations: tuple[Activation, ...]) -> Stack:
     described = _describe(has_bias, activations)
     return described._replace(native=_C.Stack(has_bias, described.kinds, described.scalars))
+
+
+def stack_from(has_bias: Sequence[bool], kinds: Sequence[int], scalars: Sequence[float]) -> Stack:
+    """The `Stack` that the lists of an operator's schema describe."""
+    names = list(DEFAULTS)
+    acts = []
+    for layer, kind in enumerate(kinds):
+        values = dict(zip(DEFAULTS[names[kind]], scalars[2 * layer : 2 * layer + 2], strict=False))
+        acts.append(Activation(names[kind], **values))
+    return stack_of(tuple(has_bias), tuple(acts))
 
 
 def _describe(has_bias: tuple[bool, ...], activations: tuple[Activation, ...]) -> Stack:

@@ -1,0 +1,98 @@
+// The node of autograd.h, as a torch::autograd::Function: an eighth of the cost per call of one that
+// is written in Python.
+#include "autograd.h"
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "operators.h"
+#include "route.h"
+
+namespace fastmlp {
+namespace {
+
+PyObject* composed_backward = nullptr;
+
+bool is_dual(const at::Tensor& tensor) { return tensor._fw_grad(0).defined(); }
+
+Tensors backward_in_python(const Stack& stack, const std::vector<bool>& needs, const at::Tensor& grad,
+                           const at::Tensor& input, const Tensors& parameters, const Tensors& saved) {
+  const py::gil_scoped_acquire acquire;
+  std::vector<bool> has_bias;
+  std::vector<int64_t> activations;
+  std::vector<double> scalars;
+  for (size_t l = 0; l < stack.layers(); l++) {
+    has_bias.push_back(stack.has_bias(l));
+    activations.push_back(stack.activation(l).kind);
+    scalars.push_back(stack.activation(l).scalars.a);
+    scalars.push_back(stack.activation(l).scalars.b);
+  }
+  const auto function = py::reinterpret_borrow<py::function>(composed_backward);
+  const py::object found = function(has_bias, activations, scalars, needs, grad, input, parameters, saved);
+  Tensors gradients;
+  for (const py::handle gradient : found) {
+    gradients.push_back(gradient.is_none() ? at::Tensor() : gradient.cast<at::Tensor>());
+  }
+  return gradients;
+}
+
+struct FusedNetwork : torch::autograd::Function<FusedNetwork> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& input,
+                            at::TensorList parameters, const c10::intrusive_ptr<Stack>& stack) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto [output, hidden] = cpu::forward(*stack, input, parameters);
+    Tensors saved{input};
+    saved.insert(saved.end(), parameters.begin(), parameters.end());
+    saved.insert(saved.end(), hidden.begin(), hidden.end());
+    // The output itself only where the derivative is taken from it.
+    if (hidden.size() < stack->saved()) saved.push_back(output);
+    context->save_for_backward(std::move(saved));
+    context->saved_data["stack"] = c10::IValue::make_capsule(stack);
+    return output;
+  }
+
+  static Tensors backward(torch::autograd::AutogradContext* context, const Tensors& grads) {
+    const auto capsule = context->saved_data["stack"].toCapsule();
+    const Stack& stack = static_cast<const Stack&>(*capsule);
+    const Tensors tensors = context->get_saved_variables();
+    const auto parameters_end = tensors.begin() + 1 + stack.parameters();
+    const Tensors parameters(tensors.begin() + 1, parameters_end);
+    const Tensors saved(parameters_end, tensors.end());
+    std::vector<bool> needs;
+    for (size_t i = 0; i <= stack.parameters(); i++) needs.push_back(context->needs_input_grad(i));
+
+    bool plain = !at::GradMode::is_enabled() && is_plain(grads[0]) && !is_dual(grads[0]);
+    for (const at::Tensor& tensor : tensors) plain = plain && is_plain(tensor) && !is_dual(tensor);
+    Tensors gradients;
+    if (plain) {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      gradients = cpu::backward(stack, grads[0], tensors[0], saved, parameters, needs);
+    } else {
+      gradients = backward_in_python(stack, needs, grads[0], tensors[0], parameters, saved);
+    }
+    gradients.emplace_back();  // for the stack
+    return gradients;
+  }
+};
+
+}  // namespace
+
+at::Tensor run(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, at::TensorList parameters) {
+  bool graph = false;
+  if (at::GradMode::is_enabled()) {
+    graph = input.requires_grad();
+    for (const at::Tensor& parameter : parameters) graph = graph || parameter.requires_grad();
+  }
+  if (graph) return FusedNetwork::apply(input, parameters, stack);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return cpu::infer(*stack, input, parameters);
+}
+
+void set_composed_backward(PyObject* function) {
+  Py_XINCREF(function);
+  Py_XDECREF(composed_backward);
+  composed_backward = function;
+}
+
+}  // namespace fastmlp

@@ -1,0 +1,22 @@
+// The autograd node of the direct route: fused forward, fused backward. Called by bindings.cpp for
+// plain tensors only; what a backward pass cannot do with plain tensors alone (higher order, batched
+// gradients) it leaves to a function of Python, which composes PyTorch's operations.
+#pragma once
+
+#include <Python.h>
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/intrusive_ptr.h>
+
+#include "stack.h"
+
+namespace fastmlp {
+
+// The network's output, with a graph if grad mode is on and an argument requires a gradient.
+at::Tensor run(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, at::TensorList parameters);
+
+// function(has_bias, activations, scalars, needs, grad, input, parameters, saved) -> gradients, None
+// where not needed. Held for the life of the process.
+void set_composed_backward(PyObject* function);
+
+}  // namespace fastmlp
