@@ -1,7 +1,7 @@
 """Activations by name, by PyTorch module class or by instance, as one immutable value."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -36,6 +36,7 @@ class Activation:
 
     name: str
     scalars: tuple[float, float]
+    _hash: int = field(compare=False)
 
     def __init__(self, name: str, **parameters: float) -> None:
         if name not in DEFAULTS:
@@ -51,6 +52,11 @@ class Activation:
         padded = (*values.values(), 0.0, 0.0)
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "scalars", padded[:2])
+        object.__setattr__(self, "_hash", hash((self.kind, self.scalars)))
+
+    def __hash__(self) -> int:
+        # Asked at every call of a layer, so computed once; from numbers, whose hashes survive pickling.
+        return self._hash
 
     @property
     def kind(self) -> int:

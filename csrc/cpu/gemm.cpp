@@ -18,9 +18,10 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
 // many rows of mc values stays in the L1 cache.
 constexpr int64_t staged_k = 16;
 
-// Up to so many rows of C, B is read in place rather than packed, where its layout allows it: as
-// inner products (both operands gapless along k), or by the micro-kernel (B gapless along n).
+// Up to so many rows or columns of C, operands are read in place rather than packed, where their layout
+// allows it: as inner products (both gapless along k), or by the micro-kernel (B gapless along n).
 constexpr int64_t dot_rows = 12;
+constexpr int64_t dot_columns = 4;
 constexpr int64_t unpacked_rows = 28;
 
 struct Range {
@@ -196,15 +197,15 @@ void multiply_part(const KernelTable& table, const Product<T>& p, Range m, Range
   } while (jc < n.end);
 }
 
-// Few rows of C with both operands gapless along K: a forward pass of a small batch. Packing the
-// weight would cost more than the product.
+// Few rows or columns of C, with both operands gapless along K: a forward pass of a small batch, or
+// of a layer with few outputs. Packing the larger operand would cost more than the product.
 template <class T> bool fits_dots(const Kernels<T>& kernels, const Product<T>& p) {
-  return p.m <= dot_rows && p.k >= kernels.lanes && p.a.form == Form::plain && p.b.form == Form::plain &&
-         p.a.k_stride == 1 && p.b.k_stride == 1 && !p.row_sums && !p.split_k;
+  return (p.m <= dot_rows || p.n <= dot_columns) && p.k >= kernels.lanes && p.a.form == Form::plain &&
+         p.b.form == Form::plain && p.a.k_stride == 1 && p.b.k_stride == 1 && !p.row_sums && !p.split_k;
 }
 
 template <class T>
-void multiply_dots(const KernelTable& table, const Product<T>& p, Range n, const Scratch<T>& scratch) {
+void multiply_dots(const KernelTable& table, const Product<T>& p, Range m, Range n, const Scratch<T>& scratch) {
   const Kernels<T>& kernels = kernels_of<T>(table);
   table.mark();
   Epilogue<T> e{};
@@ -217,8 +218,8 @@ void multiply_dots(const KernelTable& table, const Product<T>& p, Range n, const
   for (int64_t j = n.begin; j < n.end; j += kernels.nr) {
     e.columns = std::min(kernels.nr, n.end - j);
     if (e.bias) load_bias(p.bias, {j, j + e.columns}, kernels.nr, scratch.bias);
-    for (int64_t i = 0; i < p.m; i += kernels.mr) {
-      e.rows = std::min(kernels.mr, p.m - i);
+    for (int64_t i = m.begin; i < m.end; i += kernels.mr) {
+      e.rows = std::min(kernels.mr, m.end - i);
       kernels.dot_tile(e.rows, e.columns, p.k, p.a.data + i * p.a.stride, p.a.stride, p.b.data + j * p.b.stride,
                        p.b.stride, scratch.tile);
       const int64_t at = i * p.leading_dimension + j;
@@ -299,7 +300,7 @@ template <class T> void multiply(const KernelTable& table, const Product<T>& p, 
   threads = useful_threads(p.m * p.n * (p.k + 16), threads);
   const bool dots = fits_dots(kernels, p);
   const int64_t parts = std::max<int64_t>(1, threads / chunks);
-  const Grid grid = dots ? Grid{1, parts} : grid_of(kernels, p.m, p.n, parts);
+  const Grid grid = !dots ? grid_of(kernels, p.m, p.n, parts) : p.m <= dot_rows ? Grid{1, parts} : Grid{parts, 1};
   const int64_t tiles = grid.rows * grid.columns;
   const int64_t tasks = tiles * chunks;
   threads = int(std::min<int64_t>(threads, tasks));
@@ -321,8 +322,10 @@ template <class T> void multiply(const KernelTable& table, const Product<T>& p, 
     const int64_t tile = task % tiles;
     Carver carver(workspace.data() + scratch_bytes * size_t(slot));
     const Scratch<T> scratch(carver, kernels, p, m + kernels.mr, n + kernels.nr, longest_k);
+    const Range rows = part_of(p.m, kernels.mr, tile % grid.rows, grid.rows);
+    const Range columns = part_of(p.n, kernels.nr, tile / grid.rows, grid.columns);
     if (dots) {
-      multiply_dots(table, p, part_of(p.n, kernels.nr, tile, grid.columns), scratch);
+      multiply_dots(table, p, rows, columns, scratch);
       return;
     }
     Target<T> target{p.output, p.leading_dimension, p.row_sums};
@@ -330,8 +333,7 @@ template <class T> void multiply(const KernelTable& table, const Product<T>& p, 
       target = {shares + chunk * result, p.n, p.row_sums ? sum_shares + chunk * p.m : nullptr};
     }
     const Range k = chunks > 1 ? part_of(p.k, 1, chunk, chunks) : Range{0, p.k};
-    multiply_part(table, p, part_of(p.m, kernels.mr, tile % grid.rows, grid.rows),
-                  part_of(p.n, kernels.nr, tile / grid.rows, grid.columns), k, target, scratch);
+    multiply_part(table, p, rows, columns, k, target, scratch);
   });
   if (chunks > 1) {
     reduce_chunks(shares, chunks, result, p.output);

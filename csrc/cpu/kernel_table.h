@@ -49,8 +49,7 @@ template <class T> struct Kernels {
   void (*pack_b)(const T* source, int64_t stride, int64_t k_stride, int64_t count, int64_t k, T* panel);
   // One for each number of rows and of vectors per row that hold anything; see microkernel().
   const Microkernel<T>* microkernels;
-  // tile = the first `rows` rows of A times the first `columns` columns of B, without packing: both
-  // are gapless along k >= lanes. For few rows, rows <= MR.
+  // tile = rows of A times columns of B, without packing: both are gapless along k. At most MR x NR.
   void (*dot_tile)(int64_t rows, int64_t columns, int64_t k, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
                    T* tile);
   // sums[i] += sum over p of panel[p * mr + i]; sums holds mr + lanes values.

@@ -15,31 +15,34 @@ template <class T> struct Leaf {
   static constexpr int nr = vectors * lanes;
 
   // Rows of gapless k become columns of the panel, lanes x lanes elements at a time in registers.
-  template <int width, int from> static void pack_transposed(const T* source, int64_t stride, int64_t k, T* panel) {
+  template <int width, int from>
+  static void pack_transposed(const T* source, int64_t stride, int64_t count, int64_t k, T* panel) {
     constexpr int rows = width - from < lanes ? width - from : lanes;
-    int64_t p = 0;
-    for (; p + lanes <= k; p += lanes) {
+    for (int64_t p = 0; p < k; p += lanes) {
+      const int64_t left = k - p;
       V block[lanes] = {};
 #pragma GCC unroll 16
-      for (int i = 0; i < rows; i++) block[i] = M::load(source + (from + i) * stride + p);
+      for (int i = 0; i < rows; i++) {
+        if (from + i >= count) break;
+        const T* row = source + (from + i) * stride + p;
+        block[i] = load_up_to(row, left);
+      }
       M::transpose(block);
 #pragma GCC unroll 16
       for (int q = 0; q < lanes; q++) {
+        if (q >= left) break;
         __builtin_memcpy(panel + (p + q) * width + from, &block[q], rows * sizeof(T));
       }
     }
-    for (; p < k; p++) {
-      for (int i = 0; i < rows; i++) panel[p * width + from + i] = source[(from + i) * stride + p];
-    }
-    if constexpr (from + rows < width) pack_transposed<width, from + rows>(source, stride, k, panel);
+    if constexpr (from + rows < width) pack_transposed<width, from + rows>(source, stride, count, k, panel);
   }
 
   template <int width>
   static void pack(const T* source, int64_t stride, int64_t k_stride, int64_t count, int64_t k, T* panel) {
-    if (count == width && stride == 1) {
+    if (stride == 1 && count == width) {
       for (int64_t p = 0; p < k; p++) __builtin_memcpy(panel + p * width, source + p * k_stride, width * sizeof(T));
-    } else if (count == width && k_stride == 1) {
-      pack_transposed<width, 0>(source, stride, k, panel);
+    } else if (k_stride == 1 && k > 1) {
+      pack_transposed<width, 0>(source, stride, count, k, panel);
     } else {
       for (int64_t p = 0; p < k; p++) {
         for (int64_t i = 0; i < count; i++) panel[p * width + i] = source[i * stride + p * k_stride];
@@ -76,34 +79,29 @@ template <class T> struct Leaf {
     static constexpr Microkernel<T> all[] = {&microkernel<i / vectors + 1, i % vectors + 1>...};
   };
 
-  // Inner products along k, in vectors. A last, partial vector is taken from the last `lanes` elements,
-  // with those that were counted before masked out of A's.
+  // Inner products along k, in vectors.
   template <int rows, int columns>
   static void dot(int64_t k, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* tile) {
     V sum[rows][columns] = {};
-    int64_t p = 0;
-    for (; p + lanes <= k; p += lanes) {
+    for (int64_t p = 0; p < k; p += lanes) {
+      const int64_t left = k - p;
       V x[rows];
 #pragma GCC unroll 4
-      for (int i = 0; i < rows; i++) x[i] = M::load(a + i * a_stride + p);
+      for (int i = 0; i < rows; i++) x[i] = load_up_to(a + i * a_stride + p, left);
 #pragma GCC unroll 4
       for (int j = 0; j < columns; j++) {
-        const V y = M::load(b + j * b_stride + p);
+        const V y = load_up_to(b + j * b_stride + p, left);
 #pragma GCC unroll 4
         for (int i = 0; i < rows; i++) sum[i][j] += x[i] * y;
-      }
-    }
-    if (p < k) {
-      const int64_t last = k - lanes;
-      for (int j = 0; j < columns; j++) {
-        const V y = M::load_after(b + j * b_stride + last, p - last);
-        for (int i = 0; i < rows; i++) sum[i][j] += M::load_after(a + i * a_stride + last, p - last) * y;
       }
     }
     for (int i = 0; i < rows; i++) {
       for (int j = 0; j < columns; j++) tile[i * nr + j] = M::sum(sum[i][j]);
     }
   }
+
+  static V load_up_to(const T* p, int64_t n) { return n < lanes ? M::load_first(p, n) : M::load(p); }
+  static void store_up_to(T* p, V v, int64_t n) { n < lanes ? M::store_first(p, v, n) : M::store(p, v); }
 
   template <int rows>
   static void dot_rows(int64_t columns, int64_t k, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
@@ -143,34 +141,20 @@ template <class T> struct Leaf {
   template <class A> static void epilogue(const Epilogue<T>& arguments) {
     const Epilogue<T> e = arguments;  // stores through output cannot change a copy
     for (int64_t i = 0; i < e.rows; i++) {
-      const int64_t at = i * e.leading_dimension;
+      T* output = e.output + i * e.leading_dimension;
+      T* pre_activation = e.pre_activation ? e.pre_activation + i * e.leading_dimension : nullptr;
       for (int64_t j = 0; j < e.columns; j += lanes) {
-        V v = M::load(e.tile + i * nr + j);
         const int64_t left = e.columns - j;
-        T* output = e.output + at + j;
-        if (left >= lanes) {
-          if (!e.first) v += M::load(output);
-          if (e.last) v = finish<A>(e, v, j, lanes, at);
-          M::store(output, v);
-        } else {
-          if (!e.first) v += M::load_first(output, left);
-          if (e.last) v = finish<A>(e, v, j, left, at);
-          M::store_first(output, v, left);
+        V v = M::load(e.tile + i * nr + j);
+        if (!e.first) v += load_up_to(output + j, left);
+        if (e.last) {
+          if (e.bias) v += M::load(e.bias + j);
+          if (pre_activation) store_up_to(pre_activation + j, v, left);
+          v = A::template value<M>(v, e.scalars);
         }
+        store_up_to(output + j, v, left);
       }
     }
-  }
-
-  template <class A> static V finish(const Epilogue<T>& e, V v, int64_t j, int64_t left, int64_t at) {
-    if (e.bias) v += M::load(e.bias + j);
-    if (e.pre_activation) {
-      if (left == lanes) {
-        M::store(e.pre_activation + at + j, v);
-      } else {
-        M::store_first(e.pre_activation + at + j, v, left);
-      }
-    }
-    return A::template value<M>(v, e.scalars);
   }
 
   template <class A> static void gradient(int64_t n, const T* g, const T* saved, T* out, Scalars p) {

@@ -87,21 +87,10 @@ template <class T> struct Math {
     __builtin_memcpy(&v, p, sizeof v);
     return v;
   }
-  static V load_first(const T* p, int64_t n) {
-    V v = {};
-    for (int64_t i = 0; i < n; i++) v[i] = p[i];
-    return v;
-  }
-  // All lanes from `from` on; zero before.
-  static V load_after(const T* p, int64_t from) {
-    V v = load(p);
-    for (int64_t i = 0; i < from; i++) v[i] = 0;
-    return v;
-  }
+  // The first n lanes, n < lanes; zero after. Memory of the others is not touched.
+  static V load_first(const T* p, int64_t n) { return V(Isa::load_first(p, n)); }
   static void store(T* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
-  static void store_first(T* p, V v, int64_t n) {
-    for (int64_t i = 0; i < n; i++) p[i] = v[i];
-  }
+  static void store_first(T* p, V v, int64_t n) { Isa::store_first(p, v, n); }
 
   // rows[i][j] <-> rows[j][i]: at each distance, a power of two, halves of pairs of rows change places.
   static void transpose(V (&rows)[lanes]) { transpose_from<1>(rows, typename Counting<lanes>::Type{}); }

@@ -13,6 +13,11 @@ struct Isa {
   static constexpr const char* description = "AVX-512 F, DQ, BW, VL";
   static constexpr unsigned needs = feature_avx2_fma | feature_avx512;
   static constexpr int vector_bytes = 64;
+
+  static __m512 load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+  static __m512d load_first(const double* p, int64_t n) { return _mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p); }
+  static void store_first(float* p, __m512 v, int64_t n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v); }
+  static void store_first(double* p, __m512d v, int64_t n) { _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), v); }
 };
 
 template <class T> struct Blocks {

@@ -15,6 +15,18 @@ struct Isa {
 #endif
   static constexpr unsigned needs = 0;
   static constexpr int vector_bytes = 16;
+
+  template <class T> struct Vector {
+    typedef T V __attribute__((vector_size(vector_bytes)));
+  };
+  template <class T> static typename Vector<T>::V load_first(const T* p, int64_t n) {
+    typename Vector<T>::V v = {};
+    for (int64_t i = 0; i < n; i++) v[i] = p[i];
+    return v;
+  }
+  template <class T> static void store_first(T* p, typename Vector<T>::V v, int64_t n) {
+    for (int64_t i = 0; i < n; i++) p[i] = v[i];
+  }
 };
 
 template <class T> struct Blocks {

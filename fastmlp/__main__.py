@@ -1,0 +1,86 @@
+"""The command line: `python -m fastmlp info` and `python -m fastmlp demo`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import fastmlp
+
+#: What the demo needs besides the library: the module that is imported, and the package's name.
+EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: those of the command line if None.
+
+    Returns:
+        The exit status: 0, 1 if the demo failed, 2 for a wrong usage.
+    """
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.command == "info":
+        fastmlp.show_config()
+        return 0
+    if options.command == "demo":
+        return run_demo(options.output, options.epochs, options.seed, options.threads)
+    parser.print_help()
+    return 2
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(prog="python -m fastmlp", description=fastmlp.__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("info", help="print versions, the build, instruction sets and threads")
+    demo = commands.add_parser("demo", help="train on real data beside PyTorch and compare")
+    demo.add_argument(
+        "--output", type=Path, default=Path("out"), metavar="DIR", help="folder for demo.png (default: out)"
+    )
+    demo.add_argument("--epochs", type=whole(1), metavar="N", help="of each training (default: enough for 97 %%)")
+    demo.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of parameters and batches (default: 0)")
+    # Networks of this size gain nothing from more threads, and lose where others use the processor too.
+    threads = whole(1, os.cpu_count() or 1)
+    demo.add_argument("--threads", type=threads, default=1, metavar="N", help="for both contenders (default: 1)")
+    return parser
+
+
+def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """What reads an option's value, a whole number within limits."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, got {text!r}")
+        return int(text)
+
+    return read
+
+
+def run_demo(output: Path, epochs: int | None, seed: int, threads: int) -> int:
+    """Runs the demo if its packages are there, and tells in one line what went wrong."""
+    try:
+        # Only now, so that the rest of the library does without these packages.
+        from fastmlp import demo
+    except ModuleNotFoundError as error:
+        package = EXTRAS.get((error.name or "").partition(".")[0])
+        if package is None:
+            raise
+        print(f"The demo needs {package}, which is missing: pip install 'fastmlp[demo]'", file=sys.stderr)
+        return 1
+    torch.set_num_threads(threads)
+    try:
+        demo.main(output, demo.EPOCHS if epochs is None else epochs, seed)
+    except (demo.DemoFailure, OSError) as failure:
+        print(f"The demo failed: {failure}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

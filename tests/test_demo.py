@@ -1,0 +1,216 @@
+"""The demo, whose assertions must hold and must be able to fail, the command line, the tutorial."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastmlp
+from fastmlp import _C, __main__
+
+if TYPE_CHECKING:
+    from fastmlp.demo import Race, Result, Task
+
+ROOT = Path(fastmlp.__file__).parents[1]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def python(*arguments: str, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Runs a new interpreter that finds the library that is tested."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=600
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def demo() -> Iterator[Any]:
+    for package in __main__.EXTRAS:
+        pytest.importorskip(package)
+    from fastmlp import demo
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the command line does: the networks are small
+    yield demo
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tasks(demo: Any) -> "list[Task]":
+    return [*demo.regression_tasks(), *demo.digits_tasks()]
+
+
+@pytest.mark.usefixtures("demo")
+def test_demo(tmp_path: Path) -> None:
+    done = python("-W", "error", "-m", "fastmlp", "demo", "--output", "made/here", cwd=tmp_path)
+    assert (tmp_path / "made/here/demo.png").read_bytes().startswith(PNG)
+    assert done.stderr == ""
+    for text in ("fc1.weight  (50, 10)", "diabetes, SGD", "diabetes, Adam", "digits, ReLU", "digits, Tanh", "1 thread"):
+        assert text in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("Proved: in 3020 float64 steps fastmlp equals PyTorch")
+    assert "\x1b" not in done.stdout
+    assert "…" not in done.stdout, "the table is too wide for 80 columns"
+
+
+class Skewed(torch.autograd.Function):
+    """The identity, with a gradient that is wrong in the tenth digit."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * (1 + 1e-10)
+
+
+def wrong_output(x: Tensor) -> Tensor:
+    return x * (1 + 1e-10)
+
+
+def not_a_number(x: Tensor) -> Tensor:
+    return x * torch.nan
+
+
+def after(make: Callable[[], nn.Module], change: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
+    """Makes the same network with changed outputs, in a module that keeps the names of the parameters."""
+
+    def made() -> nn.Module:
+        model = make()
+        model.register_forward_hook(lambda module, args, output: change(output))
+        return model
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("change", "what"), [(wrong_output, "loss"), (Skewed.apply, "gradient of layer 1"), (not_a_number, "loss")]
+)
+@pytest.mark.parametrize("index", range(5))
+def test_a_wrong_contender_is_found_out(
+    demo: Any, tasks: "list[Task]", index: int, change: Callable[[Tensor], Tensor], what: str
+) -> None:
+    task = tasks[index]
+    right = demo.compare(task, torch.float64, 1, 0, lambda: None)
+    assert 0 < right.share <= 1
+    wrong = replace(task, fast=after(task.fast, change))
+    with pytest.raises(demo.DemoFailure, match=rf"^{task.name}, step 1: {what} differs from PyTorch's by .* at most"):
+        demo.compare(wrong, torch.float64, 1, 0, lambda: None)
+
+
+def test_a_wrong_start_is_found_out(demo: Any, tasks: "list[Task]") -> None:
+    def other_seed() -> nn.Module:
+        torch.manual_seed(123)
+        return tasks[0].fast()
+
+    wrong = replace(tasks[0], fast=other_seed)
+    with pytest.raises(demo.DemoFailure, match=r"diabetes, SGD: fc1.weight differs before training"):
+        demo.race(wrong, 1, 0, lambda: None)
+
+
+def test_float32_differences_are_shown_and_not_asserted(demo: Any, tasks: "list[Task]") -> None:
+    found = demo.compare(tasks[2], torch.float32, 1, 0, lambda: None)
+    assert found.steps == 43
+    assert 0 < found.loss < 1e-5
+    assert found.share == 0
+
+
+def test_a_network_that_did_not_learn_is_found_out(demo: Any, tasks: "list[Task]") -> None:
+    race: Race = demo.race(tasks[4], 1, 0, lambda: None)
+    result: Result = demo.Result(tasks[4], demo.Agreement(), demo.Agreement(), race)
+    with pytest.raises(demo.DemoFailure, match=r"digits, Sigmoid: PyTorch reads \d+\.\d% of the held-out digits"):
+        demo.assert_accuracy([result])
+
+
+def test_bounds_hold_on_every_instruction_set(demo: Any, tasks: "list[Task]", isa: str) -> None:
+    for task in tasks:
+        demo.compare(task, torch.float64, 1, 1, lambda: None)
+
+
+@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("make", ["native", "fast"])
+def test_bounds_hold_against_true_errors(
+    demo: Any, tasks: "list[Task]", index: int, make: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the unit roundoff of float32, whose errors float64 can see."""
+    task = tasks[index]
+    single = demo.Contender(task, getattr(task, make), torch.float32, 1, 0)
+    double = demo.Contender(task, task.native, torch.float64, 1, 0)
+    # Rounded to float32 first, so that both see the same batch; the parameters were made in float32.
+    x, y = demo.cast(next(demo.shuffled(task, torch.float32, 1, 0))[0], torch.float64)
+    monkeypatch.setattr(demo, "gamma", lambda n: n * 2.0**-24 / (1 - n * 2.0**-24))
+    bounds = demo.rounding_bounds(task, demo.join([p.detach() for p in double.model.parameters()]), x, y)
+    rounded = single.loss_and_gradients(*demo.cast((x, y), torch.float32))
+    errors = [(a - b).abs() for a, b in zip(double.loss_and_gradients(x, y), rounded, strict=True)]
+    share = demo.assert_within(errors, bounds, task.name)
+    # assert_within allows twice the bound, for two contenders; here one of them is as good as exact.
+    assert 1e-4 < share <= 0.5
+
+
+def test_info(tmp_path: Path) -> None:
+    # Without the extras, which the library must not import by itself.
+    done = python("-c", blocking(*__main__.EXTRAS, then="main(['info'])"), cwd=tmp_path)
+    assert f"isa {_C.get_isa()}" in done.stdout
+    assert python("-m", "fastmlp", "info", cwd=tmp_path).stdout.startswith("fastmlp ")
+
+
+def blocking(*packages: str, then: str) -> str:
+    """Code for an interpreter in which the packages cannot be imported."""
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({packages!r}))"
+    return f"{blocked}; from fastmlp.__main__ import main; sys.exit({then})"
+
+
+@pytest.mark.parametrize("package", __main__.EXTRAS)
+@pytest.mark.usefixtures("demo")
+def test_missing_extra(package: str, tmp_path: Path) -> None:
+    done = python("-c", blocking(package, then="main(['demo'])"), cwd=tmp_path, status=1)
+    name = __main__.EXTRAS[package]
+    assert done.stderr == f"The demo needs {name}, which is missing: pip install 'fastmlp[demo]'\n"
+    assert done.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_command_is_a_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main([]) == 2
+    printed = capsys.readouterr().out
+    assert "info" in printed
+    assert "demo" in printed
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--epochs 0", "--epochs -1", "--epochs x", "--seed -1", f"--seed {2**63}", "--threads 0", "--threads 99999"],
+)
+def test_wrong_options(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main(["demo", *options.split()])
+    assert stopped.value.code == 2
+    assert f"argument {options.split()[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("demo")
+def test_failures_of_the_demo_are_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = python("-m", "fastmlp", "demo", "--output", "file", cwd=tmp_path, status=1)
+    assert done.stderr.startswith("The demo failed: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_tutorial(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "tutorial.py"
+    if not script.exists():
+        pytest.skip("the examples are not beside an installed library")
+    done = python("-W", "error", str(script), cwd=tmp_path)
+    losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if "held-out loss" in line]
+    untrained, *sgd_and_adam = losses
+    assert len(sgd_and_adam) == 6
+    assert max(sgd_and_adam[2], sgd_and_adam[5]) < untrained / 4
