@@ -31,7 +31,13 @@ template <class T> struct Leaf {
 #pragma GCC unroll 16
       for (int q = 0; q < lanes; q++) {
         if (q >= left) break;
-        __builtin_memcpy(panel + (p + q) * width + from, &block[q], rows * sizeof(T));
+        T* group = panel + (p + q) * width + from;
+        // Where one vector holds the whole group of k, what it writes too much is overwritten by the next.
+        if (rows == lanes || (rows == width && p + q + 1 < k)) {
+          M::store(group, block[q]);
+        } else {
+          M::store_first(group, block[q], rows);
+        }
       }
     }
     if constexpr (from + rows < width) pack_transposed<width, from + rows>(source, stride, count, k, panel);
