@@ -6,6 +6,7 @@
 
 #include <omp.h>
 
+#include "../activation_info.h"
 #include "workspace.h"
 
 namespace fastmlp::cpu {
@@ -163,6 +164,8 @@ void multiply_part(const KernelTable& table, const Product<T>& p, Range m, Range
       const Range depth{pc, std::min(k.end, pc + kc)};
       e.first = pc == k.begin;
       e.last = depth.end == k.end;
+      // Nothing follows the products: most weight and input gradients.
+      const bool bare = e.first && e.last && p.activation.kind == identity_kind && !p.bias.data && !p.pre_activation;
       // Full panels of B are read where they are if its rows are gapless and few rows of C use them.
       const bool in_place = p.b.form == Form::plain && p.b.stride == 1 && m.size() <= unpacked_rows;
       const int64_t in_place_end = in_place ? columns.begin + columns.size() / kernels.nr * kernels.nr : columns.begin;
@@ -182,10 +185,15 @@ void multiply_part(const KernelTable& table, const Product<T>& p, Range m, Range
           const int64_t b_step = packed ? kernels.nr : p.b.k_stride;
           for (int64_t i = rows.begin; i < rows.end; i += kernels.mr) {
             e.rows = std::min(kernels.mr, rows.end - i);
-            kernels.microkernel(e.rows, e.columns)(depth.size(), scratch.a + (i - rows.begin) * depth.size(), b_panel,
-                                                   b_step, scratch.tile);
+            const T* a_panel = scratch.a + (i - rows.begin) * depth.size();
+            const Microkernel<T> microkernel = kernels.microkernel(e.rows, e.columns);
             const int64_t at = i * target.leading_dimension + j;
             e.output = target.output + at;
+            if (bare && e.columns % kernels.lanes == 0) {
+              microkernel(depth.size(), a_panel, b_panel, b_step, e.output, target.leading_dimension);
+              continue;
+            }
+            microkernel(depth.size(), a_panel, b_panel, b_step, scratch.tile, kernels.nr);
             e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
             epilogue(e);
           }

@@ -37,8 +37,10 @@ template <class T> struct ActivationKernels {
 };
 
 // tile = the products of one panel of A and NR columns of B, whose rows lie b_step apart: NR where B
-// is packed, and B's own distance where packing would not pay.
-template <class T> using Microkernel = void (*)(int64_t k, const T* a, const T* b, int64_t b_step, T* tile);
+// is packed, and B's own distance where packing would not pay. Rows of the tile lie tile_step apart: it
+// may be a part of the result itself, where nothing follows the products.
+template <class T>
+using Microkernel = void (*)(int64_t k, const T* a, const T* b, int64_t b_step, T* tile, int64_t tile_step);
 
 template <class T> struct Kernels {
   int64_t mr, nr;      // register tile

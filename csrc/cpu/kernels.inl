@@ -58,7 +58,8 @@ template <class T> struct Leaf {
   }
 
   // Rows and vectors of the register tile that a block's edge leaves empty are not computed.
-  template <int rows, int used> static void microkernel(int64_t k, const T* a, const T* b, int64_t b_step, T* tile) {
+  template <int rows, int used>
+  static void microkernel(int64_t k, const T* a, const T* b, int64_t b_step, T* tile, int64_t tile_step) {
     V sum[rows][used] = {};
     for (int64_t p = 0; p < k; p++) {
       V row[used];
@@ -76,7 +77,7 @@ template <class T> struct Leaf {
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 4
-      for (int j = 0; j < used; j++) M::store(tile + i * nr + j * lanes, sum[i][j]);
+      for (int j = 0; j < used; j++) M::store(tile + i * tile_step + j * lanes, sum[i][j]);
     }
   }
 
