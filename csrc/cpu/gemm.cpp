@@ -293,19 +293,19 @@ template <class T> void reduce_chunks(const T* shares, int64_t chunks, int64_t n
 
 }  // namespace
 
-int useful_threads(int64_t multiply_adds, int threads) {
+int useful_threads(double multiply_adds, int threads) {
   // About 80 us of one core: waking a thread costs microseconds on an idle machine, but a time slice
   // where another process holds the core.
-  constexpr int64_t worth_a_thread = 1 << 22;
+  constexpr double worth_a_thread = 1 << 22;
   if (threads <= 1 || omp_in_parallel()) return 1;
-  return int(std::clamp<int64_t>(multiply_adds / worth_a_thread, 1, threads));
+  return int(std::clamp(multiply_adds / worth_a_thread, 1.0, double(threads)));
 }
 
 template <class T> void multiply(const KernelTable& table, const Product<T>& p, int threads) {
   const Kernels<T>& kernels = kernels_of<T>(table);
   const int64_t chunks = p.split_k ? chunks_of(p.m, p.n, p.k) : 1;
   // Reading and writing an element costs time even where K is short.
-  threads = useful_threads(p.m * p.n * (p.k + 16), threads);
+  threads = useful_threads(double(p.m) * double(p.n) * double(p.k + 16), threads);
   const bool dots = fits_dots(kernels, p);
   const int64_t parts = std::max<int64_t>(1, threads / chunks);
   const Grid grid = !dots ? grid_of(kernels, p.m, p.n, parts) : p.m <= dot_rows ? Grid{1, parts} : Grid{parts, 1};

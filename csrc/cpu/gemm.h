@@ -43,6 +43,6 @@ template <class T> struct Product {
 template <class T> void multiply(const KernelTable& table, const Product<T>& product, int threads);
 
 // How many of `threads` are worth waking for that many multiply-adds.
-int useful_threads(int64_t multiply_adds, int threads);
+int useful_threads(double multiply_adds, int threads);
 
 }  // namespace fastmlp::cpu
