@@ -1,5 +1,5 @@
 // The activations, each once: value, derivative, name and parameters. Included by every ISA file
-// inside its target region (M is then that ISA's vector arithmetic), by activation.cpp for the
+// inside its target region (M is then that ISA's vector arithmetic), by activation_info.cpp for the
 // names, and by device code, where M works on scalars. M::V is the operand type; comparisons give
 // masks for `?:`. Must not include a standard header, nor hold a function that is emitted without
 // M as a template argument: two instruction sets would share its symbol.
@@ -57,7 +57,7 @@ struct Elu {
   static constexpr ParameterInfo parameters[2] = {{"alpha", 1.0}};
   static constexpr bool keeps_output(Scalars p) { return p.a > 0; }
   template <class M> static typename M::V value(typename M::V z, Scalars p) {
-    return z <= M::fill(0) ? M::fill(p.a) * M::expm1_of_negative(z) : z;
+    return z < M::fill(0) ? M::fill(p.a) * M::expm1_of_negative(z) : z;
   }
   template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
     const auto slope = keeps_output(p) ? s + M::fill(p.a) : M::fill(p.a) * M::exp(s);
@@ -73,7 +73,7 @@ struct Selu {
   static constexpr double alpha = 1.6732632423543772848170429916717;
   static constexpr double scale = 1.0507009873554804934193349852946;
   template <class M> static typename M::V value(typename M::V z, Scalars) {
-    return z <= M::fill(0) ? M::fill(alpha * scale) * M::expm1_of_negative(z) : M::fill(scale) * z;
+    return z < M::fill(0) ? M::fill(alpha * scale) * M::expm1_of_negative(z) : M::fill(scale) * z;
   }
   template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     return g * (s > M::fill(0) ? M::fill(scale) : s + M::fill(alpha * scale));

@@ -70,6 +70,7 @@ template <auto function, class... Args> auto direct(const Args&... args) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fastmlp;
+  prepare_routes();
   py::class_<Stack, c10::intrusive_ptr<Stack>>(m, "Stack")
       .def(py::init<std::vector<bool>, std::vector<int64_t>, std::vector<double>>(), py::arg("has_bias"),
            py::arg("activations"), py::arg("scalars"));

@@ -4,19 +4,33 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "operators.h"
 
 namespace fastmlp {
 namespace {
 
+PyObject* device_context = nullptr;
+
+// torch.set_default_device and `with torch.device(...)` are modes too, but change factories only.
+// Asked in backward too, without the GIL.
+bool only_default_devices() {
+  for (int64_t i = 0; i < at::impl::PythonTorchFunctionTLS::stack_len(); i++) {
+    PyObject* mode = at::impl::PythonTorchFunctionTLS::get_stack_at(i)->ptr(getPyInterpreter());
+    if (reinterpret_cast<PyObject*>(Py_TYPE(mode)) != device_context) return false;
+  }
+  return true;
+}
+
 // Raw representations are compared, since operator- of key sets keeps backend bits.
 const char* mode_obstacle() {
   const auto keys = c10::impl::tls_local_dispatch_key_set();
   static const uint64_t usual =
       (c10::default_included_set | c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView)).raw_repr();
-  if (at::impl::torch_function_mode_enabled()) return "a torch function mode is active";
+  if (at::impl::torch_function_mode_enabled() && !only_default_devices()) return "a torch function mode is active";
   if (!keys.excluded_.has(c10::DispatchKey::AutocastCPU)) return "autocast is active";
   if ((keys.included_.raw_repr() & ~usual) != 0) return "a functorch transform, dispatch mode or tracer is active";
   return nullptr;
@@ -39,6 +53,10 @@ const char* tensor_obstacle(PyObject* object) {
 }
 
 }  // namespace
+
+void prepare_routes() {
+  device_context = py::object(py::module_::import("torch.utils._device").attr("DeviceContext")).release().ptr();
+}
 
 const char* obstacle(PyObject* input, PyObject* parameters) {
   if (const char* why = mode_obstacle()) return why;

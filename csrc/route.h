@@ -9,6 +9,9 @@
 
 namespace fastmlp {
 
+// Once, when the module is loaded.
+void prepare_routes();
+
 // Null if the input and every parameter are plain, else why they are not. `parameters` is a tuple or
 // list. Raises TypeError for what is not a tensor.
 const char* obstacle(PyObject* input, PyObject* parameters);

@@ -24,7 +24,10 @@ def check_build(info: Path, torch_version: str) -> None:
         ImportError: if there is no build, or it was made with another torch.
     """
     if not info.exists():
-        raise ImportError(f"fastmlp is not built: {info} is missing. In its source tree run: {REBUILD}")
+        raise ImportError(
+            f"fastmlp is not built: {info} is missing. If it is installed, start Python outside of its source "
+            f"tree; if not, run there: {REBUILD}"
+        )
     built_with = json.loads(info.read_text(encoding="utf-8"))["torch"]
     if built_with != torch_version:
         raise ImportError(

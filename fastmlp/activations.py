@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -46,7 +47,7 @@ class Activation:
             if key not in values:
                 expected = ", ".join(values) or "no parameters"
                 raise TypeError(f"activation {name!r} takes {expected}, got {key!r}")
-            if not isinstance(value, (int, float)):
+            if not isinstance(value, Real):
                 raise TypeError(f"{key} of activation {name!r} must be a number, got {type(value).__name__}")
             values[key] = float(value)
         padded = (*values.values(), 0.0, 0.0)

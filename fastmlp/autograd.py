@@ -77,11 +77,19 @@ def _captured(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Te
 
 
 def _composite(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
-    for name, tensor in zip(("input", *stack.names()), (input, *parameters), strict=True):
+    tensors = (input, *parameters)
+    strangers = False
+    for name, tensor in zip(("input", *stack.names()), tensors, strict=True):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"fastmlp: {name} must be a torch.Tensor, got {type(tensor).__name__}")
-    autocast = torch.is_autocast_enabled(input.device.type) if input.device.type != "meta" else False
-    _C.check_forward(stack.native, input, parameters, not autocast)
+            # Such as the proxies of torch.fx, which record PyTorch's functions.
+            if not hasattr(tensor, "__torch_function__"):
+                raise TypeError(f"fastmlp: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+            strangers = True
+    # Sparse, nested and integer tensors are for torch to accept or refuse.
+    if not strangers and all(t.layout == torch.strided and not t.is_nested for t in tensors):
+        autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
+        if input.is_floating_point() or input.is_complex():
+            _C.check_forward(stack.native, input, parameters, not autocast)
     return _reference(stack, input, parameters)
 
 

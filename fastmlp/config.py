@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmlp import activations
 from fastmlp._load import _C, read_build
 from fastmlp.autograd import why_not_direct
+from fastmlp.modules import MLP, Linear, fused
+from fastmlp.ops import Stack, stack_of
 
 __all__ = ["Route", "explain", "get_isa", "set_isa", "show_config"]
 
@@ -47,13 +49,13 @@ def set_isa(name: str) -> None:
 
 
 class Route(NamedTuple):
-    """How a call would run: "direct" or "composite", and why ("" for direct)."""
+    """How a call would run, and why; see `explain`."""
 
     name: str
     reason: str
 
 
-def explain(target: nn.Module | Tensor, input: Tensor | None = None) -> Route:
+def explain(target: Linear | MLP | Tensor, input: Tensor | None = None) -> Route:
     """Says which route a call would take now, and why.
 
     Plain tensors on the CPU go directly to the fused kernels. Under transforms of `torch.func`,
@@ -62,14 +64,16 @@ def explain(target: nn.Module | Tensor, input: Tensor | None = None) -> Route:
     run as registered operators, which this function, called outside, cannot see.
 
     Args:
-        target: a module whose parameters take part, or the input itself.
+        target: the layer or network that is called, or the input itself.
         input: the input, if `target` is a module.
 
     Returns:
-        The route's name and the reason for it.
+        The route's name, "direct", "composite" or "children" (an `MLP` that runs its children one by
+        one), and the reason for it, which is empty for "direct".
 
     Raises:
-        TypeError: if there is no input tensor.
+        TypeError: if there is no input tensor, or `target` is another module.
+        RuntimeError: as the call would, for shapes, dtypes or devices that do not belong together.
 
     Example:
         >>> explain(torch.zeros(3, 10))
@@ -80,8 +84,19 @@ def explain(target: nn.Module | Tensor, input: Tensor | None = None) -> Route:
     tensor = target if isinstance(target, Tensor) else input
     if not isinstance(tensor, Tensor):
         raise TypeError(f"input must be a torch.Tensor, got {type(tensor).__name__}")
-    parameters = tuple(target.parameters()) if isinstance(target, nn.Module) else ()
-    reason = why_not_direct(tensor, parameters)
+    whole: tuple[Stack, tuple[Tensor, ...]] | None = None
+    if isinstance(target, MLP):
+        whole = fused(target._modules)
+        if whole is None:
+            return Route("children", "a child has hooks, is parametrized or is of another kind")
+    elif isinstance(target, Linear):
+        bias = () if target.bias is None else (target.bias,)
+        whole = stack_of((bool(bias),), (target.activation,)), (target.weight, *bias)
+    elif not isinstance(target, Tensor):
+        raise TypeError(f"target must be a fastmlp.Linear, a fastmlp.MLP or a tensor, got {type(target).__name__}")
+    reason = why_not_direct(tensor, whole[1] if whole else ())
+    if reason is None and whole:
+        _C.check_forward(whole[0].native, tensor, whole[1], True)
     return Route("direct", "") if reason is None else Route("composite", reason)
 
 

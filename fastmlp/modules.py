@@ -1,7 +1,9 @@
 """Layers that stand in for those of `torch.nn`."""
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.modules.module as nn_module
@@ -62,7 +64,12 @@ class Linear(nn.Linear):
     ) -> None:
         act = resolve(activation)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.activation = act
+        self.activation: Activation = act
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Whatever form an activation is given in, now or later, it is kept as an Activation.
+        kept: Any = resolve(value) if name == "activation" else value
+        super().__setattr__(name, kept)
 
     def forward(self, input: Tensor) -> Tensor:
         """Act(input weight^T + bias)."""
@@ -95,7 +102,7 @@ class MLP(nn.Sequential):
 
     Raises:
         ValueError: for an activation without a fused form.
-        TypeError: for an activation of the wrong type.
+        TypeError: for an activation of the wrong type, or hidden_features that is no sequence.
 
     Shape:
         input (*, in_features), output (*, out_features).
@@ -120,6 +127,8 @@ class MLP(nn.Sequential):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if isinstance(hidden_features, (int, str)):
+            raise TypeError(f"hidden_features must be a sequence of sizes, got {hidden_features!r}")
         inner, last = resolve(activation), resolve(output_activation)
         widths = [in_features, *hidden_features, out_features]
         children: list[nn.Module] = []
@@ -132,20 +141,20 @@ class MLP(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """The network's output for (*, in_features)."""
-        fused = _fused(self._modules)
-        if fused is None:
+        whole = fused(self._modules)
+        if whole is None:
             return super().forward(input)
-        stack, parameters = fused
+        stack, parameters = whole
         return run(stack, input, parameters)
 
     def __getitem__(self, index: slice | int) -> nn.Module:
         """A child, or a `torch.nn.Sequential` of several."""
         if isinstance(index, slice):
-            return nn.Sequential(*list(self._modules.values())[index])
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
 
 
-def _fused(children: Mapping[str, nn.Module | None]) -> tuple[Stack, tuple[Tensor, ...]] | None:
+def fused(children: Mapping[str, nn.Module | None]) -> tuple[Stack, tuple[Tensor, ...]] | None:
     """The children as one stack, read afresh at each call; None if one of them must be seen to run."""
     if any(_GLOBAL_HOOKS):
         return None
@@ -157,8 +166,9 @@ def _fused(children: Mapping[str, nn.Module | None]) -> tuple[Stack, tuple[Tenso
             return None
         kind = type(child)
         if kind is Linear or kind is nn.Linear:
-            weight, bias = child._parameters["weight"], child._parameters["bias"]
-            if weight is None:
+            weight, bias = child._parameters.get("weight"), child._parameters.get("bias")
+            # Attributes in place of parameters, as in replicas: the child knows where they are.
+            if weight is None or (bias is None and "bias" not in child._parameters):
                 return None
             parameters.append(weight)
             has_bias.append(bias is not None)

@@ -15,6 +15,8 @@ from fastmlp.ops import stack_of
 linear: Any = functional.linear
 mlp: Any = functional.mlp
 activation: Any = fastmlp.Activation
+wrong_module: Any = nn.Conv2d(1, 1, 1)
+width: Any = 3
 
 x, w, b = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(5)
 
@@ -30,9 +32,7 @@ ARGUMENTS: dict[str, tuple[tuple[Any, Any, Any], str]] = {
     "weight_dtype": ((x, w.double(), b), "weight has dtype Double, expected the dtype of input, Float"),
     "bias_dtype": ((x, w, b.double()), "bias has dtype Double, expected the dtype of input, Float"),
     "half_weight": ((x, w.half(), b), "weight has dtype Half, expected the dtype of input, Float"),
-    "integers": ((x.long(), w.long(), b.long()), "input has dtype Long, expected a floating point dtype"),
     "device": ((x, w.to("meta"), b), "weight is on meta, expected the device of input, cpu"),
-    "layout": ((x.to_sparse(), w, b), "input has layout Sparse, expected Strided"),
 }
 
 
@@ -90,7 +90,9 @@ def test_layers_are_counted() -> None:
         (lambda: linear(x, w, b, 7), "activation must be None, a name, .* got int"),
         (lambda: activation("relu", slope=1), "activation 'relu' takes no parameters, got 'slope'"),
         (lambda: activation("elu", alpha="1"), "alpha of activation 'elu' must be a number, got str"),
-        (lambda: fastmlp.explain(nn.Linear(2, 2)), "input must be a torch.Tensor, got NoneType"),
+        (lambda: fastmlp.explain(fastmlp.Linear(2, 2)), "input must be a torch.Tensor, got NoneType"),
+        (lambda: fastmlp.explain(wrong_module, x), "target must be a fastmlp.Linear, .* got Conv2d"),
+        (lambda: fastmlp.MLP(4, width, 2), "hidden_features must be a sequence of sizes, got 3"),
     ],
 )
 def test_types(call: Callable[[], Any], message: str) -> None:
@@ -110,6 +112,16 @@ def test_types(call: Callable[[], Any], message: str) -> None:
 def test_values(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_what_only_torch_computes() -> None:
+    """Integers and sparse layouts are torch's to accept or refuse."""
+    integers = torch.arange(12).view(3, 4)
+    assert torch.equal(functional.linear(integers, integers), nn.functional.linear(integers, integers))
+    dense = torch.eye(4)
+    torch.testing.assert_close(functional.linear(dense.to_sparse(), w), w.t())
+    with pytest.raises(RuntimeError):
+        torch.ops.fastmlp.infer(x.to_sparse(), [w, b], [True], [1], [0.0, 0.0])
 
 
 def test_operators_check_their_lists() -> None:

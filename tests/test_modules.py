@@ -197,11 +197,52 @@ def test_edits_of_mlp_are_seen() -> None:
         torch.testing.assert_close(mlp(x), native())
 
 
+def test_weight_as_an_attribute() -> None:
+    """As in the replicas of DataParallel, and as meta-learning code leaves it."""
+    x = torch.randn(2, 4)
+    mlp: Any = fastmlp.MLP(4, [5], 3)
+    weight = mlp[0].weight * 2
+    del mlp[0].weight
+    mlp[0].weight = weight
+    torch.testing.assert_close(mlp(x), nn.Sequential.forward(mlp, x))
+    assert fastmlp.explain(mlp, x).name == "children"
+
+
+def test_activation_may_be_assigned() -> None:
+    x = torch.randn(2, 4)
+    layer: Any = fastmlp.Linear(4, 3)
+    for form in ("tanh", nn.Tanh(), Activation("tanh")):
+        layer.activation = form
+        assert repr(layer).endswith("activation=tanh)")
+        torch.testing.assert_close(layer(x), torch.tanh(nn.functional.linear(x, layer.weight, layer.bias)))
+    mlp: Any = fastmlp.MLP(4, [5], 3)
+    mlp[2].activation = "sigmoid"
+    torch.testing.assert_close(mlp(x), nn.Sequential.forward(mlp, x))
+    with pytest.raises(ValueError, match="activation must be one of"):
+        layer.activation = "swish"
+
+
+def test_symbolic_trace() -> None:
+    for module in (fastmlp.Linear(4, 3, activation="elu"), fastmlp.MLP(4, [5], 3, "tanh")):
+        x = torch.randn(2, 4)
+        torch.testing.assert_close(torch.fx.symbolic_trace(module)(x), module(x))
+
+
+def test_a_default_device_keeps_the_kernels() -> None:
+    layer, x = fastmlp.Linear(4, 3, activation="relu"), torch.randn(2, 4)
+    with torch.device("cpu"):
+        assert fastmlp.explain(layer, x).name == "direct"
+        layer(x).sum().backward()
+    with torch.overrides.TorchFunctionMode():
+        assert fastmlp.explain(layer, x).name == "composite"
+
+
 def test_slices_of_mlp() -> None:
     mlp = fastmlp.MLP(4, [5], 3)
     part = mlp[:2]
     assert isinstance(part, nn.Sequential)
     assert part(torch.zeros(1, 4)).shape == (1, 5)
+    assert list(mlp[1:].state_dict()) == list(by_hand(*mlp)[1:].state_dict())
     assert isinstance(mlp[-1], nn.Linear)
     assert [type(m).__name__ for m in mlp] == ["Linear", "ReLU", "Linear"]
 

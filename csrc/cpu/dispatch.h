@@ -1,5 +1,5 @@
 // Which instruction sets this build and this processor offer, and which one runs. Called by
-// gemm.cpp and network.cpp for the active table, by register.cpp for Python's get_isa and set_isa.
+// gemm.cpp and network.cpp for the active table, by bindings.cpp for Python's get_isa and set_isa.
 // Baseline code: compiled for the oldest processor of the architecture.
 #pragma once
 

@@ -36,6 +36,9 @@ Range part_of(int64_t n, int64_t unit, int64_t part, int64_t parts) {
   return {std::min(n, units * part / parts * unit), std::min(n, units * (part + 1) / parts * unit)};
 }
 
+// No more parts than units: an empty part would share its beginning with another one.
+int64_t most_parts(int64_t n, int64_t unit) { return std::max<int64_t>(1, ceil_divide(n, unit)); }
+
 // The block of k is set by K alone: equal blocks rather than a short last one.
 int64_t k_block(int64_t k, int64_t kc) { return k <= kc ? k : ceil_divide(k, ceil_divide(k, kc)); }
 
@@ -145,7 +148,7 @@ template <class T>
 void multiply_part(const KernelTable& table, const Product<T>& p, Range m, Range n, Range k, const Target<T>& target,
                    const Scratch<T>& scratch) {
   const Kernels<T>& kernels = kernels_of<T>(table);
-  const bool sums = target.row_sums && n.begin == 0;
+  const bool sums = target.row_sums != nullptr;
   if (m.size() == 0 || (n.size() == 0 && !sums)) return;
   table.mark();
   const int64_t kc = k_block(k.size(), kernels.kc);
@@ -220,20 +223,26 @@ void multiply_dots(const KernelTable& table, const Product<T>& p, Range m, Range
   e.tile = scratch.tile;
   e.leading_dimension = p.leading_dimension;
   e.scalars = p.activation.scalars;
-  e.first = e.last = true;
   e.bias = p.bias.data ? scratch.bias : nullptr;
   const auto epilogue = kernels.activations[p.activation.kind].epilogue;
+  const int64_t kc = k_block(p.k, kernels.kc);
   for (int64_t j = n.begin; j < n.end; j += kernels.nr) {
     e.columns = std::min(kernels.nr, n.end - j);
     if (e.bias) load_bias(p.bias, {j, j + e.columns}, kernels.nr, scratch.bias);
     for (int64_t i = m.begin; i < m.end; i += kernels.mr) {
       e.rows = std::min(kernels.mr, m.end - i);
-      kernels.dot_tile(e.rows, e.columns, p.k, p.a.data + i * p.a.stride, p.a.stride, p.b.data + j * p.b.stride,
-                       p.b.stride, scratch.tile);
       const int64_t at = i * p.leading_dimension + j;
       e.output = p.output + at;
       e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
-      epilogue(e);
+      // In blocks of k like a packed product, which keeps the rounding errors of a long k apart.
+      for (int64_t pc = 0; pc < p.k; pc += kc) {
+        const int64_t depth = std::min(kc, p.k - pc);
+        e.first = pc == 0;
+        e.last = pc + depth == p.k;
+        kernels.dot_tile(e.rows, e.columns, depth, p.a.data + i * p.a.stride + pc, p.a.stride,
+                         p.b.data + j * p.b.stride + pc, p.b.stride, scratch.tile);
+        epilogue(e);
+      }
     }
   }
 }
@@ -256,8 +265,9 @@ template <class T> Grid grid_of(const Kernels<T>& kernels, int64_t m, int64_t n,
   constexpr double packing = 8;
   Grid best{1, 1};
   double least = -1;
-  for (int64_t rows = 1; rows <= threads; rows++) {
-    const int64_t columns = threads / rows;
+  const int64_t most_rows = most_parts(m, kernels.mr), most_columns = most_parts(n, kernels.nr);
+  for (int64_t rows = 1; rows <= std::min(threads, most_rows); rows++) {
+    const int64_t columns = std::min(threads / rows, most_columns);
     const double mt = double(ceil_divide(ceil_divide(m, kernels.mr), rows) * kernels.mr);
     const double nt = double(ceil_divide(ceil_divide(n, kernels.nr), columns) * kernels.nr);
     const double cost = mt * nt + packing * (mt + nt);
@@ -308,7 +318,9 @@ template <class T> void multiply(const KernelTable& table, const Product<T>& p, 
   threads = useful_threads(double(p.m) * double(p.n) * double(p.k + 16), threads);
   const bool dots = fits_dots(kernels, p);
   const int64_t parts = std::max<int64_t>(1, threads / chunks);
-  const Grid grid = !dots ? grid_of(kernels, p.m, p.n, parts) : p.m <= dot_rows ? Grid{1, parts} : Grid{parts, 1};
+  const Grid grid = !dots             ? grid_of(kernels, p.m, p.n, parts)
+                    : p.m <= dot_rows ? Grid{1, std::min(parts, most_parts(p.n, kernels.nr))}
+                                      : Grid{std::min(parts, most_parts(p.m, kernels.mr)), 1};
   const int64_t tiles = grid.rows * grid.columns;
   const int64_t tasks = tiles * chunks;
   threads = int(std::min<int64_t>(threads, tasks));
@@ -336,9 +348,11 @@ template <class T> void multiply(const KernelTable& table, const Product<T>& p, 
       multiply_dots(table, p, rows, columns, scratch);
       return;
     }
-    Target<T> target{p.output, p.leading_dimension, p.row_sums};
+    // The first part of each row of the grid sums A's rows on the way.
+    const bool owns_sums = p.row_sums && tile / grid.rows == 0;
+    Target<T> target{p.output, p.leading_dimension, owns_sums ? p.row_sums : nullptr};
     if (chunks > 1) {
-      target = {shares + chunk * result, p.n, p.row_sums ? sum_shares + chunk * p.m : nullptr};
+      target = {shares + chunk * result, p.n, owns_sums ? sum_shares + chunk * p.m : nullptr};
     }
     const Range k = chunks > 1 ? part_of(p.k, 1, chunk, chunks) : Range{0, p.k};
     multiply_part(table, p, rows, columns, k, target, scratch);

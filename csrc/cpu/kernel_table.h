@@ -64,7 +64,7 @@ template <class T> struct Kernels {
   }
 };
 
-// Bits of CpuFeatures (dispatch.h) that a table needs.
+// What a table needs; decode_features (dispatch.h) tells what there is.
 enum Feature : unsigned {
   feature_avx2_fma = 1u << 0,
   feature_avx512 = 1u << 1,  // F, DQ, BW, VL

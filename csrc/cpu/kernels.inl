@@ -1,5 +1,5 @@
 // The one body of every ISA's kernels. Each file of isa/ includes it inside its own namespace and
-// target region, after a struct Isa that gives vector_bytes and the tile sizes; the functions reach
+// target region, after Isa (the vectors) and Blocks (the tile sizes); the functions reach
 // the rest of the library through make_table() only. Must not include anything, use OpenMP, lambdas
 // or standard templates, nor allocate.
 

@@ -112,14 +112,14 @@ template <class T> struct Math {
     return p * power_of_2(half - offset / 2) * power_of_2(rest - (offset - offset / 2));
   }
 
-  // e^x - 1 for x <= 0.
+  // e^x - 1 for x <= 0; a zero keeps its sign.
   static V expm1_of_negative(V x) {
-    const V low = fill(-50);
+    const V low = fill(-50), zero = x;
     x = x < low ? low : x;
     V n;
     const V p = expm1_reduced(x, n);
     const V s = power_of_2(exponent(n) - offset);
-    return s * p + (s - fill(1));
+    return zero == fill(0) ? zero : s * p + (s - fill(1));
   }
 
   // log(1 + x) for 0 <= x <= 1, as 2 atanh(x / (2 + x)).

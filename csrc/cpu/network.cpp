@@ -15,7 +15,7 @@ namespace {
 
 // Hidden outputs of a forward that keeps nothing, both of its two buffers together.
 constexpr int64_t hidden_bytes = int64_t(4) << 20;
-constexpr int64_t fewest_rows = 512;
+constexpr int64_t fewest_rows = 2048;
 
 template <class T> Operand<T> operand(const Matrix& x, int64_t stride, int64_t k_stride) {
   Operand<T> operand;
@@ -87,9 +87,12 @@ template <class T> void forward_only(const ForwardPass& pass, int threads) {
   const size_t last = network.layers.size() - 1;
   const int64_t width = widest_hidden(network);
   int64_t block = network.rows;
-  if (width > 0) {
-    const int64_t fitting = hidden_bytes / (2 * width * int64_t(sizeof(T)));
-    block = std::min(block, std::max(fitting, fewest_rows * threads));
+  if (width > 0 && block > 0) {
+    // Equal blocks, by the shape alone: a short last one could take the path of a small batch, and
+    // the number of threads must not change a bit.
+    const int64_t most = std::max(hidden_bytes / (2 * width * int64_t(sizeof(T))), fewest_rows);
+    const int64_t blocks = (block + most - 1) / most;
+    block = (block + blocks - 1) / blocks;
   }
   Carver measure;
   measure.take<T>(block * width);
