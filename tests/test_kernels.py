@@ -70,6 +70,7 @@ def test_few_rows(isa: str, dtype: torch.dtype) -> None:
             for n in (1, 3, 4, lanes, lanes + 1, size["NR"] + 7):
                 one_layer(m, n, k, dtype, resolve("relu"), bias=n % 2 == 0)
     one_layer(3, 5, 2 * size["KC"] + 3, dtype, resolve("mish"))
+    one_layer(15, 3, 9001, dtype, resolve("tanh"))
     one_layer(2, size["NC"] + 9, 33, dtype, resolve("sigmoid"))
 
 

@@ -23,7 +23,12 @@ constexpr int64_t staged_k = 16;
 // allows it: as inner products (both gapless along k), or by the micro-kernel (B gapless along n).
 constexpr int64_t dot_rows = 12;
 constexpr int64_t dot_columns = 4;
+// Each lane of an inner product is a chain of its own, so that its blocks of k may be longer than KC.
+constexpr int64_t dot_depth = 4096;
 constexpr int64_t unpacked_rows = 28;
+
+// What a block of B may take of an L1 cache of 32 KiB or more.
+constexpr int64_t l1_share = 24 << 10;
 
 struct Range {
   int64_t begin, end;
@@ -169,6 +174,9 @@ void multiply_part(const KernelTable& table, const Product<T>& p, Range m, Range
       e.last = depth.end == k.end;
       // Nothing follows the products: most weight and input gradients.
       const bool bare = e.first && e.last && p.activation.kind == identity_kind && !p.bias.data && !p.pre_activation;
+      // A panel of B stays in the L1 cache while A passes by; but where all of B fits, C is written row by
+      // row, which spares the TLB and fills whole pages.
+      const bool along_rows = columns.size() * depth.size() * int64_t(sizeof(T)) <= l1_share;
       // Full panels of B are read where they are if its rows are gapless and few rows of C use them.
       const bool in_place = p.b.form == Form::plain && p.b.stride == 1 && m.size() <= unpacked_rows;
       const int64_t in_place_end = in_place ? columns.begin + columns.size() / kernels.nr * kernels.nr : columns.begin;
@@ -179,26 +187,33 @@ void multiply_part(const KernelTable& table, const Product<T>& p, Range m, Range
         if (sums && jc == n.begin) {
           add_row_sums(kernels, rows, depth.size(), e.first, scratch, target.row_sums);
         }
-        for (int64_t j = columns.begin; j < columns.end; j += kernels.nr) {
+        const auto tile = [&](int64_t i, int64_t j) {
+          e.rows = std::min(kernels.mr, rows.end - i);
           e.columns = std::min(kernels.nr, columns.end - j);
-          e.bias = p.bias.data ? scratch.bias + (j - columns.begin) : nullptr;
+          const T* a_panel = scratch.a + (i - rows.begin) * depth.size();
           const bool packed = j >= in_place_end;
           const T* b_panel =
               packed ? scratch.b + (j - in_place_end) * depth.size() : p.b.data + j + depth.begin * p.b.k_stride;
           const int64_t b_step = packed ? kernels.nr : p.b.k_stride;
+          const Microkernel<T> microkernel = kernels.microkernel(e.rows, e.columns);
+          const int64_t at = i * target.leading_dimension + j;
+          e.output = target.output + at;
+          if (bare && e.columns % kernels.lanes == 0) {
+            microkernel(depth.size(), a_panel, b_panel, b_step, e.output, target.leading_dimension);
+            return;
+          }
+          microkernel(depth.size(), a_panel, b_panel, b_step, scratch.tile, kernels.nr);
+          e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
+          e.bias = p.bias.data ? scratch.bias + (j - columns.begin) : nullptr;
+          epilogue(e);
+        };
+        if (along_rows) {
           for (int64_t i = rows.begin; i < rows.end; i += kernels.mr) {
-            e.rows = std::min(kernels.mr, rows.end - i);
-            const T* a_panel = scratch.a + (i - rows.begin) * depth.size();
-            const Microkernel<T> microkernel = kernels.microkernel(e.rows, e.columns);
-            const int64_t at = i * target.leading_dimension + j;
-            e.output = target.output + at;
-            if (bare && e.columns % kernels.lanes == 0) {
-              microkernel(depth.size(), a_panel, b_panel, b_step, e.output, target.leading_dimension);
-              continue;
-            }
-            microkernel(depth.size(), a_panel, b_panel, b_step, scratch.tile, kernels.nr);
-            e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
-            epilogue(e);
+            for (int64_t j = columns.begin; j < columns.end; j += kernels.nr) tile(i, j);
+          }
+        } else {
+          for (int64_t j = columns.begin; j < columns.end; j += kernels.nr) {
+            for (int64_t i = rows.begin; i < rows.end; i += kernels.mr) tile(i, j);
           }
         }
       }
@@ -225,7 +240,7 @@ void multiply_dots(const KernelTable& table, const Product<T>& p, Range m, Range
   e.scalars = p.activation.scalars;
   e.bias = p.bias.data ? scratch.bias : nullptr;
   const auto epilogue = kernels.activations[p.activation.kind].epilogue;
-  const int64_t kc = k_block(p.k, kernels.kc);
+  const int64_t kc = k_block(p.k, dot_depth);
   for (int64_t j = n.begin; j < n.end; j += kernels.nr) {
     e.columns = std::min(kernels.nr, n.end - j);
     if (e.bias) load_bias(p.bias, {j, j + e.columns}, kernels.nr, scratch.bias);
@@ -234,7 +249,7 @@ void multiply_dots(const KernelTable& table, const Product<T>& p, Range m, Range
       const int64_t at = i * p.leading_dimension + j;
       e.output = p.output + at;
       e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
-      // In blocks of k like a packed product, which keeps the rounding errors of a long k apart.
+      // In blocks, which keeps the rounding errors of a long k apart.
       for (int64_t pc = 0; pc < p.k; pc += kc) {
         const int64_t depth = std::min(kc, p.k - pc);
         e.first = pc == 0;
