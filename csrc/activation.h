@@ -5,7 +5,8 @@
 // M as a template argument: two instruction sets would share its symbol.
 //
 // `gradient(g, s, p)` returns g * act'(z). Its s is the layer's output where keeps_output(p) says
-// so, the pre-activation z otherwise. Values at kinks, NaN and infinity are torch's.
+// so, the pre-activation z otherwise, rounded to the dtype of the tensor that it was stored in; as_stored rounds a
+// constant alike, so that a difference which should vanish does. Values at kinks, NaN and infinity are torch's.
 #pragma once
 
 #include "problem.h"
@@ -60,7 +61,7 @@ struct Elu {
     return z < M::fill(0) ? M::fill(p.a) * M::expm1_of_negative(z) : z;
   }
   template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
-    const auto slope = keeps_output(p) ? s + M::fill(p.a) : M::fill(p.a) * M::exp(s);
+    const auto slope = keeps_output(p) ? s + M::as_stored(M::fill(p.a)) : M::fill(p.a) * M::exp(s);
     return s > M::fill(0) ? g : g * slope;
   }
 };
@@ -76,7 +77,7 @@ struct Selu {
     return z < M::fill(0) ? M::fill(alpha * scale) * M::expm1_of_negative(z) : M::fill(scale) * z;
   }
   template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
-    return g * (s > M::fill(0) ? M::fill(scale) : s + M::fill(alpha * scale));
+    return g * (s > M::fill(0) ? M::fill(scale) : s + M::as_stored(M::fill(alpha * scale)));
   }
 };
 

@@ -30,13 +30,15 @@ py::list activations() {
 py::list instruction_sets() {
   py::list all;
   for (const cpu::KernelTable* table : cpu::tables()) {
-    const auto sizes = [](const auto& k) {
-      return py::dict(py::arg("MR") = k.mr, py::arg("NR") = k.nr, py::arg("MC") = k.mc, py::arg("NC") = k.nc,
-                      py::arg("KC") = k.kc);
+    const auto sizes = [](const auto* k) {
+      return py::dict(py::arg("MR") = k->mr, py::arg("NR") = k->nr, py::arg("MC") = k->mc, py::arg("NC") = k->nc,
+                      py::arg("KC") = k->kc, py::arg("lanes") = k->lanes, py::arg("stream_rows") = k->stream_rows,
+                      py::arg("stream_columns") = k->stream_columns);
     };
     all.append(py::dict(py::arg("name") = table->name, py::arg("description") = table->description,
                         py::arg("supported") = cpu::supported(*table), py::arg("float32") = sizes(table->float32),
-                        py::arg("float64") = sizes(table->float64)));
+                        py::arg("float64") = sizes(table->float64), py::arg("bfloat16") = sizes(table->bfloat16),
+                        py::arg("float16") = sizes(table->float16)));
   }
   return all;
 }
@@ -88,11 +90,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("obstacle", &obstacle_of);
   m.def("activations", &activations);
   m.def("instruction_sets", &instruction_sets);
+  m.def("dtypes", [] { return std::vector<std::string>{"float32", "float64", "bfloat16", "float16"}; });
   m.def("get_isa", [] { return cpu::active().name; });
   m.def("set_isa", &cpu::set_active);
   m.def("last_isa", [] { return cpu::last_isa; });
-  m.def("decode_features", [](uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint64_t xcr0) {
-    const unsigned features = cpu::decode_features({leaf1_ecx, leaf7_ebx, xcr0});
+  m.def("decode_features", [](uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_1_eax, uint64_t xcr0) {
+    const unsigned features = cpu::decode_features({leaf1_ecx, leaf7_ebx, leaf7_1_eax, xcr0});
     py::list names;
     for (const cpu::KernelTable* table : cpu::tables()) {
       if ((table->needs & ~features) == 0) names.append(table->name);

@@ -9,7 +9,15 @@
 
 namespace fastmlp {
 
-enum class DType { float32, float64 };
+enum class DType { float32, float64, bfloat16, float16 };
+
+// Sixteen bits as they lie in memory; float32 is what they are computed in.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
 // The parameters of an activation, in the order in which its struct in activation.h names them.
 struct Scalars {

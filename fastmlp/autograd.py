@@ -67,7 +67,7 @@ def _captured(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Te
         torch.compiler.is_exporting()
         or torch._C._are_functorch_transforms_active()
         or torch.is_autocast_enabled(input.device.type)
-        or input.dtype not in (torch.float32, torch.float64)
+        or input.dtype not in ops.DTYPES
         or input.device.type != "cpu"
     ):
         return _reference(stack, input, parameters)

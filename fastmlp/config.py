@@ -108,7 +108,7 @@ def show_config() -> None:
         ("cuda", "built in" if read_build()["cuda"] else "not built in"),
         ("machine", f"{platform.machine()}, {platform.python_implementation()} {platform.python_version()}"),
         ("threads", str(torch.get_num_threads())),
-        ("dtypes", "float32, float64"),
+        ("dtypes", ", ".join(_C.dtypes())),
         ("activations", ", ".join(activations.DEFAULTS)),
     ]
     for isa in _C.instruction_sets():

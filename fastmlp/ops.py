@@ -16,6 +16,9 @@ from fastmlp.activations import DEFAULTS, IDENTITY, Activation
 
 _ops = torch.ops.fastmlp
 
+#: Those that the kernels take.
+DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in _C.dtypes())
+
 
 class Stack(NamedTuple):
     """What a list of layers is besides its tensors.

@@ -6,6 +6,10 @@ gamma_n = n u / (1 - n u) times the sum of the terms' magnitudes (Higham, Accura
 Numerical Algorithms, 2002, section 3.1). Activations: their value may change as much as it does over
 the uncertainty of their argument, which is sampled, and evaluation itself may err by `ULPS` units in
 the last place of the largest intermediate. Errors of one layer are the next one's uncertainty.
+
+bfloat16 and float16 are dtypes of storage: sums and activations are computed in float32, and a tensor is
+rounded once, when it is stored. Besides what PyTorch stores that is a pre-activation that backward needs, and
+the gradient with respect to it, which is rounded on its way into the products.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,8 +38,26 @@ class Bounded:
         return Bounded(value, torch.zeros_like(value))
 
 
+def working(dtype: torch.dtype) -> torch.dtype:
+    """What tensors of a dtype are computed in."""
+    return torch.float32 if dtype.itemsize == 2 else dtype
+
+
+def rounding(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The most that storing a value changes it; subnormal numbers are a fixed distance apart."""
+    finfo = torch.finfo(dtype)
+    return finfo.eps / 2 * value.abs() + finfo.eps / 2 * finfo.smallest_normal
+
+
+def stored(x: Bounded, dtype: torch.dtype) -> Bounded:
+    """A sum that is written to a tensor. In the working dtype its last rounding was counted already."""
+    if working(dtype) == dtype:
+        return x
+    return Bounded(x.value, x.error + rounding(x.value.abs() + x.error, dtype))
+
+
 def gamma(n: int, dtype: torch.dtype) -> float:
-    u = torch.finfo(dtype).eps / 2
+    u = torch.finfo(working(dtype)).eps / 2
     return n * u / (1 - n * u)
 
 
@@ -73,7 +95,7 @@ def sampled(f: Callable[[Tensor], Tensor], z: Bounded) -> tuple[Tensor, Tensor]:
 
 
 def activated(z: Bounded, act: Activation, dtype: torch.dtype) -> Bounded:
-    finfo = torch.finfo(dtype)
+    finfo = torch.finfo(working(dtype))
     y, change = sampled(lambda v: reference.activate(v, act.name, act.parameters), z)
     if act.name == "identity":
         return Bounded(y, z.error)
@@ -85,12 +107,14 @@ def activated(z: Bounded, act: Activation, dtype: torch.dtype) -> Bounded:
 
 def differentiated(g: Bounded, z: Bounded, act: Activation, dtype: torch.dtype) -> Bounded:
     """g act'(z), where a kernel may take the derivative from its own rounded output."""
-    finfo = torch.finfo(dtype)
+    finfo = torch.finfo(working(dtype))
     if act.name == "identity":
         return g
     d, change = sampled(lambda v: slope(v, act), z)
     error = change + ULPS * finfo.eps * (1 + z.value.abs() * steepest(act)).clamp(max=1 + steepest(act))
-    error = error + finfo.eps * d.abs()
+    # Derivatives that are taken from the output y change by at most 2 |y| where y changes by |y|.
+    y = reference.activate(z.value, act.name, act.parameters)
+    error = error + finfo.eps * d.abs() + 2 * torch.finfo(dtype).eps * y.abs().clamp(max=1 + steepest(act))
     carried = g.error * (d.abs() + error)
     return Bounded(g.value * d, g.value.abs() * error + carried + finfo.tiny)
 
@@ -117,28 +141,38 @@ def network(
 ) -> Expected:
     """Bounds for two-dimensional arguments, whose dtype is the one computed in."""
     dtype = input.dtype
-    xs, zs = [Bounded.exact(input)], []
+    output = Bounded.exact(input)
+    # What backward sees: pre-activations as they are stored, and outputs computed from those again.
+    xs, zs = [output], []
     for weight, bias, act in zip(weights, biases, activations, strict=True):
         more = None if bias is None else bias.detach().double()
-        zs.append(product(xs[-1], Bounded.exact(weight.t()), dtype, more))
-        xs.append(activated(zs[-1], act, dtype))
+        z = product(output, Bounded.exact(weight.t()), dtype, more)
+        output = activated(z, act, dtype)
+        if len(zs) + 1 < len(weights):
+            output = stored(output, dtype)
+        zs.append(stored(z, dtype))
+        xs.append(stored(activated(zs[-1], act, dtype), dtype))
     g = Bounded.exact(grad)
     backwards: list[Bounded] = []
     for layer in reversed(range(len(weights))):
         dz = differentiated(g, zs[layer], activations[layer], dtype)
+        if activations[layer].name != "identity":
+            dz = stored(dz, dtype)
         if biases[layer] is not None:
             backwards.append(column_sums(dz, dtype))
         transposed = Bounded(dz.value.t(), dz.error.t())
         backwards.append(product(transposed, xs[layer], dtype))
         g = product(dz, Bounded.exact(weights[layer]), dtype)
-    return Expected(xs[-1], [g, *reversed(backwards)])
+        if layer > 0:
+            g = stored(g, dtype)
+    return Expected(output, [g, *reversed(backwards)])
 
 
 def assert_within(found: Tensor, expected: Bounded, what: str) -> None:
     """The reference itself is computed in float64, so there both sides may err."""
     assert found.shape == expected.value.shape, f"{what}: {found.shape} for {expected.value.shape}"
     allowed = expected.error * (2 if found.dtype == torch.float64 else 1)
-    allowed = allowed + torch.finfo(found.dtype).eps / 2 * expected.value.abs()
+    allowed = allowed + rounding(expected.value, found.dtype) * (1 + torch.finfo(found.dtype).eps)
     excess = (found.double() - expected.value).abs() - allowed
     assert not torch.isnan(found).any(), f"{what} holds NaN"
     if excess.numel():

@@ -18,7 +18,7 @@ ISAS = [
     for isa in _C.instruction_sets()
     if isa["supported"] and (_WANTED is None or isa["name"] in _WANTED.split(","))
 ]
-DTYPES = [torch.float32, torch.float64]
+DTYPES: list[torch.dtype] = [getattr(torch, name) for name in _C.dtypes()]
 
 #: Every activation with its defaults, and those with parameters also with others: the values on
 #: either side of the point where the derivative no longer follows from the output.

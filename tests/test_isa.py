@@ -11,9 +11,11 @@ import fastmlp
 from fastmlp import _C
 from tests.conftest import ISAS
 
-# CPUID bits: OSXSAVE and FMA in leaf 1 ECX; AVX2, AVX-512 F, DQ, BW, VL in leaf 7 EBX.
-OSXSAVE, FMA = 1 << 27, 1 << 12
+# CPUID bits: OSXSAVE, FMA and F16C in leaf 1 ECX; AVX2, AVX-512 F, DQ, BW, VL in leaf 7 EBX; AVX512-BF16 in
+# subleaf 1 of leaf 7, EAX.
+OSXSAVE, FMA, F16C = 1 << 27, 1 << 12, 1 << 29
 AVX2, AVX512 = 1 << 5, 1 << 16 | 1 << 17 | 1 << 30 | 1 << 31
+BF16 = 1 << 5
 SSE_STATE, YMM_STATE, ZMM_STATE = 0x03, 0x07, 0xE7
 
 
@@ -82,17 +84,19 @@ def test_wrong_environment_variable_raises() -> None:
     assert "ImportError: FASTMLP_ISA: isa must be one of portable" in done.stderr
 
 
-@pytest.mark.skipif("avx2" not in _C.decode_features(OSXSAVE | FMA, AVX2, YMM_STATE), reason="not an x86-64 build")
+@pytest.mark.skipif("avx2" not in [isa["name"] for isa in _C.instruction_sets()], reason="not an x86-64 build")
 def test_operating_system_is_asked() -> None:
     """Without the operating system's support of a register state its instructions are not believed."""
     decode = _C.decode_features
-    assert decode(OSXSAVE | FMA, AVX2 | AVX512, ZMM_STATE) == ["portable", "avx2", "avx512"]
-    assert decode(OSXSAVE | FMA, AVX2 | AVX512, YMM_STATE) == ["portable", "avx2"]
-    assert decode(OSXSAVE | FMA, AVX2 | AVX512, SSE_STATE) == ["portable"]
-    assert decode(FMA, AVX2 | AVX512, ZMM_STATE) == ["portable"]
-    assert decode(OSXSAVE, AVX2 | AVX512, ZMM_STATE) == ["portable"]
-    for bit in (16, 17, 30, 31):
-        assert decode(OSXSAVE | FMA, AVX2 | AVX512 & ~(1 << bit), ZMM_STATE) == ["portable", "avx2"]
+    leaf1 = OSXSAVE | FMA | F16C
+    assert decode(leaf1, AVX2 | AVX512, BF16, ZMM_STATE) == ["portable", "avx2", "avx512", "avx512_bf16"]
+    assert decode(leaf1, AVX2 | AVX512, 0, ZMM_STATE) == ["portable", "avx2", "avx512"]
+    assert decode(leaf1, AVX2 | AVX512, BF16, YMM_STATE) == ["portable", "avx2"]
+    assert decode(leaf1, AVX2 | AVX512, BF16, SSE_STATE) == ["portable"]
+    for bit in (OSXSAVE, FMA, F16C):
+        assert decode(leaf1 & ~bit, AVX2 | AVX512, BF16, ZMM_STATE) == ["portable"]
+    for i in (16, 17, 30, 31):
+        assert decode(leaf1, AVX2 | AVX512 & ~(1 << i), BF16, ZMM_STATE) == ["portable", "avx2"]
 
 
 def test_best_is_the_default() -> None:

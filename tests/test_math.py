@@ -63,7 +63,8 @@ def test_exp(isa: str, dtype: torch.dtype) -> None:
     """exp over its whole range, by the derivative of elu with alpha -1: -exp(z) for z < 0."""
     from fastmlp import Activation
 
-    lowest = -87.0 if dtype == torch.float32 else -708.0
+    # To just above the smallest normal number of the dtype.
+    lowest = float(mp.log(mp.mpf(torch.finfo(dtype).smallest_normal))) + 0.25
     x = torch.empty(2000, dtype=dtype).uniform_(lowest, 0)
     stack = stack_of((False,), (Activation("elu", alpha=-1.0),))
     ones = torch.ones(2000, 1, dtype=dtype)
@@ -75,6 +76,7 @@ def test_exp(isa: str, dtype: torch.dtype) -> None:
 def test_large_arguments_of_sin(isa: str, dtype: torch.dtype) -> None:
     """Beyond the range of the fast reduction, each lane by its own value."""
     x = torch.tensor([1e6, 0.5, 1e9, -3e15, 2.0, 1e30, -1e-3, 7.5e4], dtype=dtype)
+    x = x[x.isfinite()]  # not 1e30 in float16
     assert ulps(by_kernel("sin", x), [mp.sin(mp.mpf(v)) for v in x.tolist()]) <= 2
     alone = torch.cat([by_kernel("sin", v[None]) for v in x])
     assert torch.equal(alone, by_kernel("sin", x))

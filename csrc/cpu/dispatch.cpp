@@ -21,6 +21,9 @@ extern const KernelTable table;
 namespace avx512 {
 extern const KernelTable table;
 }
+namespace avx512_bf16 {
+extern const KernelTable table;
+}
 #endif
 
 thread_local const char* last_isa = "";
@@ -33,11 +36,13 @@ unsigned decode_features(const CpuidWords& words) {
   const bool zmm = osxsave && saves(0xe6);  // and opmask, upper halves of ZMM0-15, ZMM16-31
   unsigned features = 0;
   const bool fma = bit(words.leaf1_ecx, 12);
+  const bool f16c = bit(words.leaf1_ecx, 29);
   const bool avx2 = bit(words.leaf7_ebx, 5);
-  if (ymm && fma && avx2) features |= feature_avx2_fma;
+  if (ymm && fma && f16c && avx2) features |= feature_avx2;
   const bool avx512 = bit(words.leaf7_ebx, 16) && bit(words.leaf7_ebx, 17) &&  // F, DQ
                       bit(words.leaf7_ebx, 30) && bit(words.leaf7_ebx, 31);    // BW, VL
   if (zmm && avx512) features |= feature_avx512;
+  if (zmm && bit(words.leaf7_1_eax, 5)) features |= feature_avx512_bf16;
   return features;
 }
 
@@ -49,6 +54,7 @@ unsigned host_features() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (__get_cpuid(1, &eax, &ebx, &ecx, &edx)) words.leaf1_ecx = ecx;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) words.leaf7_ebx = ebx;
+  if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) words.leaf7_1_eax = eax;
   if (words.leaf1_ecx >> 27 & 1) {
     uint32_t low = 0, high = 0;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -81,6 +87,7 @@ const std::vector<const KernelTable*>& tables() {
 #if defined(__x86_64__)
       &avx2::table,
       &avx512::table,
+      &avx512_bf16::table,
 #endif
   };
   return all;

@@ -15,6 +15,7 @@ namespace fastmlp::cpu {
 struct CpuidWords {
   uint32_t leaf1_ecx = 0;
   uint32_t leaf7_ebx = 0;
+  uint32_t leaf7_1_eax = 0;
   uint64_t xcr0 = 0;  // the register state that the operating system saves; 0 without OSXSAVE
 };
 

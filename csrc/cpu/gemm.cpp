@@ -1,8 +1,15 @@
 // Blocking, packing, split-K and threads of the product declared in gemm.h. Baseline code: it runs on
 // every processor of the architecture, and leaves arithmetic to the kernels of the table.
+//
+// Three paths, chosen by the shape and the layout alone (path_of):
+//   packed    A and B are packed into panels: A's block of MC x KC stays in the L2 cache, a panel of B, KC x NR,
+//             comes from the L1 or L2 cache while the block of A passes by.
+//   streamed  A is packed, B is read where it is, in runs along n: few rows of C, or a short K.
+//   dots      neither is packed: inner products along k, for few rows or columns of C.
 #include "gemm.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include <omp.h>
 
@@ -19,16 +26,21 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
 // many rows of mc values stays in the L1 cache.
 constexpr int64_t staged_k = 16;
 
-// Up to so many rows or columns of C, operands are read in place rather than packed, where their layout
-// allows it: as inner products (both gapless along k), or by the micro-kernel (B gapless along n).
+// Up to so many rows or columns of C are inner products: packing the larger operand would cost more.
 constexpr int64_t dot_rows = 12;
 constexpr int64_t dot_columns = 4;
 // Each lane of an inner product is a chain of its own, so that its blocks of k may be longer than KC.
 constexpr int64_t dot_depth = 4096;
-constexpr int64_t unpacked_rows = 28;
+
+// Up to so many rows of C, or terms of its sums, B is streamed.
+constexpr int64_t streamed_rows = 28;
+constexpr int64_t streamed_depth = 4;
 
 // What a block of B may take of an L1 cache of 32 KiB or more.
 constexpr int64_t l1_share = 24 << 10;
+
+// Sums of 16-bit products over several blocks of K: rows whose sums are kept at once.
+constexpr int64_t summed_rows = 1024;
 
 struct Range {
   int64_t begin, end;
@@ -45,58 +57,90 @@ Range part_of(int64_t n, int64_t unit, int64_t part, int64_t parts) {
 int64_t most_parts(int64_t n, int64_t unit) { return std::max<int64_t>(1, ceil_divide(n, unit)); }
 
 // The block of k is set by K alone: equal blocks rather than a short last one.
-int64_t k_block(int64_t k, int64_t kc) { return k <= kc ? k : ceil_divide(k, ceil_divide(k, kc)); }
+int64_t k_block(int64_t k, int64_t kc, int64_t unit) {
+  return k <= kc ? k : round_up(ceil_divide(k, ceil_divide(k, kc)), unit);
+}
+
+// Whether sums that are not complete yet can stand in the result itself.
+template <class S> constexpr bool sums_in_output = std::is_same_v<S, Compute<S>>;
+
+enum class Path { packed, streamed, dots };
+
+template <class S> Path path_of(const Kernels<S>& kernels, const Product<S>& p) {
+  const bool plain = p.a.form == Form::plain && p.b.form == Form::plain;
+  const bool gapless_k = p.a.k_stride == 1 && p.b.k_stride == 1;
+  if (plain && gapless_k && p.k >= kernels.lanes && (p.m <= dot_rows || p.n <= dot_columns) && !p.row_sums &&
+      !p.split_k) {
+    return Path::dots;
+  }
+  const bool short_runs = p.n < 2 * kernels.nr && p.m > streamed_rows;
+  if (p.b.form == Form::plain && p.b.stride == 1 && (p.m <= streamed_rows || p.k <= streamed_depth) && !short_runs) {
+    return Path::streamed;
+  }
+  return Path::packed;
+}
 
 // Scratch of one thread; the sizes are those of the largest block that it will see.
-template <class T> struct Scratch {
-  T *a, *b, *tile, *bias, *staging, *run, *sums;
+template <class S> struct Scratch {
+  using C = Compute<S>;
+  C *a, *b, *tile, *bias, *sums, *panel_sums, *row_sums;
+  S *staging, *run;
 
-  Scratch(Carver& carver, const Kernels<T>& kernels, const Product<T>& p, int64_t m, int64_t n, int64_t k) {
+  Scratch(Carver& carver, const Kernels<S>& kernels, const Product<S>& p, Path path, int64_t m, int64_t n, int64_t k) {
     const int64_t kc = std::min(k, kernels.kc);
+    const int64_t units = kernels.units(kc);
     const int64_t mc = std::min(kernels.mc, round_up(m, kernels.mr));
     const int64_t nc = std::min(kernels.nc, round_up(n, kernels.nr));
-    a = carver.take<T>(mc * kc + kernels.lanes);
-    b = carver.take<T>(nc * kc);
-    tile = carver.take<T>(kernels.mr * kernels.nr);
-    bias = p.bias.data ? carver.take<T>(nc) : nullptr;
+    const bool packs_a = path != Path::dots, packs_b = path == Path::packed;
+    a = packs_a ? carver.take<C>(mc * units + kernels.lanes) : nullptr;
+    b = packs_b ? carver.take<C>(nc * units) : nullptr;
+    tile = carver.take<C>(std::max(kernels.mr * kernels.nr, kernels.stream_rows * kernels.stream_columns));
+    bias = p.bias.data ? carver.take<C>(std::max(nc, round_up(n, kernels.lanes))) : nullptr;
+    const bool keeps_sums = packs_a && !sums_in_output<S> && k > kernels.kc;
+    sums = keeps_sums ? carver.take<C>(std::min(round_up(m, kernels.mr), summed_rows) * nc) : nullptr;
+    panel_sums = p.row_sums ? carver.take<C>(kernels.mr + kernels.lanes) : nullptr;
+    row_sums = p.row_sums ? carver.take<C>(m) : nullptr;
     const bool formed = p.a.form != Form::plain || p.b.form != Form::plain;
     const int64_t longest = std::max(std::max(mc, nc), kc);
     // Runs along k stage one panel; runs across k stage staged_k of them.
-    staging = formed ? carver.take<T>(std::max(std::max(kernels.mr, kernels.nr) * kc, staged_k * longest)) : nullptr;
-    run = formed ? carver.take<T>(2 * longest) : nullptr;
-    sums = p.row_sums ? carver.take<T>(kernels.mr + kernels.lanes) : nullptr;
+    staging = formed ? carver.take<S>(std::max(std::max(kernels.mr, kernels.nr) * kc, staged_k * longest)) : nullptr;
+    run = formed ? carver.take<S>(2 * longest) : nullptr;
   }
 };
 
 // n values that lie `stride` apart, as a gapless run: themselves, or copied to `buffer`.
-template <class T> const T* gapless(const T* source, int64_t stride, int64_t n, T* buffer) {
+template <class S> const S* gapless(const S* source, int64_t stride, int64_t n, S* buffer) {
   if (stride == 1) return source;
   for (int64_t i = 0; i < n; i++) buffer[i] = source[i * stride];
   return buffer;
 }
 
-template <class T>
-void form_run(const Kernels<T>& kernels, const Operand<T>& x, int64_t at, int64_t saved_at, int64_t step,
-              int64_t saved_step, int64_t n, T* buffer, T* out) {
-  const ActivationKernels<T>& act = kernels.activations[x.activation.kind];
-  const T* data = gapless(x.data + at, step, n, buffer);
+template <class S>
+void form_run(const Kernels<S>& kernels, const Operand<S>& x, int64_t at, int64_t saved_at, int64_t step,
+              int64_t saved_step, int64_t n, S* buffer, S* out) {
+  const ActivationKernels<S>& act = kernels.activations[x.activation.kind];
+  const S* data = gapless(x.data + at, step, n, buffer);
   if (x.form == Form::value) {
     act.value(n, data, out, x.activation.scalars);
   } else {
-    const T* saved = gapless(x.saved + saved_at, saved_step, n, buffer + n);
+    const S* saved = gapless(x.saved + saved_at, saved_step, n, buffer + n);
     act.gradient(n, data, saved, out, x.activation.scalars);
   }
 }
 
 // Packs rows `i` of A (or columns of B) times range `p` of k into panels `width` wide.
-template <class T, class Pack>
-void pack_block(const Kernels<T>& kernels, const Operand<T>& x, Range i, Range p, int64_t width, Pack pack,
-                const Scratch<T>& scratch, T* panels) {
-  const int64_t k = p.size();
+template <class S, class Pack>
+void pack_block(const Kernels<S>& kernels, const Operand<S>& x, Range i, Range p, int64_t width, Pack pack,
+                const Scratch<S>& scratch, Compute<S>* panels) {
+  const int64_t k = p.size(), units = kernels.units(k);
   if (x.form == Form::plain) {
-    for (int64_t j = i.begin; j < i.end; j += width) {
-      pack(x.data + j * x.stride + p.begin * x.k_stride, x.stride, x.k_stride, std::min(width, i.end - j), k,
-           panels + (j - i.begin) * k);
+    // Rows of the operand that run across k are read whole, a few at a time.
+    const int64_t step = x.stride == 1 ? staged_k : k;
+    for (int64_t q = p.begin; q < p.end; q += step) {
+      for (int64_t j = i.begin; j < i.end; j += width) {
+        pack(x.data + j * x.stride + q * x.k_stride, x.stride, x.k_stride, std::min(width, i.end - j),
+             std::min(step, p.end - q), panels + (j - i.begin) * units + kernels.units(q - p.begin) * width);
+      }
     }
   } else if (x.stride == 1) {
     // Runs across k: form a few rows of the block at a time, then deal them out to the panels.
@@ -109,7 +153,8 @@ void pack_block(const Kernels<T>& kernels, const Operand<T>& x, Range i, Range p
                  scratch.staging + r * n);
       }
       for (int64_t j = 0; j < n; j += width) {
-        pack(scratch.staging + j, 1, n, std::min(width, n - j), count, panels + j * k + (q - p.begin) * width);
+        pack(scratch.staging + j, 1, n, std::min(width, n - j), count,
+             panels + j * units + kernels.units(q - p.begin) * width);
       }
     }
   } else {
@@ -120,147 +165,259 @@ void pack_block(const Kernels<T>& kernels, const Operand<T>& x, Range i, Range p
                  (j + r) * x.saved_stride + p.begin * x.saved_k_stride, x.k_stride, x.saved_k_stride, k, scratch.run,
                  scratch.staging + r * k);
       }
-      pack(scratch.staging, k, 1, count, k, panels + (j - i.begin) * k);
+      pack(scratch.staging, k, 1, count, k, panels + (j - i.begin) * units);
     }
   }
 }
 
-template <class T> void load_bias(const Vector& bias, Range n, int64_t padded, T* out) {
-  const T* source = static_cast<const T*>(bias.data);
-  for (int64_t j = 0; j < n.size(); j++) out[j] = source[(n.begin + j) * bias.stride];
-  std::fill(out + n.size(), out + padded, T(0));
-}
-
-// What a chunk of K writes: the result itself, or its share of the sum over chunks.
-template <class T> struct Target {
-  T* output;
-  int64_t leading_dimension;
-  T* row_sums;
-};
-
-template <class T>
-void add_row_sums(const Kernels<T>& kernels, Range rows, int64_t k, bool first, const Scratch<T>& scratch, T* out) {
-  for (int64_t i = rows.begin; i < rows.end; i += kernels.mr) {
-    std::fill(scratch.sums, scratch.sums + kernels.mr + kernels.lanes, T(0));
-    kernels.panel_sums(k, scratch.a + (i - rows.begin) * k, scratch.sums);
-    const int64_t count = std::min(kernels.mr, rows.end - i);
-    for (int64_t r = 0; r < count; r++) out[i + r] = first ? scratch.sums[r] : out[i + r] + scratch.sums[r];
+template <class S> void load_bias(const Kernels<S>& kernels, const Vector& bias, Range n, Compute<S>* out) {
+  const S* source = static_cast<const S*>(bias.data) + n.begin * bias.stride;
+  if (bias.stride == 1) {
+    kernels.widen(n.size(), source, out);
+  } else {
+    for (int64_t j = 0; j < n.size(); j++) kernels.widen(1, source + j * bias.stride, out + j);
   }
 }
 
-// One thread's share: rows m and columns n of C, range k of the sum.
-template <class T>
-void multiply_part(const KernelTable& table, const Product<T>& p, Range m, Range n, Range k, const Target<T>& target,
-                   const Scratch<T>& scratch) {
-  const Kernels<T>& kernels = kernels_of<T>(table);
-  const bool sums = target.row_sums != nullptr;
-  if (m.size() == 0 || (n.size() == 0 && !sums)) return;
-  table.mark();
-  const int64_t kc = k_block(k.size(), kernels.kc);
-  Epilogue<T> e{};
-  e.tile = scratch.tile;
-  e.leading_dimension = target.leading_dimension;
-  e.scalars = p.activation.scalars;
-  const auto epilogue = kernels.activations[p.activation.kind].epilogue;
+// What one task computes: rows m and columns n of C, over range k of the sum.
+template <class S> struct Assignment {
+  Range m, n, k;
+  // Where a chunk of K writes its share of C and of the row sums; null if K is whole.
+  Compute<S>* share;
+  Compute<S>* row_sums_share;
+  bool owns_row_sums;  // of A's rows, which the tasks of other columns pack too
+};
 
-  int64_t jc = n.begin;
-  do {  // once even without columns, for the row sums; likewise once without k, for the epilogue
-    const Range columns{jc, std::min(n.end, jc + kernels.nc)};
-    if (p.bias.data) load_bias(p.bias, columns, round_up(columns.size(), kernels.nr), scratch.bias);
-    int64_t pc = k.begin;
-    do {
-      const Range depth{pc, std::min(k.end, pc + kc)};
-      e.first = pc == k.begin;
-      e.last = depth.end == k.end;
-      // Nothing follows the products: most weight and input gradients.
-      const bool bare = e.first && e.last && p.activation.kind == identity_kind && !p.bias.data && !p.pre_activation;
-      // A panel of B stays in the L1 cache while A passes by; but where all of B fits, C is written row by
-      // row, which spares the TLB and fills whole pages.
-      const bool along_rows = columns.size() * depth.size() * int64_t(sizeof(T)) <= l1_share;
-      // Full panels of B are read where they are if its rows are gapless and few rows of C use them.
-      const bool in_place = p.b.form == Form::plain && p.b.stride == 1 && m.size() <= unpacked_rows;
-      const int64_t in_place_end = in_place ? columns.begin + columns.size() / kernels.nr * kernels.nr : columns.begin;
-      pack_block(kernels, p.b, {in_place_end, columns.end}, depth, kernels.nr, kernels.pack_b, scratch, scratch.b);
-      for (int64_t ic = m.begin; ic < m.end; ic += kernels.mc) {
-        const Range rows{ic, std::min(m.end, ic + kernels.mc)};
-        pack_block(kernels, p.a, rows, depth, kernels.mr, kernels.pack_a, scratch, scratch.a);
-        if (sums && jc == n.begin) {
-          add_row_sums(kernels, rows, depth.size(), e.first, scratch, target.row_sums);
+template <class S> class Task : Assignment<S> {
+  using C = Compute<S>;
+  using Assignment<S>::m, Assignment<S>::n, Assignment<S>::k;
+  using Assignment<S>::share, Assignment<S>::row_sums_share, Assignment<S>::owns_row_sums;
+
+ public:
+  Task(const Kernels<S>& kernels, const Product<S>& product, const Scratch<S>& scratch, const Assignment<S>& assignment)
+      : Assignment<S>(assignment), kernels(kernels), p(product), scratch(scratch) {}
+
+  void run(Path path) {
+    if (path == Path::dots) return dots();
+    if (m.size() == 0 || (n.size() == 0 && !owns_row_sums)) return;
+    path == Path::streamed ? streamed() : packed();
+    if (owns_row_sums && !row_sums_share) kernels.narrow(m.size(), scratch.row_sums, p.row_sums + m.begin);
+  }
+
+ private:
+  // Sums over the blocks of K so far, of element (i, j) of C and on.
+  C* sums_at(int64_t i, int64_t j) const { return sums + (i - sums_row) * sums_step + (j - sums_column); }
+
+  // (i, j) is the first sum where sums have a place of their own.
+  void place_sums(int64_t i, int64_t j) {
+    sums_row = sums_column = 0;
+    if (share) {
+      sums = share;
+      sums_step = p.n;
+    } else if constexpr (sums_in_output<S>) {
+      sums = p.output;
+      sums_step = p.leading_dimension;
+    } else {
+      sums = scratch.sums;
+      sums_step = std::min(kernels.nc, round_up(n.size(), kernels.nr));
+      sums_row = i;
+      sums_column = j;
+    }
+  }
+
+  // Runs a kernel on one tile at (i, j) and what follows it.
+  void finish(Microkernel<S> kernel, Tile<S>& tile, int64_t tile_step, int64_t i, int64_t j, int64_t rows, bool first,
+              bool last) const {
+    const bool nothing_follows = p.activation.kind == identity_kind && !p.bias.data && !p.pre_activation;
+    if (share || !last || (sums_in_output<S> && nothing_follows)) {
+      tile.sums = sums_at(i, j);
+      tile.sums_step = sums_step;
+      tile.add = !first;
+      return kernel(tile);
+    }
+    tile.sums = scratch.tile;
+    tile.sums_step = tile_step;
+    tile.add = false;
+    kernel(tile);
+    Epilogue<S> e;
+    e.tile = scratch.tile;
+    e.tile_step = tile_step;
+    e.rows = rows;
+    e.columns = tile.columns;
+    e.sums = first ? nullptr : sums_at(i, j);
+    e.sums_step = sums_step;
+    const int64_t at = i * p.leading_dimension + j;
+    e.output = p.output + at;
+    e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
+    e.leading_dimension = p.leading_dimension;
+    e.bias = p.bias.data ? scratch.bias + (j - bias_from) : nullptr;
+    e.scalars = p.activation.scalars;
+    kernels.activations[p.activation.kind].epilogue(e);
+  }
+
+  void take_bias(Range columns) {
+    bias_from = columns.begin;
+    if (p.bias.data) load_bias(kernels, p.bias, columns, scratch.bias);
+  }
+
+  void add_row_sums(Range rows, int64_t units, bool first) const {
+    C* const out = row_sums_share ? row_sums_share : scratch.row_sums - m.begin;
+    for (int64_t i = rows.begin; i < rows.end; i += kernels.mr) {
+      std::fill(scratch.panel_sums, scratch.panel_sums + kernels.mr + kernels.lanes, C(0));
+      kernels.panel_sums(units, scratch.a + (i - rows.begin) * units, scratch.panel_sums);
+      const int64_t count = std::min(kernels.mr, rows.end - i);
+      for (int64_t r = 0; r < count; r++) {
+        out[i + r] = first ? scratch.panel_sums[r] : out[i + r] + scratch.panel_sums[r];
+      }
+    }
+  }
+
+  void packed() {
+    const int64_t kc = k_block(k.size(), kernels.kc, kernels.k_unit);
+    // Where sums have a place of their own it is small, and B is packed again for the next rows.
+    const bool own_sums = !sums_in_output<S> && !share && k.size() > kc;
+    const int64_t most_rows = own_sums ? summed_rows / kernels.mr * kernels.mr : m.size();
+    int64_t jc = n.begin;
+    do {  // once even without columns, for the row sums; likewise once without k, to write zeros
+      const Range columns{jc, std::min(n.end, jc + kernels.nc)};
+      take_bias(columns);
+      for (int64_t from = m.begin; from < m.end; from += most_rows) {
+        const Range rows{from, std::min(m.end, from + most_rows)};
+        place_sums(from, jc);
+        int64_t pc = k.begin;
+        do {
+          const Range depth{pc, std::min(k.end, pc + kc)};
+          pack_block(kernels, p.b, columns, depth, kernels.nr, kernels.pack_b, scratch, scratch.b);
+          packed_block(rows, columns, depth);
+          pc = depth.end;
+        } while (pc < k.end);
+      }
+      jc = columns.end;
+    } while (jc < n.end);
+  }
+
+  // With the block of B packed.
+  void packed_block(Range rows, Range columns, Range depth) const {
+    const int64_t units = kernels.units(depth.size());
+    const bool first = depth.begin == k.begin, last = depth.end == k.end;
+    // A panel of B stays in the L1 cache while A passes by; but where all of B fits, C is written row by
+    // row, which spares the TLB and fills whole pages.
+    const bool along_rows = columns.size() * units * int64_t(sizeof(C)) <= l1_share;
+    for (int64_t ic = rows.begin; ic < rows.end; ic += kernels.mc) {
+      const Range block{ic, std::min(rows.end, ic + kernels.mc)};
+      pack_block(kernels, p.a, block, depth, kernels.mr, kernels.pack_a, scratch, scratch.a);
+      if (owns_row_sums && columns.begin == n.begin) add_row_sums(block, units, first);
+      const auto tile = [&](int64_t i, int64_t j) {
+        const int64_t count = std::min(kernels.mr, block.end - i);
+        Tile<S> t;
+        t.k = units;
+        t.a = scratch.a + (i - block.begin) * units;
+        t.b = scratch.b + (j - columns.begin) * units;
+        t.columns = std::min(kernels.nr, columns.end - j);
+        finish(kernels.microkernel(count, t.columns), t, kernels.nr, i, j, count, first, last);
+      };
+      if (along_rows) {
+        for (int64_t i = block.begin; i < block.end; i += kernels.mr) {
+          for (int64_t j = columns.begin; j < columns.end; j += kernels.nr) tile(i, j);
         }
-        const auto tile = [&](int64_t i, int64_t j) {
-          e.rows = std::min(kernels.mr, rows.end - i);
-          e.columns = std::min(kernels.nr, columns.end - j);
-          const T* a_panel = scratch.a + (i - rows.begin) * depth.size();
-          const bool packed = j >= in_place_end;
-          const T* b_panel =
-              packed ? scratch.b + (j - in_place_end) * depth.size() : p.b.data + j + depth.begin * p.b.k_stride;
-          const int64_t b_step = packed ? kernels.nr : p.b.k_stride;
-          const Microkernel<T> microkernel = kernels.microkernel(e.rows, e.columns);
-          const int64_t at = i * target.leading_dimension + j;
-          e.output = target.output + at;
-          if (bare && e.columns % kernels.lanes == 0) {
-            microkernel(depth.size(), a_panel, b_panel, b_step, e.output, target.leading_dimension);
-            return;
-          }
-          microkernel(depth.size(), a_panel, b_panel, b_step, scratch.tile, kernels.nr);
-          e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
-          e.bias = p.bias.data ? scratch.bias + (j - columns.begin) : nullptr;
-          epilogue(e);
-        };
-        if (along_rows) {
-          for (int64_t i = rows.begin; i < rows.end; i += kernels.mr) {
-            for (int64_t j = columns.begin; j < columns.end; j += kernels.nr) tile(i, j);
-          }
-        } else {
-          for (int64_t j = columns.begin; j < columns.end; j += kernels.nr) {
-            for (int64_t i = rows.begin; i < rows.end; i += kernels.mr) tile(i, j);
-          }
+      } else {
+        for (int64_t j = columns.begin; j < columns.end; j += kernels.nr) {
+          for (int64_t i = block.begin; i < block.end; i += kernels.mr) tile(i, j);
         }
       }
-      pc = depth.end;
-    } while (pc < k.end);
-    jc = columns.end;
-  } while (jc < n.end);
-}
+    }
+  }
 
-// Few rows or columns of C, with both operands gapless along K: a forward pass of a small batch, or
-// of a layer with few outputs. Packing the larger operand would cost more than the product.
-template <class T> bool fits_dots(const Kernels<T>& kernels, const Product<T>& p) {
-  return (p.m <= dot_rows || p.n <= dot_columns) && p.k >= kernels.lanes && p.a.form == Form::plain &&
-         p.b.form == Form::plain && p.a.k_stride == 1 && p.b.k_stride == 1 && !p.row_sums && !p.split_k;
-}
+  void streamed() {
+    const int64_t kc = k_block(k.size(), kernels.kc, kernels.k_unit);
+    int64_t jc = n.begin;
+    do {
+      const Range columns{jc, std::min(n.end, jc + kernels.nc)};
+      take_bias(columns);
+      place_sums(m.begin, jc);
+      int64_t pc = k.begin;
+      do {
+        const Range depth{pc, std::min(k.end, pc + kc)};
+        for (int64_t ic = m.begin; ic < m.end; ic += kernels.mc) {
+          streamed_block({ic, std::min(m.end, ic + kernels.mc)}, columns, depth);
+        }
+        pc = depth.end;
+      } while (pc < k.end);
+      jc = columns.end;
+    } while (jc < n.end);
+  }
 
-template <class T>
-void multiply_dots(const KernelTable& table, const Product<T>& p, Range m, Range n, const Scratch<T>& scratch) {
-  const Kernels<T>& kernels = kernels_of<T>(table);
-  table.mark();
-  Epilogue<T> e{};
-  e.tile = scratch.tile;
-  e.leading_dimension = p.leading_dimension;
-  e.scalars = p.activation.scalars;
-  e.bias = p.bias.data ? scratch.bias : nullptr;
-  const auto epilogue = kernels.activations[p.activation.kind].epilogue;
-  const int64_t kc = k_block(p.k, dot_depth);
-  for (int64_t j = n.begin; j < n.end; j += kernels.nr) {
-    e.columns = std::min(kernels.nr, n.end - j);
-    if (e.bias) load_bias(p.bias, {j, j + e.columns}, kernels.nr, scratch.bias);
-    for (int64_t i = m.begin; i < m.end; i += kernels.mr) {
-      e.rows = std::min(kernels.mr, m.end - i);
-      const int64_t at = i * p.leading_dimension + j;
-      e.output = p.output + at;
-      e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
-      // In blocks, which keeps the rounding errors of a long k apart.
-      for (int64_t pc = 0; pc < p.k; pc += kc) {
-        const int64_t depth = std::min(kc, p.k - pc);
-        e.first = pc == 0;
-        e.last = pc + depth == p.k;
-        kernels.dot_tile(e.rows, e.columns, depth, p.a.data + i * p.a.stride + pc, p.a.stride,
-                         p.b.data + j * p.b.stride + pc, p.b.stride, scratch.tile);
+  void streamed_block(Range rows, Range columns, Range depth) const {
+    const int64_t units = kernels.units(depth.size());
+    const bool first = depth.begin == k.begin, last = depth.end == k.end;
+    pack_block(kernels, p.a, rows, depth, kernels.mr, kernels.pack_a, scratch, scratch.a);
+    if (owns_row_sums && columns.begin == n.begin) add_row_sums(rows, units, first);
+    const auto tile = [&](int64_t i, int64_t j, int64_t count) {
+      const int64_t panel = (i - rows.begin) / kernels.mr * kernels.mr;
+      Tile<S> t;
+      t.k = depth.size();
+      t.a = scratch.a + panel * units + (i - rows.begin - panel);
+      t.unpacked_b = p.b.data + j + depth.begin * p.b.k_stride;
+      t.b_step = p.b.k_stride;
+      t.columns = std::min(kernels.stream_columns, columns.end - j);
+      finish(kernels.stream_kernel(count, t.columns), t, kernels.stream_columns, i, j, count, first, last);
+    };
+    // Rows in groups that stay within a panel.
+    const auto each_group = [&](const auto& visit) {
+      for (int64_t panel = rows.begin; panel < rows.end; panel += kernels.mr) {
+        const int64_t end = std::min(rows.end, panel + kernels.mr);
+        for (int64_t i = panel; i < end; i += kernels.stream_rows) visit(i, std::min(kernels.stream_rows, end - i));
+      }
+    };
+    // A short B is read again for each group of rows; of a long one, the columns that a group has read stay
+    // in a cache for the next.
+    if (depth.size() <= streamed_depth) {
+      each_group([&](int64_t i, int64_t count) {
+        for (int64_t j = columns.begin; j < columns.end; j += kernels.stream_columns) tile(i, j, count);
+      });
+    } else {
+      for (int64_t j = columns.begin; j < columns.end; j += kernels.stream_columns) {
+        each_group([&](int64_t i, int64_t count) { tile(i, j, count); });
+      }
+    }
+  }
+
+  void dots() {
+    Epilogue<S> e;
+    e.tile = scratch.tile;
+    e.tile_step = kernels.nr;
+    e.sums = nullptr;
+    e.sums_step = 0;
+    e.leading_dimension = p.leading_dimension;
+    e.scalars = p.activation.scalars;
+    e.bias = p.bias.data ? scratch.bias : nullptr;
+    const auto epilogue = kernels.activations[p.activation.kind].epilogue;
+    const int64_t kc = k_block(p.k, dot_depth, kernels.k_unit);
+    for (int64_t j = n.begin; j < n.end; j += kernels.nr) {
+      e.columns = std::min(kernels.nr, n.end - j);
+      take_bias({j, j + e.columns});
+      for (int64_t i = m.begin; i < m.end; i += kernels.mr) {
+        e.rows = std::min(kernels.mr, m.end - i);
+        const int64_t at = i * p.leading_dimension + j;
+        e.output = p.output + at;
+        e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
+        // In blocks, which keeps the rounding errors of a long k apart.
+        for (int64_t pc = 0; pc < p.k; pc += kc) {
+          kernels.dot_tile(e.rows, e.columns, std::min(kc, p.k - pc), p.a.data + i * p.a.stride + pc, p.a.stride,
+                           p.b.data + j * p.b.stride + pc, p.b.stride, scratch.tile, pc > 0);
+        }
         epilogue(e);
       }
     }
   }
-}
+
+  const Kernels<S>& kernels;
+  const Product<S>& p;
+  const Scratch<S>& scratch;
+  C* sums = nullptr;
+  int64_t sums_step = 0, sums_row = 0, sums_column = 0;
+  int64_t bias_from = 0;  // the column that scratch.bias begins with
+};
 
 // How many chunks K is cut into: by the shape alone, so that results do not depend on threads. Few
 // tiles and a long K leave threads idle; a chunk must outweigh adding its share of the result.
@@ -276,15 +433,18 @@ struct Grid {
 
 // The division of C among threads that takes least time: every thread packs its own A and B, one
 // packed element costing about as much as `packing` multiply-adds of the micro-kernel.
-template <class T> Grid grid_of(const Kernels<T>& kernels, int64_t m, int64_t n, int64_t threads) {
+template <class S> Grid grid_of(const Kernels<S>& kernels, const Product<S>& p, Path path, int64_t threads) {
+  const int64_t most_rows = most_parts(p.m, kernels.mr), most_columns = most_parts(p.n, kernels.nr);
+  if (path == Path::dots) {
+    return p.m <= dot_rows ? Grid{1, std::min(threads, most_columns)} : Grid{std::min(threads, most_rows), 1};
+  }
   constexpr double packing = 8;
   Grid best{1, 1};
   double least = -1;
-  const int64_t most_rows = most_parts(m, kernels.mr), most_columns = most_parts(n, kernels.nr);
   for (int64_t rows = 1; rows <= std::min(threads, most_rows); rows++) {
     const int64_t columns = std::min(threads / rows, most_columns);
-    const double mt = double(ceil_divide(ceil_divide(m, kernels.mr), rows) * kernels.mr);
-    const double nt = double(ceil_divide(ceil_divide(n, kernels.nr), columns) * kernels.nr);
+    const double mt = double(ceil_divide(ceil_divide(p.m, kernels.mr), rows) * kernels.mr);
+    const double nt = double(ceil_divide(ceil_divide(p.n, kernels.nr), columns) * kernels.nr);
     const double cost = mt * nt + packing * (mt + nt);
     if (least < 0 || cost < least) {
       least = cost;
@@ -294,26 +454,27 @@ template <class T> Grid grid_of(const Kernels<T>& kernels, int64_t m, int64_t n,
   return best;
 }
 
-// Runs task(i, slot) for i in [0, tasks), slot < threads; the calling thread alone if threads is 1.
-template <class Task> void run_tasks(int64_t tasks, int threads, const Task& task) {
+// Calls run(i, slot) for i in [0, tasks), slot < threads; the calling thread alone if threads is 1.
+template <class Run> void run_tasks(int64_t tasks, int threads, const Run& run) {
   if (threads <= 1) {
-    for (int64_t i = 0; i < tasks; i++) task(i, 0);
+    for (int64_t i = 0; i < tasks; i++) run(i, 0);
     return;
   }
 #pragma omp parallel num_threads(threads)
   {
     const int slot = omp_get_thread_num();
-    for (int64_t i = slot; i < tasks; i += omp_get_num_threads()) task(i, slot);
+    for (int64_t i = slot; i < tasks; i += omp_get_num_threads()) run(i, slot);
   }
 }
 
-// out = the sum of `chunks` vectors that lie n apart, in order.
-template <class T> void reduce_chunks(const T* shares, int64_t chunks, int64_t n, T* out) {
-  std::copy(shares, shares + n, out);
+// out = the sum of `chunks` vectors that lie n apart, in order; the first one is overwritten.
+template <class S>
+void reduce_chunks(const Kernels<S>& kernels, Compute<S>* shares, int64_t chunks, int64_t n, S* out) {
   for (int64_t c = 1; c < chunks; c++) {
-    const T* share = shares + c * n;
-    for (int64_t i = 0; i < n; i++) out[i] += share[i];
+    const Compute<S>* share = shares + c * n;
+    for (int64_t i = 0; i < n; i++) shares[i] += share[i];
   }
+  kernels.narrow(n, shares, out);
 }
 
 }  // namespace
@@ -326,59 +487,55 @@ int useful_threads(double multiply_adds, int threads) {
   return int(std::clamp(multiply_adds / worth_a_thread, 1.0, double(threads)));
 }
 
-template <class T> void multiply(const KernelTable& table, const Product<T>& p, int threads) {
-  const Kernels<T>& kernels = kernels_of<T>(table);
+template <class S> void multiply(const KernelTable& table, const Product<S>& p, int threads) {
+  using C = Compute<S>;
+  const Kernels<S>& kernels = kernels_of<S>(table);
   const int64_t chunks = p.split_k ? chunks_of(p.m, p.n, p.k) : 1;
   // Reading and writing an element costs time even where K is short.
   threads = useful_threads(double(p.m) * double(p.n) * double(p.k + 16), threads);
-  const bool dots = fits_dots(kernels, p);
-  const int64_t parts = std::max<int64_t>(1, threads / chunks);
-  const Grid grid = !dots             ? grid_of(kernels, p.m, p.n, parts)
-                    : p.m <= dot_rows ? Grid{1, std::min(parts, most_parts(p.n, kernels.nr))}
-                                      : Grid{std::min(parts, most_parts(p.m, kernels.mr)), 1};
+  const Path path = path_of(kernels, p);
+  const Grid grid = grid_of(kernels, p, path, std::max<int64_t>(1, threads / chunks));
   const int64_t tiles = grid.rows * grid.columns;
   const int64_t tasks = tiles * chunks;
   threads = int(std::min<int64_t>(threads, tasks));
 
-  const int64_t m = part_of(p.m, kernels.mr, grid.rows - 1, grid.rows).size();
-  const int64_t n = part_of(p.n, kernels.nr, grid.columns - 1, grid.columns).size();
-  const int64_t longest_k = ceil_divide(p.k, chunks);
+  const int64_t m = part_of(p.m, kernels.mr, grid.rows - 1, grid.rows).size() + kernels.mr;
+  const int64_t n = part_of(p.n, kernels.nr, grid.columns - 1, grid.columns).size() + kernels.nr;
+  const int64_t longest_k = std::min(p.k, ceil_divide(p.k, chunks) + kernels.k_unit);
   Carver measure;
-  Scratch<T>(measure, kernels, p, m + kernels.mr, n + kernels.nr, longest_k);
+  Scratch<S>(measure, kernels, p, path, m, n, longest_k);
   const size_t scratch_bytes = measure.used();
   const int64_t result = p.m * p.n;
-  const size_t share_bytes = chunks > 1 ? size_t(chunks) * size_t(result + p.m) * sizeof(T) : 0;
+  const size_t share_bytes = chunks > 1 ? size_t(chunks) * size_t(result + p.m) * sizeof(C) : 0;
   const Workspace workspace(scratch_bytes * size_t(threads) + share_bytes);
-  T* const shares = reinterpret_cast<T*>(workspace.data() + scratch_bytes * size_t(threads));
-  T* const sum_shares = shares + chunks * result;
+  C* const shares = reinterpret_cast<C*>(workspace.data() + scratch_bytes * size_t(threads));
+  C* const sum_shares = shares + chunks * result;
 
   run_tasks(tasks, threads, [&](int64_t task, int slot) {
     const int64_t chunk = task / tiles;
     const int64_t tile = task % tiles;
     Carver carver(workspace.data() + scratch_bytes * size_t(slot));
-    const Scratch<T> scratch(carver, kernels, p, m + kernels.mr, n + kernels.nr, longest_k);
-    const Range rows = part_of(p.m, kernels.mr, tile % grid.rows, grid.rows);
-    const Range columns = part_of(p.n, kernels.nr, tile / grid.rows, grid.columns);
-    if (dots) {
-      multiply_dots(table, p, rows, columns, scratch);
-      return;
-    }
+    const Scratch<S> scratch(carver, kernels, p, path, m, n, longest_k);
+    table.mark();
+    Assignment<S> assignment{};
+    assignment.m = part_of(p.m, kernels.mr, tile % grid.rows, grid.rows);
+    assignment.n = part_of(p.n, kernels.nr, tile / grid.rows, grid.columns);
+    assignment.k = chunks > 1 ? part_of(p.k, kernels.k_unit, chunk, chunks) : Range{0, p.k};
+    assignment.share = chunks > 1 ? shares + chunk * result : nullptr;
+    assignment.row_sums_share = chunks > 1 ? sum_shares + chunk * p.m : nullptr;
     // The first part of each row of the grid sums A's rows on the way.
-    const bool owns_sums = p.row_sums && tile / grid.rows == 0;
-    Target<T> target{p.output, p.leading_dimension, owns_sums ? p.row_sums : nullptr};
-    if (chunks > 1) {
-      target = {shares + chunk * result, p.n, owns_sums ? sum_shares + chunk * p.m : nullptr};
-    }
-    const Range k = chunks > 1 ? part_of(p.k, 1, chunk, chunks) : Range{0, p.k};
-    multiply_part(table, p, rows, columns, k, target, scratch);
+    assignment.owns_row_sums = p.row_sums && tile / grid.rows == 0;
+    Task<S>(kernels, p, scratch, assignment).run(path);
   });
   if (chunks > 1) {
-    reduce_chunks(shares, chunks, result, p.output);
-    if (p.row_sums) reduce_chunks(sum_shares, chunks, p.m, p.row_sums);
+    reduce_chunks(kernels, shares, chunks, result, p.output);
+    if (p.row_sums) reduce_chunks(kernels, sum_shares, chunks, p.m, p.row_sums);
   }
 }
 
 template void multiply<float>(const KernelTable&, const Product<float>&, int);
 template void multiply<double>(const KernelTable&, const Product<double>&, int);
+template void multiply<BFloat16>(const KernelTable&, const Product<BFloat16>&, int);
+template void multiply<Float16>(const KernelTable&, const Product<Float16>&, int);
 
 }  // namespace fastmlp::cpu

@@ -14,33 +14,33 @@ namespace fastmlp::cpu {
 enum class Form { plain, gradient, value };
 
 // A (rows of C) or B (columns of C) of a product. Strides count elements, any may be zero.
-template <class T> struct Operand {
-  const T* data = nullptr;
+template <class S> struct Operand {
+  const S* data = nullptr;
   int64_t stride = 0;    // from one row of A, or column of B, to the next
   int64_t k_stride = 0;  // along the dimension that is summed over
   Form form = Form::plain;
   ActivationSpec activation;  // of form gradient or value
-  const T* saved = nullptr;   // of form gradient
+  const S* saved = nullptr;   // of form gradient
   int64_t saved_stride = 0;
   int64_t saved_k_stride = 0;
 };
 
-template <class T> struct Product {
+template <class S> struct Product {
   int64_t m = 0, n = 0, k = 0;
-  Operand<T> a, b;
-  T* output = nullptr;          // [m, n], rows leading_dimension apart
-  T* pre_activation = nullptr;  // null, or like output
+  Operand<S> a, b;
+  S* output = nullptr;          // [m, n], rows leading_dimension apart
+  S* pre_activation = nullptr;  // null, or like output
   int64_t leading_dimension = 0;
   Vector bias;  // [n]
   ActivationSpec activation;
-  T* row_sums = nullptr;  // null, or [m]: the sums of A's rows over k, while A is packed anyway
+  S* row_sums = nullptr;  // null, or [m]: the sums of A's rows over k, while A is packed anyway
   // K may be cut into chunks that are summed in order (the cut depends on the shape alone): for
   // weight gradients, whose K is the batch. Needs neither bias nor activation.
   bool split_k = false;
 };
 
 // The result has the same bits for any number of threads.
-template <class T> void multiply(const KernelTable& table, const Product<T>& product, int threads);
+template <class S> void multiply(const KernelTable& table, const Product<S>& product, int threads);
 
 // How many of `threads` are worth waking for that many multiply-adds.
 int useful_threads(double multiply_adds, int threads);

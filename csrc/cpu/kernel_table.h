@@ -1,11 +1,13 @@
 // The contract between baseline code (gemm.cpp, network.cpp, dispatch.cpp) and the ISA files: one
 // table of function pointers and tile sizes per instruction set. Sizes count elements.
 //
-//            NR columns of B                  A panel: k groups of MR values, one per row
-//         +-------------------+               B panel: k groups of NR values, one per column
-//      MR | tile = A * B      |               tile:    MR x NR, row-major, NR apart
-//  rows   +-------------------+               Panels are zero-padded to full MR and NR.
+//            NR columns of B                  A panel: units of k, each MR lanes, one per row
+//         +-------------------+               B panel: units of k, each NR lanes, one per column
+//      MR | tile = A * B      |               tile:    MR x NR, row-major
+//  rows   +-------------------+               Panels are zero-padded to full MR, NR and units.
 //
+// S is the dtype in memory, Compute<S> what sums are kept in. A unit is what one lane holds of k: one
+// element, converted to Compute<S>, or (k_unit 2) two of 16 bits as they are.
 // A leaf function works on one panel, tile or run; it starts no thread and allocates nothing.
 #pragma once
 
@@ -13,77 +15,126 @@
 
 namespace fastmlp::cpu {
 
-// What follows the products of one tile: sums over the blocks of K before this one are read back
-// from `output`; after the last block bias and activation are applied.
-template <class T> struct Epilogue {
-  const T* tile;
-  int64_t rows;     // <= MR
-  int64_t columns;  // <= NR
-  T* output;
-  T* pre_activation;  // null, or where to keep the pre-activation
+template <class S> struct ComputeOf {
+  using Type = S;
+};
+template <> struct ComputeOf<BFloat16> {
+  using Type = float;
+};
+template <> struct ComputeOf<Float16> {
+  using Type = float;
+};
+template <class S> using Compute = typename ComputeOf<S>::Type;
+
+// What follows the products of one tile: the sums over earlier blocks of K, bias, activation, and the
+// only rounding to S.
+template <class S> struct Epilogue {
+  const Compute<S>* tile;
+  int64_t tile_step;  // from one row of the tile to the next
+  int64_t rows, columns;
+  const Compute<S>* sums;  // null, or of earlier blocks of K
+  int64_t sums_step;
+  S* output;          // may be what sums points to
+  S* pre_activation;  // null, or where to keep the pre-activation
   int64_t leading_dimension;
-  const T* bias;  // null, or NR values
-  bool first;     // no earlier block of K
-  bool last;
+  const Compute<S>* bias;  // null, or `columns` values, readable to the end of a vector
   Scalars scalars;
 };
 
-template <class T> struct ActivationKernels {
-  void (*epilogue)(const Epilogue<T>&);
+template <class S> struct ActivationKernels {
+  void (*epilogue)(const Epilogue<S>&);
   // out[i] = g[i] * act'(saved[i]); out may be g.
-  void (*gradient)(int64_t n, const T* g, const T* saved, T* out, Scalars);
+  void (*gradient)(int64_t n, const S* g, const S* saved, S* out, Scalars);
   // out[i] = act(pre[i]).
-  void (*value)(int64_t n, const T* pre, T* out, Scalars);
+  void (*value)(int64_t n, const S* pre, S* out, Scalars);
 };
 
-// tile = the products of one panel of A and NR columns of B, whose rows lie b_step apart: NR where B
-// is packed, and B's own distance where packing would not pay. Rows of the tile lie tile_step apart: it
-// may be a part of the result itself, where nothing follows the products.
-template <class T>
-using Microkernel = void (*)(int64_t k, const T* a, const T* b, int64_t b_step, T* tile, int64_t tile_step);
+// The products of a panel of A with columns of B, and where they go.
+template <class S> struct Tile {
+  int64_t k;  // units in the panel, or elements of an unpacked B
+  const Compute<S>* a;
+  const Compute<S>* b;
+  const S* unpacked_b;  // of stream kernels, in place of b: rows gapless along n
+  int64_t b_step;       // from one row of unpacked_b to the next
+  Compute<S>* sums;
+  int64_t sums_step;
+  int64_t columns;  // nothing is written past these
+  bool add;         // to what is there, rather than replace it
+};
 
-template <class T> struct Kernels {
+template <class S> using Microkernel = void (*)(const Tile<S>&);
+
+template <class S> struct Kernels {
+  using C = Compute<S>;
   int64_t mr, nr;      // register tile
-  int64_t mc, nc, kc;  // cache blocks: mc a multiple of mr, nc of nr
-  int64_t lanes;       // elements of one vector; buffers may be read this far past their end
-  // panel[p * width + i] = source[i * stride + p * k_stride], zero for i >= count.
-  void (*pack_a)(const T* source, int64_t stride, int64_t k_stride, int64_t count, int64_t k, T* panel);
-  void (*pack_b)(const T* source, int64_t stride, int64_t k_stride, int64_t count, int64_t k, T* panel);
-  // One for each number of rows and of vectors per row that hold anything; see microkernel().
-  const Microkernel<T>* microkernels;
-  // tile = rows of A times columns of B, without packing: both are gapless along k. At most MR x NR.
-  void (*dot_tile)(int64_t rows, int64_t columns, int64_t k, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
-                   T* tile);
-  // sums[i] += sum over p of panel[p * mr + i]; sums holds mr + lanes values.
-  void (*panel_sums)(int64_t k, const T* panel, T* sums);
-  const ActivationKernels<T>* activations;
+  int64_t mc, nc, kc;  // cache blocks: mc a multiple of mr, nc of nr, kc of k_unit
+  int64_t lanes;       // elements of one vector of C; buffers may be read this far past their end
+  int64_t k_unit;
+  int64_t stream_rows, stream_columns;  // the tile of the stream kernels
+  // Lane i of unit u is source[i * stride + p * k_stride] for the p of that unit, zero for i >= count.
+  void (*pack_a)(const S* source, int64_t stride, int64_t k_stride, int64_t count, int64_t k, C* panel);
+  void (*pack_b)(const S* source, int64_t stride, int64_t k_stride, int64_t count, int64_t k, C* panel);
+  // One for each number of rows and of vectors per row that hold anything.
+  const Microkernel<S>* microkernels;
+  const Microkernel<S>* stream_kernels;
+  // tile (+)= rows of A times columns of B, without packing: both are gapless along k. At most MR x NR.
+  void (*dot_tile)(int64_t rows, int64_t columns, int64_t k, const S* a, int64_t a_stride, const S* b, int64_t b_stride,
+                   C* tile, bool add);
+  // sums[i] += sum over the panel's `units` of row i; sums holds mr + lanes values.
+  void (*panel_sums)(int64_t units, const C* panel, C* sums);
+  void (*widen)(int64_t n, const S* x, C* out);
+  void (*narrow)(int64_t n, const C* x, S* out);
+  const ActivationKernels<S>* activations;
 
-  Microkernel<T> microkernel(int64_t rows, int64_t columns) const {
-    const int64_t vectors = (columns + lanes - 1) / lanes;
-    return microkernels[(rows - 1) * (nr / lanes) + vectors - 1];
+  int64_t units(int64_t k) const { return (k + k_unit - 1) / k_unit; }
+  Microkernel<S> microkernel(int64_t rows, int64_t columns) const {
+    return microkernels[(rows - 1) * (nr / lanes) + (columns - 1) / lanes];
+  }
+  Microkernel<S> stream_kernel(int64_t rows, int64_t columns) const {
+    return stream_kernels[(rows - 1) * (stream_columns / lanes) + (columns - 1) / lanes];
   }
 };
 
 // What a table needs; decode_features (dispatch.h) tells what there is.
 enum Feature : unsigned {
-  feature_avx2_fma = 1u << 0,
+  feature_avx2 = 1u << 0,    // and FMA, F16C
   feature_avx512 = 1u << 1,  // F, DQ, BW, VL
+  feature_avx512_bf16 = 1u << 2,
 };
 
 struct KernelTable {
   const char* name;
   const char* description;
   unsigned needs;
-  Kernels<float> float32;
-  Kernels<double> float64;
+  const Kernels<float>* float32;
+  const Kernels<double>* float64;
+  const Kernels<BFloat16>* bfloat16;
+  const Kernels<Float16>* float16;
   // Records `name` for the calling thread, from inside the ISA's own file: tests prove by it that
   // the ISA that was asked for is the one that ran.
   void (*mark)();
 };
 
-template <class T> const Kernels<T>& kernels_of(const KernelTable& table);
-template <> inline const Kernels<float>& kernels_of(const KernelTable& table) { return table.float32; }
-template <> inline const Kernels<double>& kernels_of(const KernelTable& table) { return table.float64; }
+template <class S> const Kernels<S>& kernels_of(const KernelTable& table);
+template <> inline const Kernels<float>& kernels_of(const KernelTable& table) { return *table.float32; }
+template <> inline const Kernels<double>& kernels_of(const KernelTable& table) { return *table.float64; }
+template <> inline const Kernels<BFloat16>& kernels_of(const KernelTable& table) { return *table.bfloat16; }
+template <> inline const Kernels<Float16>& kernels_of(const KernelTable& table) { return *table.float16; }
+
+// Calls f(S{}) for the dtype in memory.
+template <class F> auto with_storage(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::float32:
+      return f(float{});
+    case DType::float64:
+      return f(double{});
+    case DType::bfloat16:
+      return f(BFloat16{});
+    case DType::float16:
+      return f(Float16{});
+  }
+  __builtin_unreachable();
+}
 
 // Set by KernelTable::mark.
 extern thread_local const char* last_isa;

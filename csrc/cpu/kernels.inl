@@ -1,202 +1,298 @@
 // The one body of every ISA's kernels. Each file of isa/ includes it inside its own namespace and
-// target region, after Isa (the vectors) and Blocks (the tile sizes); the functions reach
-// the rest of the library through make_table() only. Must not include anything, use OpenMP, lambdas
-// or standard templates, nor allocate.
+// target region, after Isa (the vectors) and tiles_of (the tile sizes); the functions reach
+// the rest of the library through Kernels and KernelTable only. Must not include anything but its own parts, use
+// OpenMP, lambdas or standard templates, nor allocate.
 
 #include "math.inl"
+#include "storage.inl"
 
-template <class T> struct Leaf {
-  using M = Math<T>;
+template <class S> struct Leaf {
+  using C = Compute<S>;
+  using M = Arithmetic<S>;
   using V = typename M::V;
-  using Size = Blocks<T>;
+  using F = Factors<S>;
+  static constexpr Tiles size = tiles_of<S>;
   static constexpr int lanes = M::lanes;
-  static constexpr int mr = Size::mr;
-  static constexpr int vectors = 2;  // per row of the register tile
+  static constexpr int mr = size.mr;
+  static constexpr int vectors = size.vectors;
   static constexpr int nr = vectors * lanes;
+  static_assert(size.mc % mr == 0 && size.nc % nr == 0);
 
-  // Rows of gapless k become columns of the panel, lanes x lanes elements at a time in registers.
-  template <int width, int from>
-  static void pack_transposed(const T* source, int64_t stride, int64_t count, int64_t k, T* panel) {
+  // The group-th group of a panel, of which from + rows lanes are filled so far. What a whole vector
+  // writes too much is overwritten by the next group.
+  template <int width, int from> static void store_group(C* panel, int64_t group, int64_t groups, V v) {
     constexpr int rows = width - from < lanes ? width - from : lanes;
-    for (int64_t p = 0; p < k; p += lanes) {
-      const int64_t left = k - p;
+    C* to = panel + group * width + from;
+    if (rows == lanes || (from + rows == width && group + 1 < groups)) {
+      M::store(to, v);
+    } else {
+      M::store_first(to, v, rows);
+    }
+  }
+
+  // Rows of gapless k become columns of the panel, lanes x lanes units at a time in registers. Later
+  // parts of a group are filled by later calls, so that the first ones may write into them.
+  template <int width, int from>
+  static void pack_along_k(const S* source, int64_t stride, int64_t count, int64_t k, C* panel) {
+    constexpr int rows = width - from < lanes ? width - from : lanes;
+    const int64_t groups = (k + F::k_unit - 1) / F::k_unit;
+    for (int64_t group = 0; group < groups; group += lanes) {
+      const int64_t p = group * F::k_unit;
       V block[lanes] = {};
 #pragma GCC unroll 16
       for (int i = 0; i < rows; i++) {
         if (from + i >= count) break;
-        const T* row = source + (from + i) * stride + p;
-        block[i] = load_up_to(row, left);
+        block[i] = F::load_along_k(source + (from + i) * stride + p, k - p);
       }
       M::transpose(block);
 #pragma GCC unroll 16
       for (int q = 0; q < lanes; q++) {
-        if (q >= left) break;
-        T* group = panel + (p + q) * width + from;
-        // Where one vector holds the whole group of k, what it writes too much is overwritten by the next.
-        if (rows == lanes || (rows == width && p + q + 1 < k)) {
-          M::store(group, block[q]);
+        if (group + q >= groups) break;
+        // The part before this one was complete when it was stored: only a group's own end may be overrun.
+        if (from == 0 && rows == width) {
+          store_group<width, from>(panel, group + q, groups, block[q]);
+        } else if (rows == lanes) {
+          M::store(panel + (group + q) * width + from, block[q]);
         } else {
-          M::store_first(group, block[q], rows);
+          M::store_first(panel + (group + q) * width + from, block[q], rows);
         }
       }
     }
-    if constexpr (from + rows < width) pack_transposed<width, from + rows>(source, stride, count, k, panel);
+    if constexpr (from + rows < width) pack_along_k<width, from + rows>(source, stride, count, k, panel);
+  }
+
+  // Rows of the panel are gapless in memory.
+  template <int width, int from>
+  static void pack_across_k(const S* source, int64_t k_stride, int64_t count, int64_t k, int64_t group, int64_t groups,
+                            C* panel) {
+    constexpr int rows = width - from < lanes ? width - from : lanes;
+    const int64_t p = group * F::k_unit, left = count - from;
+    const S* row = source + p * k_stride + from;
+    const V v = left > 0 ? F::load_across_k(row, k_stride, k - p, left < rows ? left : rows) : V{};
+    store_group<width, from>(panel, group, groups, v);
+    if constexpr (from + rows < width) {
+      pack_across_k<width, from + rows>(source, k_stride, count, k, group, groups, panel);
+    }
   }
 
   template <int width>
-  static void pack(const T* source, int64_t stride, int64_t k_stride, int64_t count, int64_t k, T* panel) {
-    if (stride == 1 && count == width) {
-      for (int64_t p = 0; p < k; p++) __builtin_memcpy(panel + p * width, source + p * k_stride, width * sizeof(T));
-    } else if (k_stride == 1 && k > 1) {
-      pack_transposed<width, 0>(source, stride, count, k, panel);
+  static void pack(const S* source, int64_t stride, int64_t k_stride, int64_t count, int64_t k, C* panel) {
+    const int64_t groups = (k + F::k_unit - 1) / F::k_unit;
+    if (stride == 1) {
+      for (int64_t g = 0; g < groups; g++) pack_across_k<width, 0>(source, k_stride, count, k, g, groups, panel);
+    } else if (k_stride == 1) {
+      pack_along_k<width, 0>(source, stride, count, k, panel);
     } else {
-      for (int64_t p = 0; p < k; p++) {
-        for (int64_t i = 0; i < count; i++) panel[p * width + i] = source[i * stride + p * k_stride];
-        for (int64_t i = count; i < width; i++) panel[p * width + i] = 0;
+      for (int64_t g = 0; g < groups; g++) {
+        const int64_t p = g * F::k_unit;
+        for (int64_t i = 0; i < width; i++) {
+          const S* element = source + i * stride + p * k_stride;
+          const V v = i < count ? F::load_across_k(element, k_stride, k - p, 1) : V{};
+          M::store_first(panel + g * width + i, v, 1);
+        }
+      }
+    }
+  }
+
+  // Vectors are stored over `sums`, or added to them; of the last one only the columns there are.
+  template <int rows, int used>
+  [[gnu::always_inline]] static void store_tile(const Tile<S>& t, const V (&sum)[rows][used]) {
+    const int64_t last = t.columns - (used - 1) * lanes;
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) {
+      C* row = t.sums + i * t.sums_step;
+#pragma GCC unroll 8
+      for (int j = 0; j + 1 < used; j++) {
+        M::store(row + j * lanes, t.add ? M::load(row + j * lanes) + sum[i][j] : sum[i][j]);
+      }
+      row += (used - 1) * lanes;
+      if (last >= lanes) {
+        M::store(row, t.add ? M::load(row) + sum[i][used - 1] : sum[i][used - 1]);
+      } else {
+        M::store_first(row, t.add ? M::load_first(row, last) + sum[i][used - 1] : sum[i][used - 1], last);
       }
     }
   }
 
   // Rows and vectors of the register tile that a block's edge leaves empty are not computed.
-  template <int rows, int used>
-  static void microkernel(int64_t k, const T* a, const T* b, int64_t b_step, T* tile, int64_t tile_step) {
+  template <int rows, int used> static void microkernel(const Tile<S>& t) {
     V sum[rows][used] = {};
-    for (int64_t p = 0; p < k; p++) {
+    const C* a = t.a;
+    const C* b = t.b;
+    for (int64_t u = 0; u < t.k; u++) {
       V row[used];
 #pragma GCC unroll 4
       for (int j = 0; j < used; j++) row[j] = M::load(b + j * lanes);
 #pragma GCC unroll 16
       for (int i = 0; i < rows; i++) {
-        const V x = M::broadcast(a[i]);
+        const V x = F::broadcast(a + i);
 #pragma GCC unroll 4
-        for (int j = 0; j < used; j++) sum[i][j] += x * row[j];
+        for (int j = 0; j < used; j++) sum[i][j] = F::multiply_add(sum[i][j], x, row[j]);
       }
       a += mr;
-      b += b_step;
+      b += nr;
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; i++) {
-#pragma GCC unroll 4
-      for (int j = 0; j < used; j++) M::store(tile + i * tile_step + j * lanes, sum[i][j]);
-    }
+    store_tile<rows, used>(t, sum);
   }
 
-  template <class Sequence> struct Microkernels;
-  template <int... i> struct Microkernels<typename M::template Indices<i...>> {
-    static constexpr Microkernel<T> all[] = {&microkernel<i / vectors + 1, i % vectors + 1>...};
+  // Few rows of C, as wide as registers allow: long runs of B, which is read where it is.
+  template <int rows, int used> static void stream_kernel(const Tile<S>& t) {
+    V sum[rows][used] = {};
+    const C* a = t.a;
+    const S* b = t.unpacked_b;
+    const int64_t last = t.columns - (used - 1) * lanes;
+    for (int64_t p = 0; p < t.k; p += F::k_unit) {
+      V x[rows];
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; i++) x[i] = F::broadcast(a + i);
+#pragma GCC unroll 8
+      for (int j = 0; j < used; j++) {
+        const V y = F::load_across_k(b + j * lanes, t.b_step, t.k - p, j + 1 < used ? lanes : last);
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; i++) sum[i][j] = F::multiply_add(sum[i][j], x[i], y);
+      }
+      a += mr;
+      b += F::k_unit * t.b_step;
+    }
+    store_tile<rows, used>(t, sum);
+  }
+
+  template <int per_row, class Sequence> struct Tables;
+  template <int per_row, int... i> struct Tables<per_row, typename M::template Indices<i...>> {
+    static constexpr Microkernel<S> micro[] = {&microkernel<i / per_row + 1, i % per_row + 1>...};
+    static constexpr Microkernel<S> stream[] = {&stream_kernel<i / per_row + 1, i % per_row + 1>...};
   };
+  template <int rows, int per_row> using TablesOf = Tables<per_row, typename M::template Counting<rows * per_row>::Type>;
 
   // Inner products along k, in vectors.
   template <int rows, int columns>
-  static void dot(int64_t k, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* tile) {
+  static void dot(int64_t k, const S* a, int64_t a_stride, const S* b, int64_t b_stride, C* tile, bool add) {
     V sum[rows][columns] = {};
-    for (int64_t p = 0; p < k; p += lanes) {
-      const int64_t left = k - p;
+    for (int64_t p = 0; p < k; p += lanes * F::k_unit) {
       V x[rows];
 #pragma GCC unroll 4
-      for (int i = 0; i < rows; i++) x[i] = load_up_to(a + i * a_stride + p, left);
+      for (int i = 0; i < rows; i++) x[i] = F::load_along_k(a + i * a_stride + p, k - p);
 #pragma GCC unroll 4
       for (int j = 0; j < columns; j++) {
-        const V y = load_up_to(b + j * b_stride + p, left);
+        const V y = F::load_along_k(b + j * b_stride + p, k - p);
 #pragma GCC unroll 4
-        for (int i = 0; i < rows; i++) sum[i][j] += x[i] * y;
+        for (int i = 0; i < rows; i++) sum[i][j] = F::multiply_add(sum[i][j], x[i], y);
       }
     }
     for (int i = 0; i < rows; i++) {
-      for (int j = 0; j < columns; j++) tile[i * nr + j] = M::sum(sum[i][j]);
+      for (int j = 0; j < columns; j++) {
+        C& to = tile[i * nr + j];
+        to = add ? to + M::sum(sum[i][j]) : M::sum(sum[i][j]);
+      }
     }
   }
-
-  static V load_up_to(const T* p, int64_t n) { return n < lanes ? M::load_first(p, n) : M::load(p); }
-  static void store_up_to(T* p, V v, int64_t n) { n < lanes ? M::store_first(p, v, n) : M::store(p, v); }
 
   template <int rows>
-  static void dot_rows(int64_t columns, int64_t k, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
-                       T* tile) {
+  static void dot_rows(int64_t columns, int64_t k, const S* a, int64_t a_stride, const S* b, int64_t b_stride, C* tile,
+                       bool add) {
     int64_t j = 0;
-    for (; j + 4 <= columns; j += 4) dot<rows, 4>(k, a, a_stride, b + j * b_stride, b_stride, tile + j);
-    for (; j < columns; j++) dot<rows, 1>(k, a, a_stride, b + j * b_stride, b_stride, tile + j);
+    for (; j + 4 <= columns; j += 4) dot<rows, 4>(k, a, a_stride, b + j * b_stride, b_stride, tile + j, add);
+    for (; j < columns; j++) dot<rows, 1>(k, a, a_stride, b + j * b_stride, b_stride, tile + j, add);
   }
 
-  static void dot_tile(int64_t rows, int64_t columns, int64_t k, const T* a, int64_t a_stride, const T* b,
-                       int64_t b_stride, T* tile) {
+  static void dot_tile(int64_t rows, int64_t columns, int64_t k, const S* a, int64_t a_stride, const S* b,
+                       int64_t b_stride, C* tile, bool add) {
     for (; rows >= 4; rows -= 4, a += 4 * a_stride, tile += 4 * nr) {
-      dot_rows<4>(columns, k, a, a_stride, b, b_stride, tile);
+      dot_rows<4>(columns, k, a, a_stride, b, b_stride, tile, add);
     }
     if (rows >= 2) {
-      dot_rows<2>(columns, k, a, a_stride, b, b_stride, tile);
+      dot_rows<2>(columns, k, a, a_stride, b, b_stride, tile, add);
       a += 2 * a_stride;
       tile += 2 * nr;
     }
-    if (rows % 2) dot_rows<1>(columns, k, a, a_stride, b, b_stride, tile);
+    if (rows % 2) dot_rows<1>(columns, k, a, a_stride, b, b_stride, tile, add);
   }
 
-  static void panel_sums(int64_t k, const T* panel, T* sums) {
+  static void panel_sums(int64_t units, const C* panel, C* sums) {
+    const V ones = F::ones();
     for (int i = 0; i < mr; i += lanes) {
       V even = {}, odd = {};
-      int64_t p = 0;
-      for (; p + 2 <= k; p += 2) {
-        even += M::load(panel + p * mr + i);
-        odd += M::load(panel + (p + 1) * mr + i);
+      int64_t u = 0;
+      for (; u + 2 <= units; u += 2) {
+        even = F::multiply_add(even, M::load(panel + u * mr + i), ones);
+        odd = F::multiply_add(odd, M::load(panel + (u + 1) * mr + i), ones);
       }
-      if (p < k) even += M::load(panel + p * mr + i);
-      // Lanes past mr hold values of the next group of k; the caller ignores them.
+      if (u < units) even = F::multiply_add(even, M::load(panel + u * mr + i), ones);
+      // Lanes past mr hold values of the next group; the caller ignores them.
       M::store(sums + i, M::load(sums + i) + (even + odd));
     }
   }
 
-  template <class A> static void epilogue(const Epilogue<T>& arguments) {
-    const Epilogue<T> e = arguments;  // stores through output cannot change a copy
+  static void widen(int64_t n, const S* x, C* out) {
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) M::store(out + i, Storage<S>::load(x + i));
+    if (i < n) M::store_first(out + i, Storage<S>::load_first(x + i, n - i), n - i);
+  }
+
+  static void narrow(int64_t n, const C* x, S* out) {
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) Storage<S>::store(out + i, M::load(x + i));
+    if (i < n) Storage<S>::store_first(out + i, M::load_first(x + i, n - i), n - i);
+  }
+
+  template <class A> static void epilogue(const Epilogue<S>& arguments) {
+    const Epilogue<S> e = arguments;  // stores through output cannot change a copy
     for (int64_t i = 0; i < e.rows; i++) {
-      T* output = e.output + i * e.leading_dimension;
-      T* pre_activation = e.pre_activation ? e.pre_activation + i * e.leading_dimension : nullptr;
+      const C* tile = e.tile + i * e.tile_step;
+      const C* sums = e.sums ? e.sums + i * e.sums_step : nullptr;
+      S* output = e.output + i * e.leading_dimension;
+      S* pre_activation = e.pre_activation ? e.pre_activation + i * e.leading_dimension : nullptr;
       for (int64_t j = 0; j < e.columns; j += lanes) {
         const int64_t left = e.columns - j;
-        V v = M::load(e.tile + i * nr + j);
-        if (!e.first) v += load_up_to(output + j, left);
-        if (e.last) {
-          if (e.bias) v += M::load(e.bias + j);
-          if (pre_activation) store_up_to(pre_activation + j, v, left);
-          v = A::template value<M>(v, e.scalars);
-        }
-        store_up_to(output + j, v, left);
+        V v = M::load(tile + j);
+        if (sums) v += load_up_to(sums + j, left);
+        if (e.bias) v += M::load(e.bias + j);
+        if (pre_activation) store_up_to(pre_activation + j, v, left);
+        store_up_to(output + j, A::template value<M>(v, e.scalars), left);
       }
     }
   }
 
-  template <class A> static void gradient(int64_t n, const T* g, const T* saved, T* out, Scalars p) {
-    int64_t i = 0;
-    for (; i + lanes <= n; i += lanes) {
-      M::store(out + i, A::template gradient<M>(M::load(g + i), M::load(saved + i), p));
-    }
-    if (i < n) {
-      const V v = A::template gradient<M>(M::load_first(g + i, n - i), M::load_first(saved + i, n - i), p);
-      M::store_first(out + i, v, n - i);
+  template <class A> static void gradient(int64_t n, const S* g, const S* saved, S* out, Scalars p) {
+    for (int64_t i = 0; i < n; i += lanes) {
+      const V v = A::template gradient<M>(load_up_to(g + i, n - i), load_up_to(saved + i, n - i), p);
+      store_up_to(out + i, v, n - i);
     }
   }
 
-  template <class A> static void value(int64_t n, const T* pre, T* out, Scalars p) {
-    int64_t i = 0;
-    for (; i + lanes <= n; i += lanes) M::store(out + i, A::template value<M>(M::load(pre + i), p));
-    if (i < n) M::store_first(out + i, A::template value<M>(M::load_first(pre + i, n - i), p), n - i);
+  template <class A> static void value(int64_t n, const S* pre, S* out, Scalars p) {
+    for (int64_t i = 0; i < n; i += lanes) {
+      store_up_to(out + i, A::template value<M>(load_up_to(pre + i, n - i), p), n - i);
+    }
   }
 
   template <class List> struct Activation;
   template <class... A> struct Activation<ActivationList<A...>> {
-    static constexpr ActivationKernels<T> rows[] = {{&epilogue<A>, &gradient<A>, &value<A>}...};
+    static constexpr ActivationKernels<S> rows[] = {{&epilogue<A>, &gradient<A>, &value<A>}...};
   };
 
-  static constexpr Kernels<T> kernels() {
-    using Tiles = typename M::template Counting<mr * vectors>::Type;
-    return {mr,        nr,          Size::mc,
-            Size::nc,  Size::kc,    lanes,
-            &pack<mr>, &pack<nr>,   Microkernels<Tiles>::all,
-            &dot_tile, &panel_sums, Activation<Activations>::rows};
+  static constexpr Kernels<S> kernels() {
+    Kernels<S> k{};
+    k.mr = mr;
+    k.nr = nr;
+    k.mc = size.mc;
+    k.nc = size.nc;
+    k.kc = size.kc * F::k_unit;
+    k.lanes = lanes;
+    k.k_unit = F::k_unit;
+    k.stream_rows = size.stream_rows;
+    k.stream_columns = size.stream_vectors * lanes;
+    k.pack_a = &pack<mr>;
+    k.pack_b = &pack<nr>;
+    k.microkernels = TablesOf<mr, vectors>::micro;
+    k.stream_kernels = TablesOf<size.stream_rows, size.stream_vectors>::stream;
+    k.dot_tile = &dot_tile;
+    k.panel_sums = &panel_sums;
+    k.widen = &widen;
+    k.narrow = &narrow;
+    k.activations = Activation<Activations>::rows;
+    return k;
   }
 };
 
 static void mark() { last_isa = Isa::name; }
-
-static constexpr KernelTable make_table() {
-  return {Isa::name, Isa::description, Isa::needs, Leaf<float>::kernels(), Leaf<double>::kernels(), &mark};
-}

@@ -17,19 +17,19 @@ namespace {
 constexpr int64_t hidden_bytes = int64_t(4) << 20;
 constexpr int64_t fewest_rows = 2048;
 
-template <class T> Operand<T> operand(const Matrix& x, int64_t stride, int64_t k_stride) {
-  Operand<T> operand;
-  operand.data = static_cast<const T*>(x.data);
+template <class S> Operand<S> operand(const Matrix& x, int64_t stride, int64_t k_stride) {
+  Operand<S> operand;
+  operand.data = static_cast<const S*>(x.data);
   operand.stride = stride;
   operand.k_stride = k_stride;
   return operand;
 }
-template <class T> Operand<T> rows_of(const Matrix& x) { return operand<T>(x, x.row_stride, x.column_stride); }
-template <class T> Operand<T> columns_of(const Matrix& x) { return operand<T>(x, x.column_stride, x.row_stride); }
+template <class S> Operand<S> rows_of(const Matrix& x) { return operand<S>(x, x.row_stride, x.column_stride); }
+template <class S> Operand<S> columns_of(const Matrix& x) { return operand<S>(x, x.column_stride, x.row_stride); }
 
 // The same matrix from a later row on.
-template <class T> Matrix from_row(Matrix x, int64_t row) {
-  x.data = static_cast<T*>(x.data) + row * x.row_stride;
+template <class S> Matrix from_row(Matrix x, int64_t row) {
+  x.data = static_cast<S*>(x.data) + row * x.row_stride;
   return x;
 }
 
@@ -42,15 +42,15 @@ int64_t widest_hidden(const Network& network) {
 }
 
 // output = act(input weight^T + bias) for `rows` rows.
-template <class T>
-void layer_forward(const KernelTable& table, const Layer& layer, int64_t rows, const Matrix& input, T* output,
-                   T* pre_activation, int threads) {
-  Product<T> p;
+template <class S>
+void layer_forward(const KernelTable& table, const Layer& layer, int64_t rows, const Matrix& input, S* output,
+                   S* pre_activation, int threads) {
+  Product<S> p;
   p.m = rows;
   p.n = layer.out_features;
   p.k = layer.in_features;
-  p.a = rows_of<T>(input);
-  p.b = rows_of<T>(layer.weight);
+  p.a = rows_of<S>(input);
+  p.b = rows_of<S>(layer.weight);
   p.output = output;
   p.pre_activation = pre_activation;
   p.leading_dimension = layer.out_features;
@@ -59,13 +59,13 @@ void layer_forward(const KernelTable& table, const Layer& layer, int64_t rows, c
   multiply(table, p, threads);
 }
 
-template <class T> void forward_keeping(const ForwardPass& pass, int threads) {
+template <class S> void forward_keeping(const ForwardPass& pass, int threads) {
   const KernelTable& table = active();
   const Network& network = pass.network;
   const size_t last = network.layers.size() - 1;
   // A hidden layer that keeps its pre-activation needs its output for the next layer only.
   Carver measure;
-  measure.take<T>(network.rows * widest_hidden(network));
+  measure.take<S>(network.rows * widest_hidden(network));
   bool spare = false;
   for (size_t l = 0; l < last; l++) spare |= !keeps_output(network.layers[l].activation);
   const Workspace workspace(spare ? 2 * measure.used() : 0);
@@ -73,15 +73,15 @@ template <class T> void forward_keeping(const ForwardPass& pass, int threads) {
   for (size_t l = 0; l <= last; l++) {
     const Layer& layer = network.layers[l];
     const bool keeps = keeps_output(layer.activation);
-    T* const kept = static_cast<T*>(pass.kept[l]);
-    T* output = static_cast<T*>(pass.output);
-    if (l < last) output = keeps ? kept : reinterpret_cast<T*>(workspace.data() + l % 2 * measure.used());
+    S* const kept = static_cast<S*>(pass.kept[l]);
+    S* output = static_cast<S*>(pass.output);
+    if (l < last) output = keeps ? kept : reinterpret_cast<S*>(workspace.data() + l % 2 * measure.used());
     layer_forward(table, layer, network.rows, input, output, keeps ? nullptr : kept, threads);
     input = gapless(output, layer.out_features);
   }
 }
 
-template <class T> void forward_only(const ForwardPass& pass, int threads) {
+template <class S> void forward_only(const ForwardPass& pass, int threads) {
   const KernelTable& table = active();
   const Network& network = pass.network;
   const size_t last = network.layers.size() - 1;
@@ -90,21 +90,21 @@ template <class T> void forward_only(const ForwardPass& pass, int threads) {
   if (width > 0 && block > 0) {
     // Equal blocks, by the shape alone: a short last one could take the path of a small batch, and
     // the number of threads must not change a bit.
-    const int64_t most = std::max(hidden_bytes / (2 * width * int64_t(sizeof(T))), fewest_rows);
+    const int64_t most = std::max(hidden_bytes / (2 * width * int64_t(sizeof(S))), fewest_rows);
     const int64_t blocks = (block + most - 1) / most;
     block = (block + blocks - 1) / blocks;
   }
   Carver measure;
-  measure.take<T>(block * width);
+  measure.take<S>(block * width);
   const Workspace workspace(last > 0 ? 2 * measure.used() : 0);
   for (int64_t row = 0; row < network.rows; row += block) {
     const int64_t rows = std::min(block, network.rows - row);
-    Matrix input = from_row<T>(network.input, row);
+    Matrix input = from_row<S>(network.input, row);
     for (size_t l = 0; l <= last; l++) {
       const Layer& layer = network.layers[l];
-      T* const output = l == last ? static_cast<T*>(pass.output) + row * layer.out_features
-                                  : reinterpret_cast<T*>(workspace.data() + l % 2 * measure.used());
-      layer_forward<T>(table, layer, rows, input, output, nullptr, threads);
+      S* const output = l == last ? static_cast<S*>(pass.output) + row * layer.out_features
+                                  : reinterpret_cast<S*>(workspace.data() + l % 2 * measure.used());
+      layer_forward<S>(table, layer, rows, input, output, nullptr, threads);
       input = gapless(output, layer.out_features);
     }
   }
@@ -112,7 +112,7 @@ template <class T> void forward_only(const ForwardPass& pass, int threads) {
 
 // A gradient with respect to a layer's output as the gradient with respect to its pre-activation,
 // formed while it is packed and never stored.
-template <class T> Operand<T> formed_gradient(Operand<T> grad, const Operand<T>& saved, const ActivationSpec& act) {
+template <class S> Operand<S> formed_gradient(Operand<S> grad, const Operand<S>& saved, const ActivationSpec& act) {
   if (act.kind == identity_kind) return grad;
   grad.form = Form::gradient;
   grad.activation = act;
@@ -123,44 +123,44 @@ template <class T> Operand<T> formed_gradient(Operand<T> grad, const Operand<T>&
 }
 
 // grad_weight = dz^T input; grad_bias = the column sums of dz.
-template <class T>
+template <class S>
 void layer_wgrad(const KernelTable& table, const BackwardPass& pass, size_t l, const Matrix& grad, int threads) {
   const Network& network = pass.network;
   const Layer& layer = network.layers[l];
-  Product<T> p;
+  Product<S> p;
   p.m = layer.out_features;
   p.n = pass.grad_weights[l] ? layer.in_features : 0;
   p.k = network.rows;
-  p.a = formed_gradient(columns_of<T>(grad), columns_of<T>(pass.saved[l]), layer.activation);
-  p.b = columns_of<T>(l == 0 ? network.input : pass.saved[l - 1]);
+  p.a = formed_gradient(columns_of<S>(grad), columns_of<S>(pass.saved[l]), layer.activation);
+  p.b = columns_of<S>(l == 0 ? network.input : pass.saved[l - 1]);
   if (l > 0 && !keeps_output(network.layers[l - 1].activation)) {
     p.b.form = Form::value;
     p.b.activation = network.layers[l - 1].activation;
   }
-  p.output = static_cast<T*>(pass.grad_weights[l]);
+  p.output = static_cast<S*>(pass.grad_weights[l]);
   p.leading_dimension = layer.in_features;
-  p.row_sums = static_cast<T*>(pass.grad_biases[l]);
+  p.row_sums = static_cast<S*>(pass.grad_biases[l]);
   p.split_k = true;
   multiply(table, p, threads);
 }
 
 // grad_input = dz weight.
-template <class T>
-void layer_dgrad(const KernelTable& table, const BackwardPass& pass, size_t l, const Matrix& grad, T* output,
+template <class S>
+void layer_dgrad(const KernelTable& table, const BackwardPass& pass, size_t l, const Matrix& grad, S* output,
                  int threads) {
   const Layer& layer = pass.network.layers[l];
-  Product<T> p;
+  Product<S> p;
   p.m = pass.network.rows;
   p.n = layer.in_features;
   p.k = layer.out_features;
-  p.a = formed_gradient(rows_of<T>(grad), rows_of<T>(pass.saved[l]), layer.activation);
-  p.b = columns_of<T>(layer.weight);
+  p.a = formed_gradient(rows_of<S>(grad), rows_of<S>(pass.saved[l]), layer.activation);
+  p.b = columns_of<S>(layer.weight);
   p.output = output;
   p.leading_dimension = layer.in_features;
   multiply(table, p, threads);
 }
 
-template <class T> void backward_of(const BackwardPass& pass, int threads) {
+template <class S> void backward_of(const BackwardPass& pass, int threads) {
   const KernelTable& table = active();
   const Network& network = pass.network;
   const size_t count = network.layers.size();
@@ -169,14 +169,14 @@ template <class T> void backward_of(const BackwardPass& pass, int threads) {
     while (first < count && !pass.grad_weights[first] && !pass.grad_biases[first]) first++;
   }
   Carver measure;
-  measure.take<T>(network.rows * widest_hidden(network));
+  measure.take<S>(network.rows * widest_hidden(network));
   const Workspace workspace(first + 1 < count ? 2 * measure.used() : 0);
   Matrix grad = pass.grad_output;
   for (size_t l = count; l-- > first;) {
-    if (pass.grad_weights[l] || pass.grad_biases[l]) layer_wgrad<T>(table, pass, l, grad, threads);
+    if (pass.grad_weights[l] || pass.grad_biases[l]) layer_wgrad<S>(table, pass, l, grad, threads);
     if (l == first && !pass.grad_input) break;
-    T* const output =
-        l == 0 ? static_cast<T*>(pass.grad_input) : reinterpret_cast<T*>(workspace.data() + l % 2 * measure.used());
+    S* const output =
+        l == 0 ? static_cast<S*>(pass.grad_input) : reinterpret_cast<S*>(workspace.data() + l % 2 * measure.used());
     layer_dgrad(table, pass, l, grad, output, threads);
     grad = gapless(output, network.layers[l].in_features);
   }
@@ -185,22 +185,14 @@ template <class T> void backward_of(const BackwardPass& pass, int threads) {
 }  // namespace
 
 void forward(const ForwardPass& pass, int threads) {
-  const bool keep = !pass.kept.empty();
-  switch (pass.network.dtype) {
-    case DType::float32:
-      return keep ? forward_keeping<float>(pass, threads) : forward_only<float>(pass, threads);
-    case DType::float64:
-      return keep ? forward_keeping<double>(pass, threads) : forward_only<double>(pass, threads);
-  }
+  with_storage(pass.network.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    pass.kept.empty() ? forward_only<S>(pass, threads) : forward_keeping<S>(pass, threads);
+  });
 }
 
 void backward(const BackwardPass& pass, int threads) {
-  switch (pass.network.dtype) {
-    case DType::float32:
-      return backward_of<float>(pass, threads);
-    case DType::float64:
-      return backward_of<double>(pass, threads);
-  }
+  with_storage(pass.network.dtype, [&](auto storage) { backward_of<decltype(storage)>(pass, threads); });
 }
 
 }  // namespace fastmlp::cpu

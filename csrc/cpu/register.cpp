@@ -5,6 +5,8 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <optional>
+
 #include "../checks.h"
 #include "../operators.h"
 #include "network.h"
@@ -14,10 +16,19 @@ namespace {
 
 int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-DType dtype_of(const at::Tensor& input) {
-  TORCH_CHECK(has_kernels_for(input.scalar_type()), "fastmlp: input has dtype ", input.scalar_type(),
-              ", expected float32 or float64, for which this build has CPU kernels");
-  return input.scalar_type() == at::kFloat ? DType::float32 : DType::float64;
+std::optional<DType> dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::float32;
+    case at::kDouble:
+      return DType::float64;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    case at::kHalf:
+      return DType::float16;
+    default:
+      return std::nullopt;
+  }
 }
 
 Matrix matrix_of(const at::Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
@@ -34,7 +45,10 @@ at::Tensor row_major(const at::Tensor& input, int64_t features) {
 // `input` is the two-dimensional form, which the caller keeps alive.
 Network network_of(const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
   Network network;
-  network.dtype = dtype_of(input);
+  const std::optional<DType> dtype = dtype_of(input.scalar_type());
+  TORCH_CHECK(dtype, "fastmlp: input has dtype ", input.scalar_type(),
+              ", expected float32, float64, bfloat16 or float16, for which this build has CPU kernels");
+  network.dtype = *dtype;
   network.rows = input.size(0);
   network.input = matrix_of(input);
   network.layers.resize(stack.layers());
@@ -61,7 +75,7 @@ int64_t rows_of(const at::Tensor& input) {
 
 }  // namespace
 
-bool has_kernels_for(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kDouble; }
+bool has_kernels_for(at::ScalarType dtype) { return dtype_of(dtype).has_value(); }
 
 void forward_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters, const at::Tensor& output,
                   at::TensorList hidden) {

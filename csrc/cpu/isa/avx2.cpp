@@ -1,18 +1,17 @@
-// AVX2 with FMA, from Haswell and Zen on: 12 of 16 registers hold the tile. Reached through
-// dispatch.cpp only after the operating system's support has been checked.
+// AVX2 with FMA and F16C, from Haswell and Zen on. Reached through dispatch.cpp only after the
+// operating system's support has been checked.
 #include "target.h"
 
 #if defined(__x86_64__)
-FASTMLP_TARGET("avx2,fma")
+FASTMLP_TARGET("avx2,fma,f16c")
 #include "../../activation.h"
 
 namespace fastmlp::cpu::avx2 {
 
 struct Isa {
   static constexpr const char* name = "avx2";
-  static constexpr const char* description = "AVX2 and FMA";
-  static constexpr unsigned needs = feature_avx2_fma;
   static constexpr int vector_bytes = 32;
+  template <class S> using Pairs = void;
 
   static __m256i first(const float*, int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -24,19 +23,35 @@ struct Isa {
   static __m256d load_first(const double* p, int64_t n) { return _mm256_maskload_pd(p, first(p, n)); }
   static void store_first(float* p, __m256 v, int64_t n) { _mm256_maskstore_ps(p, first(p, n), v); }
   static void store_first(double* p, __m256d v, int64_t n) { _mm256_maskstore_pd(p, first(p, n), v); }
+
+  // AVX2 has no masks for 16 bits.
+  static __m128i load_first(const uint16_t* p, int64_t n) {
+    uint16_t all[8] = {};
+    for (int64_t i = 0; i < n; i++) all[i] = p[i];
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(all));
+  }
+  template <class H> static void store_first(uint16_t* p, H v, int64_t n) {
+    for (int64_t i = 0; i < n; i++) p[i] = v[i];
+  }
+
+  template <class H> static __m256 widen_float16(H h) { return _mm256_cvtph_ps(__m128i(h)); }
+  template <class V> static __m128i narrow_float16(V v) {
+    return _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT);
+  }
 };
 
-template <class T> struct Blocks {
-  static constexpr int mr = 6;
-  static constexpr int64_t mc = 24 * mr;
-  static constexpr int64_t nc = 4096 / int64_t(sizeof(T));
-  static constexpr int64_t kc = 1536 / int64_t(sizeof(T));
-};
+template <class S> constexpr Tiles tiles_of = tiles_of_16_registers<S>;
 
 #include "../kernels.inl"
 
+constexpr Kernels<float> float32 = Leaf<float>::kernels();
+constexpr Kernels<double> float64 = Leaf<double>::kernels();
+constexpr Kernels<BFloat16> bfloat16 = Leaf<BFloat16>::kernels();
+constexpr Kernels<Float16> float16 = Leaf<Float16>::kernels();
+
 extern const KernelTable table;
-constexpr KernelTable table = make_table();
+constexpr KernelTable table = {Isa::name, "AVX2, FMA and F16C", feature_avx2, &float32, &float64,
+                               &bfloat16, &float16,             &mark};
 
 }  // namespace fastmlp::cpu::avx2
 FASTMLP_TARGET_END

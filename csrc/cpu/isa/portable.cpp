@@ -8,37 +8,69 @@ namespace fastmlp::cpu::portable {
 
 struct Isa {
   static constexpr const char* name = "portable";
-#if defined(__x86_64__)
-  static constexpr const char* description = "SSE2, in every x86-64";
-#else
-  static constexpr const char* description = "128-bit vectors of the baseline";
-#endif
-  static constexpr unsigned needs = 0;
   static constexpr int vector_bytes = 16;
+  template <class S> using Pairs = void;
 
-  template <class T> struct Vector {
-    typedef T V __attribute__((vector_size(vector_bytes)));
-  };
-  template <class T> static typename Vector<T>::V load_first(const T* p, int64_t n) {
-    typename Vector<T>::V v = {};
+  typedef float Floats __attribute__((vector_size(vector_bytes)));
+  typedef double Doubles __attribute__((vector_size(vector_bytes)));
+  typedef uint32_t Bits __attribute__((vector_size(vector_bytes)));
+  typedef uint16_t Halves __attribute__((vector_size(vector_bytes / 2)));
+
+  static Floats load_first(const float* p, int64_t n) { return load_first_of<Floats>(p, n); }
+  static Doubles load_first(const double* p, int64_t n) { return load_first_of<Doubles>(p, n); }
+  static Halves load_first(const uint16_t* p, int64_t n) { return load_first_of<Halves>(p, n); }
+  template <class T, class V> static void store_first(T* p, V v, int64_t n) {
+    for (int64_t i = 0; i < n; i++) p[i] = v[i];
+  }
+
+  // Exponents 1 to 30 move by 112, the difference of the biases, as subnormals do when they are multiplied.
+  static Floats widen_float16(Halves h) {
+    const Bits bits = __builtin_convertvector(h, Bits);
+    const Bits magnitude = bits & 0x7fffu;
+    const Floats scaled = Floats(magnitude << 13) * 0x1p112f;
+    const Bits special = (magnitude << 13) | 0x7f800000u;
+    return Floats((magnitude >= 0x7c00u ? special : Bits(scaled)) | (bits & 0x8000u) << 16);
+  }
+
+  // To the nearest, ties to even.
+  static Halves narrow_float16(Floats v) {
+    const Bits bits = Bits(v);
+    const Bits magnitude = bits & 0x7fffffffu;
+    const Bits normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
+    // Added to 1/2, a number below 2^-14 is rounded to a multiple of 2^-24, the smallest subnormal.
+    const Bits subnormal = Bits(Floats(magnitude) + 0.5f) - 0x3f000000u;
+    const Bits infinite = (magnitude & 0u) + 0x7c00u;
+    const Bits nan = infinite | 0x200u | (magnitude >> 13 & 0x3ffu);
+    Bits half = magnitude < 113u << 23 ? subnormal : normal;
+    half = magnitude >= 0x477ff000u ? infinite : half;  // 65520 and more
+    half = magnitude > 0x7f800000u ? nan : half;
+    return __builtin_convertvector(half | (bits >> 16 & 0x8000u), Halves);
+  }
+
+ private:
+  template <class V, class T> static V load_first_of(const T* p, int64_t n) {
+    V v = {};
     for (int64_t i = 0; i < n; i++) v[i] = p[i];
     return v;
   }
-  template <class T> static void store_first(T* p, typename Vector<T>::V v, int64_t n) {
-    for (int64_t i = 0; i < n; i++) p[i] = v[i];
-  }
 };
 
-template <class T> struct Blocks {
-  static constexpr int mr = 6;
-  static constexpr int64_t mc = 24 * mr;
-  static constexpr int64_t nc = 4096 / int64_t(sizeof(T));
-  static constexpr int64_t kc = 1536 / int64_t(sizeof(T));
-};
+template <class S> constexpr Tiles tiles_of = tiles_of_16_registers<S>;
 
 #include "../kernels.inl"
 
+constexpr Kernels<float> float32 = Leaf<float>::kernels();
+constexpr Kernels<double> float64 = Leaf<double>::kernels();
+constexpr Kernels<BFloat16> bfloat16 = Leaf<BFloat16>::kernels();
+constexpr Kernels<Float16> float16 = Leaf<Float16>::kernels();
+
+#if defined(__x86_64__)
+constexpr const char* description = "SSE2, in every x86-64";
+#else
+constexpr const char* description = "128-bit vectors of the baseline";
+#endif
+
 extern const KernelTable table;
-constexpr KernelTable table = make_table();
+constexpr KernelTable table = {Isa::name, description, 0, &float32, &float64, &bfloat16, &float16, &mark};
 
 }  // namespace fastmlp::cpu::portable

@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../kernel_table.h"
+#include "../tiles.h"
 
 #define FASTMLP_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)

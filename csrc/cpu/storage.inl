@@ -1,0 +1,119 @@
+// How the elements of a dtype are loaded and stored as vectors of the type that is computed in
+// (Storage), and how they meet in products (Factors). Included by kernels.inl after math.inl inside an ISA's
+// namespace and target region; must not include anything. An ISA takes part with masked loads and
+// stores, the conversions of float16, and, where it has one, an instruction for pairs of products.
+
+template <class S> struct Storage {
+  using M = Math<S>;
+  using V = typename M::V;
+  static V load(const S* p) { return M::load(p); }
+  // The first n lanes, n < lanes; zero after. Memory of the others is not touched.
+  static V load_first(const S* p, int64_t n) { return M::load_first(p, n); }
+  static void store(S* p, V v) { M::store(p, v); }
+  static void store_first(S* p, V v, int64_t n) { M::store_first(p, v, n); }
+};
+
+// Sixteen bits in memory, float32 in registers; rounded to the nearest, ties to even.
+template <class S> struct Storage16 {
+  using M = Math<float>;
+  using V = M::V;
+  using I = M::I;
+  typedef uint16_t H __attribute__((vector_size(Isa::vector_bytes / 2)));
+
+  static H load_bits(const S* p) {
+    H h;
+    __builtin_memcpy(&h, p, sizeof h);
+    return h;
+  }
+  static H load_first_bits(const S* p, int64_t n) { return H(Isa::load_first(&p->bits, n)); }
+
+  static V widen(BFloat16, H h) { return V(__builtin_convertvector(h, I) << 16); }
+  static V widen(Float16, H h) { return V(Isa::widen_float16(h)); }
+  static H narrow(BFloat16, V v) {
+    const I bits = I(v);
+    const I rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    const I quiet_nan = bits | 0x400000u;
+    return __builtin_convertvector((v == v ? rounded : quiet_nan) >> 16, H);
+  }
+  static H narrow(Float16, V v) { return H(Isa::narrow_float16(v)); }
+
+  static V load(const S* p) { return widen(S{}, load_bits(p)); }
+  static V load_first(const S* p, int64_t n) { return widen(S{}, load_first_bits(p, n)); }
+  static void store(S* p, V v) {
+    const H h = narrow(S{}, v);
+    __builtin_memcpy(p, &h, sizeof h);
+  }
+  static void store_first(S* p, V v, int64_t n) { Isa::store_first(&p->bits, narrow(S{}, v), n); }
+};
+template <> struct Storage<BFloat16> : Storage16<BFloat16> {};
+template <> struct Storage<Float16> : Storage16<Float16> {};
+
+// The operand type of activation.h for tensors of S.
+template <class S> struct Arithmetic : Math<Compute<S>> {
+  using V = typename Math<Compute<S>>::V;
+  static V as_stored(V v) { return v; }
+};
+template <> struct Arithmetic<BFloat16> : Math<float> {
+  static V as_stored(V v) { return Storage<BFloat16>::widen(BFloat16{}, Storage<BFloat16>::narrow(BFloat16{}, v)); }
+};
+template <> struct Arithmetic<Float16> : Math<float> {
+  static V as_stored(V v) { return Storage<Float16>::widen(Float16{}, Storage<Float16>::narrow(Float16{}, v)); }
+};
+
+template <class S> typename Storage<S>::V load_up_to(const S* p, int64_t n) {
+  return n < Math<Compute<S>>::lanes ? Storage<S>::load_first(p, n) : Storage<S>::load(p);
+}
+template <class S> void store_up_to(S* p, typename Storage<S>::V v, int64_t n) {
+  n < Math<Compute<S>>::lanes ? Storage<S>::store_first(p, v, n) : Storage<S>::store(p, v);
+}
+
+// Of which Isa::Pairs<S> tells the instruction, or void where there is none.
+template <class S, class Pairs = typename Isa::template Pairs<S>> struct Factors;
+
+// One element of k in each lane, converted once, when it is packed.
+template <class S> struct Factors<S, void> {
+  using C = Compute<S>;
+  using M = Math<C>;
+  using V = typename M::V;
+  static constexpr int k_unit = 1;  // elements of k in one lane
+  // Lanes are successive units of k; `left` elements of k remain.
+  static V load_along_k(const S* p, int64_t left) { return load_up_to(p, left); }
+  // Lanes are successive rows or columns, of which n remain.
+  static V load_across_k(const S* p, int64_t, int64_t, int64_t n) { return load_up_to(p, n); }
+  static V broadcast(const C* p) { return M::broadcast(*p); }
+  static V multiply_add(V sum, V x, V y) { return sum + x * y; }
+  static V ones() { return M::fill(1); }
+};
+
+// Two successive elements of k as they are stored, side by side in one lane of 32 bits; an odd k ends with a zero. The
+// instruction takes subnormal numbers for zero.
+template <class S, class Pairs> struct Factors {
+  using C = float;
+  using M = Math<float>;
+  using V = M::V;
+  using I = M::I;
+  static constexpr int k_unit = 2;
+  static V load_along_k(const S* p, int64_t left) {
+    if (left < 2 * M::lanes) return V(Pairs::load_first(&p->bits, left));
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static V load_across_k(const S* p, int64_t k_stride, int64_t k_left, int64_t n) {
+    const I even = bits_up_to(p, n);
+    return V(k_left > 1 ? even | bits_up_to(p + k_stride, n) << 16 : even);
+  }
+  static V broadcast(const float* p) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return V(pair | I{});
+  }
+  static V multiply_add(V sum, V x, V y) { return V(Pairs::add(sum, x, y)); }
+  static V ones() { return V(Pairs::one * 0x10001u | I{}); }
+
+ private:
+  static I bits_up_to(const S* p, int64_t n) {
+    const auto bits = n < M::lanes ? Storage<S>::load_first_bits(p, n) : Storage<S>::load_bits(p);
+    return __builtin_convertvector(bits, I);
+  }
+};

@@ -1,0 +1,27 @@
+// The register tiles and cache blocks of every instruction set and dtype, in one place. Sizes count
+// elements; gemm.cpp says what is kept in which cache. Chosen by measurement: tools/tune_tiles.cpp
+// prints the table behind them.
+#pragma once
+
+#include "kernel_table.h"
+
+namespace fastmlp::cpu {
+
+struct Tiles {
+  int mr;       // rows of the register tile
+  int vectors;  // vectors in a row of it: NR is so many times the lanes of a vector
+  int64_t mc, nc;
+  int64_t kc;  // in units, of k_unit elements each
+  int stream_rows, stream_vectors;  // the tile of the kernels that read B in place
+};
+
+// As many lanes of Compute<S> as fill so many bytes.
+template <class S> constexpr int64_t lanes_in(int64_t bytes) { return bytes / int64_t(sizeof(Compute<S>)); }
+
+// 16 registers: 12 hold the tile.
+template <class S> constexpr Tiles tiles_of_16_registers = {6, 2, 8 * 6, lanes_in<S>(4096), lanes_in<S>(4096), 3, 4};
+
+// 32 registers: 28 hold the tile.
+template <class S> constexpr Tiles tiles_of_avx512 = {14, 2, 6 * 14, lanes_in<S>(4096), lanes_in<S>(4096), 3, 8};
+
+}  // namespace fastmlp::cpu
