@@ -32,8 +32,8 @@ py::list instruction_sets() {
   for (const cpu::KernelTable* table : cpu::tables()) {
     const auto sizes = [](const auto* k) {
       return py::dict(py::arg("MR") = k->mr, py::arg("NR") = k->nr, py::arg("MC") = k->mc, py::arg("NC") = k->nc,
-                      py::arg("KC") = k->kc, py::arg("lanes") = k->lanes, py::arg("stream_rows") = k->stream_rows,
-                      py::arg("stream_columns") = k->stream_columns);
+                      py::arg("KC") = k->kc, py::arg("chain") = k->chain, py::arg("lanes") = k->lanes,
+                      py::arg("stream_rows") = k->stream_rows, py::arg("stream_columns") = k->stream_columns);
     };
     all.append(py::dict(py::arg("name") = table->name, py::arg("description") = table->description,
                         py::arg("supported") = cpu::supported(*table), py::arg("float32") = sizes(table->float32),

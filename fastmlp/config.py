@@ -20,7 +20,7 @@ def get_isa() -> str:
     """The name of the instruction set whose kernels run.
 
     Example:
-        >>> get_isa() in ("portable", "avx2", "avx512")
+        >>> get_isa() in ("portable", "avx2", "avx512", "avx512_bf16")
         True
     """
     return _C.get_isa()
@@ -33,7 +33,7 @@ def set_isa(name: str) -> None:
     processor and the operating system support is used.
 
     Args:
-        name: "portable", "avx2" or "avx512" (on aarch64 "portable" only).
+        name: "portable", "avx2", "avx512" or "avx512_bf16" (on aarch64 "portable" only).
 
     Raises:
         ValueError: if the name is unknown, or the processor does not support it.
@@ -78,7 +78,7 @@ def explain(target: Linear | MLP | Tensor, input: Tensor | None = None) -> Route
     Example:
         >>> explain(torch.zeros(3, 10))
         Route(name='direct', reason='')
-        >>> explain(torch.zeros(3, 10, dtype=torch.float16))
+        >>> explain(torch.zeros(3, 10, dtype=torch.complex64))
         Route(name='composite', reason='there are no kernels for the dtype')
     """
     tensor = target if isinstance(target, Tensor) else input

@@ -143,7 +143,8 @@ def network(
     dtype = input.dtype
     output = Bounded.exact(input)
     # What backward sees: pre-activations as they are stored, and outputs computed from those again.
-    xs, zs = [output], []
+    xs: list[Bounded] = [output]
+    zs: list[Bounded] = []
     for weight, bias, act in zip(weights, biases, activations, strict=True):
         more = None if bias is None else bias.detach().double()
         z = product(output, Bounded.exact(weight.t()), dtype, more)

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -64,7 +66,7 @@ def test_shapes_around_register_tile(isa: str, dtype: torch.dtype) -> None:
 def test_few_rows(isa: str, dtype: torch.dtype) -> None:
     """Batches for which the weight is not packed, and the first for which it is."""
     size = tiles(isa, dtype)
-    lanes = size["NR"] // 2
+    lanes = size["lanes"]
     for m in (*range(1, 15), 27, 28, 29, 2 * size["MR"] + 1):
         for k in (lanes - 1, lanes, lanes + 1, 2 * lanes + 3, 67):
             for n in (1, 3, 4, lanes, lanes + 1, size["NR"] + 7):
@@ -72,6 +74,68 @@ def test_few_rows(isa: str, dtype: torch.dtype) -> None:
     one_layer(3, 5, 2 * size["KC"] + 3, dtype, resolve("mish"))
     one_layer(15, 3, 9001, dtype, resolve("tanh"))
     one_layer(2, size["NC"] + 9, 33, dtype, resolve("sigmoid"))
+
+
+def test_streamed_operands(isa: str, dtype: torch.dtype) -> None:
+    """Few rows of C, or a short sum, where the other operand is read in place, and the first that is packed."""
+    size = tiles(isa, dtype)
+    wide = size["stream_columns"]
+    for m in (1, 2, 3, 4, 5, 7, 28, 29):
+        for k in (2 * size["NR"] - 1, 2 * size["NR"], wide + 1, 2 * wide + 5):
+            for n in (1, 5, size["MR"] + 1):
+                one_layer(m, n, k, dtype, resolve("relu"))
+    for n in (size["chain"], size["chain"] + 1, 2 * size["chain"] + 1):
+        one_layer(2, n, wide - 1, dtype, resolve("tanh"))
+    one_layer(3, 7, size["NC"] + wide + 1, dtype, resolve("tanh"))
+
+
+def whole_numbers(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randint(-3, 4, shape).to(dtype)
+
+
+def test_whole_numbers_are_summed_exactly(isa: str, dtype: torch.dtype) -> None:
+    """However the sums are cut, nothing is rounded but the result: a sum that stops in 16 bits shows."""
+    size = tiles(isa, dtype)
+    stack = stack_of((True,), (resolve("identity"),))
+    for m, n, k in (
+        (3, 40, 2 * size["KC"] + 3),
+        (size["MR"] + 1, 2, 2 * size["KC"] + 3),
+        (40, size["NR"] + 1, 3 * size["KC"] + 1),
+        (1100, 3, size["KC"] + 1),
+        (3, 3 * size["KC"] + 1, 40),
+        (5000, 7, 13),
+    ):
+        input, weight = whole_numbers(m, k, dtype=dtype), whole_numbers(n, k, dtype=dtype)
+        bias, grad = whole_numbers(n, dtype=dtype), whole_numbers(m, n, dtype=dtype)
+        exact = [t.double() for t in (input, weight, bias, grad)]
+        output, _ = _C.forward(stack.native, input, [weight, bias])
+        assert torch.equal(output, (exact[0] @ exact[1].T + exact[2]).to(dtype))
+        gradients = _C.backward(stack.native, grad, input, [], [weight, bias], [True] * 3)
+        expected = (exact[3] @ exact[1], exact[3].T @ exact[0], exact[3].sum(0))
+        for found, wanted in zip(gradients, expected, strict=True):
+            assert found is not None
+            assert torch.equal(found, wanted.to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(64, 256, 64), (64, 1024, 64), (64, 64, 2048), (3, 1024, 512), (100, 3, 2000)])
+def test_errors_are_at_most_twice_those_of_torch(isa: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """The largest error among the elements of each product."""
+    m, n, k = shape
+    stack = stack_of((False,), (resolve("identity"),))
+    tensors = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype), torch.randn(m, n, dtype=dtype)
+    longer = np.longdouble if dtype == torch.float64 else np.float64
+
+    def products(input: Any, weight: Any, grad: Any) -> list[Any]:
+        return [input @ weight.T, grad @ weight, grad.T @ input]
+
+    def errors(found: Sequence[Tensor | None]) -> list[Any]:
+        pairs = zip(found, products(*(t.double().numpy().astype(longer) for t in tensors)), strict=True)
+        return [abs(f.double().numpy() - exact).max() for f, exact in pairs if f is not None]
+
+    input, weight, grad = tensors
+    ours = [_C.infer(stack.native, input, [weight]), *_C.backward(stack.native, grad, input, [], [weight], [True] * 2)]
+    for found, torchs in zip(errors(ours), errors(products(*tensors)), strict=True):
+        assert found <= 2 * torchs
 
 
 @pytest.mark.parametrize("name", ["gelu", "tanh", "identity"])

@@ -120,8 +120,41 @@ def test_meta_device_and_moves() -> None:
     assert mlp(torch.ones(1, 4)).tolist() == [[26.0] * 3]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64])
-def test_dtypes_without_kernels_are_computed_by_torch(dtype: torch.dtype) -> None:
+def test_training_in_every_dtype(dtype: torch.dtype) -> None:
+    """Losses fall as those of PyTorch's modules of the same dtype do."""
+    x, t = torch.randn(64, 10), torch.randn(64, 1)
+    last = []
+    for kind in (fastmlp.MLP(10, [50], 1), by_hand(*fastmlp.MLP(10, [50], 1))):
+        torch.manual_seed(1)
+        for layer in kind:
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+        model = kind.to(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        losses = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x.to(dtype)), t.to(dtype))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.95 * losses[0]
+        assert all(p.grad is not None and p.grad.dtype == dtype for p in model.parameters())
+        last.append(losses[-1])
+    # Each of 20 steps rounds parameters of size 1 once; the loss is of size 1.
+    assert abs(last[0] - last[1]) <= 20 * torch.finfo(dtype).eps
+
+
+def test_mixed_dtypes_raise(dtype: torch.dtype) -> None:
+    layer = fastmlp.Linear(4, 3, dtype=dtype)
+    for other in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        if other != dtype:
+            with pytest.raises(RuntimeError, match=r"weight has dtype .*, expected the dtype of input"):
+                layer(torch.randn(2, 4, dtype=other))
+
+
+def test_dtypes_without_kernels_are_computed_by_torch() -> None:
+    dtype = torch.complex64
     layer = fastmlp.Linear(4, 3, activation="tanh", dtype=dtype)
     x = torch.randn(2, 4, dtype=dtype)
     expected = torch.tanh(nn.functional.linear(x, layer.weight, layer.bias))

@@ -29,8 +29,6 @@ constexpr int64_t staged_k = 16;
 // Up to so many rows or columns of C are inner products: packing the larger operand would cost more.
 constexpr int64_t dot_rows = 12;
 constexpr int64_t dot_columns = 4;
-// Each lane of an inner product is a chain of its own, so that its blocks of k may be longer than KC.
-constexpr int64_t dot_depth = 4096;
 
 // Up to so many rows of C, or terms of its sums, B is streamed.
 constexpr int64_t streamed_rows = 28;
@@ -87,7 +85,7 @@ template <class S> struct Scratch {
   S *staging, *run;
 
   Scratch(Carver& carver, const Kernels<S>& kernels, const Product<S>& p, Path path, int64_t m, int64_t n, int64_t k) {
-    const int64_t kc = std::min(k, kernels.kc);
+    const int64_t kc = std::min(k, path == Path::streamed ? kernels.chain : kernels.kc);
     const int64_t units = kernels.units(kc);
     const int64_t mc = std::min(kernels.mc, round_up(m, kernels.mr));
     const int64_t nc = std::min(kernels.nc, round_up(n, kernels.nr));
@@ -96,7 +94,7 @@ template <class S> struct Scratch {
     b = packs_b ? carver.take<C>(nc * units) : nullptr;
     tile = carver.take<C>(std::max(kernels.mr * kernels.nr, kernels.stream_rows * kernels.stream_columns));
     bias = p.bias.data ? carver.take<C>(std::max(nc, round_up(n, kernels.lanes))) : nullptr;
-    const bool keeps_sums = packs_a && !sums_in_output<S> && k > kernels.kc;
+    const bool keeps_sums = packs_a && !sums_in_output<S> && k > kc;
     sums = keeps_sums ? carver.take<C>(std::min(round_up(m, kernels.mr), summed_rows) * nc) : nullptr;
     panel_sums = p.row_sums ? carver.take<C>(kernels.mr + kernels.lanes) : nullptr;
     row_sums = p.row_sums ? carver.take<C>(m) : nullptr;
@@ -329,7 +327,7 @@ template <class S> class Task : Assignment<S> {
   }
 
   void streamed() {
-    const int64_t kc = k_block(k.size(), kernels.kc, kernels.k_unit);
+    const int64_t kc = k_block(k.size(), kernels.chain, kernels.k_unit);
     int64_t jc = n.begin;
     do {
       const Range columns{jc, std::min(n.end, jc + kernels.nc)};
@@ -392,7 +390,8 @@ template <class S> class Task : Assignment<S> {
     e.scalars = p.activation.scalars;
     e.bias = p.bias.data ? scratch.bias : nullptr;
     const auto epilogue = kernels.activations[p.activation.kind].epilogue;
-    const int64_t kc = k_block(p.k, dot_depth, kernels.k_unit);
+    // Each lane is a chain of its own.
+    const int64_t kc = k_block(p.k, kernels.chain * kernels.lanes, kernels.k_unit);
     for (int64_t j = n.begin; j < n.end; j += kernels.nr) {
       e.columns = std::min(kernels.nr, n.end - j);
       take_bias({j, j + e.columns});
@@ -401,7 +400,6 @@ template <class S> class Task : Assignment<S> {
         const int64_t at = i * p.leading_dimension + j;
         e.output = p.output + at;
         e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
-        // In blocks, which keeps the rounding errors of a long k apart.
         for (int64_t pc = 0; pc < p.k; pc += kc) {
           kernels.dot_tile(e.rows, e.columns, std::min(kc, p.k - pc), p.a.data + i * p.a.stride + pc, p.a.stride,
                            p.b.data + j * p.b.stride + pc, p.b.stride, scratch.tile, pc > 0);

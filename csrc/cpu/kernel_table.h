@@ -68,6 +68,7 @@ template <class S> struct Kernels {
   using C = Compute<S>;
   int64_t mr, nr;      // register tile
   int64_t mc, nc, kc;  // cache blocks: mc a multiple of mr, nc of nr, kc of k_unit
+  int64_t chain;       // products that the micro-kernel sums one after another
   int64_t lanes;       // elements of one vector of C; buffers may be read this far past their end
   int64_t k_unit;
   int64_t stream_rows, stream_columns;  // the tile of the stream kernels

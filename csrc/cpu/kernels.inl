@@ -114,12 +114,10 @@ template <class S> struct Leaf {
     }
   }
 
-  // Rows and vectors of the register tile that a block's edge leaves empty are not computed.
-  template <int rows, int used> static void microkernel(const Tile<S>& t) {
-    V sum[rows][used] = {};
-    const C* a = t.a;
-    const C* b = t.b;
-    for (int64_t u = 0; u < t.k; u++) {
+  // Adds `units` products to each sum; a and b move on.
+  template <int rows, int used>
+  [[gnu::always_inline]] static void multiply_panels(int64_t units, const C*& a, const C*& b, V (&sum)[rows][used]) {
+    for (int64_t u = 0; u < units; u++) {
       V row[used];
 #pragma GCC unroll 4
       for (int j = 0; j < used; j++) row[j] = M::load(b + j * lanes);
@@ -131,6 +129,33 @@ template <class S> struct Leaf {
       }
       a += mr;
       b += nr;
+    }
+  }
+
+  // Rows and vectors of the register tile that a block's edge leaves empty are not computed. A chain of
+  // products ends after so many units: its sums are set aside while the next chain begins at zero.
+  template <int rows, int used> static void microkernel(const Tile<S>& t) {
+    V sum[rows][used] = {};
+    const C* a = t.a;
+    const C* b = t.b;
+    int64_t left = t.k < size.chain ? t.k : size.chain;
+    multiply_panels<rows, used>(left, a, b, sum);
+    for (left = t.k - left; left > 0; left -= size.chain) {
+      V earlier[rows][used];
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < used; j++) {
+          earlier[i][j] = sum[i][j];
+          sum[i][j] = V{};
+        }
+      }
+      multiply_panels<rows, used>(left < size.chain ? left : size.chain, a, b, sum);
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < used; j++) sum[i][j] += earlier[i][j];
+      }
     }
     store_tile<rows, used>(t, sum);
   }
@@ -162,7 +187,8 @@ template <class S> struct Leaf {
     static constexpr Microkernel<S> micro[] = {&microkernel<i / per_row + 1, i % per_row + 1>...};
     static constexpr Microkernel<S> stream[] = {&stream_kernel<i / per_row + 1, i % per_row + 1>...};
   };
-  template <int rows, int per_row> using TablesOf = Tables<per_row, typename M::template Counting<rows * per_row>::Type>;
+  template <int rows, int per_row>
+  using TablesOf = Tables<per_row, typename M::template Counting<rows * per_row>::Type>;
 
   // Inner products along k, in vectors.
   template <int rows, int columns>
@@ -278,6 +304,7 @@ template <class S> struct Leaf {
     k.mc = size.mc;
     k.nc = size.nc;
     k.kc = size.kc * F::k_unit;
+    k.chain = size.chain * F::k_unit;
     k.lanes = lanes;
     k.k_unit = F::k_unit;
     k.stream_rows = size.stream_rows;

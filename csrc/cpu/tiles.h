@@ -11,7 +11,8 @@ struct Tiles {
   int mr;       // rows of the register tile
   int vectors;  // vectors in a row of it: NR is so many times the lanes of a vector
   int64_t mc, nc;
-  int64_t kc;  // in units, of k_unit elements each
+  int64_t kc;     // in units, of k_unit elements each
+  int64_t chain;  // units that are summed one after another; rounding errors grow with its square root
   int stream_rows, stream_vectors;  // the tile of the kernels that read B in place
 };
 
@@ -19,9 +20,12 @@ struct Tiles {
 template <class S> constexpr int64_t lanes_in(int64_t bytes) { return bytes / int64_t(sizeof(Compute<S>)); }
 
 // 16 registers: 12 hold the tile.
-template <class S> constexpr Tiles tiles_of_16_registers = {6, 2, 8 * 6, lanes_in<S>(4096), lanes_in<S>(4096), 3, 4};
+template <class S> constexpr Tiles tiles_of_avx2 = {6, 2, 8 * 6, lanes_in<S>(4096), lanes_in<S>(4096), 192, 3, 4};
+
+// Likewise. Without FMA each product is rounded too, which a shorter chain makes up for.
+template <class S> constexpr Tiles tiles_of_portable = {6, 2, 8 * 6, lanes_in<S>(4096), lanes_in<S>(4096), 96, 3, 4};
 
 // 32 registers: 28 hold the tile.
-template <class S> constexpr Tiles tiles_of_avx512 = {14, 2, 6 * 14, lanes_in<S>(4096), lanes_in<S>(4096), 3, 8};
+template <class S> constexpr Tiles tiles_of_avx512 = {14, 2, 6 * 14, lanes_in<S>(4096), lanes_in<S>(4096), 192, 3, 8};
 
 }  // namespace fastmlp::cpu

@@ -40,7 +40,7 @@ struct Isa {
   }
 };
 
-template <class S> constexpr Tiles tiles_of = tiles_of_16_registers<S>;
+template <class S> constexpr Tiles tiles_of = tiles_of_avx2<S>;
 
 #include "../kernels.inl"
 
@@ -50,8 +50,8 @@ constexpr Kernels<BFloat16> bfloat16 = Leaf<BFloat16>::kernels();
 constexpr Kernels<Float16> float16 = Leaf<Float16>::kernels();
 
 extern const KernelTable table;
-constexpr KernelTable table = {Isa::name, "AVX2, FMA and F16C", feature_avx2, &float32, &float64,
-                               &bfloat16, &float16,             &mark};
+constexpr KernelTable table = {Isa::name, "AVX2, FMA and F16C", feature_avx2, &float32, &float64, &bfloat16, &float16,
+                               &mark};
 
 }  // namespace fastmlp::cpu::avx2
 FASTMLP_TARGET_END

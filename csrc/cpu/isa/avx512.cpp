@@ -28,8 +28,8 @@ constexpr Kernels<Float16> float16 = Leaf<Float16>::kernels();
 constexpr Kernels<BFloat16> bfloat16 = Leaf<BFloat16>::kernels();
 
 extern const KernelTable table;
-constexpr KernelTable table = {Isa::name, "AVX-512 F, DQ, BW, VL", feature_avx2 | feature_avx512, &float32, &float64,
-                               &bfloat16, &float16,                &mark};
+constexpr KernelTable table = {
+    Isa::name, "AVX-512 F, DQ, BW, VL", feature_avx2 | feature_avx512, &float32, &float64, &bfloat16, &float16, &mark};
 
 }  // namespace fastmlp::cpu::avx512
 FASTMLP_TARGET_END

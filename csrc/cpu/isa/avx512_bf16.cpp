@@ -42,10 +42,13 @@ template <class S> constexpr Tiles tiles_of = tiles_of_avx512<S>;
 constexpr Kernels<BFloat16> bfloat16 = Leaf<BFloat16>::kernels();
 
 extern const KernelTable table;
-constexpr KernelTable table = {Isa::name,        "AVX-512 F, DQ, BW, VL, BF16",
+constexpr KernelTable table = {Isa::name,
+                               "AVX-512 F, DQ, BW, VL, BF16",
                                feature_avx2 | feature_avx512 | feature_avx512_bf16,
-                               &avx512::float32, &avx512::float64,
-                               &bfloat16,        &avx512::float16,
+                               &avx512::float32,
+                               &avx512::float64,
+                               &bfloat16,
+                               &avx512::float16,
                                &mark};
 
 }  // namespace avx512_bf16

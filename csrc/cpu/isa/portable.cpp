@@ -55,7 +55,7 @@ struct Isa {
   }
 };
 
-template <class S> constexpr Tiles tiles_of = tiles_of_16_registers<S>;
+template <class S> constexpr Tiles tiles_of = tiles_of_portable<S>;
 
 #include "../kernels.inl"
 
