@@ -2,6 +2,8 @@
 // code: argument checks, allocation and the Python side. Computes no activation.
 #pragma once
 
+#include <type_traits>
+
 #include "activation.h"
 
 namespace fastmlp {
@@ -12,7 +14,15 @@ struct ActivationInfo {
   bool (*keeps_output)(Scalars);    // backward reads the output; otherwise the pre-activation
 };
 
-constexpr int identity_kind = 0;
+template <class A, class... Others> constexpr int kind_in(ActivationList<Others...>) {
+  const bool same[] = {std::is_same_v<A, Others>...};
+  int kind = 0;
+  while (!same[kind]) kind++;
+  return kind;
+}
+
+constexpr int identity_kind = kind_in<Identity>(Activations{});
+constexpr int relu_kind = kind_in<Relu>(Activations{});
 
 const ActivationInfo& activation_info(int kind);
 

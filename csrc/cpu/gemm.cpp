@@ -30,7 +30,7 @@ constexpr int64_t staged_k = 16;
 constexpr int64_t dot_rows = 12;
 constexpr int64_t dot_columns = 4;
 
-// Up to so many rows of C, or terms of its sums, B is streamed.
+// Up to so many rows of C, or terms of its sums if these can be written as they are, B is streamed.
 constexpr int64_t streamed_rows = 28;
 constexpr int64_t streamed_depth = 4;
 
@@ -72,7 +72,8 @@ template <class S> Path path_of(const Kernels<S>& kernels, const Product<S>& p) 
     return Path::dots;
   }
   const bool short_runs = p.n < 2 * kernels.nr && p.m > streamed_rows;
-  if (p.b.form == Form::plain && p.b.stride == 1 && (p.m <= streamed_rows || p.k <= streamed_depth) && !short_runs) {
+  const bool short_sums = sums_in_output<S> && p.k <= streamed_depth;
+  if (p.b.form == Form::plain && p.b.stride == 1 && (p.m <= streamed_rows || short_sums) && !short_runs) {
     return Path::streamed;
   }
   return Path::packed;
@@ -113,16 +114,31 @@ template <class S> const S* gapless(const S* source, int64_t stride, int64_t n, 
   return buffer;
 }
 
+// `count` runs of n values: at(r) of the operand, `step` from one run to the next, `inner` from one value to the next.
+struct Runs {
+  int64_t count, n;
+  int64_t at, step, inner;
+  int64_t saved_at, saved_step, saved_inner;
+};
+
+// Runs of the operand as it enters the product, gapless one after another in out.
 template <class S>
-void form_run(const Kernels<S>& kernels, const Operand<S>& x, int64_t at, int64_t saved_at, int64_t step,
-              int64_t saved_step, int64_t n, S* buffer, S* out) {
+void form(const Kernels<S>& kernels, const Operand<S>& x, Runs runs, S* buffer, S* out) {
   const ActivationKernels<S>& act = kernels.activations[x.activation.kind];
-  const S* data = gapless(x.data + at, step, n, buffer);
-  if (x.form == Form::value) {
-    act.value(n, data, out, x.activation.scalars);
-  } else {
-    const S* saved = gapless(x.saved + saved_at, saved_step, n, buffer + n);
-    act.gradient(n, data, saved, out, x.activation.scalars);
+  const bool gradient = x.form == Form::gradient;
+  const auto adjacent = [&](int64_t step, int64_t inner) { return inner == 1 && step == runs.n; };
+  if (adjacent(runs.step, runs.inner) && (!gradient || adjacent(runs.saved_step, runs.saved_inner))) {
+    runs.n *= runs.count;
+    runs.count = 1;
+  }
+  for (int64_t r = 0; r < runs.count; r++, out += runs.n) {
+    const S* data = gapless(x.data + runs.at + r * runs.step, runs.inner, runs.n, buffer);
+    if (gradient) {
+      const S* saved = gapless(x.saved + runs.saved_at + r * runs.saved_step, runs.saved_inner, runs.n, buffer + runs.n);
+      act.gradient(runs.n, data, saved, out, x.activation.scalars);
+    } else {
+      act.value(runs.n, data, out, x.activation.scalars);
+    }
   }
 }
 
@@ -145,11 +161,10 @@ void pack_block(const Kernels<S>& kernels, const Operand<S>& x, Range i, Range p
     const int64_t n = i.size();
     for (int64_t q = p.begin; q < p.end; q += staged_k) {
       const int64_t count = std::min(staged_k, p.end - q);
-      for (int64_t r = 0; r < count; r++) {
-        form_run(kernels, x, i.begin * x.stride + (q + r) * x.k_stride,
-                 i.begin * x.saved_stride + (q + r) * x.saved_k_stride, x.stride, x.saved_stride, n, scratch.run,
-                 scratch.staging + r * n);
-      }
+      form(kernels, x,
+           {count, n, i.begin + q * x.k_stride, x.k_stride, 1, i.begin * x.saved_stride + q * x.saved_k_stride,
+            x.saved_k_stride, x.saved_stride},
+           scratch.run, scratch.staging);
       for (int64_t j = 0; j < n; j += width) {
         pack(scratch.staging + j, 1, n, std::min(width, n - j), count,
              panels + j * units + kernels.units(q - p.begin) * width);
@@ -158,11 +173,10 @@ void pack_block(const Kernels<S>& kernels, const Operand<S>& x, Range i, Range p
   } else {
     for (int64_t j = i.begin; j < i.end; j += width) {
       const int64_t count = std::min(width, i.end - j);
-      for (int64_t r = 0; r < count; r++) {
-        form_run(kernels, x, (j + r) * x.stride + p.begin * x.k_stride,
-                 (j + r) * x.saved_stride + p.begin * x.saved_k_stride, x.k_stride, x.saved_k_stride, k, scratch.run,
-                 scratch.staging + r * k);
-      }
+      form(kernels, x,
+           {count, k, j * x.stride + p.begin * x.k_stride, x.stride, x.k_stride,
+            j * x.saved_stride + p.begin * x.saved_k_stride, x.saved_stride, x.saved_k_stride},
+           scratch.run, scratch.staging);
       pack(scratch.staging, k, 1, count, k, panels + (j - i.begin) * units);
     }
   }
@@ -226,11 +240,20 @@ template <class S> class Task : Assignment<S> {
   // Runs a kernel on one tile at (i, j) and what follows it.
   void finish(Microkernel<S> kernel, Tile<S>& tile, int64_t tile_step, int64_t i, int64_t j, int64_t rows, bool first,
               bool last) const {
-    const bool nothing_follows = p.activation.kind == identity_kind && !p.bias.data && !p.pre_activation;
-    if (share || !last || (sums_in_output<S> && nothing_follows)) {
+    const int64_t at = i * p.leading_dimension + j;
+    const C* const bias = p.bias.data ? scratch.bias + (j - bias_from) : nullptr;
+    tile.output = nullptr;
+    tile.add = !first;
+    if (!first || share || !last) {
       tile.sums = sums_at(i, j);
       tile.sums_step = sums_step;
-      tile.add = !first;
+    }
+    if (share || !last) return kernel(tile);
+    if (!p.pre_activation && (p.activation.kind == identity_kind || p.activation.kind == relu_kind)) {
+      tile.output = p.output + at;
+      tile.leading_dimension = p.leading_dimension;
+      tile.bias = bias;
+      tile.relu = p.activation.kind == relu_kind;
       return kernel(tile);
     }
     tile.sums = scratch.tile;
@@ -244,11 +267,10 @@ template <class S> class Task : Assignment<S> {
     e.columns = tile.columns;
     e.sums = first ? nullptr : sums_at(i, j);
     e.sums_step = sums_step;
-    const int64_t at = i * p.leading_dimension + j;
     e.output = p.output + at;
     e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
     e.leading_dimension = p.leading_dimension;
-    e.bias = p.bias.data ? scratch.bias + (j - bias_from) : nullptr;
+    e.bias = bias;
     e.scalars = p.activation.scalars;
     kernels.activations[p.activation.kind].epilogue(e);
   }

@@ -56,10 +56,16 @@ template <class S> struct Tile {
   const Compute<S>* b;
   const S* unpacked_b;  // of stream kernels, in place of b: rows gapless along n
   int64_t b_step;       // from one row of unpacked_b to the next
+  int64_t columns;      // nothing is written past these
+  // Sums of earlier blocks of K, which these are added to, or the place for them.
   Compute<S>* sums;
   int64_t sums_step;
-  int64_t columns;  // nothing is written past these
-  bool add;         // to what is there, rather than replace it
+  bool add;
+  // Or, if output is not null, the result itself: bias and ReLU need no epilogue of their own.
+  S* output;
+  int64_t leading_dimension;
+  const Compute<S>* bias;  // null, or `columns` values, readable to the end of a vector
+  bool relu;
 };
 
 template <class S> using Microkernel = void (*)(const Tile<S>&);

@@ -94,24 +94,41 @@ template <class S> struct Leaf {
     }
   }
 
-  // Vectors are stored over `sums`, or added to them; of the last one only the columns there are.
+  // Of the last vector of a row only the columns that there are.
   template <int rows, int used>
-  [[gnu::always_inline]] static void store_tile(const Tile<S>& t, const V (&sum)[rows][used]) {
+  [[gnu::always_inline]] static void store_sums(const Tile<S>& t, const V (&sum)[rows][used]) {
     const int64_t last = t.columns - (used - 1) * lanes;
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) {
       C* row = t.sums + i * t.sums_step;
 #pragma GCC unroll 8
-      for (int j = 0; j + 1 < used; j++) {
-        M::store(row + j * lanes, t.add ? M::load(row + j * lanes) + sum[i][j] : sum[i][j]);
-      }
-      row += (used - 1) * lanes;
-      if (last >= lanes) {
-        M::store(row, t.add ? M::load(row) + sum[i][used - 1] : sum[i][used - 1]);
-      } else {
-        M::store_first(row, t.add ? M::load_first(row, last) + sum[i][used - 1] : sum[i][used - 1], last);
+      for (int j = 0; j < used; j++, row += lanes) {
+        const int64_t left = j + 1 < used ? lanes : last;
+        store_up_to(row, t.add ? load_up_to(row, left) + sum[i][j] : sum[i][j], left);
       }
     }
+  }
+
+  template <int rows, int used>
+  [[gnu::always_inline]] static void store_output(const Tile<S>& t, const V (&sum)[rows][used]) {
+    const int64_t last = t.columns - (used - 1) * lanes;
+#pragma GCC unroll 8
+    for (int j = 0; j < used; j++) {
+      const V bias = t.bias ? M::load(t.bias + j * lanes) : V{};
+      const int64_t left = j + 1 < used ? lanes : last;
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; i++) {
+        V v = sum[i][j];
+        if (t.add) v += load_up_to(t.sums + i * t.sums_step + j * lanes, left);
+        if (t.bias) v += bias;
+        store_up_to(t.output + i * t.leading_dimension + j * lanes, t.relu ? Relu::value<M>(v, Scalars{}) : v, left);
+      }
+    }
+  }
+
+  template <int rows, int used>
+  [[gnu::always_inline]] static void store_tile(const Tile<S>& t, const V (&sum)[rows][used]) {
+    t.output ? store_output<rows, used>(t, sum) : store_sums<rows, used>(t, sum);
   }
 
   // Adds `units` products to each sum; a and b move on.

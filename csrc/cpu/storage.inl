@@ -29,13 +29,19 @@ template <class S> struct Storage16 {
 
   static V widen(BFloat16, H h) { return V(__builtin_convertvector(h, I) << 16); }
   static V widen(Float16, H h) { return V(Isa::widen_float16(h)); }
-  static H narrow(BFloat16, V v) {
-    const I bits = I(v);
-    const I rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-    const I quiet_nan = bits | 0x400000u;
-    return __builtin_convertvector((v == v ? rounded : quiet_nan) >> 16, H);
-  }
+  static H narrow(BFloat16, V v) { return rounded<typename Isa::template Pairs<BFloat16>>(v); }
   static H narrow(Float16, V v) { return H(Isa::narrow_float16(v)); }
+  // By the ISA that multiplies pairs, or in integers.
+  template <class Pairs> static H rounded(V v) {
+    if constexpr (__is_class(Pairs)) {
+      return H(Pairs::narrow(v));
+    } else {
+      const I bits = I(v);
+      const I nearest = bits + 0x7fffu + (bits >> 16 & 1u);
+      const I quiet_nan = bits | 0x400000u;
+      return __builtin_convertvector((v == v ? nearest : quiet_nan) >> 16, H);
+    }
+  }
 
   static V load(const S* p) { return widen(S{}, load_bits(p)); }
   static V load_first(const S* p, int64_t n) { return widen(S{}, load_first_bits(p, n)); }

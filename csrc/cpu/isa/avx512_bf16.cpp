@@ -28,6 +28,7 @@ struct Dpbf16 {
   template <class V> static __m512 add(V sum, V x, V y) {
     return _mm512_dpbf16_ps(__m512(sum), __m512bh(x), __m512bh(y));
   }
+  template <class V> static __m256bh narrow(V v) { return _mm512_cvtneps_pbh(__m512(v)); }
 };
 
 struct Isa : Avx512 {
