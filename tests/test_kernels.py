@@ -89,6 +89,13 @@ def test_streamed_operands(isa: str, dtype: torch.dtype) -> None:
     one_layer(3, 7, size["NC"] + wide + 1, dtype, resolve("tanh"))
 
 
+def test_paths_meet(isa: str, dtype: torch.dtype) -> None:
+    """Every batch around the ones at which inner products and streaming give way to packed panels."""
+    for m in range(8, 74):
+        one_layer(m, 5, 64, dtype, resolve("relu"))
+        one_layer(m, 2 * tiles(isa, dtype)["NR"] + 1, 300, dtype, resolve("tanh"))
+
+
 def whole_numbers(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randint(-3, 4, shape).to(dtype)
 

@@ -26,12 +26,18 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
 // many rows of mc values stays in the L1 cache.
 constexpr int64_t staged_k = 16;
 
-// Up to so many rows or columns of C are inner products: packing the larger operand would cost more.
-constexpr int64_t dot_rows = 12;
+// Up to so many rows or columns of C are inner products: adding up the lanes of a vector for each element costs less
+// than packing the larger operand. More rows pay where a sum is long (most_dot_rows).
+constexpr int64_t dot_rows = 8;
 constexpr int64_t dot_columns = 4;
+constexpr int64_t dot_units_per_row = 16;
+constexpr int64_t dot_rows_limit = 64;
+
+// Whether sums that are not complete yet can stand in the result itself.
+template <class S> constexpr bool sums_in_output = std::is_same_v<S, Compute<S>>;
 
 // Up to so many rows of C, or terms of its sums if these can be written as they are, B is streamed.
-constexpr int64_t streamed_rows = 28;
+template <class S> constexpr int64_t streamed_rows = sums_in_output<S> ? 64 : 24;  // 16 bits are converted again
 constexpr int64_t streamed_depth = 4;
 
 // What a block of B may take of an L1 cache of 32 KiB or more.
@@ -59,21 +65,22 @@ int64_t k_block(int64_t k, int64_t kc, int64_t unit) {
   return k <= kc ? k : round_up(ceil_divide(k, ceil_divide(k, kc)), unit);
 }
 
-// Whether sums that are not complete yet can stand in the result itself.
-template <class S> constexpr bool sums_in_output = std::is_same_v<S, Compute<S>>;
-
 enum class Path { packed, streamed, dots };
+
+template <class S> int64_t most_dot_rows(const Kernels<S>& kernels, int64_t k) {
+  return std::min(dot_rows + kernels.units(k) / dot_units_per_row, dot_rows_limit);
+}
 
 template <class S> Path path_of(const Kernels<S>& kernels, const Product<S>& p) {
   const bool plain = p.a.form == Form::plain && p.b.form == Form::plain;
   const bool gapless_k = p.a.k_stride == 1 && p.b.k_stride == 1;
-  if (plain && gapless_k && p.k >= kernels.lanes && (p.m <= dot_rows || p.n <= dot_columns) && !p.row_sums &&
-      !p.split_k) {
+  if (plain && gapless_k && p.k >= kernels.lanes && (p.m <= most_dot_rows(kernels, p.k) || p.n <= dot_columns) &&
+      !p.row_sums && !p.split_k) {
     return Path::dots;
   }
-  const bool short_runs = p.n < 2 * kernels.nr && p.m > streamed_rows;
+  const bool short_runs = p.n < 2 * kernels.nr && p.m > streamed_rows<S>;
   const bool short_sums = sums_in_output<S> && p.k <= streamed_depth;
-  if (p.b.form == Form::plain && p.b.stride == 1 && (p.m <= streamed_rows || short_sums) && !short_runs) {
+  if (p.b.form == Form::plain && p.b.stride == 1 && (p.m <= streamed_rows<S> || short_sums) && !short_runs) {
     return Path::streamed;
   }
   return Path::packed;
@@ -122,8 +129,7 @@ struct Runs {
 };
 
 // Runs of the operand as it enters the product, gapless one after another in out.
-template <class S>
-void form(const Kernels<S>& kernels, const Operand<S>& x, Runs runs, S* buffer, S* out) {
+template <class S> void form(const Kernels<S>& kernels, const Operand<S>& x, Runs runs, S* buffer, S* out) {
   const ActivationKernels<S>& act = kernels.activations[x.activation.kind];
   const bool gradient = x.form == Form::gradient;
   const auto adjacent = [&](int64_t step, int64_t inner) { return inner == 1 && step == runs.n; };
@@ -134,7 +140,8 @@ void form(const Kernels<S>& kernels, const Operand<S>& x, Runs runs, S* buffer, 
   for (int64_t r = 0; r < runs.count; r++, out += runs.n) {
     const S* data = gapless(x.data + runs.at + r * runs.step, runs.inner, runs.n, buffer);
     if (gradient) {
-      const S* saved = gapless(x.saved + runs.saved_at + r * runs.saved_step, runs.saved_inner, runs.n, buffer + runs.n);
+      const S* saved =
+          gapless(x.saved + runs.saved_at + r * runs.saved_step, runs.saved_inner, runs.n, buffer + runs.n);
       act.gradient(runs.n, data, saved, out, x.activation.scalars);
     } else {
       act.value(runs.n, data, out, x.activation.scalars);
@@ -456,7 +463,7 @@ struct Grid {
 template <class S> Grid grid_of(const Kernels<S>& kernels, const Product<S>& p, Path path, int64_t threads) {
   const int64_t most_rows = most_parts(p.m, kernels.mr), most_columns = most_parts(p.n, kernels.nr);
   if (path == Path::dots) {
-    return p.m <= dot_rows ? Grid{1, std::min(threads, most_columns)} : Grid{std::min(threads, most_rows), 1};
+    return p.n > dot_columns ? Grid{1, std::min(threads, most_columns)} : Grid{std::min(threads, most_rows), 1};
   }
   constexpr double packing = 8;
   Grid best{1, 1};

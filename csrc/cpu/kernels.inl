@@ -68,6 +68,18 @@ template <class S> struct Leaf {
     constexpr int rows = width - from < lanes ? width - from : lanes;
     const int64_t p = group * F::k_unit, left = count - from;
     const S* row = source + p * k_stride + from;
+    if constexpr (width - from >= 2 * lanes) {
+      if (left >= 2 * lanes) {
+        V first, second;
+        F::load_two_across_k(row, k_stride, k - p, 2 * lanes, first, second);
+        M::store(panel + group * width + from, first);
+        M::store(panel + group * width + from + lanes, second);
+        if constexpr (width - from > 2 * lanes) {
+          pack_across_k<width, from + 2 * lanes>(source, k_stride, count, k, group, groups, panel);
+        }
+        return;
+      }
+    }
     const V v = left > 0 ? F::load_across_k(row, k_stride, k - p, left < rows ? left : rows) : V{};
     store_group<width, from>(panel, group, groups, v);
     if constexpr (from + rows < width) {
@@ -188,10 +200,19 @@ template <class S> struct Leaf {
 #pragma GCC unroll 4
       for (int i = 0; i < rows; i++) x[i] = F::broadcast(a + i);
 #pragma GCC unroll 8
-      for (int j = 0; j < used; j++) {
-        const V y = F::load_across_k(b + j * lanes, t.b_step, t.k - p, j + 1 < used ? lanes : last);
+      for (int j = 0; j < used; j += 2) {
+        V y[2];
+        if (j + 1 < used) {
+          const int64_t left = lanes + (j + 2 < used ? lanes : last);
+          F::load_two_across_k(b + j * lanes, t.b_step, t.k - p, left, y[0], y[1]);
+        } else {
+          y[0] = F::load_across_k(b + j * lanes, t.b_step, t.k - p, last);
+        }
 #pragma GCC unroll 4
-        for (int i = 0; i < rows; i++) sum[i][j] = F::multiply_add(sum[i][j], x[i], y);
+        for (int i = 0; i < rows; i++) {
+          sum[i][j] = F::multiply_add(sum[i][j], x[i], y[0]);
+          if (j + 1 < used) sum[i][j + 1] = F::multiply_add(sum[i][j + 1], x[i], y[1]);
+        }
       }
       a += mr;
       b += F::k_unit * t.b_step;
@@ -210,7 +231,8 @@ template <class S> struct Leaf {
   // Inner products along k, in vectors.
   template <int rows, int columns>
   static void dot(int64_t k, const S* a, int64_t a_stride, const S* b, int64_t b_stride, C* tile, bool add) {
-    V sum[rows][columns] = {};
+    constexpr int count = rows * columns;
+    V sum[(count + lanes - 1) / lanes][lanes] = {};
     for (int64_t p = 0; p < k; p += lanes * F::k_unit) {
       V x[rows];
 #pragma GCC unroll 4
@@ -219,13 +241,18 @@ template <class S> struct Leaf {
       for (int j = 0; j < columns; j++) {
         const V y = F::load_along_k(b + j * b_stride + p, k - p);
 #pragma GCC unroll 4
-        for (int i = 0; i < rows; i++) sum[i][j] = F::multiply_add(sum[i][j], x[i], y);
+        for (int i = 0; i < rows; i++) {
+          V& to = sum[(i * columns + j) / lanes][(i * columns + j) % lanes];
+          to = F::multiply_add(to, x[i], y);
+        }
       }
     }
+    C sums[sizeof sum / sizeof(V)];
+    for (int g = 0; g * lanes < count; g++) M::store(sums + g * lanes, M::sums(sum[g]));
     for (int i = 0; i < rows; i++) {
       for (int j = 0; j < columns; j++) {
         C& to = tile[i * nr + j];
-        to = add ? to + M::sum(sum[i][j]) : M::sum(sum[i][j]);
+        to = add ? to + sums[i * columns + j] : sums[i * columns + j];
       }
     }
   }

@@ -95,7 +95,8 @@ template <class T> struct Math {
   // rows[i][j] <-> rows[j][i]: at each distance, a power of two, halves of pairs of rows change places.
   static void transpose(V (&rows)[lanes]) { transpose_from<1>(rows, typename Counting<lanes>::Type{}); }
 
-  static T sum(V x) { return sum_of<lanes>(x); }
+  // Lane i becomes the sum of the lanes of rows[i]: a transposition that adds the halves it makes.
+  static V sums(V (&rows)[lanes]) { return sums_from<1>(rows, typename Counting<lanes>::Type{}); }
 
   static V abs(V x) { return V(I(x) & R::magnitude); }
 
@@ -161,13 +162,17 @@ template <class T> struct Math {
     }
   }
 
-  // Halves added to halves.
-  template <int n> static T sum_of(V x) {
-    if constexpr (n == 1) {
-      return x[0];
+  template <int distance, int... l> static V sums_from(V (&rows)[lanes], Indices<l...> all) {
+    if constexpr (distance == lanes) {
+      return rows[0];
     } else {
-      for (int i = 0; i < n / 2; i++) x[i] += x[i + n / 2];
-      return sum_of<n / 2>(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; i += 2 * distance) {
+        const V a = rows[i], b = rows[i + distance];
+        rows[i] = __builtin_shufflevector(a, b, (l & distance ? lanes + l - distance : l)...) +
+                  __builtin_shufflevector(a, b, (l & distance ? lanes + l : l + distance)...);
+      }
+      return sums_from<2 * distance>(rows, all);
     }
   }
 

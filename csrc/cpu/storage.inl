@@ -86,6 +86,11 @@ template <class S> struct Factors<S, void> {
   static V load_along_k(const S* p, int64_t left) { return load_up_to(p, left); }
   // Lanes are successive rows or columns, of which n remain.
   static V load_across_k(const S* p, int64_t, int64_t, int64_t n) { return load_up_to(p, n); }
+  // Two vectors side by side, the second one not empty.
+  static void load_two_across_k(const S* p, int64_t, int64_t, int64_t n, V& first, V& second) {
+    first = Storage<S>::load(p);
+    second = load_up_to(p + M::lanes, n - M::lanes);
+  }
   static V broadcast(const C* p) { return M::broadcast(*p); }
   static V multiply_add(V sum, V x, V y) { return sum + x * y; }
   static V ones() { return M::fill(1); }
@@ -109,6 +114,17 @@ template <class S, class Pairs> struct Factors {
     const I even = bits_up_to(p, n);
     return V(k_left > 1 ? even | bits_up_to(p + k_stride, n) << 16 : even);
   }
+  static void load_two_across_k(const S* p, int64_t k_stride, int64_t k_left, int64_t n, V& first, V& second) {
+    if (n < 2 * M::lanes || k_left == 1) {
+      first = load_across_k(p, k_stride, k_left, n);
+      second = load_across_k(p + M::lanes, k_stride, k_left, n - M::lanes);
+      return;
+    }
+    Row even, odd;
+    __builtin_memcpy(&even, p, sizeof even);
+    __builtin_memcpy(&odd, p + k_stride, sizeof odd);
+    interleave(even, odd, first, second, typename M::template Counting<2 * M::lanes>::Type{});
+  }
   static V broadcast(const float* p) {
     uint32_t pair;
     __builtin_memcpy(&pair, p, sizeof pair);
@@ -118,6 +134,13 @@ template <class S, class Pairs> struct Factors {
   static V ones() { return V(Pairs::one * 0x10001u | I{}); }
 
  private:
+  typedef uint16_t Row __attribute__((vector_size(Isa::vector_bytes)));
+  template <int... l>
+  static void interleave(Row even, Row odd, V& first, V& second, typename M::template Indices<l...>) {
+    constexpr int count = 2 * M::lanes;
+    first = V(__builtin_shufflevector(even, odd, (l / 2 + l % 2 * count)...));
+    second = V(__builtin_shufflevector(even, odd, (count / 2 + l / 2 + l % 2 * count)...));
+  }
   static I bits_up_to(const S* p, int64_t n) {
     const auto bits = n < M::lanes ? Storage<S>::load_first_bits(p, n) : Storage<S>::load_bits(p);
     return __builtin_convertvector(bits, I);
