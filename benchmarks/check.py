@@ -12,7 +12,7 @@ in the workload's dtype, whatever the order of the operations. The bound comes f
   inequality a sum of such roundings exceeds 8 times the root of the sum of their squares as rarely as
   above, so what a product carries on counts 8 times.
 - ReLU enlarges no error. Where the error of its argument reaches across zero, its derivative may be
-  taken as 0 or as 1.
+  taken as 0 or as 1: an error as large as what it multiplies, which counts 8 times as well.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -68,10 +68,10 @@ class Estimate(NamedTuple):
         return Estimate(self.value.relu(), self.error, self.dtype)
 
     def relu_grad(self, grad: "Estimate") -> "Estimate":
-        """Return the gradient of ReLU's argument, which this is, from that of its result."""
+        """Return the gradient of ReLU's argument, which this is, from that of its result, to be carried on."""
         passed = grad.error * (self.value > 0)
         undecided = self.value.abs() <= self.error
-        error = passed.where(~undecided, grad.value.abs() + grad.error)
+        error = passed.where(~undecided, SPREAD * grad.value.abs() + grad.error)
         return Estimate(grad.value * (self.value > 0), error, self.dtype)
 
 

@@ -11,9 +11,6 @@ from benchmarks.contenders import Contender, absent, contenders
 from benchmarks.machine import describe, peak
 from benchmarks.workloads import Tier, Workload, select
 
-#: Scripts, whose imports need not be installed.
-collect_ignore = ["compare.py", "plots.py", "report.py", "tables.py"]
-
 Measure = Callable[[Workload, type[Contender]], None]
 
 
