@@ -8,6 +8,8 @@ import matplotlib
 matplotlib.use("Agg")  # no window
 
 from matplotlib import pyplot as plt
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.contenders import CONTENDERS, OURS, YARDSTICK
 from benchmarks.machine import Machine
@@ -41,6 +43,13 @@ def roofline(rows: Sequence[Row], machine: Machine, path: Path) -> None:
     plt.close(figure)
 
 
+def _plain(axis: Axis) -> None:
+    """Label a logarithmic axis with numbers as one writes them."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def speedups(rows: Sequence[Row], machine: Machine, path: Path) -> None:
     """Draw the speed relative to eager, a line for each workload."""
     workloads = list(dict.fromkeys(row.workload for row in rows))
@@ -53,6 +62,7 @@ def speedups(rows: Sequence[Row], machine: Machine, path: Path) -> None:
             axes.scatter([row.speedup for row in found], places, size, marker=marker, label=kind.name)
     axes.axvline(1, color="black", lw=1)
     axes.set(xscale="log", xlabel=f"x {YARDSTICK}", title=str(machine), ylim=(len(workloads), -1))
+    _plain(axes.xaxis)
     axes.set_yticks(range(len(workloads)), workloads, fontsize=7)
     axes.grid(axis="x", which="both", lw=0.3)
     axes.legend(loc="lower right")
@@ -73,6 +83,7 @@ def histogram(speedups: Mapping[str, Sequence[float]], path: Path) -> None:
     axes.hist(inside, edges, stacked=True, label=list(speedups))
     axes.axvline(1, color="black", lw=1)
     axes.set(xscale="log", xlabel=f"x {YARDSTICK}, the outermost bars with all beyond", ylabel="cases")
+    _plain(axes.xaxis)
     axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -6,7 +6,7 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders import CONTENDERS, YARDSTICK
+from benchmarks.contenders import CONTENDERS, OURS, YARDSTICK
 from benchmarks.machine import Machine
 from benchmarks.timing import Row
 from benchmarks.workloads import Suite
@@ -21,7 +21,7 @@ def console() -> Console:
 
 
 def tables(rows: Sequence[Row], machine: Machine) -> Iterator[Table]:
-    """Yield a table for each suite, with a line for each workload and columns for each contender."""
+    """Yield a table for each suite, with a line for each workload."""
     for suite in get_args(Suite):
         found = [row for row in rows if row.suite == suite]
         if found:
@@ -29,24 +29,32 @@ def tables(rows: Sequence[Row], machine: Machine) -> Iterator[Table]:
 
 
 def _table(rows: Sequence[Row], title: str, caption: str) -> Table:
-    table = Table("workload", title=title, caption=caption)
-    names = [kind.name for kind in CONTENDERS if any(row.contender == kind.name for row in rows)]
-    for name in names:
-        table.add_column(f"{name}, us", justify="right")
-        table.add_column("GFLOP/s (of peak)", justify="right")
-        if name != YARDSTICK:
-            table.add_column(f"x {YARDSTICK} (quartiles)", justify="right")
+    """Write eager and ours in full, and of the others their speed."""
+    peers = [kind.name for kind in CONTENDERS if kind.name not in (YARDSTICK, OURS)]
+    peers = [name for name in peers if any(row.contender == name for row in rows)]
+    table = Table("workload", title=title, caption=f"{caption}; in brackets: share of that peak")
+    for name in (
+        *(f"{YARDSTICK}, us", "GFLOP/s"),
+        *(f"{OURS}, us", "GFLOP/s", f"x {YARDSTICK} (quartiles)"),
+        *(["x best peer"] if peers else []),
+        *(f"{name}, x {YARDSTICK}" for name in peers),
+    ):
+        table.add_column(name, justify="right")
     for workload in dict.fromkeys(row.workload for row in rows):
         found = {row.contender: row for row in rows if row.workload == workload}
-        table.add_row(workload, *(cell for name in names for cell in _cells(name, found.get(name))))
+        ours = found[OURS]
+        cells = [*_rate(found[YARDSTICK]), *_rate(ours), _speedup(ours)]
+        if peers:
+            best = min((ratio for name, ratio in ours.ratios.items() if name in peers), default=None)
+            cells.append("" if best is None else f"[{'green' if best >= 1 else 'red'}]{best:.2f}[/]")
+        others = (found.get(name) for name in peers)
+        cells += [f"{row.speedup:.2f} ({row.share:.0%})" if row else "" for row in others]
+        table.add_row(workload, *cells)
     return table
 
 
-def _cells(name: str, row: Row | None) -> list[str]:
-    if row is None:
-        return [""] * (2 if name == YARDSTICK else 3)
-    cells = [f"{row.seconds * 1e6:.1f}", f"{row.gflops:.1f} ({row.share:.0%})"]
-    return cells if name == YARDSTICK else [*cells, _speedup(row)]
+def _rate(row: Row) -> tuple[str, str]:
+    return f"{row.seconds * 1e6:.1f}", f"{row.gflops:.1f} ({row.share:.0%})"
 
 
 def _speedup(row: Row) -> str:
