@@ -9,7 +9,7 @@ from typing import get_args
 
 from rich.progress import track
 
-from benchmarks.contenders import absent
+from benchmarks.contenders import absent, versions
 from benchmarks.machine import describe
 from benchmarks.tables import console, tables
 from benchmarks.timing import Effort, measure
@@ -41,7 +41,7 @@ def main() -> None:
     for table in tables(rows, machine):
         out.print(table)
     if options.json:
-        report = {"machine": asdict(machine), "rows": [asdict(row) for row in rows]}
+        report = {"machine": asdict(machine), "versions": versions(), "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

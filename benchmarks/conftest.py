@@ -7,7 +7,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.check import verify
-from benchmarks.contenders import Contender, absent, contenders
+from benchmarks.contenders import Contender, absent, contenders, versions
 from benchmarks.machine import describe, peak
 from benchmarks.workloads import Tier, Workload, select
 
@@ -54,7 +54,7 @@ def measure(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Measure
         threads = pytestconfig.getoption("threads")
         machine = describe(threads)
         verify(contender(workload))
-        benchmark.extra_info.update(asdict(machine), flops=workload.flops)
+        benchmark.extra_info.update(asdict(machine), flops=workload.flops, versions=versions())
         benchmark(contender(workload).call)
         if benchmark.stats:
             gflops = workload.flops / benchmark.stats.stats.median / 1e9

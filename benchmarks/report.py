@@ -11,16 +11,14 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import costs, random_shapes
-from benchmarks.contenders import absent
+from benchmarks.contenders import absent, versions
 from benchmarks.machine import describe
 from benchmarks.plots import roofline, speedups
+from benchmarks.random_shapes import RANDOM
 from benchmarks.tables import console, tables
 from benchmarks.targets import CLAIMS, Outcome, find, judge
 from benchmarks.timing import Effort, measure
 from benchmarks.workloads import Suite, Tier, Workload, select
-
-#: The id of the random shapes, among those of the targets.
-RANDOM = "random"
 
 
 def main() -> None:
@@ -52,11 +50,17 @@ def main() -> None:
         out.print(line)
     options.out.mkdir(parents=True, exist_ok=True)
 
-    workloads = _workloads(wanted, every=not options.quick and not options.only)
-    steps = track(workloads, description="workloads", console=out, transient=True)
-    rows = [row for workload in steps for row in measure(workload, machine.threads, effort)]
-    for table in tables(rows, machine):
-        out.print(table)
+    rows, wrong = [], []
+    for suite, workloads in _workloads(wanted, every=not options.quick and not options.only).items():
+        found = []
+        for workload in track(workloads, description=suite, console=out, transient=True):
+            try:
+                found += measure(workload, machine.threads, effort)
+            except AssertionError as error:
+                wrong.append(str(error))
+        for table in tables(found, machine):
+            out.print(table)
+        rows += found
     if rows:
         roofline(rows, machine, options.out / "roofline.png")
         speedups(rows, machine, options.out / "speedup.png")
@@ -65,25 +69,31 @@ def main() -> None:
     for name in track([name for name in measures if name in wanted], description="costs", console=out, transient=True):
         outcomes += measures[name]()
     if RANDOM in wanted:
-        cases = list(random_shapes.draw(20 if options.quick else 200, options.seed))
-        drawn = track(cases, description="random shapes", console=out, transient=True)
-        results = list(random_shapes.measure(drawn))
-        random_shapes.report(results, f"random shapes, seed {options.seed}: {machine}", out, options.out)
-        outcomes.append(random_shapes.judge(results, RANDOM))
+        outcomes.append(
+            random_shapes.run(20 if options.quick else 200, options.seed, machine.threads, out, options.out)
+        )
     out.print(_table(outcomes, str(machine)))
 
-    report = {"machine": asdict(machine), "rows": [asdict(r) for r in rows], "targets": [asdict(o) for o in outcomes]}
+    report = {
+        "machine": asdict(machine),
+        "versions": versions(),
+        "rows": [asdict(row) for row in rows],
+        "targets": [asdict(outcome) for outcome in outcomes],
+    }
     (options.out / "results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     out.print(f"plots and results are in {options.out}")
+    if wrong:
+        raise SystemExit("\n".join(("results that are wrong, and so have no speed:", *wrong)))
 
 
-def _workloads(wanted: Sequence[str], every: bool) -> list[Workload]:
-    """Return what the targets name and, if asked for, every other workload that is not for the full tier only."""
+def _workloads(wanted: Sequence[str], every: bool) -> dict[Suite, list[Workload]]:
+    """Return what the targets name and, if asked for, all else that is not for the full tier only, by suite."""
     named = find([name for claim in CLAIMS if claim.id in wanted for name in claim.workloads])
-    if not every:
-        return named
-    others = [workload for suite in get_args(Suite) for workload in select(suite, Tier.DEFAULT)]
-    return list(dict.fromkeys([*others, *named]))
+    suites: dict[Suite, list[Workload]] = {}
+    for suite in get_args(Suite):
+        own = [workload for workload in named if workload.suite == suite]
+        suites[suite] = list(dict.fromkeys([*(select(suite, Tier.DEFAULT) if every else []), *own]))
+    return suites
 
 
 def _table(outcomes: Sequence[Outcome], title: str) -> Table:

@@ -73,8 +73,10 @@ class Claim:
         worst = min(found, key=lambda name: (name in met, found[name]))
         measured = f"{found[worst]:.0%}" if self.unit == PEAK else f"{found[worst]:.2f}"
         share = "" if self.unit == PEAK else f" ({rows[worst].share:.0%} of peak)"
-        count = f", {len(met)} of {len(found)} met" if len(found) > 1 else ""
-        return Outcome(self.id, self.what, goal, f"{measured}{share}{count}", len(met) == len(found), worst)
+        # A workload without a row had a wrong result.
+        asked = len(found) + sum(name not in rows for name in self.workloads)
+        count = f", {len(met)} of {asked} met" if asked > 1 else ""
+        return Outcome(self.id, self.what, goal, f"{measured}{share}{count}", len(met) == asked, worst)
 
 
 PEAK = "of peak"

@@ -1,5 +1,6 @@
 """Runtimes for trained networks, which read the ONNX format."""
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,9 @@ class OpenVino(Contender):
 
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
+        # It would send usage statistics, from a process that it forks while others are timed. An
+        # absent package is one that it does without.
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
         import openvino
 
         core = openvino.Core()
