@@ -22,7 +22,7 @@ from torch import Tensor
 
 import fastmlp
 from benchmarks.contenders.pytorch import Fastmlp
-from benchmarks.machine import describe, multiply_adds
+from benchmarks.machine import describe, dtype_name, multiply_adds
 from benchmarks.targets import PARALLEL, Outcome, find
 from benchmarks.timing import Effort, race, ratio
 from benchmarks.workloads import NARROW
@@ -232,18 +232,17 @@ def growth(effort: Effort) -> Iterator[Outcome]:
     slowest = max(per_row, key=lambda n: per_row[n])
     what = f"narrow network, inference: time for a row, {batches[0]} to {batches[-1]} rows"
     yield Outcome("P15", what, "within 10 %", f"within {spread - 1:.0%}", spread <= 1.1, f"slowest at {slowest}")
-    for dtype in (torch.float32, torch.float64):
-        yield _tile_edge(dtype, effort)
+    isa = next(isa for isa in _C.instruction_sets() if isa["name"] == fastmlp.get_isa())
+    for name, sizes in isa.items():
+        if isinstance(sizes, dict):
+            yield _tile_edge(getattr(torch, name), sizes["MR"], sizes["NR"], effort)
 
 
-def _tile_edge(dtype: torch.dtype, effort: Effort) -> Outcome:
+def _tile_edge(dtype: torch.dtype, tile_rows: int, tile_columns: int, effort: Effort) -> Outcome:
     """Time products that just fill register tiles against those with a row or a column more."""
-    found: Any = next(isa for isa in _C.instruction_sets() if isa["name"] == fastmlp.get_isa())
-    name = str(dtype).removeprefix("torch.")
-    tile = found[name]
     steps: dict[str, float] = {}
     for tiles in (8, 16):
-        rows, columns, depth = tiles * tile["MR"], tiles * tile["NR"], 256
+        rows, columns, depth = tiles * tile_rows, tiles * tile_columns, 256
         input = torch.randn(rows + 1, depth, dtype=dtype)
         weight = torch.randn(columns + 1, depth, dtype=dtype)
         shapes = [(rows, columns), (rows + 1, columns), (rows, columns + 1), (rows + 1, columns + 1)]
@@ -254,6 +253,6 @@ def _tile_edge(dtype: torch.dtype, effort: Effort) -> Outcome:
         for (m, n), case in zip(shapes[1:], beyond, strict=True):
             steps[case] = ratio(samples[case], samples[full]) * rows * columns / (m * n)
     worst = max(steps, key=lambda case: steps[case])
-    what = f"{name} products, a step beyond {tile['MR']} x {tile['NR']} tiles: time for an element"
+    what = f"{dtype_name(dtype)} products, a step beyond {tile_rows} x {tile_columns} tiles: time for an element"
     measured = f"{steps[worst] - 1:+.0%}, {sum(step <= 1.15 for step in steps.values())} of {len(steps)} met"
     return Outcome("P15", what, "<= +15 %", measured, steps[worst] <= 1.15, worst)

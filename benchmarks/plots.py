@@ -15,7 +15,8 @@ from benchmarks.contenders import CONTENDERS, OURS, YARDSTICK
 from benchmarks.machine import Machine
 from benchmarks.timing import Row
 
-SUFFIX = " bfloat16"
+#: Whose peaks and points are drawn, in which color and with which marker.
+DTYPES = (("float32", "black", "o"), ("bfloat16", "tab:purple", "^"))
 
 
 def roofline(rows: Sequence[Row], machine: Machine, path: Path) -> None:
@@ -24,17 +25,17 @@ def roofline(rows: Sequence[Row], machine: Machine, path: Path) -> None:
     intensities = sorted(row.intensity for row in rows)
     ends = (intensities[0] / 1.5, intensities[-1] * 1.5)
     read = machine.read_gbytes
-    for name, color in (("float32", "black"), ("bfloat16", "tab:purple")):
+    for name, color, _ in DTYPES:
         peak = machine.peak_gflops[name] * machine.threads
         corner = max(peak / read, ends[0])
         axes.plot((ends[0], corner, ends[1]), (ends[0] * read, corner * read, peak), color=color, lw=1)
         axes.annotate(f"{name}: {peak:.0f} GFLOP/s", (ends[1], peak), ha="right", va="bottom", color=color)
     axes.annotate(f"memory: {read:.1f} GB/s", (ends[0], ends[0] * read), rotation=35, va="bottom")
     for contender, color in ((YARDSTICK, "tab:gray"), (OURS, "tab:red")):
-        for bfloat16, marker in ((False, "o"), (True, "^")):
-            found = [r for r in rows if r.contender == contender and r.workload.endswith(SUFFIX) == bfloat16]
-            label = f"{contender}, {'bfloat16' if bfloat16 else 'float32'}"
-            axes.scatter([r.intensity for r in found], [r.gflops for r in found], 18, color, marker=marker, label=label)
+        for dtype, _, marker in DTYPES:
+            found = [row for row in rows if (row.contender, row.dtype) == (contender, dtype)]
+            places = [row.intensity for row in found], [row.gflops for row in found]
+            axes.scatter(*places, 18, color, marker=marker, label=f"{contender}, {dtype}")
     axes.set(
         xscale="log", yscale="log", xlabel="operations for each byte in or out", ylabel="GFLOP/s", title=str(machine)
     )

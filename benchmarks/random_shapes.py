@@ -174,8 +174,9 @@ class Layers:
         Raises:
             AssertionError: if a result is farther from the expected one than rounding explains.
         """
-        results = ("output", "gradient of input", "gradient of weight", "gradient of bias")
-        for name, estimate, found in zip(results, self._expected(), self.ours(), strict=False):
+        names = ("output", "gradient of input", "gradient of weight", "gradient of bias")
+        pairs = zip(self._expected(), self.ours(), strict=True)
+        for name, (estimate, found) in zip(names, pairs, strict=False):
             compare(found, estimate, f"{name} of {self.case}")
 
     def time(self, effort: Effort) -> Result:

@@ -157,7 +157,9 @@ def test_targets_name_workloads() -> None:
 
 
 def row(workload: str, speedup: float, share: float) -> Row:
-    return Row("layers", workload, OURS, 1.0, 1.0, 1.0, share, speedup, speedup, speedup, {YARDSTICK: speedup})
+    return Row(
+        "layers", workload, "float32", OURS, 1.0, 1.0, 1.0, share, speedup, speedup, speedup, {YARDSTICK: speedup}
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.check import verify
 from benchmarks.contenders import YARDSTICK, contenders
-from benchmarks.machine import describe, multiply_adds
+from benchmarks.machine import describe, dtype_name, multiply_adds
 from benchmarks.workloads import Suite, Workload
 
 #: Seconds that a sample lasts at least.
@@ -53,6 +53,7 @@ class Row:
     Attributes:
         suite: the workload's.
         workload: its name.
+        dtype: the workload's.
         contender: its name.
         seconds: median time of a call.
         gflops: the workload's operations divided by that time, in 1e9 per second.
@@ -66,6 +67,7 @@ class Row:
 
     suite: Suite
     workload: str
+    dtype: str
     contender: str
     seconds: float
     gflops: float
@@ -104,7 +106,7 @@ def measure(workload: Workload, threads: int, effort: Effort) -> list[Row]:
         seconds = median(times)
         share = ratio([workload.flops / most / threads for most in peak], times)
         gflops, intensity = workload.flops / seconds / 1e9, workload.flops / workload.bytes
-        own = (workload.suite, workload.name, name)
+        own = (workload.suite, workload.name, dtype_name(workload.dtype), name)
         rows.append(Row(*own, seconds, gflops, intensity, share, speedup, low, high, ratios))
     return rows
 
