@@ -245,7 +245,7 @@ def _tile_edge(dtype: torch.dtype, tile_rows: int, tile_columns: int, effort: Ef
         rows, columns, depth = tiles * tile_rows, tiles * tile_columns, 256
         input = torch.randn(rows + 1, depth, dtype=dtype)
         weight = torch.randn(columns + 1, depth, dtype=dtype)
-        shapes = [(rows, columns), (rows + 1, columns), (rows, columns + 1), (rows + 1, columns + 1)]
+        shapes = [(rows, columns), (rows + 1, columns), (rows, columns + 1)]
         calls = {shape: partial(fastmlp.functional.linear, input[: shape[0]], weight[: shape[1]]) for shape in shapes}
         with torch.no_grad():
             samples = race({f"{m}x{n}x{depth}": call for (m, n), call in calls.items()}, effort)
