@@ -3,7 +3,8 @@
 pytest-benchmark runs one contender after the other; on a machine that others use too, what changed
 between them may be the machine. Here each round takes one sample of every contender, in rotating
 order, so that they share the machine's moods, and ratios are taken within a round. The processor's
-peak takes part as if it were a contender.
+peak takes part as if it were a contender. A sample during which another process had the core is taken
+again, whatever its time.
 """
 
 import gc
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median, quantiles
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 from benchmarks.check import verify
@@ -27,6 +28,10 @@ WARM_UP = 20e-3
 
 #: Rounds after which time counts.
 FEWEST = 5
+
+#: How often a sample is taken, until the process ran for `AWAKE` of it.
+TRIES = 4
+AWAKE = 0.98
 
 PEAK = "peak"
 
@@ -129,7 +134,7 @@ def race(calls: Mapping[str, Call], effort: Effort) -> dict[str, list[float]]:
             first = i % len(names)
             for name in names[first:] + names[:first]:
                 calls[name]()  # so that the caches hold what is its own
-                samples[name].append(_time(calls[name], loops[name]) / loops[name])
+                samples[name].append(_sample(calls[name], loops[name]))
     return samples
 
 
@@ -143,6 +148,16 @@ def _loops(call: Call) -> int:
     while _time(call, loops) < SAMPLE:
         loops *= 2
     return loops
+
+
+def _sample(call: Call, loops: int) -> float:
+    """Return the seconds of a call, from a sample during which the process was not kept from running if possible."""
+    for _ in range(TRIES):
+        before = process_time()
+        seconds = _time(call, loops)
+        if process_time() - before > AWAKE * seconds:
+            break
+    return seconds / loops
 
 
 def _time(call: Call, loops: int) -> float:
