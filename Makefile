@@ -3,6 +3,7 @@
 #   make demo TORCH='torch==2.14.1'     with another torch (default: the one that CI tests with)
 #   make demo PYTHON=python3.12         with another Python
 #   make demo VENV=/path                with the environment elsewhere
+#   make bench BENCH=--quick            with options of `python -m benchmarks.report`
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
@@ -70,8 +71,14 @@ sanitize: $(SANITIZED)/done
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=. \
 	  python -m pytest -q -p no:cacheprovider tests/test_kernels.py tests/test_errors.py
 
-bench: build
-	python -m benchmarks.compare
+# The extra's packages without the package itself, which would be built once more.
+EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])
+$(VENV)/bench: $(VENV)/built
+	python -m pip install --quiet $$(python -c '$(EXTRA)')
+	touch $@
+
+bench: $(VENV)/bench
+	python -m benchmarks.report $(BENCH)
 
 format: build
 	ruff check --fix .

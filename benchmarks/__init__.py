@@ -1,1 +1,6 @@
-"""What fastmlp's speed is measured on: `pytest benchmarks/`, or `python -m benchmarks.compare` for ratios."""
+"""How fast fastmlp is, and beside whom.
+
+`python -m benchmarks.report` says all there is to say, targets met and missed. `python -m
+benchmarks.compare` compares contenders on chosen workloads, `python -m benchmarks.random_shapes` on
+random ones, and `pytest benchmarks/` times each contender by itself.
+"""

@@ -7,22 +7,23 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.check import verify
-from benchmarks.contenders import Contender, contenders
-from benchmarks.machine import describe
+from benchmarks.contenders import Contender, absent, contenders, versions
+from benchmarks.machine import describe, peak
 from benchmarks.workloads import Tier, Workload, select
-
-#: A script, whose imports need not be installed.
-collect_ignore = ["compare.py"]
 
 Measure = Callable[[Workload, type[Contender]], None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmarks of fastmlp")
-    group.addoption("--threads", type=int, default=1, metavar="N", help="threads of PyTorch and fastmlp (1)")
+    group.addoption("--threads", type=int, default=1, metavar="N", help="threads of all contenders (1)")
     tier = {"dest": "tier", "action": "store_const", "default": Tier.DEFAULT}
     group.addoption("--quick", const=Tier.QUICK, help="fewer workloads", **tier)
     group.addoption("--full", const=Tier.FULL, help="all workloads", **tier)
+
+
+def pytest_report_header() -> list[str]:
+    return absent()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -40,7 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 marks=pytest.mark.benchmark(group=workload.name, **rounds),
             )
             for workload in select(metafunc.module.SUITE, metafunc.config.getoption("tier"))
-            for contender in contenders(workload.task)
+            for contender in contenders(workload)
         ],
     )
 
@@ -50,11 +51,13 @@ def measure(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Measure
     """Check a contender's results, then time it."""
 
     def run(workload: Workload, contender: type[Contender]) -> None:
-        machine = describe(pytestconfig.getoption("threads"))
+        threads = pytestconfig.getoption("threads")
+        machine = describe(threads)
         verify(contender(workload))
-        benchmark.extra_info.update(asdict(machine), flops=workload.flops)
+        benchmark.extra_info.update(asdict(machine), flops=workload.flops, versions=versions())
         benchmark(contender(workload).call)
         if benchmark.stats:
-            benchmark.extra_info["gflops"] = workload.flops / benchmark.stats.stats.median / 1e9
+            gflops = workload.flops / benchmark.stats.stats.median / 1e9
+            benchmark.extra_info.update(gflops=gflops, share_of_peak=gflops / peak(workload.dtype) / threads)
 
     return run

@@ -1,4 +1,4 @@
-"""Which layers, networks and batches are timed, and how many floating-point operations each takes."""
+"""Which products, layers, networks and batches are timed, and how many floating-point operations each takes."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,9 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Suite = Literal["layers", "nets", "steps"]
-Task = Literal["infer", "forward_backward", "step"]
+from benchmarks.machine import dtype_name
+
+Suite = Literal["products", "layers", "nets", "steps"]
+Task = Literal["product", "infer", "forward_backward", "step"]
 Optimizer = Literal["sgd", "adam"]
+
+#: How the operands of a product lie in memory: as in a forward pass, (M, K) and (N, K); as in the gradient
+#: of the input, (M, K) and (K, N); as in the gradient of the weight, (K, M) and (K, N).
+Layout = Literal["NT", "NN", "TN"]
 
 
 class Tier(IntEnum):
@@ -65,7 +71,18 @@ class Data:
 
 @dataclass(frozen=True)
 class Workload:
-    """What one call computes."""
+    """What one call computes.
+
+    Attributes:
+        suite: to which it belongs.
+        net: what is run; of a product its single layer, of which only the weight is used.
+        batch: rows of the input.
+        task: what is done with the network.
+        tier: the smallest selection to which it belongs.
+        optimizer: of a training step.
+        dtype: of data and parameters.
+        layout: of a product.
+    """
 
     suite: Suite
     net: Net
@@ -73,12 +90,22 @@ class Workload:
     task: Task
     tier: Tier
     optimizer: Optimizer = "sgd"
+    dtype: torch.dtype = torch.float32
+    layout: Layout = "NT"
 
     @property
     def name(self) -> str:
-        """Unique among all workloads."""
+        """Unique among all workloads.
+
+        Example:
+            >>> product(64, 32, 128, "TN", Tier.FULL, torch.bfloat16).name
+            'TN 64x32x128 bfloat16'
+        """
+        if self.task == "product":
+            return f"{self.layout} {self.batch}x{self.net.name} {dtype_name(self.dtype)}"
         size = f"{self.batch}x{self.net.name}" if self.suite == "layers" else f"{self.net.name} b{self.batch}"
-        return f"{size} {self.task}" + (f" {self.optimizer}" if self.task == "step" else "")
+        dtype = "" if self.dtype is torch.float32 else f" {dtype_name(self.dtype)}"
+        return f"{size} {self.task}" + (f" {self.optimizer}" if self.task == "step" else "") + dtype
 
     @property
     def input_grad(self) -> bool:
@@ -94,19 +121,48 @@ class Workload:
             420
         """
         products = [2 * self.batch * fan_in * fan_out for fan_in, fan_out in pairwise(self.net.widths)]
-        if self.task == "infer":
+        if self.task in ("product", "infer"):
             return sum(products)
         return 3 * sum(products) - (0 if self.input_grad else products[0])
+
+    @property
+    def bytes(self) -> int:
+        """What has to be read or written at least: all that goes in or comes out, once.
+
+        Example:
+            >>> product(10, 20, 30, "NN", Tier.FULL).bytes
+            4400
+        """
+        fan_in, fan_out = self.net.widths[0], self.net.widths[-1]
+        biases = 0 if self.task == "product" else sum(self.net.widths[1:])
+        parameters = biases + sum(a * b for a, b in pairwise(self.net.widths))
+        elements = self.batch * (fan_in + fan_out) + parameters
+        if self.task not in ("product", "infer"):
+            elements += self.batch * (fan_out + (fan_in if self.input_grad else 0)) + parameters
+        return elements * self.dtype.itemsize
+
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """Draw input (M, K) and weight (N, K) of a product, whose strides make the layout."""
+        generator = torch.Generator().manual_seed(1)
+
+        def draw(rows: int, columns: int, transposed: bool) -> Tensor:
+            shape = (columns, rows) if transposed else (rows, columns)
+            drawn = torch.randn(shape, generator=generator).to(self.dtype)
+            return drawn.T if transposed else drawn
+
+        fan_in, fan_out = self.net.widths
+        return draw(self.batch, fan_in, self.layout == "TN"), draw(fan_out, fan_in, self.layout != "NT")
 
     def data(self) -> Data:
         """Draw the same random numbers at each call."""
         generator = torch.Generator().manual_seed(1)
         shape = (self.batch, self.net.widths[-1])
-        grad = torch.randn(shape, generator=generator)
-        input = torch.randn(self.batch, self.net.widths[0], generator=generator, requires_grad=self.input_grad)
+        grad = torch.randn(shape, generator=generator).to(self.dtype)
+        input = torch.randn(self.batch, self.net.widths[0], generator=generator).to(self.dtype)
+        input.requires_grad_(self.input_grad)
         if self.net.loss is nn.CrossEntropyLoss:
             return Data(input, torch.randint(shape[1], shape[:1], generator=generator), grad)
-        return Data(input, torch.randn(shape, generator=generator), grad)
+        return Data(input, torch.randn(shape, generator=generator).to(self.dtype), grad)
 
     def optimize(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """PyTorch's optimizer for these parameters."""
@@ -132,6 +188,24 @@ NARROW = Net("narrow", (32, 64, 64, 64, 64, 3))
 
 QUICK, DEFAULT, FULL = Tier
 
+_LAYOUTS: tuple[Layout, ...] = ("NT", "NN", "TN")
+
+#: Products of n x n x n
+_SQUARES = {
+    torch.float32: {256: QUICK, 512: DEFAULT, 1024: DEFAULT, 2048: DEFAULT},
+    torch.bfloat16: {256: QUICK, 512: DEFAULT, 1024: DEFAULT, 2048: DEFAULT},
+    torch.float64: {256: FULL, 512: FULL, 1024: FULL, 2048: FULL},
+    torch.float16: {256: FULL, 512: FULL, 1024: FULL},  # at 2048 eager takes 20 seconds
+}
+
+# (layout, M, N, K): the weight gradient and the forward pass of a narrow network
+_SKINNY: dict[tuple[Layout, int, int, int], Tier] = {
+    ("TN", 64, 32, 65536): DEFAULT,
+    ("TN", 64, 64, 65536): FULL,
+    ("NN", 65536, 64, 64): DEFAULT,
+    ("NT", 65536, 64, 64): FULL,
+}
+
 # (batch, in_features, out_features)
 _LAYERS = {
     (1, 10, 50): DEFAULT,
@@ -145,11 +219,20 @@ _LAYERS = {
     (512, 512, 512): DEFAULT,
     (512, 1024, 1024): FULL,
     (1024, 1024, 1024): DEFAULT,
-    (2048, 2048, 2048): FULL,
+    (2048, 2048, 2048): DEFAULT,
     (7, 13, 17): DEFAULT,
     (33, 257, 129): QUICK,
     (100, 1000, 3): DEFAULT,
     (65536, 3, 64): DEFAULT,
+    (65536, 64, 64): DEFAULT,
+}
+
+# The same in bfloat16
+_LAYERS_BFLOAT16 = {
+    (32, 128, 128): QUICK,
+    (256, 512, 512): DEFAULT,
+    (1024, 1024, 1024): DEFAULT,
+    (100, 1000, 3): FULL,
     (65536, 64, 64): DEFAULT,
 }
 
@@ -159,8 +242,16 @@ _NETS = {
     POLICY: {1: QUICK, 32: QUICK, 256: DEFAULT, 4096: FULL},
     MNIST: {1: DEFAULT, 32: QUICK, 256: DEFAULT, 4096: FULL},
     DLRM: {1: DEFAULT, 32: QUICK, 256: DEFAULT, 4096: FULL},
-    WIDE: {1: DEFAULT, 32: DEFAULT, 256: DEFAULT, 1024: FULL, 4096: FULL},
+    WIDE: {1: DEFAULT, 32: DEFAULT, 256: DEFAULT, 1024: DEFAULT, 4096: FULL},
     NARROW: {1: QUICK, 32: QUICK, 256: FULL, 4096: FULL, 65536: DEFAULT},
+}
+
+# The same in bfloat16
+_NETS_BFLOAT16 = {
+    POLICY: {32: QUICK},
+    MNIST: {1024: DEFAULT},
+    DLRM: {1024: DEFAULT},
+    WIDE: {1024: DEFAULT},
 }
 
 _STEPS = {
@@ -176,32 +267,61 @@ _TASKS: tuple[Task, ...] = ("infer", "forward_backward")
 _OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "adam")
 
 
-def _workloads(suite: Suite) -> Iterator[Workload]:
-    if suite == "layers":
-        for task in _TASKS:
-            for (batch, fan_in, fan_out), tier in _LAYERS.items():
+def product(
+    rows: int, columns: int, depth: int, layout: Layout, tier: Tier, dtype: torch.dtype = torch.float32
+) -> Workload:
+    """Return the product of an M x K by a K x N matrix.
+
+    Args:
+        rows: M.
+        columns: N.
+        depth: K.
+        layout: how the operands lie in memory.
+        tier: the smallest selection to which it belongs.
+        dtype: of the operands.
+    """
+    net = Net(f"{columns}x{depth}", (depth, columns))
+    return Workload("products", net, rows, "product", tier, dtype=dtype, layout=layout)
+
+
+def _products() -> Iterator[Workload]:
+    for dtype, tiers in _SQUARES.items():
+        for layout in _LAYOUTS:
+            yield from (product(n, n, n, layout, tier, dtype) for n, tier in tiers.items())
+    yield from (product(m, n, k, layout, tier) for (layout, m, n, k), tier in _SKINNY.items())
+
+
+def _layers() -> Iterator[Workload]:
+    for task in _TASKS:
+        for dtype, tiers in ((torch.float32, _LAYERS), (torch.bfloat16, _LAYERS_BFLOAT16)):
+            for (batch, fan_in, fan_out), tier in tiers.items():
                 net = Net(f"{fan_in}x{fan_out}", (fan_in, fan_out), relu_last=True)
-                yield Workload(suite, net, batch, task, tier)
-    elif suite == "nets":
-        for task in _TASKS:
-            for net, tiers in _NETS.items():
-                yield from (Workload(suite, net, batch, task, tier) for batch, tier in tiers.items())
-    else:
-        for optimizer in _OPTIMIZERS:
-            for net, tiers in _STEPS.items():
-                for batch, tier in tiers.items():
-                    yield Workload(suite, net, batch, "step", tier, optimizer)
+                yield Workload("layers", net, batch, task, tier, dtype=dtype)
+
+
+def _nets() -> Iterator[Workload]:
+    for task in _TASKS:
+        for dtype, nets in ((torch.float32, _NETS), (torch.bfloat16, _NETS_BFLOAT16)):
+            for net, tiers in nets.items():
+                yield from (Workload("nets", net, batch, task, tier, dtype=dtype) for batch, tier in tiers.items())
+
+
+def _steps() -> Iterator[Workload]:
+    for optimizer in _OPTIMIZERS:
+        for net, tiers in _STEPS.items():
+            yield from (Workload("steps", net, batch, "step", tier, optimizer) for batch, tier in tiers.items())
 
 
 def select(suite: Suite, tier: Tier) -> list[Workload]:
     """Return the workloads of a suite that belong to a tier or to a smaller one.
 
     Args:
-        suite: "layers", "nets" or "steps".
+        suite: "products", "layers", "nets" or "steps".
         tier: the largest tier to include.
 
     Example:
         >>> [w.name for w in select("steps", Tier.QUICK)][:2]
         ['tutorial b32 step sgd', 'policy b128 step sgd']
     """
-    return [workload for workload in _workloads(suite) if workload.tier <= tier]
+    found = {"products": _products, "layers": _layers, "nets": _nets, "steps": _steps}[suite]()
+    return [workload for workload in found if workload.tier <= tier]

@@ -1,4 +1,4 @@
-"""Who takes part. To add a contender: one subclass of `Contender`, and its name in `CONTENDERS`."""
+"""What a contender is."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-import fastmlp
 from benchmarks.workloads import Task, Workload, seeded
 
 
@@ -16,27 +15,49 @@ class Contender(ABC):
     """One way to run workloads: everything that is not to be timed happens when it is built.
 
     A contender offers one method for each of its `tasks`. What they return must depend on all that
-    they compute, and be a tensor, something that `torch.as_tensor` takes, or a tuple of such. The
-    initial parameters are those that PyTorch's modules get inside `seeded`.
+    they compute, and is a result or a tuple of results, in the order that the method's description
+    gives. The initial parameters are those that PyTorch's modules get inside `seeded`, and threads are
+    as many as PyTorch has.
 
     Attributes:
         name: by which results are known.
-        package: without which it is left out.
+        packages: without which it is left out.
         tasks: what it can do.
+        dtypes: what it can do it with.
     """
 
     name: ClassVar[str]
-    package: ClassVar[str] = "torch"
-    tasks: ClassVar[tuple[Task, ...]] = ("infer", "forward_backward", "step")
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
+    tasks: ClassVar[tuple[Task, ...]] = ("product", "infer", "forward_backward", "step")
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
 
+    @classmethod
+    def takes(cls, workload: Workload) -> bool:
+        """Whether it runs a workload."""
+        return workload.task in cls.tasks and workload.dtype in cls.dtypes
+
+    @classmethod
+    def missing(cls) -> list[str]:
+        """The packages that it needs and that are not installed."""
+        return [package for package in cls.packages if not find_spec(package)]
+
     @property
     def call(self) -> Callable[[], Any]:
         """What is to be timed."""
-        calls = {"infer": self.infer, "forward_backward": self.forward_backward, "step": self.step}
+        calls = {
+            "product": self.product,
+            "infer": self.infer,
+            "forward_backward": self.forward_backward,
+            "step": self.step,
+        }
         return calls[self.workload.task]
+
+    def product(self) -> Any:
+        """Return the product of the workload's operands, input (M, K) and weight (N, K)."""
+        raise NotImplementedError
 
     def infer(self) -> Any:
         """Return the output, without a graph."""
@@ -50,18 +71,27 @@ class Contender(ABC):
         """Do one step of training and return its loss."""
         raise NotImplementedError
 
-    def parameters(self) -> Sequence[Any]:
+    def parameters(self) -> Sequence[Tensor]:
         """Return weight and bias of each layer as they are now."""
         raise NotImplementedError
+
+    def results(self, returned: Any) -> list[Tensor]:
+        """Return what `call` returned as tensors that PyTorch would return: to be checked, not timed."""
+        return [torch.as_tensor(result) for result in (returned if isinstance(returned, tuple) else (returned,))]
 
 
 class ModuleContender(Contender):
     """A module that is called and trained as any PyTorch user would."""
 
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
+        if workload.task == "product":
+            self.operands = workload.operands()
+            return
         with seeded():
-            self.model = self.build(workload)
+            self.model = self.build(workload).to(workload.dtype)
         data = workload.data()
         self.input, self.target, self.grad = data.input, data.target, data.grad
         self.inputs = [*self.model.parameters(), *([self.input] if workload.input_grad else [])]
@@ -87,34 +117,16 @@ class ModuleContender(Contender):
         self.optimizer.step()
         return loss
 
-    def parameters(self) -> list[Tensor]:
+    def parameters(self) -> Sequence[Tensor]:
         return list(self.model.parameters())
 
 
-class Eager(ModuleContender):
-    """`nn.Linear` and `nn.ReLU` in `nn.Sequential`."""
-
-    name = "eager"
-
-    def build(self, workload: Workload) -> nn.Module:
-        return workload.net.modules()
+def linears(workload: Workload) -> list[nn.Linear]:
+    """Return the initial layers of the workload's network, for contenders that bring their own."""
+    with seeded():
+        return [m for m in workload.net.modules().to(workload.dtype) if isinstance(m, nn.Linear)]
 
 
-class Fastmlp(ModuleContender):
-    """`fastmlp.Linear` for a layer, `fastmlp.MLP` for a network."""
-
-    name = "fastmlp"
-
-    def build(self, workload: Workload) -> nn.Module:
-        fan_in, *hidden, fan_out = workload.net.widths
-        if workload.suite == "layers":
-            return fastmlp.Linear(fan_in, fan_out, activation="relu")
-        return fastmlp.MLP(fan_in, hidden, fan_out)
-
-
-CONTENDERS: tuple[type[Contender], ...] = (Eager, Fastmlp)
-
-
-def contenders(task: Task) -> list[type[Contender]]:
-    """Return those that can do a task and whose package is installed: eager, the yardstick, first."""
-    return [c for c in CONTENDERS if task in c.tasks and find_spec(c.package)]
+def relus(workload: Workload) -> list[bool]:
+    """Whether ReLU follows each layer of the workload's network."""
+    return [True] * (len(workload.net.widths) - 2) + [workload.net.relu_last]

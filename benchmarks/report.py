@@ -1,0 +1,108 @@
+"""All there is to say about speed: every contender on every workload, random shapes, and which targets are met."""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import get_args
+
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks import costs, random_shapes
+from benchmarks.contenders import absent, versions
+from benchmarks.machine import describe
+from benchmarks.plots import roofline, speedups
+from benchmarks.random_shapes import RANDOM
+from benchmarks.tables import console, tables
+from benchmarks.targets import CLAIMS, Outcome, find, judge
+from benchmarks.timing import Effort, measure
+from benchmarks.workloads import Suite, Tier, Workload, select
+
+
+def main() -> None:
+    """Report what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="only what targets name, fewer rounds, fewer random shapes"
+    )
+    parser.add_argument("--only", metavar="IDS", help="targets, with commas between them: P1,P4,random")
+    parser.add_argument("--build", action="store_true", help="time the build too, which takes minutes of all cores")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random shapes (0)")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), metavar="FOLDER", help="for files (out/bench)")
+    options = parser.parse_args()
+
+    effort = Effort(rounds=9, patience=0.5) if options.quick else Effort(rounds=21, patience=3.0)
+    measures: dict[str, Callable[[], Iterator[Outcome]]] = {
+        "P12": lambda: costs.threads(effort),
+        "P13": costs.memory,
+        "P14": lambda: costs.overhead(options.build),
+        "P15": lambda: costs.growth(effort),
+    }
+    known = [*dict.fromkeys(claim.id for claim in CLAIMS), *measures, RANDOM]
+    wanted = options.only.split(",") if options.only else known
+    if unknown := [name for name in wanted if name not in known]:
+        parser.error(f"--only takes {', '.join(known)}, got {', '.join(unknown)}")
+
+    out, machine = console(), describe(threads=1)
+    for line in absent():
+        out.print(line)
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    rows, wrong = [], []
+    for suite, workloads in _workloads(wanted, every=not options.quick and not options.only).items():
+        found = []
+        for workload in track(workloads, description=suite, console=out, transient=True):
+            try:
+                found += measure(workload, machine.threads, effort)
+            except AssertionError as error:
+                wrong.append(str(error))
+        for table in tables(found, machine):
+            out.print(table)
+        rows += found
+    if rows:
+        roofline(rows, machine, options.out / "roofline.png")
+        speedups(rows, machine, options.out / "speedup.png")
+
+    outcomes = list(judge(rows, wanted))
+    for name in track([name for name in measures if name in wanted], description="costs", console=out, transient=True):
+        outcomes += measures[name]()
+    if RANDOM in wanted:
+        outcomes.append(
+            random_shapes.run(20 if options.quick else 200, options.seed, machine.threads, out, options.out)
+        )
+    out.print(_table(outcomes, str(machine)))
+
+    report = {
+        "machine": asdict(machine),
+        "versions": versions(),
+        "rows": [asdict(row) for row in rows],
+        "targets": [asdict(outcome) for outcome in outcomes],
+    }
+    (options.out / "results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    out.print(f"plots and results are in {options.out}")
+    if wrong:
+        raise SystemExit("\n".join(("results that are wrong, and so have no speed:", *wrong)))
+
+
+def _workloads(wanted: Sequence[str], every: bool) -> dict[Suite, list[Workload]]:
+    """Return what the targets name and, if asked for, all else that is not for the full tier only, by suite."""
+    named = find([name for claim in CLAIMS if claim.id in wanted for name in claim.workloads])
+    suites: dict[Suite, list[Workload]] = {}
+    for suite in get_args(Suite):
+        own = [workload for workload in named if workload.suite == suite]
+        suites[suite] = list(dict.fromkeys([*(select(suite, Tier.DEFAULT) if every else []), *own]))
+    return suites
+
+
+def _table(outcomes: Sequence[Outcome], title: str) -> Table:
+    table = Table("target", "what", "goal", "measured", "", "where", title=f"targets: {title}")
+    words = {True: "[green]met[/]", False: "[red]missed[/]", None: "[yellow]open[/]"}
+    for outcome in outcomes:
+        table.add_row(outcome.id, outcome.what, outcome.goal, outcome.measured, words[outcome.met], outcome.where)
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""The harness itself: wrong results are found, absent contenders left out, targets judged as they say."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import machine
+from benchmarks.check import verify
+from benchmarks.contenders import CONTENDERS, OURS, YARDSTICK, absent, contenders
+from benchmarks.contenders.pytorch import Eager, OneDnn
+from benchmarks.random_shapes import LARGEST, MOST, Case, Layers, draw
+from benchmarks.targets import CLAIMS, PARALLEL, PEAK, Claim, find
+from benchmarks.timing import Effort, Row, measure, race, ratio
+from benchmarks.workloads import Tier, product, select
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+#: An error of one element, relative to the largest, that no rounding explains.
+VISIBLE = {torch.float32: 1e-3, torch.float64: 1e-11, torch.bfloat16: 0.3, torch.float16: 0.05}
+
+
+def spoiled(result: Tensor) -> Tensor:
+    """A copy with one wrong element."""
+    result = result.detach().clone(memory_format=torch.contiguous_format)
+    largest = result.abs().argmax()
+    result.view(-1)[largest] *= 1 + VISIBLE[result.dtype]
+    return result
+
+
+class Spoiled(Eager):
+    """Eager, wrong in one element of its last result."""
+
+    def results(self, returned: object) -> list[Tensor]:
+        *others, last = super().results(returned)
+        return [*others, spoiled(last)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=machine.dtype_name)
+@pytest.mark.parametrize("name", ["NT 256x256x256 float32", "33x257x129 infer", "33x257x129 forward_backward"])
+def test_one_wrong_element_is_found(name: str, dtype: torch.dtype) -> None:
+    (workload,) = find([name])
+    workload = replace(workload, dtype=dtype)
+    verify(Eager(workload))
+    with pytest.raises(AssertionError, match=r"1 of \d+ elements"):
+        verify(Spoiled(workload))
+
+
+def test_not_a_number_is_found() -> None:
+    (workload,) = find(["1x64x64 infer"])
+    contender = Eager(workload)
+    contender.input = contender.input * torch.nan
+    with pytest.raises(AssertionError, match="64 of 64 elements"):
+        verify(contender)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=machine.dtype_name)
+@pytest.mark.parametrize("activation", ["relu", "gelu", "softplus"])
+@pytest.mark.parametrize("wrong", range(4), ids=["output", "input", "weight", "bias"])
+def test_one_wrong_element_of_a_random_shape_is_found(
+    activation: str, dtype: torch.dtype, wrong: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = Layers(Case(33, 17, 65, machine.dtype_name(dtype), "strided", "transposed", activation, backward=True))
+    layers.verify()
+    given = [spoiled(result) if i == wrong else result for i, result in enumerate(layers.ours())]
+    monkeypatch.setattr(layers, "ours", lambda: given)
+    with pytest.raises(AssertionError, match=r"1 of \d+ elements"):
+        layers.verify()
+
+
+def test_draws_are_repeatable_and_within_their_limits() -> None:
+    cases = list(draw(300, seed=1))
+    assert cases == list(draw(300, seed=1))
+    assert cases != list(draw(300, seed=2))
+    for case in cases:
+        assert all(1 <= size <= LARGEST for size in (case.rows, case.columns, case.depth))
+        assert case.rows * case.columns * case.depth <= MOST[getattr(torch, case.dtype)]
+
+
+def test_layouts_are_those_of_the_three_products() -> None:
+    for layout, transposed in (("NT", (False, False)), ("NN", (False, True)), ("TN", (True, True))):
+        (workload,) = find([f"{layout} 256x256x256 float32"])
+        operands = replace(workload, batch=8).operands()
+        assert [list(operand.shape) for operand in operands] == [[8, 256], [256, 256]]
+        assert tuple(not operand.is_contiguous() for operand in operands) == transposed
+
+
+def test_names_are_unique() -> None:
+    names = [w.name for suite in ("products", "layers", "nets", "steps") for w in select(suite, Tier.FULL)]
+    assert len(set(names)) == len(names)
+
+
+def test_a_product_counts_each_operand_once() -> None:
+    workload = product(2, 3, 5, "TN", Tier.FULL, torch.bfloat16)
+    assert workload.flops == 2 * 2 * 3 * 5
+    assert workload.bytes == 2 * (2 * 5 + 3 * 5 + 2 * 3)
+
+
+def test_peaks_are_in_the_order_of_their_widths() -> None:
+    assert machine.peak(torch.float64) < machine.peak(torch.float32)
+    assert machine.peak(torch.bfloat16) > 0.8 * machine.peak(torch.float32)
+
+
+@pytest.fixture
+def no_library_yet() -> Iterator[None]:
+    machine._library.cache_clear()
+    yield
+    machine._library.cache_clear()
+
+
+@pytest.mark.usefixtures("no_library_yet")
+def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(RuntimeError, match=r"CC is 'no-such-compiler', which was not found; install gcc or clang"):
+        machine._library()
+
+
+def test_a_contender_without_its_package_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OneDnn, "missing", lambda: ["no-such-package"])
+    (workload,) = find(["1x64x64 infer"])
+    assert OneDnn not in contenders(workload)
+    assert "without onednn: no-such-package not installed" in absent()
+
+
+def test_yardstick_and_ours_take_every_workload() -> None:
+    names = {kind.name: kind for kind in CONTENDERS}
+    for suite in ("products", "layers", "nets", "steps"):
+        for workload in select(suite, Tier.FULL):
+            assert names[YARDSTICK].takes(workload), workload.name
+            assert names[OURS].takes(workload), workload.name
+
+
+def test_ratios_are_taken_against_each_other() -> None:
+    (workload,) = find(["1x64x64 infer"])
+    rows = measure(workload, 1, Effort(rounds=5, patience=0))
+    assert [row.contender for row in rows] == [kind.name for kind in contenders(workload)]
+    eager, ours = rows[:2]
+    assert eager.speedup == 1
+    assert ours.ratios[YARDSTICK] == ours.speedup
+    assert ours.ratios[YARDSTICK] == pytest.approx(1 / eager.ratios[OURS])
+    assert all(0 < row.share < 1 for row in rows)
+
+
+def test_a_race_stops_when_patience_ends() -> None:
+    samples = race({"a": lambda: None, "b": lambda: None}, Effort(rounds=1000, patience=0))
+    assert {name: len(times) for name, times in samples.items()} == {"a": 5, "b": 5}
+    assert ratio([2.0, 6.0, 9.0], [1.0, 2.0, 9.0]) == 2
+
+
+def test_targets_name_workloads() -> None:
+    names = [name for claim in CLAIMS for name in claim.workloads]
+    assert {workload.name for workload in find([*names, *PARALLEL])} == {*names, *PARALLEL}
+    with pytest.raises(KeyError, match="no such workload"):
+        find(["no such workload"])
+
+
+def row(workload: str, speedup: float, share: float) -> Row:
+    return Row(
+        "layers", workload, "float32", OURS, 1.0, 1.0, 1.0, share, speedup, speedup, speedup, {YARDSTICK: speedup}
+    )
+
+
+@pytest.mark.parametrize(
+    ("speedups", "shares", "met", "where"),
+    [
+        ((1.3, 1.2), (0.8, 0.8), True, "b"),
+        ((1.3, 1.1), (0.8, 0.8), False, "b"),
+        ((1.15, 1.1), (0.8, 0.96), False, "a"),  # no more than the processor's peak is asked for
+        ((1.3, 1.1), (0.8, 0.96), True, "b"),
+    ],
+)
+def test_the_worst_workload_decides(
+    speedups: tuple[float, float], shares: tuple[float, float], met: bool, where: str
+) -> None:
+    claim = Claim("P0", "two", 1.2, f"x {YARDSTICK}", lambda row: row.ratios[YARDSTICK], ("a", "b"))
+    rows = {name: row(name, *values) for name, *values in zip("ab", speedups, shares, strict=True)}
+    outcome = claim.outcome(rows)
+    assert (outcome.met, outcome.where) == (met, where)
+
+
+def test_what_was_not_measured_is_open() -> None:
+    claim = Claim("P0", "two", 0.9, PEAK, lambda row: None, ("a", "b"))
+    assert claim.outcome({"a": row("a", 1.0, 1.0)}).met is None
+    assert claim.outcome({}).measured == "not measured"

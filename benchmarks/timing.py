@@ -1,0 +1,177 @@
+"""Contenders side by side: interleaved in one process, with their speed relative to one another.
+
+pytest-benchmark runs one contender after the other; on a machine that others use too, what changed
+between them may be the machine. Here each round takes one sample of every contender, in rotating
+order, so that they share the machine's moods, and ratios are taken within a round. The processor's
+peak takes part as if it were a contender. A sample during which another process had the core is taken
+again, whatever its time.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median, quantiles
+from time import perf_counter, process_time
+from typing import Any
+
+from benchmarks.check import verify
+from benchmarks.contenders import YARDSTICK, contenders
+from benchmarks.machine import describe, dtype_name, multiply_adds
+from benchmarks.workloads import Suite, Workload
+
+#: Seconds that a sample lasts at least.
+SAMPLE = 1e-3
+
+#: Seconds to warm up before it is found how many calls make a sample.
+WARM_UP = 20e-3
+
+#: Rounds after which time counts.
+FEWEST = 5
+
+#: How often a sample is taken, until the process ran for `AWAKE` of it.
+TRIES = 4
+AWAKE = 0.98
+
+PEAK = "peak"
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much time measuring may take.
+
+    Attributes:
+        rounds: at most.
+        patience: seconds for a workload, after which `FEWEST` rounds are enough.
+    """
+
+    rounds: int = 31
+    patience: float = 5.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender on one workload.
+
+    Attributes:
+        suite: the workload's.
+        workload: its name.
+        dtype: the workload's.
+        contender: its name.
+        seconds: median time of a call.
+        gflops: the workload's operations divided by that time, in 1e9 per second.
+        intensity: the workload's operations for each byte that has to be read or written.
+        share: median over the rounds of its rate divided by the peak of the cores that it may use.
+        speedup: median over the rounds of eager's time divided by this contender's.
+        low: first quartile of the same.
+        high: third quartile of the same.
+        ratios: median over the rounds of another contender's time divided by this one's, by the other.
+    """
+
+    suite: Suite
+    workload: str
+    dtype: str
+    contender: str
+    seconds: float
+    gflops: float
+    intensity: float
+    share: float
+    speedup: float
+    low: float
+    high: float
+    ratios: dict[str, float]
+
+
+def measure(workload: Workload, threads: int, effort: Effort) -> list[Row]:
+    """Check all contenders on a workload, then time them.
+
+    Args:
+        workload: what to compute.
+        threads: of each contender.
+        effort: how long to try.
+
+    Raises:
+        AssertionError: if a result is wrong.
+    """
+    describe(threads)
+    kinds = contenders(workload)
+    for kind in kinds:
+        verify(kind(workload))
+    work = multiply_adds(workload.dtype)
+    samples = race({kind.name: kind(workload).call for kind in kinds} | {PEAK: work}, effort)
+    peak = [work() / seconds for seconds in samples.pop(PEAK)]
+    rows = []
+    for name, times in samples.items():
+        ratios = {other: ratio(samples[other], times) for other in samples if other != name}
+        low, speedup, high = quantiles(
+            [eager / own for eager, own in zip(samples[YARDSTICK], times, strict=True)], n=4, method="inclusive"
+        )
+        seconds = median(times)
+        share = ratio([workload.flops / most / threads for most in peak], times)
+        gflops, intensity = workload.flops / seconds / 1e9, workload.flops / workload.bytes
+        own = (workload.suite, workload.name, dtype_name(workload.dtype), name)
+        rows.append(Row(*own, seconds, gflops, intensity, share, speedup, low, high, ratios))
+    return rows
+
+
+def ratio(others: Sequence[float], own: Sequence[float]) -> float:
+    """Return the median over the rounds of another contender's time divided by one's own."""
+    return median(other / time for other, time in zip(others, own, strict=True))
+
+
+def race(calls: Mapping[str, Call], effort: Effort) -> dict[str, list[float]]:
+    """Return the seconds that a call took in each round, by contender."""
+    loops = {name: _loops(call) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    end = perf_counter() + effort.patience
+    with _no_garbage_collection():
+        for i in range(effort.rounds):
+            if i >= FEWEST and perf_counter() > end:
+                break
+            first = i % len(names)
+            for name in names[first:] + names[:first]:
+                calls[name]()  # so that the caches hold what is its own
+                samples[name].append(_sample(calls[name], loops[name]))
+    return samples
+
+
+def _loops(call: Call) -> int:
+    """Warm up, and find how many calls make a sample."""
+    end = perf_counter() + WARM_UP
+    call()
+    while perf_counter() < end:
+        call()
+    loops = 1
+    while _time(call, loops) < SAMPLE:
+        loops *= 2
+    return loops
+
+
+def _sample(call: Call, loops: int) -> float:
+    """Return the seconds of a call, from a sample during which the process was not kept from running if possible."""
+    for _ in range(TRIES):
+        before = process_time()
+        seconds = _time(call, loops)
+        if process_time() - before > AWAKE * seconds:
+            break
+    return seconds / loops
+
+
+def _time(call: Call, loops: int) -> float:
+    start = perf_counter()
+    for _ in range(loops):
+        call()
+    return perf_counter() - start
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
