@@ -26,12 +26,11 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
 // many rows of mc values stays in the L1 cache.
 constexpr int64_t staged_k = 16;
 
-// Up to so many rows or columns of C are inner products: adding up the lanes of a vector for each element costs less
-// than packing the larger operand. More rows pay where a sum is long (most_dot_rows).
-constexpr int64_t dot_rows = 8;
-constexpr int64_t dot_columns = 4;
-constexpr int64_t dot_units_per_row = 16;
-constexpr int64_t dot_rows_limit = 64;
+// Few rows or columns of C are inner products: adding up the lanes of a vector for each element costs less than packing
+// the larger operand, or than filling a few lanes of a tile. Longer sums bear more of them.
+constexpr int64_t dot_rows = 8, most_dot_rows = 64;
+constexpr int64_t dot_columns = 4, most_dot_columns = 16;
+constexpr int64_t units_per_dot = 16;
 
 // Whether sums that are not complete yet can stand in the result itself.
 template <class S> constexpr bool sums_in_output = std::is_same_v<S, Compute<S>>;
@@ -67,15 +66,19 @@ int64_t k_block(int64_t k, int64_t kc, int64_t unit) {
 
 enum class Path { packed, streamed, dots };
 
-template <class S> int64_t most_dot_rows(const Kernels<S>& kernels, int64_t k) {
-  return std::min(dot_rows + kernels.units(k) / dot_units_per_row, dot_rows_limit);
+template <class S> bool few_rows(const Kernels<S>& kernels, const Product<S>& p) {
+  return p.m <= std::min(dot_rows + kernels.units(p.k) / units_per_dot, most_dot_rows);
+}
+
+template <class S> bool few_columns(const Kernels<S>& kernels, const Product<S>& p) {
+  return p.n <= std::min(dot_columns + kernels.units(p.k) / units_per_dot, most_dot_columns);
 }
 
 template <class S> Path path_of(const Kernels<S>& kernels, const Product<S>& p) {
   const bool plain = p.a.form == Form::plain && p.b.form == Form::plain;
   const bool gapless_k = p.a.k_stride == 1 && p.b.k_stride == 1;
-  if (plain && gapless_k && p.k >= kernels.lanes && (p.m <= most_dot_rows(kernels, p.k) || p.n <= dot_columns) &&
-      !p.row_sums && !p.split_k) {
+  if (plain && gapless_k && p.k >= kernels.lanes && (few_rows(kernels, p) || few_columns(kernels, p)) && !p.row_sums &&
+      !p.split_k) {
     return Path::dots;
   }
   const bool short_runs = p.n < 2 * kernels.nr && p.m > streamed_rows<S>;
@@ -463,7 +466,7 @@ struct Grid {
 template <class S> Grid grid_of(const Kernels<S>& kernels, const Product<S>& p, Path path, int64_t threads) {
   const int64_t most_rows = most_parts(p.m, kernels.mr), most_columns = most_parts(p.n, kernels.nr);
   if (path == Path::dots) {
-    return p.n > dot_columns ? Grid{1, std::min(threads, most_columns)} : Grid{std::min(threads, most_rows), 1};
+    return few_columns(kernels, p) ? Grid{std::min(threads, most_rows), 1} : Grid{1, std::min(threads, most_columns)};
   }
   constexpr double packing = 8;
   Grid best{1, 1};

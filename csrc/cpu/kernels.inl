@@ -30,10 +30,18 @@ template <class S> struct Leaf {
     }
   }
 
-  // Rows of gapless k become columns of the panel, lanes x lanes units at a time in registers. Later
+  // The next vector along k of elements that lie k_stride apart.
+  static V gather_along_k(const S* source, int64_t k_stride, int64_t left) {
+    constexpr int64_t most = lanes * F::k_unit;
+    S elements[most] = {};
+    for (int64_t p = 0; p < most && p < left; p++) elements[p] = source[p * k_stride];
+    return F::load_along_k(elements, most);
+  }
+
+  // Rows become columns of the panel, lanes x lanes units at a time in registers. Later
   // parts of a group are filled by later calls, so that the first ones may write into them.
-  template <int width, int from>
-  static void pack_along_k(const S* source, int64_t stride, int64_t count, int64_t k, C* panel) {
+  template <int width, int from, bool gapless>
+  static void pack_along_k(const S* source, int64_t stride, int64_t k_stride, int64_t count, int64_t k, C* panel) {
     constexpr int rows = width - from < lanes ? width - from : lanes;
     const int64_t groups = (k + F::k_unit - 1) / F::k_unit;
     for (int64_t group = 0; group < groups; group += lanes) {
@@ -42,7 +50,8 @@ template <class S> struct Leaf {
 #pragma GCC unroll 16
       for (int i = 0; i < rows; i++) {
         if (from + i >= count) break;
-        block[i] = F::load_along_k(source + (from + i) * stride + p, k - p);
+        const S* row = source + (from + i) * stride;
+        block[i] = gapless ? F::load_along_k(row + p, k - p) : gather_along_k(row + p * k_stride, k_stride, k - p);
       }
       M::transpose(block);
 #pragma GCC unroll 16
@@ -58,7 +67,9 @@ template <class S> struct Leaf {
         }
       }
     }
-    if constexpr (from + rows < width) pack_along_k<width, from + rows>(source, stride, count, k, panel);
+    if constexpr (from + rows < width) {
+      pack_along_k<width, from + rows, gapless>(source, stride, k_stride, count, k, panel);
+    }
   }
 
   // Rows of the panel are gapless in memory.
@@ -93,16 +104,9 @@ template <class S> struct Leaf {
     if (stride == 1) {
       for (int64_t g = 0; g < groups; g++) pack_across_k<width, 0>(source, k_stride, count, k, g, groups, panel);
     } else if (k_stride == 1) {
-      pack_along_k<width, 0>(source, stride, count, k, panel);
+      pack_along_k<width, 0, true>(source, stride, k_stride, count, k, panel);
     } else {
-      for (int64_t g = 0; g < groups; g++) {
-        const int64_t p = g * F::k_unit;
-        for (int64_t i = 0; i < width; i++) {
-          const S* element = source + i * stride + p * k_stride;
-          const V v = i < count ? F::load_across_k(element, k_stride, k - p, 1) : V{};
-          M::store_first(panel + g * width + i, v, 1);
-        }
-      }
+      pack_along_k<width, 0, false>(source, stride, k_stride, count, k, panel);
     }
   }
 
