@@ -16,7 +16,7 @@ export MAX_JOBS ?= $(JOBS)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 SANITIZED := build/sanitized
 
-.PHONY: demo test build lint pytest other-isas sanitize bench format clean
+.PHONY: demo test build lint pytest other-isas sanitize bench tiles format clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -42,7 +42,7 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 lint: build
 	ruff check .
 	ruff format --check .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs clang-format --dry-run --Werror
+	find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs clang-format --dry-run --Werror
 	mypy
 
 pytest: build
@@ -80,10 +80,19 @@ $(VENV)/bench: $(VENV)/built
 bench: $(VENV)/bench
 	python -m benchmarks.report $(BENCH)
 
+# The measurements behind the cache blocks of csrc/cpu/tiles.h: make tiles TILES='avx2 float64'
+build/tune_tiles: tools/tune_tiles.cpp $(SOURCES)
+	mkdir -p build
+	$(CXX) -std=c++20 -O3 -fopenmp -Wno-psabi -o $@ $< csrc/activation_info.cpp \
+	  $(addprefix csrc/cpu/,gemm.cpp dispatch.cpp workspace.cpp) csrc/cpu/isa/*.cpp
+
+tiles: build/tune_tiles
+	build/tune_tiles $(TILES)
+
 format: build
 	ruff check --fix .
 	ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs clang-format -i
+	find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs clang-format -i
 
 clean:
 	rm -rf $(VENV) build out *.egg-info fastmlp/_C*.so fastmlp/_build.json

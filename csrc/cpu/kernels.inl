@@ -110,41 +110,55 @@ template <class S> struct Leaf {
     }
   }
 
-  // Of the last vector of a row only the columns that there are.
-  template <int rows, int used>
-  [[gnu::always_inline]] static void store_sums(const Tile<S>& t, const V (&sum)[rows][used]) {
+  // What remains to be done with the sums of a tile. Each step is one branch and a run of straight code.
+  template <int rows, int used> [[gnu::always_inline]] static void store_tile(const Tile<S>& t, V (&sum)[rows][used]) {
     const int64_t last = t.columns - (used - 1) * lanes;
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; i++) {
-      C* row = t.sums + i * t.sums_step;
-#pragma GCC unroll 8
-      for (int j = 0; j < used; j++, row += lanes) {
-        const int64_t left = j + 1 < used ? lanes : last;
-        store_up_to(row, t.add ? load_up_to(row, left) + sum[i][j] : sum[i][j], left);
-      }
-    }
-  }
-
-  template <int rows, int used>
-  [[gnu::always_inline]] static void store_output(const Tile<S>& t, const V (&sum)[rows][used]) {
-    const int64_t last = t.columns - (used - 1) * lanes;
-#pragma GCC unroll 8
-    for (int j = 0; j < used; j++) {
-      const V bias = t.bias ? M::load(t.bias + j * lanes) : V{};
-      const int64_t left = j + 1 < used ? lanes : last;
+    if (t.add) {
 #pragma GCC unroll 16
       for (int i = 0; i < rows; i++) {
-        V v = sum[i][j];
-        if (t.add) v += load_up_to(t.sums + i * t.sums_step + j * lanes, left);
-        if (t.bias) v += bias;
-        store_up_to(t.output + i * t.leading_dimension + j * lanes, t.relu ? Relu::value<M>(v, Scalars{}) : v, left);
+        const C* row = t.sums + i * t.sums_step;
+#pragma GCC unroll 8
+        for (int j = 0; j + 1 < used; j++) sum[i][j] += M::load(row + j * lanes);
+        sum[i][used - 1] += load_up_to(row + (used - 1) * lanes, last);
       }
     }
+    if (!t.output) return store_rows<C, rows, used>(t.sums, t.sums_step, last, sum);
+    if (t.bias) {
+#pragma GCC unroll 8
+      for (int j = 0; j < used; j++) {
+        const V bias = M::load(t.bias + j * lanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++) sum[i][j] += bias;
+      }
+    }
+    if (t.relu) {
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 8
+        for (int j = 0; j < used; j++) sum[i][j] = Relu::value<M>(sum[i][j], Scalars{});
+      }
+    }
+    store_rows<S, rows, used>(t.output, t.leading_dimension, last, sum);
   }
 
-  template <int rows, int used>
-  [[gnu::always_inline]] static void store_tile(const Tile<S>& t, const V (&sum)[rows][used]) {
-    t.output ? store_output<rows, used>(t, sum) : store_sums<rows, used>(t, sum);
+  // Of the last vector of each row `last` lanes.
+  template <class T, int rows, int used>
+  [[gnu::always_inline]] static void store_rows(T* to, int64_t step, int64_t last, const V (&sum)[rows][used]) {
+    if (last >= lanes) {
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 8
+        for (int j = 0; j < used; j++) Storage<T>::store(to + i * step + j * lanes, sum[i][j]);
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; i++) {
+        T* row = to + i * step;
+#pragma GCC unroll 8
+        for (int j = 0; j + 1 < used; j++) Storage<T>::store(row + j * lanes, sum[i][j]);
+        Storage<T>::store_first(row + (used - 1) * lanes, sum[i][used - 1], last);
+      }
+    }
   }
 
   // Adds `units` products to each sum; a and b move on.

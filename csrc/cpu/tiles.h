@@ -1,6 +1,6 @@
 // The register tiles and cache blocks of every instruction set and dtype, in one place. Sizes count
-// elements; gemm.cpp says what is kept in which cache. Chosen by measurement: tools/tune_tiles.cpp
-// prints the table behind them.
+// elements; gemm.cpp says what is kept in which cache. Chosen by measurement: `make tiles`
+// prints the rates of other cache blocks.
 #pragma once
 
 #include "kernel_table.h"
