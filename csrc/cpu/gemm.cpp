@@ -39,8 +39,10 @@ template <class S> constexpr bool sums_in_output = std::is_same_v<S, Compute<S>>
 template <class S> constexpr int64_t streamed_rows = sums_in_output<S> ? 64 : 24;  // 16 bits are converted again
 constexpr int64_t streamed_depth = 4;
 
-// What a block of B may take of an L1 cache of 32 KiB or more.
-constexpr int64_t l1_share = 24 << 10;
+// What a block of B may take of an L2 cache, beside a block of A.
+constexpr int64_t l2_share = 300 << 10;
+
+constexpr int64_t line_bytes = 64;  // that one prefetch brings
 
 // Sums of 16-bit products over several blocks of K: rows whose sums are kept at once.
 constexpr int64_t summed_rows = 1024;
@@ -326,13 +328,34 @@ template <class S> class Task : Assignment<S> {
     } while (jc < n.end);
   }
 
+  // What is read and written soon, after so many lines that were asked for: rows of A that are packed next, and rows of
+  // C, while the products of those before them keep the core busy. Only what lies gapless in memory.
+  const void* input_ahead(Range rows, Range depth, int64_t lines) const {
+    if (rows.size() <= 0 || p.a.k_stride != 1 || p.a.stride != depth.size()) return nullptr;
+    const int64_t bytes = rows.size() * p.a.stride * int64_t(sizeof(S));
+    const int64_t units = kernels.units(depth.size());
+    if (lines * line_bytes < bytes) {
+      return reinterpret_cast<const char*>(p.a.data + rows.begin * p.a.stride + depth.begin) + lines * line_bytes;
+    }
+    if (p.a.form != Form::gradient || p.a.saved_k_stride != 1 || p.a.saved_stride != p.a.stride) return nullptr;
+    lines -= round_up(ceil_divide(bytes, line_bytes), units);
+    if (lines * line_bytes >= bytes) return nullptr;
+    return reinterpret_cast<const char*>(p.a.saved + rows.begin * p.a.stride + depth.begin) + lines * line_bytes;
+  }
+  const void* output_ahead(Range rows, Range columns, int64_t lines) const {
+    if (rows.size() <= 0 || share || p.leading_dimension != columns.size()) return nullptr;
+    const int64_t bytes = rows.size() * p.leading_dimension * int64_t(sizeof(S));
+    if (lines * line_bytes >= bytes) return nullptr;
+    return reinterpret_cast<const char*>(p.output + rows.begin * p.leading_dimension) + lines * line_bytes;
+  }
+
   // With the block of B packed.
   void packed_block(Range rows, Range columns, Range depth) const {
     const int64_t units = kernels.units(depth.size());
     const bool first = depth.begin == k.begin, last = depth.end == k.end;
-    // A panel of B stays in the L1 cache while A passes by; but where all of B fits, C is written row by
-    // row, which spares the TLB and fills whole pages.
-    const bool along_rows = columns.size() * units * int64_t(sizeof(C)) <= l1_share;
+    // A panel of B stays in the L1 cache while A passes by; but where all of B stays in the L2 cache, C is written
+    // row by row, so that its next rows can be asked for in time.
+    const bool along_rows = columns.size() * units * int64_t(sizeof(C)) <= l2_share;
     for (int64_t ic = rows.begin; ic < rows.end; ic += kernels.mc) {
       const Range block{ic, std::min(rows.end, ic + kernels.mc)};
       pack_block(kernels, p.a, block, depth, kernels.mr, kernels.pack_a, scratch, scratch.a);
@@ -344,6 +367,11 @@ template <class S> class Task : Assignment<S> {
         t.a = scratch.a + (i - block.begin) * units;
         t.b = scratch.b + (j - columns.begin) * units;
         t.columns = std::min(kernels.nr, columns.end - j);
+        const int64_t asked = (j - columns.begin) / kernels.nr * units;
+        t.input_ahead = input_ahead({i + kernels.mc, std::min(rows.end, i + kernels.mc + kernels.mr)}, depth, asked);
+        t.output_ahead = along_rows
+                             ? output_ahead({i + kernels.mr, std::min(rows.end, i + 2 * kernels.mr)}, columns, asked)
+                             : nullptr;
         finish(kernels.microkernel(count, t.columns), t, kernels.nr, i, j, count, first, last);
       };
       if (along_rows) {

@@ -56,7 +56,10 @@ template <class S> struct Tile {
   const Compute<S>* b;
   const S* unpacked_b;  // of stream kernels, in place of b: rows gapless along n
   int64_t b_step;       // from one row of unpacked_b to the next
-  int64_t columns;      // nothing is written past these
+  // Null, or memory that is used soon: the micro-kernel asks for one cache line of each with each unit of k.
+  const void* input_ahead;
+  const void* output_ahead;
+  int64_t columns;  // nothing is written past these
   // Sums of earlier blocks of K, which these are added to, or the place for them.
   Compute<S>* sums;
   int64_t sums_step;

@@ -161,10 +161,25 @@ template <class S> struct Leaf {
     }
   }
 
-  // Adds `units` products to each sum; a and b move on.
+  struct Ahead {
+    const char* line;
+    int64_t step;
+  };
+  // Where there is nothing to ask for, what is there already.
+  static Ahead ahead_of(const void* from, const Tile<S>& t) {
+    return {static_cast<const char*>(from ? from : t.b), from ? 64 : 0};
+  }
+
+  // Adds `units` products to each sum; all pointers move on. Prefetches come one by one: a burst of them would fill
+  // the core's queue and stop it.
   template <int rows, int used>
-  [[gnu::always_inline]] static void multiply_panels(int64_t units, const C*& a, const C*& b, V (&sum)[rows][used]) {
+  [[gnu::always_inline]] static void multiply_panels(int64_t units, const C*& a, const C*& b, Ahead& input,
+                                                     Ahead& output, V (&sum)[rows][used]) {
     for (int64_t u = 0; u < units; u++) {
+      __builtin_prefetch(input.line);
+      __builtin_prefetch(output.line);
+      input.line += input.step;
+      output.line += output.step;
       V row[used];
 #pragma GCC unroll 4
       for (int j = 0; j < used; j++) row[j] = M::load(b + j * lanes);
@@ -185,8 +200,9 @@ template <class S> struct Leaf {
     V sum[rows][used] = {};
     const C* a = t.a;
     const C* b = t.b;
+    Ahead input = ahead_of(t.input_ahead, t), output = ahead_of(t.output_ahead, t);
     int64_t left = t.k < size.chain ? t.k : size.chain;
-    multiply_panels<rows, used>(left, a, b, sum);
+    multiply_panels<rows, used>(left, a, b, input, output, sum);
     for (left = t.k - left; left > 0; left -= size.chain) {
       V earlier[rows][used];
 #pragma GCC unroll 16
@@ -197,7 +213,7 @@ template <class S> struct Leaf {
           sum[i][j] = V{};
         }
       }
-      multiply_panels<rows, used>(left < size.chain ? left : size.chain, a, b, sum);
+      multiply_panels<rows, used>(left < size.chain ? left : size.chain, a, b, input, output, sum);
 #pragma GCC unroll 16
       for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 4

@@ -27,7 +27,7 @@ struct Isa {
   // AVX2 has no masks for 16 bits.
   static __m128i load_first(const uint16_t* p, int64_t n) {
     uint16_t all[8] = {};
-    for (int64_t i = 0; i < n; i++) all[i] = p[i];
+    for (int64_t i = 0; i < 8 && i < n; i++) all[i] = p[i];
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(all));
   }
   template <class H> static void store_first(uint16_t* p, H v, int64_t n) {

@@ -50,7 +50,7 @@ struct Isa {
  private:
   template <class V, class T> static V load_first_of(const T* p, int64_t n) {
     V v = {};
-    for (int64_t i = 0; i < n; i++) v[i] = p[i];
+    for (int64_t i = 0; i < int64_t(sizeof v / sizeof *p) && i < n; i++) v[i] = p[i];
     return v;
   }
 };
