@@ -19,7 +19,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     Equals `torch.nn.functional.linear` followed by the activation.
 
     Args:
-        input: (*, in_features), float32 or float64 for the fused kernels; any dtype that
+        input: (*, in_features), float32, float64, bfloat16 or float16 for the fused kernels; any dtype that
             `torch.nn.functional.linear` takes is computed by PyTorch.
         weight: (out_features, in_features), of the dtype and on the device of `input`.
         bias: (out_features), or None.
