@@ -94,6 +94,9 @@ def test_paths_meet(isa: str, dtype: torch.dtype) -> None:
     for m in range(8, 74):
         one_layer(m, 5, 64, dtype, resolve("relu"))
         one_layer(m, 2 * tiles(isa, dtype)["NR"] + 1, 300, dtype, resolve("tanh"))
+    for k in range(1, 11):
+        for n in (1, 5, 17, tiles(isa, dtype)["NC"] + 1):
+            one_layer(70, n, k, dtype, resolve("silu"))
 
 
 def whole_numbers(*shape: int, dtype: torch.dtype) -> Tensor:

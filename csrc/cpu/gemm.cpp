@@ -37,7 +37,7 @@ template <class S> constexpr bool sums_in_output = std::is_same_v<S, Compute<S>>
 
 // Up to so many rows of C, or terms of its sums if these can be written as they are, B is streamed.
 template <class S> constexpr int64_t streamed_rows = sums_in_output<S> ? 64 : 24;  // 16 bits are converted again
-constexpr int64_t streamed_depth = 4;
+constexpr int64_t streamed_depth = 8;
 
 // What a block of B may take of an L2 cache, beside a block of A.
 constexpr int64_t l2_share = 300 << 10;
@@ -83,11 +83,10 @@ template <class S> Path path_of(const Kernels<S>& kernels, const Product<S>& p) 
       !p.split_k) {
     return Path::dots;
   }
-  const bool short_runs = p.n < 2 * kernels.nr && p.m > streamed_rows<S>;
-  const bool short_sums = sums_in_output<S> && p.k <= streamed_depth;
-  if (p.b.form == Form::plain && p.b.stride == 1 && (p.m <= streamed_rows<S> || short_sums) && !short_runs) {
-    return Path::streamed;
-  }
+  // A short B is transposed first if need be.
+  const bool short_sums = sums_in_output<S> && p.k <= streamed_depth && p.m > streamed_rows<S>;
+  const bool long_runs = p.b.stride == 1 && p.m <= streamed_rows<S> && p.n >= 2 * kernels.nr;
+  if (p.b.form == Form::plain && (short_sums || long_runs)) return Path::streamed;
   return Path::packed;
 }
 
@@ -95,7 +94,7 @@ template <class S> Path path_of(const Kernels<S>& kernels, const Product<S>& p) 
 template <class S> struct Scratch {
   using C = Compute<S>;
   C *a, *b, *tile, *bias, *sums, *panel_sums, *row_sums;
-  S *staging, *run;
+  S *staging, *run, *transposed_b;
 
   Scratch(Carver& carver, const Kernels<S>& kernels, const Product<S>& p, Path path, int64_t m, int64_t n, int64_t k) {
     const int64_t kc = std::min(k, path == Path::streamed ? kernels.chain : kernels.kc);
@@ -105,6 +104,8 @@ template <class S> struct Scratch {
     const bool packs_a = path != Path::dots, packs_b = path == Path::packed;
     a = packs_a ? carver.take<C>(mc * units + kernels.lanes) : nullptr;
     b = packs_b ? carver.take<C>(nc * units) : nullptr;
+    const bool transposes_b = path == Path::streamed && p.b.stride != 1;
+    transposed_b = transposes_b ? carver.take<S>(std::min(kernels.nc, n) * k + kernels.lanes) : nullptr;
     tile = carver.take<C>(std::max(kernels.mr * kernels.nr, kernels.stream_rows * kernels.stream_columns));
     bias = p.bias.data ? carver.take<C>(std::max(nc, round_up(n, kernels.lanes))) : nullptr;
     const bool keeps_sums = packs_a && !sums_in_output<S> && k > kc;
@@ -393,6 +394,7 @@ template <class S> class Task : Assignment<S> {
       const Range columns{jc, std::min(n.end, jc + kernels.nc)};
       take_bias(columns);
       place_sums(m.begin, jc);
+      if (scratch.transposed_b) transpose_b(columns);
       int64_t pc = k.begin;
       do {
         const Range depth{pc, std::min(k.end, pc + kc)};
@@ -405,6 +407,13 @@ template <class S> class Task : Assignment<S> {
     } while (jc < n.end);
   }
 
+  void transpose_b(Range columns) const {
+    S* out = scratch.transposed_b;
+    for (int64_t q = k.begin; q < k.end; q++) {
+      for (int64_t j = columns.begin; j < columns.end; j++) *out++ = p.b.data[j * p.b.stride + q * p.b.k_stride];
+    }
+  }
+
   void streamed_block(Range rows, Range columns, Range depth) const {
     const int64_t units = kernels.units(depth.size());
     const bool first = depth.begin == k.begin, last = depth.end == k.end;
@@ -415,8 +424,13 @@ template <class S> class Task : Assignment<S> {
       Tile<S> t;
       t.k = depth.size();
       t.a = scratch.a + panel * units + (i - rows.begin - panel);
-      t.unpacked_b = p.b.data + j + depth.begin * p.b.k_stride;
-      t.b_step = p.b.k_stride;
+      if (scratch.transposed_b) {
+        t.unpacked_b = scratch.transposed_b + (j - columns.begin) + (depth.begin - k.begin) * columns.size();
+        t.b_step = columns.size();
+      } else {
+        t.unpacked_b = p.b.data + j + depth.begin * p.b.k_stride;
+        t.b_step = p.b.k_stride;
+      }
       t.columns = std::min(kernels.stream_columns, columns.end - j);
       finish(kernels.stream_kernel(count, t.columns), t, kernels.stream_columns, i, j, count, first, last);
     };
