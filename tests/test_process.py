@@ -204,3 +204,25 @@ def test_data_parallel_copies_share_nothing() -> None:
     module = nn.Sequential(fastmlp.Linear(4, 3, activation="relu"))
     shared = module.share_memory()
     assert shared(torch.zeros(1, 4)).shape == (1, 3)
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="the system offers no huge pages"
+)
+def test_large_results_and_scratch_take_huge_pages() -> None:
+    """64 MiB of result, and of scratch in backward, without a page fault for each 4 KiB of them."""
+    code = (
+        "import resource, torch, fastmlp\n"
+        "mlp, x = fastmlp.MLP(8, [64, 64], 64), torch.randn(1 << 18, 8)\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "y = mlp(x[:9]); y.backward(torch.ones_like(y))\n"  # torch imports modules at the first such call
+        "with torch.no_grad(): start = faults(); y = mlp(x); print(faults() - start)\n"
+        "y = mlp(x); seed = torch.ones_like(y); start = faults(); y.backward(seed); print(faults() - start)\n"
+    )
+    forward, backward = map(int, in_process(code).split())
+    small_pages = (64 << 20) // os.sysconf("SC_PAGESIZE")
+    assert forward < small_pages / 4
+    assert backward < small_pages / 4

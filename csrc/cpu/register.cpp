@@ -10,6 +10,7 @@
 #include "../checks.h"
 #include "../operators.h"
 #include "network.h"
+#include "workspace.h"
 
 namespace fastmlp::cpu {
 namespace {
@@ -36,10 +37,16 @@ Matrix matrix_of(const at::Tensor& x) { return {x.data_ptr(), x.stride(0), x.str
 // All leading dimensions as rows: a view where strides allow it, a copy where they do not.
 at::Tensor as_rows(const at::Tensor& x, int64_t rows) { return x.dim() == 2 ? x : x.reshape({rows, x.size(-1)}); }
 
+at::Tensor result(at::IntArrayRef sizes, const at::Tensor& like) {
+  at::Tensor tensor = at::empty(sizes, like.options().memory_format(at::MemoryFormat::Contiguous));
+  prefer_huge_pages(tensor.data_ptr(), tensor.nbytes());
+  return tensor;
+}
+
 at::Tensor row_major(const at::Tensor& input, int64_t features) {
   c10::SmallVector<int64_t, 5> sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = features;
-  return at::empty(sizes, input.options().memory_format(at::MemoryFormat::Contiguous));
+  return result(sizes, input);
 }
 
 // `input` is the two-dimensional form, which the caller keeps alive.
@@ -138,7 +145,7 @@ Tensors backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& i
   for (size_t i = 0; i < grads.size(); i++) {
     if (!needs[i]) continue;
     const at::Tensor& like = i == 0 ? input : parameters[i - 1];
-    grads[i] = at::empty(like.sizes(), input.options().memory_format(at::MemoryFormat::Contiguous));
+    grads[i] = result(like.sizes(), input);
   }
   backward_into(stack, grad, input, saved, parameters, grads);
   return grads;

@@ -2,24 +2,37 @@
 // its products hold another. Knows nothing of what is stored.
 #include "workspace.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <new>
 #include <utility>
 
 namespace fastmlp::cpu {
 namespace {
 
+constexpr size_t huge_page = size_t(2) << 20;
+// Smaller blocks come from memory that the process has used before, more often than not.
+constexpr size_t large_block = 2 * huge_page;
+
 struct Block {
   char* data = nullptr;
   size_t bytes = 0;
 };
 
-char* allocate(size_t bytes) { return static_cast<char*>(::operator new(bytes, std::align_val_t(cache_line))); }
-void release(char* data) { ::operator delete(data, std::align_val_t(cache_line)); }
+std::align_val_t alignment(size_t bytes) { return std::align_val_t(bytes < large_block ? cache_line : huge_page); }
+char* allocate(size_t bytes) {
+  char* const data = static_cast<char*>(::operator new(bytes, alignment(bytes)));
+  prefer_huge_pages(data, bytes);
+  return data;
+}
+void release(const Block& block) { ::operator delete(block.data, alignment(block.bytes)); }
 
 struct Cache {
   Block blocks[2];
   ~Cache() {
-    for (Block& block : blocks) release(block.data);
+    for (const Block& block : blocks) release(block);
   }
 };
 
@@ -48,11 +61,21 @@ Workspace::~Workspace() {
     if (block.bytes < smallest->bytes) smallest = &block;
   }
   if (bytes_ > smallest->bytes && kept - smallest->bytes <= workspace_kept_bytes) {
-    release(smallest->data);
+    release(*smallest);
     *smallest = {data_, bytes_};
   } else {
-    release(data_);
+    release({data_, bytes_});
   }
+}
+
+void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__)
+  if (bytes < large_block) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + huge_page - 1) / huge_page * huge_page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / huge_page * huge_page;
+  // Advice: where it is refused, pages are small.
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace fastmlp::cpu
