@@ -99,6 +99,17 @@ def test_paths_meet(isa: str, dtype: torch.dtype) -> None:
             one_layer(70, n, k, dtype, resolve("silu"))
 
 
+def test_few_rows_and_columns_of_strided_operands(isa: str, dtype: torch.dtype) -> None:
+    for arrange in (strided, LAYOUTS["transposed"], LAYOUTS["equal_columns"]):
+        for m, n in ((1, 40), (3, 50), (40, 1), (50, 3)):
+            for k in (tiles(isa, dtype)["lanes"] + 1, 300):
+                input, weight = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype) / k**0.5
+                grad = torch.randn(m, n, dtype=dtype)
+                check(arrange(input), [weight], [None], [resolve("tanh")], grad)
+                check(input, [arrange(weight)], [None], [resolve("tanh")], grad)
+                check(arrange(input), [arrange(weight)], [None], [resolve("tanh")], grad)
+
+
 def whole_numbers(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randint(-3, 4, shape).to(dtype)
 

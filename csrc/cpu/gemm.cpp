@@ -31,6 +31,8 @@ constexpr int64_t staged_k = 16;
 constexpr int64_t dot_rows = 8, most_dot_rows = 64;
 constexpr int64_t dot_columns = 4, most_dot_columns = 16;
 constexpr int64_t units_per_dot = 16;
+// The smaller operand may be strided along k: so many elements are gathered first.
+constexpr int64_t most_gathered = int64_t(1) << 18;
 
 // Whether sums that are not complete yet can stand in the result itself.
 template <class S> constexpr bool sums_in_output = std::is_same_v<S, Compute<S>>;
@@ -78,11 +80,11 @@ template <class S> bool few_columns(const Kernels<S>& kernels, const Product<S>&
 
 template <class S> Path path_of(const Kernels<S>& kernels, const Product<S>& p) {
   const bool plain = p.a.form == Form::plain && p.b.form == Form::plain;
-  const bool gapless_k = p.a.k_stride == 1 && p.b.k_stride == 1;
-  if (plain && gapless_k && p.k >= kernels.lanes && (few_rows(kernels, p) || few_columns(kernels, p)) && !p.row_sums &&
-      !p.split_k) {
-    return Path::dots;
-  }
+  const bool a_fits = p.a.k_stride == 1 || p.m * p.k <= most_gathered;
+  const bool b_fits = p.b.k_stride == 1 || p.n * p.k <= most_gathered;
+  const bool dots =
+      (few_rows(kernels, p) && p.b.k_stride == 1 && a_fits) || (few_columns(kernels, p) && p.a.k_stride == 1 && b_fits);
+  if (plain && dots && p.k >= kernels.lanes && !p.row_sums && !p.split_k) return Path::dots;
   // A short B is transposed first if need be.
   const bool short_sums = sums_in_output<S> && p.k <= streamed_depth && p.m > streamed_rows<S>;
   const bool long_runs = p.b.stride == 1 && p.m <= streamed_rows<S> && p.n >= 2 * kernels.nr;
@@ -94,7 +96,7 @@ template <class S> Path path_of(const Kernels<S>& kernels, const Product<S>& p) 
 template <class S> struct Scratch {
   using C = Compute<S>;
   C *a, *b, *tile, *bias, *sums, *panel_sums, *row_sums;
-  S *staging, *run, *transposed_b;
+  S *staging, *run, *transposed_b, *gathered;
 
   Scratch(Carver& carver, const Kernels<S>& kernels, const Product<S>& p, Path path, int64_t m, int64_t n, int64_t k) {
     const int64_t kc = std::min(k, path == Path::streamed ? kernels.chain : kernels.kc);
@@ -106,6 +108,8 @@ template <class S> struct Scratch {
     b = packs_b ? carver.take<C>(nc * units) : nullptr;
     const bool transposes_b = path == Path::streamed && p.b.stride != 1;
     transposed_b = transposes_b ? carver.take<S>(std::min(kernels.nc, n) * k + kernels.lanes) : nullptr;
+    const int64_t strided = (p.a.k_stride == 1 ? 0 : m) + (p.b.k_stride == 1 ? 0 : n);
+    gathered = path == Path::dots ? carver.take<S>(strided * k) : nullptr;
     tile = carver.take<C>(std::max(kernels.mr * kernels.nr, kernels.stream_rows * kernels.stream_columns));
     bias = p.bias.data ? carver.take<C>(std::max(nc, round_up(n, kernels.lanes))) : nullptr;
     const bool keeps_sums = packs_a && !sums_in_output<S> && k > kc;
@@ -454,7 +458,23 @@ template <class S> class Task : Assignment<S> {
     }
   }
 
+  // Rows of A, or columns of B, from `i` on, gapless along k. One of the two at most is not so already.
+  Operand<S> gathered(const Operand<S>& x, Range i) const {
+    Operand<S> rows = x;
+    rows.data += i.begin * x.stride;
+    if (x.k_stride == 1) return rows;
+    S* out = scratch.gathered;
+    for (int64_t r = 0; r < i.size(); r++, out += p.k) {
+      const S* const row = rows.data + r * x.stride;
+      for (int64_t q = 0; q < p.k; q++) out[q] = row[q * x.k_stride];
+    }
+    rows.data = scratch.gathered;
+    rows.stride = p.k;
+    return rows;
+  }
+
   void dots() {
+    const Operand<S> a = gathered(p.a, m), b = gathered(p.b, n);
     Epilogue<S> e;
     e.tile = scratch.tile;
     e.tile_step = kernels.nr;
@@ -475,8 +495,8 @@ template <class S> class Task : Assignment<S> {
         e.output = p.output + at;
         e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
         for (int64_t pc = 0; pc < p.k; pc += kc) {
-          kernels.dot_tile(e.rows, e.columns, std::min(kc, p.k - pc), p.a.data + i * p.a.stride + pc, p.a.stride,
-                           p.b.data + j * p.b.stride + pc, p.b.stride, scratch.tile, pc > 0);
+          kernels.dot_tile(e.rows, e.columns, std::min(kc, p.k - pc), a.data + (i - m.begin) * a.stride + pc, a.stride,
+                           b.data + (j - n.begin) * b.stride + pc, b.stride, scratch.tile, pc > 0);
         }
         epilogue(e);
       }

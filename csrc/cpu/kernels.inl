@@ -33,9 +33,15 @@ template <class S> struct Leaf {
   // The next vector along k of elements that lie k_stride apart.
   static V gather_along_k(const S* source, int64_t k_stride, int64_t left) {
     constexpr int64_t most = lanes * F::k_unit;
-    S elements[most] = {};
-    for (int64_t p = 0; p < most && p < left; p++) elements[p] = source[p * k_stride];
-    return F::load_along_k(elements, most);
+    S elements[most];
+    const int64_t count = left < most ? left : most;
+    if (count == most) {  // a loop of known length
+#pragma GCC unroll 32
+      for (int64_t p = 0; p < most; p++) elements[p] = source[p * k_stride];
+    } else {
+      for (int64_t p = 0; p < count; p++) elements[p] = source[p * k_stride];
+    }
+    return F::load_along_k(elements, count);
   }
 
   // Rows become columns of the panel, lanes x lanes units at a time in registers. Later
