@@ -111,7 +111,7 @@ template <class S> struct Scratch {
     const int64_t strided = (p.a.k_stride == 1 ? 0 : m) + (p.b.k_stride == 1 ? 0 : n);
     gathered = path == Path::dots ? carver.take<S>(strided * k) : nullptr;
     tile = carver.take<C>(std::max(kernels.mr * kernels.nr, kernels.stream_rows * kernels.stream_columns));
-    bias = p.bias.data ? carver.take<C>(std::max(nc, round_up(n, kernels.lanes))) : nullptr;
+    bias = p.bias.data ? carver.take<C>(std::max(nc, kernels.mr * most_dot_columns)) : nullptr;
     const bool keeps_sums = packs_a && !sums_in_output<S> && k > kc;
     sums = keeps_sums ? carver.take<C>(std::min(round_up(m, kernels.mr), summed_rows) * nc) : nullptr;
     panel_sums = p.row_sums ? carver.take<C>(kernels.mr + kernels.lanes) : nullptr;
@@ -475,28 +475,35 @@ template <class S> class Task : Assignment<S> {
 
   void dots() {
     const Operand<S> a = gathered(p.a, m), b = gathered(p.b, n);
+    // Each lane is a chain of its own.
+    const int64_t kc = k_block(p.k, kernels.chain * kernels.lanes, kernels.k_unit);
+    // Rows of C that follow each other without a gap are one run for the epilogue, whose vectors they fill.
+    const bool one_run = p.n <= std::min(most_dot_columns, kernels.nr) && p.leading_dimension == p.n;
     Epilogue<S> e;
     e.tile = scratch.tile;
-    e.tile_step = kernels.nr;
     e.sums = nullptr;
     e.sums_step = 0;
     e.leading_dimension = p.leading_dimension;
     e.scalars = p.activation.scalars;
     e.bias = p.bias.data ? scratch.bias : nullptr;
     const auto epilogue = kernels.activations[p.activation.kind].epilogue;
-    // Each lane is a chain of its own.
-    const int64_t kc = k_block(p.k, kernels.chain * kernels.lanes, kernels.k_unit);
     for (int64_t j = n.begin; j < n.end; j += kernels.nr) {
-      e.columns = std::min(kernels.nr, n.end - j);
-      take_bias({j, j + e.columns});
+      const int64_t columns = std::min(kernels.nr, n.end - j);
+      e.tile_step = one_run ? columns : kernels.nr;
+      take_bias({j, j + columns});
+      if (one_run && e.bias) {
+        for (int64_t i = columns; i < kernels.mr * columns; i++) scratch.bias[i] = scratch.bias[i - columns];
+      }
       for (int64_t i = m.begin; i < m.end; i += kernels.mr) {
-        e.rows = std::min(kernels.mr, m.end - i);
+        const int64_t rows = std::min(kernels.mr, m.end - i);
+        e.rows = one_run ? 1 : rows;
+        e.columns = one_run ? rows * columns : columns;
         const int64_t at = i * p.leading_dimension + j;
         e.output = p.output + at;
         e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
         for (int64_t pc = 0; pc < p.k; pc += kc) {
-          kernels.dot_tile(e.rows, e.columns, std::min(kc, p.k - pc), a.data + (i - m.begin) * a.stride + pc, a.stride,
-                           b.data + (j - n.begin) * b.stride + pc, b.stride, scratch.tile, pc > 0);
+          kernels.dot_tile(rows, columns, std::min(kc, p.k - pc), a.data + (i - m.begin) * a.stride + pc, a.stride,
+                           b.data + (j - n.begin) * b.stride + pc, b.stride, scratch.tile, e.tile_step, pc > 0);
         }
         epilogue(e);
       }

@@ -87,9 +87,9 @@ template <class S> struct Kernels {
   // One for each number of rows and of vectors per row that hold anything.
   const Microkernel<S>* microkernels;
   const Microkernel<S>* stream_kernels;
-  // tile (+)= rows of A times columns of B, without packing: both are gapless along k. At most MR x NR.
+  // tile (+)= rows of A times columns of B, without packing: both are gapless along k.
   void (*dot_tile)(int64_t rows, int64_t columns, int64_t k, const S* a, int64_t a_stride, const S* b, int64_t b_stride,
-                   C* tile, bool add);
+                   C* tile, int64_t tile_step, bool add);
   // sums[i] += sum over the panel's `units` of row i; sums holds mr + lanes values.
   void (*panel_sums)(int64_t units, const C* panel, C* sums);
   void (*widen)(int64_t n, const S* x, C* out);

@@ -270,7 +270,8 @@ template <class S> struct Leaf {
 
   // Inner products along k, in vectors.
   template <int rows, int columns>
-  static void dot(int64_t k, const S* a, int64_t a_stride, const S* b, int64_t b_stride, C* tile, bool add) {
+  static void dot(int64_t k, const S* a, int64_t a_stride, const S* b, int64_t b_stride, C* tile, int64_t tile_step,
+                  bool add) {
     constexpr int count = rows * columns;
     V sum[(count + lanes - 1) / lanes][lanes] = {};
     for (int64_t p = 0; p < k; p += lanes * F::k_unit) {
@@ -288,10 +289,12 @@ template <class S> struct Leaf {
       }
     }
     C sums[sizeof sum / sizeof(V)];
+    // Unrolled, or sums would be kept in memory to be indexed.
+#pragma GCC unroll 8
     for (int g = 0; g * lanes < count; g++) M::store(sums + g * lanes, M::sums(sum[g]));
     for (int i = 0; i < rows; i++) {
       for (int j = 0; j < columns; j++) {
-        C& to = tile[i * nr + j];
+        C& to = tile[i * tile_step + j];
         to = add ? to + sums[i * columns + j] : sums[i * columns + j];
       }
     }
@@ -299,23 +302,23 @@ template <class S> struct Leaf {
 
   template <int rows>
   static void dot_rows(int64_t columns, int64_t k, const S* a, int64_t a_stride, const S* b, int64_t b_stride, C* tile,
-                       bool add) {
+                       int64_t tile_step, bool add) {
     int64_t j = 0;
-    for (; j + 4 <= columns; j += 4) dot<rows, 4>(k, a, a_stride, b + j * b_stride, b_stride, tile + j, add);
-    for (; j < columns; j++) dot<rows, 1>(k, a, a_stride, b + j * b_stride, b_stride, tile + j, add);
+    for (; j + 4 <= columns; j += 4) dot<rows, 4>(k, a, a_stride, b + j * b_stride, b_stride, tile + j, tile_step, add);
+    for (; j < columns; j++) dot<rows, 1>(k, a, a_stride, b + j * b_stride, b_stride, tile + j, tile_step, add);
   }
 
   static void dot_tile(int64_t rows, int64_t columns, int64_t k, const S* a, int64_t a_stride, const S* b,
-                       int64_t b_stride, C* tile, bool add) {
-    for (; rows >= 4; rows -= 4, a += 4 * a_stride, tile += 4 * nr) {
-      dot_rows<4>(columns, k, a, a_stride, b, b_stride, tile, add);
+                       int64_t b_stride, C* tile, int64_t tile_step, bool add) {
+    for (; rows >= 4; rows -= 4, a += 4 * a_stride, tile += 4 * tile_step) {
+      dot_rows<4>(columns, k, a, a_stride, b, b_stride, tile, tile_step, add);
     }
     if (rows >= 2) {
-      dot_rows<2>(columns, k, a, a_stride, b, b_stride, tile, add);
+      dot_rows<2>(columns, k, a, a_stride, b, b_stride, tile, tile_step, add);
       a += 2 * a_stride;
-      tile += 2 * nr;
+      tile += 2 * tile_step;
     }
-    if (rows % 2) dot_rows<1>(columns, k, a, a_stride, b, b_stride, tile, add);
+    if (rows % 2) dot_rows<1>(columns, k, a, a_stride, b, b_stride, tile, tile_step, add);
   }
 
   static void panel_sums(int64_t units, const C* panel, C* sums) {
