@@ -44,8 +44,6 @@ constexpr int64_t streamed_depth = 8;
 // What a block of B may take of an L2 cache, beside a block of A.
 constexpr int64_t l2_share = 300 << 10;
 
-constexpr int64_t line_bytes = 64;  // that one prefetch brings
-
 // Sums of 16-bit products over several blocks of K: rows whose sums are kept at once.
 constexpr int64_t summed_rows = 1024;
 
@@ -413,8 +411,8 @@ template <class S> class Task : Assignment<S> {
 
   void transpose_b(Range columns) const {
     S* out = scratch.transposed_b;
-    for (int64_t q = k.begin; q < k.end; q++) {
-      for (int64_t j = columns.begin; j < columns.end; j++) *out++ = p.b.data[j * p.b.stride + q * p.b.k_stride];
+    for (int64_t q = k.begin; q < k.end; q++, out += columns.size()) {
+      gapless(p.b.data + columns.begin * p.b.stride + q * p.b.k_stride, p.b.stride, columns.size(), out);
     }
   }
 
@@ -464,10 +462,7 @@ template <class S> class Task : Assignment<S> {
     rows.data += i.begin * x.stride;
     if (x.k_stride == 1) return rows;
     S* out = scratch.gathered;
-    for (int64_t r = 0; r < i.size(); r++, out += p.k) {
-      const S* const row = rows.data + r * x.stride;
-      for (int64_t q = 0; q < p.k; q++) out[q] = row[q * x.k_stride];
-    }
+    for (int64_t r = 0; r < i.size(); r++, out += p.k) gapless(rows.data + r * x.stride, x.k_stride, p.k, out);
     rows.data = scratch.gathered;
     rows.stride = p.k;
     return rows;

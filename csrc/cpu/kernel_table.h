@@ -49,6 +49,8 @@ template <class S> struct ActivationKernels {
   void (*value)(int64_t n, const S* pre, S* out, Scalars);
 };
 
+constexpr int64_t line_bytes = 64;  // that one prefetch brings
+
 // The products of a panel of A with columns of B, and where they go.
 template <class S> struct Tile {
   int64_t k;  // units in the panel, or elements of an unpacked B

@@ -173,7 +173,7 @@ template <class S> struct Leaf {
   };
   // Where there is nothing to ask for, what is there already.
   static Ahead ahead_of(const void* from, const Tile<S>& t) {
-    return {static_cast<const char*>(from ? from : t.b), from ? 64 : 0};
+    return {static_cast<const char*>(from ? from : t.b), from ? line_bytes : 0};
   }
 
   // Adds `units` products to each sum; all pointers move on. Prefetches come one by one: a burst of them would fill
