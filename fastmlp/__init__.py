@@ -3,7 +3,7 @@
 from fastmlp import functional, reference
 from fastmlp.activations import Activation
 from fastmlp.config import Route, explain, get_isa, set_isa, show_config
-from fastmlp.modules import MLP, Linear
+from fastmlp.modules import MLP, Linear, Sequential
 from fastmlp.reference import Sin
 
 __version__ = "0.1.0"
@@ -13,6 +13,7 @@ __all__ = [
     "Activation",
     "Linear",
     "Route",
+    "Sequential",
     "Sin",
     "__version__",
     "explain",

@@ -14,7 +14,7 @@ from fastmlp.activations import IDENTITY, Activation, ActivationLike, module_of,
 from fastmlp.autograd import run
 from fastmlp.ops import Stack, stack_of
 
-__all__ = ["MLP", "Linear"]
+__all__ = ["MLP", "Linear", "Sequential"]
 
 _GLOBAL_HOOKS = (
     nn_module._global_forward_hooks,
@@ -81,7 +81,25 @@ class Linear(nn.Linear):
         return text if self.activation == IDENTITY else f"{text}, activation={self.activation!r}"
 
 
-class MLP(nn.Sequential):
+class Sequential(nn.Sequential):
+    """`torch.nn.Sequential` that runs its layers as one operation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The network's output for (*, in_features)."""
+        whole = fused(self._modules)
+        if whole is None:
+            return super().forward(input)
+        stack, parameters = whole
+        return run(stack, input, parameters)
+
+    def __getitem__(self, index: slice | int) -> nn.Module:
+        """A child, or a `torch.nn.Sequential` of several."""
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
+
+
+class MLP(Sequential):
     """A multilayer perceptron with the children that one would write by hand.
 
     `MLP(10, [50], 1)` holds `Linear(10, 50), ReLU(), Linear(50, 1)` under the keys of the
@@ -138,20 +156,6 @@ class MLP(nn.Sequential):
             if act != IDENTITY:
                 children.append(module_of(act))
         super().__init__(*children)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The network's output for (*, in_features)."""
-        whole = fused(self._modules)
-        if whole is None:
-            return super().forward(input)
-        stack, parameters = whole
-        return run(stack, input, parameters)
-
-    def __getitem__(self, index: slice | int) -> nn.Module:
-        """A child, or a `torch.nn.Sequential` of several."""
-        if isinstance(index, slice):
-            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
-        return super().__getitem__(index)
 
 
 def fused(children: Mapping[str, nn.Module | None]) -> tuple[Stack, tuple[Tensor, ...]] | None:
