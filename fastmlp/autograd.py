@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -46,18 +45,24 @@ def run(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _captured(stack, input, parameters)
-    if forward_ad._current_level < 0:
-        output = _C.try_run(stack.native, input, parameters)
-        if output is not None:
-            return output
-    return _composite(stack, input, parameters)
+    output = _C.try_run(stack.native, input, parameters)
+    return _composite(stack, input, parameters) if output is None else output
 
 
 def why_not_direct(input: Tensor, parameters: tuple[Tensor, ...]) -> str | None:
     """Why `run` would not take the direct route in eager mode, or None if it would."""
-    if forward_ad._current_level >= 0:
-        return "a level of forward-mode AD is open"
     return _C.obstacle(input, parameters)
+
+
+def composed_forward(
+    has_bias: Sequence[bool],
+    kinds: Sequence[int],
+    scalars: Sequence[float],
+    input: Tensor,
+    parameters: tuple[Tensor, ...],
+) -> Tensor:
+    """What csrc/sequential.cpp calls for a run of layers that cannot take the direct route."""
+    return run(ops.stack_from(has_bias, kinds, scalars), input, parameters)
 
 
 def _captured(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
@@ -111,7 +116,7 @@ def _composed_backward(
     """What the direct route's node calls under `create_graph`, or for a gradient that is not plain."""
     stack = ops.stack_from(has_bias, kinds, scalars)
     tensors = (input, *parameters, *saved)
-    if forward_ad._current_level < 0 and _C.obstacle(grad, tensors) is None:
+    if _C.obstacle(grad, tensors) is None:
         return _DirectBackward.apply(stack, tuple(needs), grad, *tensors)
     return _vjp(stack, needs, grad, input, tuple(parameters))
 
