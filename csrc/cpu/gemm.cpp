@@ -9,18 +9,13 @@
 #include "gemm.h"
 
 #include <algorithm>
-#include <type_traits>
-
-#include <omp.h>
 
 #include "../activation_info.h"
+#include "parallel.h"
 #include "workspace.h"
 
 namespace fastmlp::cpu {
 namespace {
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
 
 // Rows of a gradient that are formed at once when the batch runs along k: a staging block of this
 // many rows of mc values stays in the L1 cache.
@@ -34,11 +29,8 @@ constexpr int64_t units_per_dot = 16;
 // The smaller operand may be strided along k: so many elements are gathered first.
 constexpr int64_t most_gathered = int64_t(1) << 18;
 
-// Whether sums that are not complete yet can stand in the result itself.
-template <class S> constexpr bool sums_in_output = std::is_same_v<S, Compute<S>>;
-
 // Up to so many rows of C, or terms of its sums if these can be written as they are, B is streamed.
-template <class S> constexpr int64_t streamed_rows = sums_in_output<S> ? 64 : 24;  // 16 bits are converted again
+template <class S> constexpr int64_t streamed_rows = in_itself<S> ? 64 : 24;  // 16 bits are converted again
 constexpr int64_t streamed_depth = 8;
 
 // What a block of B may take of an L2 cache, beside a block of A.
@@ -46,17 +38,6 @@ constexpr int64_t l2_share = 300 << 10;
 
 // Sums of 16-bit products over several blocks of K: rows whose sums are kept at once.
 constexpr int64_t summed_rows = 1024;
-
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
-// The part-th of `parts` nearly equal ranges of [0, n), cut at multiples of `unit`.
-Range part_of(int64_t n, int64_t unit, int64_t part, int64_t parts) {
-  const int64_t units = ceil_divide(n, unit);
-  return {std::min(n, units * part / parts * unit), std::min(n, units * (part + 1) / parts * unit)};
-}
 
 // No more parts than units: an empty part would share its beginning with another one.
 int64_t most_parts(int64_t n, int64_t unit) { return std::max<int64_t>(1, ceil_divide(n, unit)); }
@@ -84,7 +65,7 @@ template <class S> Path path_of(const Kernels<S>& kernels, const Product<S>& p) 
       (few_rows(kernels, p) && p.b.k_stride == 1 && a_fits) || (few_columns(kernels, p) && p.a.k_stride == 1 && b_fits);
   if (plain && dots && p.k >= kernels.lanes && !p.row_sums && !p.split_k) return Path::dots;
   // A short B is transposed first if need be.
-  const bool short_sums = sums_in_output<S> && p.k <= streamed_depth && p.m > streamed_rows<S>;
+  const bool short_sums = in_itself<S> && p.k <= streamed_depth && p.m > streamed_rows<S>;
   const bool long_runs = p.b.stride == 1 && p.m <= streamed_rows<S> && p.n >= 2 * kernels.nr;
   if (p.b.form == Form::plain && (short_sums || long_runs)) return Path::streamed;
   return Path::packed;
@@ -110,7 +91,7 @@ template <class S> struct Scratch {
     gathered = path == Path::dots ? carver.take<S>(strided * k) : nullptr;
     tile = carver.take<C>(std::max(kernels.mr * kernels.nr, kernels.stream_rows * kernels.stream_columns));
     bias = p.bias.data ? carver.take<C>(std::max(nc, kernels.mr * most_dot_columns)) : nullptr;
-    const bool keeps_sums = packs_a && !sums_in_output<S> && k > kc;
+    const bool keeps_sums = packs_a && !in_itself<S> && k > kc;
     sums = keeps_sums ? carver.take<C>(std::min(round_up(m, kernels.mr), summed_rows) * nc) : nullptr;
     panel_sums = p.row_sums ? carver.take<C>(kernels.mr + kernels.lanes) : nullptr;
     row_sums = p.row_sums ? carver.take<C>(m) : nullptr;
@@ -241,7 +222,7 @@ template <class S> class Task : Assignment<S> {
     if (share) {
       sums = share;
       sums_step = p.n;
-    } else if constexpr (sums_in_output<S>) {
+    } else if constexpr (in_itself<S>) {  // in the result, until they are complete
       sums = p.output;
       sums_step = p.leading_dimension;
     } else {
@@ -310,7 +291,7 @@ template <class S> class Task : Assignment<S> {
   void packed() {
     const int64_t kc = k_block(k.size(), kernels.kc, kernels.k_unit);
     // Where sums have a place of their own it is small, and B is packed again for the next rows.
-    const bool own_sums = !sums_in_output<S> && !share && k.size() > kc;
+    const bool own_sums = !in_itself<S> && !share && k.size() > kc;
     const int64_t most_rows = own_sums ? summed_rows / kernels.mr * kernels.mr : m.size();
     int64_t jc = n.begin;
     do {  // once even without columns, for the row sums; likewise once without k, to write zeros
@@ -513,12 +494,10 @@ template <class S> class Task : Assignment<S> {
   int64_t bias_from = 0;  // the column that scratch.bias begins with
 };
 
-// How many chunks K is cut into: by the shape alone, so that results do not depend on threads. Few
-// tiles and a long K leave threads idle; a chunk must outweigh adding its share of the result.
-int64_t chunks_of(int64_t m, int64_t n, int64_t k) {
-  constexpr int64_t most = 16, shortest = 1024, largest_result = 1 << 17;
-  if (m * n > largest_result) return 1;
-  return std::clamp<int64_t>(k / shortest, 1, most);
+// How many chunks K is cut into: few tiles and a long K leave threads idle.
+template <class S> int64_t chunks_of(const Product<S>& p) {
+  constexpr int64_t largest_result = 1 << 17;
+  return p.split_k && p.m * p.n <= largest_result ? chunks_of_rows(p.k) : 1;
 }
 
 struct Grid {
@@ -548,43 +527,16 @@ template <class S> Grid grid_of(const Kernels<S>& kernels, const Product<S>& p, 
   return best;
 }
 
-// Calls run(i, slot) for i in [0, tasks), slot < threads; the calling thread alone if threads is 1.
-template <class Run> void run_tasks(int64_t tasks, int threads, const Run& run) {
-  if (threads <= 1) {
-    for (int64_t i = 0; i < tasks; i++) run(i, 0);
-    return;
-  }
-#pragma omp parallel num_threads(threads)
-  {
-    const int slot = omp_get_thread_num();
-    for (int64_t i = slot; i < tasks; i += omp_get_num_threads()) run(i, slot);
-  }
-}
-
-// out = the sum of `chunks` vectors that lie n apart, in order; the first one is overwritten.
-template <class S>
-void reduce_chunks(const Kernels<S>& kernels, Compute<S>* shares, int64_t chunks, int64_t n, S* out) {
-  for (int64_t c = 1; c < chunks; c++) {
-    const Compute<S>* share = shares + c * n;
-    for (int64_t i = 0; i < n; i++) shares[i] += share[i];
-  }
-  kernels.narrow(n, shares, out);
-}
-
 }  // namespace
 
-int useful_threads(double multiply_adds, int threads) {
-  // About 80 us of one core: waking a thread costs microseconds on an idle machine, but a time slice
-  // where another process holds the core.
-  constexpr double worth_a_thread = 1 << 22;
-  if (threads <= 1 || omp_in_parallel()) return 1;
-  return int(std::clamp(multiply_adds / worth_a_thread, 1.0, double(threads)));
+template <class S> bool goes_by_dots(const KernelTable& table, const Product<S>& p) {
+  return path_of(kernels_of<S>(table), p) == Path::dots;
 }
 
 template <class S> void multiply(const KernelTable& table, const Product<S>& p, int threads) {
   using C = Compute<S>;
   const Kernels<S>& kernels = kernels_of<S>(table);
-  const int64_t chunks = p.split_k ? chunks_of(p.m, p.n, p.k) : 1;
+  const int64_t chunks = chunks_of(p);
   // Reading and writing an element costs time even where K is short.
   threads = useful_threads(double(p.m) * double(p.n) * double(p.k + 16), threads);
   const Path path = path_of(kernels, p);
@@ -622,11 +574,17 @@ template <class S> void multiply(const KernelTable& table, const Product<S>& p, 
     Task<S>(kernels, p, scratch, assignment).run(path);
   });
   if (chunks > 1) {
-    reduce_chunks(kernels, shares, chunks, result, p.output);
-    if (p.row_sums) reduce_chunks(kernels, sum_shares, chunks, p.m, p.row_sums);
+    add_chunks(shares, chunks, result);
+    kernels.narrow(result, shares, p.output);
+    if (p.row_sums) {
+      add_chunks(sum_shares, chunks, p.m);
+      kernels.narrow(p.m, sum_shares, p.row_sums);
+    }
   }
 }
 
+template bool goes_by_dots<float>(const KernelTable&, const Product<float>&);
+template bool goes_by_dots<double>(const KernelTable&, const Product<double>&);
 template void multiply<float>(const KernelTable&, const Product<float>&, int);
 template void multiply<double>(const KernelTable&, const Product<double>&, int);
 template void multiply<BFloat16>(const KernelTable&, const Product<BFloat16>&, int);

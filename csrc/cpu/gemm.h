@@ -39,10 +39,37 @@ template <class S> struct Product {
   bool split_k = false;
 };
 
+template <class S> Operand<S> operand(const Matrix& x, int64_t stride, int64_t k_stride) {
+  Operand<S> operand;
+  operand.data = static_cast<const S*>(x.data);
+  operand.stride = stride;
+  operand.k_stride = k_stride;
+  return operand;
+}
+template <class S> Operand<S> rows_of(const Matrix& x) { return operand<S>(x, x.row_stride, x.column_stride); }
+template <class S> Operand<S> columns_of(const Matrix& x) { return operand<S>(x, x.column_stride, x.row_stride); }
+
+// output = act(input weight^T + bias) for `rows` rows.
+template <class S>
+Product<S> forward_product(const Layer& layer, int64_t rows, const Matrix& input, S* output, S* pre_activation) {
+  Product<S> p;
+  p.m = rows;
+  p.n = layer.out_features;
+  p.k = layer.in_features;
+  p.a = rows_of<S>(input);
+  p.b = rows_of<S>(layer.weight);
+  p.output = output;
+  p.pre_activation = pre_activation;
+  p.leading_dimension = layer.out_features;
+  p.bias = layer.bias;
+  p.activation = layer.activation;
+  return p;
+}
+
+// Whether multiply computes inner products of what lies in memory, and packs nothing.
+template <class S> bool goes_by_dots(const KernelTable& table, const Product<S>& product);
+
 // The result has the same bits for any number of threads.
 template <class S> void multiply(const KernelTable& table, const Product<S>& product, int threads);
-
-// How many of `threads` are worth waking for that many multiply-adds.
-int useful_threads(double multiply_adds, int threads);
 
 }  // namespace fastmlp::cpu
