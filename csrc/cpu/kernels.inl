@@ -269,7 +269,12 @@ template <class S> struct Leaf {
 #pragma GCC unroll 4
     for (int i = 0; i < rows; i += group) a[i / group] = t.a + i * t.a_step;
     const C* b = t.b;
+    Ahead input = ahead_of(t.input_ahead, t), output = ahead_of(t.output_ahead, t);
     for (int64_t p = 0; p < t.k; p++) {
+      __builtin_prefetch(input.line);
+      __builtin_prefetch(output.line, 1);
+      input.line += input.step;
+      output.line += output.step;
       V row[used];
 #pragma GCC unroll 4
       for (int j = 0; j < used; j++) {

@@ -39,6 +39,8 @@ template <class S> struct RowProduct {
   S* pre_activation = nullptr;  // like output
   const S* bias = nullptr;      // padded to a vector
   ActivationSpec activation;
+  // Memory that nobody has touched yet, gapless: its lines are asked for a tile ahead.
+  bool fresh_a = false, fresh_output = false;
   bool sums = false, add = false;  // the output is a sum: of this product alone, or added to
 };
 
@@ -54,6 +56,14 @@ void multiply_tile(const Kernels<S>& kernels, const RowProduct<S>& p, S* scratch
   t.a_k_step = p.a_k_step;
   t.b_step = p.b_step;
   t.b_padded = p.b_padded;
+  // One line with each k.
+  const int64_t asked = panel * p.k * (line_bytes / int64_t(sizeof(S)));
+  const auto ahead = [&](bool fresh, const S* data, int64_t step) {
+    const int64_t next = rows.end * step + asked;
+    return fresh && next < p.m * step ? data + next : nullptr;
+  };
+  t.input_ahead = ahead(p.fresh_a, p.a, p.a_step);
+  t.output_ahead = ahead(p.fresh_output, p.output, p.output_step);
   t.sums = p.sums ? p.output + at : scratch;
   t.sums_step = p.sums ? p.output_step : kernels.nr;
   t.output = nullptr;
@@ -246,13 +256,14 @@ template <class S> class Forward {
       const auto here = [&](S* place) { return place ? place + range.begin * layer.out_features : nullptr; };
       S* const kept = here(places[l].output);
       S* const output = kept ? kept : own.hidden[l % 2];
-      run_layer(layer, steps[l - layers.first], range.size(), x, output, here(places[l].pre_activation), own.tile);
+      run_layer(layer, steps[l - layers.first], range.size(), x, output, kept != nullptr,
+                here(places[l].pre_activation), own.tile);
       x = {output, layer.out_features, 1};
     }
   }
 
-  void run_layer(const Layer& layer, const Step& step, int64_t m, const Matrix& x, S* output, S* pre_activation,
-                 S* tile) const {
+  void run_layer(const Layer& layer, const Step& step, int64_t m, const Matrix& x, S* output, bool kept,
+                 S* pre_activation, S* tile) const {
     if (step.dots) {
       multiply(table, forward_product<S>(layer, m, x, output, pre_activation), 1);
       return;
@@ -272,6 +283,8 @@ template <class S> class Forward {
     p.output_step = layer.out_features;
     p.pre_activation = pre_activation;
     p.bias = step.bias;
+    p.fresh_a = &layer == &network.layers[layers.first] && x.row_stride == layer.in_features;
+    p.fresh_output = kept;
     p.activation = layer.activation;
     multiply_rows(kernels, p, tile);
   }
