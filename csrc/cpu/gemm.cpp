@@ -49,21 +49,30 @@ int64_t k_block(int64_t k, int64_t kc, int64_t unit) {
 
 enum class Path { packed, streamed, dots };
 
-template <class S> bool few_rows(const Kernels<S>& kernels, const Product<S>& p) {
-  return p.m <= std::min(dot_rows + kernels.units(p.k) / units_per_dot, most_dot_rows);
+template <class S> bool few_rows(const Kernels<S>& kernels, int64_t m, int64_t k) {
+  return m <= std::min(dot_rows + kernels.units(k) / units_per_dot, most_dot_rows);
 }
 
-template <class S> bool few_columns(const Kernels<S>& kernels, const Product<S>& p) {
-  return p.n <= std::min(dot_columns + kernels.units(p.k) / units_per_dot, most_dot_columns);
+template <class S> bool few_columns(const Kernels<S>& kernels, int64_t n, int64_t k) {
+  return n <= std::min(dot_columns + kernels.units(k) / units_per_dot, most_dot_columns);
 }
+
+}  // namespace
+
+template <class S>
+bool goes_by_dots(const Kernels<S>& kernels, int64_t m, int64_t n, int64_t k, bool a_gapless, bool b_gapless) {
+  const bool a_fits = a_gapless || m * k <= most_gathered;
+  const bool b_fits = b_gapless || n * k <= most_gathered;
+  // A short sum fills part of a vector; but for so few rows nothing is worth packing.
+  if (k < kernels.lanes && (m > 2 || k == 0)) return false;
+  return (few_rows(kernels, m, k) && b_gapless && a_fits) || (few_columns(kernels, n, k) && a_gapless && b_fits);
+}
+
+namespace {
 
 template <class S> Path path_of(const Kernels<S>& kernels, const Product<S>& p) {
-  const bool plain = p.a.form == Form::plain && p.b.form == Form::plain;
-  const bool a_fits = p.a.k_stride == 1 || p.m * p.k <= most_gathered;
-  const bool b_fits = p.b.k_stride == 1 || p.n * p.k <= most_gathered;
-  const bool dots =
-      (few_rows(kernels, p) && p.b.k_stride == 1 && a_fits) || (few_columns(kernels, p) && p.a.k_stride == 1 && b_fits);
-  if (plain && dots && p.k >= kernels.lanes && !p.row_sums && !p.split_k) return Path::dots;
+  const bool plain = p.a.form == Form::plain && p.b.form == Form::plain && !p.row_sums && !p.split_k;
+  if (plain && goes_by_dots(kernels, p.m, p.n, p.k, p.a.k_stride == 1, p.b.k_stride == 1)) return Path::dots;
   // A short B is transposed first if need be.
   const bool short_sums = in_itself<S> && p.k <= streamed_depth && p.m > streamed_rows<S>;
   const bool long_runs = p.b.stride == 1 && p.m <= streamed_rows<S> && p.n >= 2 * kernels.nr;
@@ -90,7 +99,7 @@ template <class S> struct Scratch {
     const int64_t strided = (p.a.k_stride == 1 ? 0 : m) + (p.b.k_stride == 1 ? 0 : n);
     gathered = path == Path::dots ? carver.take<S>(strided * k) : nullptr;
     tile = carver.take<C>(std::max(kernels.mr * kernels.nr, kernels.stream_rows * kernels.stream_columns));
-    bias = p.bias.data ? carver.take<C>(std::max(nc, kernels.mr * most_dot_columns)) : nullptr;
+    bias = p.bias.data ? carver.take<C>(path == Path::dots ? dot_bias_size(kernels) : nc) : nullptr;
     const bool keeps_sums = packs_a && !in_itself<S> && k > kc;
     sums = keeps_sums ? carver.take<C>(std::min(round_up(m, kernels.mr), summed_rows) * nc) : nullptr;
     panel_sums = p.row_sums ? carver.take<C>(kernels.mr + kernels.lanes) : nullptr;
@@ -186,6 +195,52 @@ template <class S> void load_bias(const Kernels<S>& kernels, const Vector& bias,
     for (int64_t j = 0; j < n.size(); j++) kernels.widen(1, source + j * bias.stride, out + j);
   }
 }
+
+}  // namespace
+
+template <class S> int64_t dot_bias_size(const Kernels<S>& kernels) {
+  return kernels.mr * std::max(most_dot_columns, kernels.nr);
+}
+
+template <class S>
+void multiply_by_dots(const Kernels<S>& kernels, const Product<S>& p, Range m, Range n, const Operand<S>& a,
+                      const Operand<S>& b, Compute<S>* tile, Compute<S>* bias) {
+  // Each lane is a chain of its own.
+  const int64_t kc = k_block(p.k, kernels.chain * kernels.lanes, kernels.k_unit);
+  // Rows of C that follow each other without a gap are one run for the epilogue, whose vectors they fill.
+  const bool one_run = p.n <= std::min(most_dot_columns, kernels.nr) && p.leading_dimension == p.n;
+  Epilogue<S> e;
+  e.tile = tile;
+  e.sums = nullptr;
+  e.sums_step = 0;
+  e.leading_dimension = p.leading_dimension;
+  e.scalars = p.activation.scalars;
+  e.bias = p.bias.data ? bias : nullptr;
+  const auto epilogue = kernels.activations[p.activation.kind].epilogue;
+  for (int64_t j = n.begin; j < n.end; j += kernels.nr) {
+    const int64_t columns = std::min(kernels.nr, n.end - j);
+    e.tile_step = one_run ? columns : kernels.nr;
+    if (e.bias) load_bias(kernels, p.bias, {j, j + columns}, bias);
+    if (one_run && e.bias) {
+      for (int64_t i = columns; i < std::min(kernels.mr, m.size()) * columns; i++) bias[i] = bias[i - columns];
+    }
+    for (int64_t i = m.begin; i < m.end; i += kernels.mr) {
+      const int64_t rows = std::min(kernels.mr, m.end - i);
+      e.rows = one_run ? 1 : rows;
+      e.columns = one_run ? rows * columns : columns;
+      const int64_t at = i * p.leading_dimension + j;
+      e.output = p.output + at;
+      e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
+      for (int64_t pc = 0; pc < p.k; pc += kc) {
+        kernels.dot_tile(rows, columns, std::min(kc, p.k - pc), a.data + (i - m.begin) * a.stride + pc, a.stride,
+                         b.data + (j - n.begin) * b.stride + pc, b.stride, tile, e.tile_step, pc > 0);
+      }
+      epilogue(e);
+    }
+  }
+}
+
+namespace {
 
 // What one task computes: rows m and columns n of C, over range k of the sum.
 template <class S> struct Assignment {
@@ -449,42 +504,7 @@ template <class S> class Task : Assignment<S> {
     return rows;
   }
 
-  void dots() {
-    const Operand<S> a = gathered(p.a, m), b = gathered(p.b, n);
-    // Each lane is a chain of its own.
-    const int64_t kc = k_block(p.k, kernels.chain * kernels.lanes, kernels.k_unit);
-    // Rows of C that follow each other without a gap are one run for the epilogue, whose vectors they fill.
-    const bool one_run = p.n <= std::min(most_dot_columns, kernels.nr) && p.leading_dimension == p.n;
-    Epilogue<S> e;
-    e.tile = scratch.tile;
-    e.sums = nullptr;
-    e.sums_step = 0;
-    e.leading_dimension = p.leading_dimension;
-    e.scalars = p.activation.scalars;
-    e.bias = p.bias.data ? scratch.bias : nullptr;
-    const auto epilogue = kernels.activations[p.activation.kind].epilogue;
-    for (int64_t j = n.begin; j < n.end; j += kernels.nr) {
-      const int64_t columns = std::min(kernels.nr, n.end - j);
-      e.tile_step = one_run ? columns : kernels.nr;
-      take_bias({j, j + columns});
-      if (one_run && e.bias) {
-        for (int64_t i = columns; i < kernels.mr * columns; i++) scratch.bias[i] = scratch.bias[i - columns];
-      }
-      for (int64_t i = m.begin; i < m.end; i += kernels.mr) {
-        const int64_t rows = std::min(kernels.mr, m.end - i);
-        e.rows = one_run ? 1 : rows;
-        e.columns = one_run ? rows * columns : columns;
-        const int64_t at = i * p.leading_dimension + j;
-        e.output = p.output + at;
-        e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
-        for (int64_t pc = 0; pc < p.k; pc += kc) {
-          kernels.dot_tile(rows, columns, std::min(kc, p.k - pc), a.data + (i - m.begin) * a.stride + pc, a.stride,
-                           b.data + (j - n.begin) * b.stride + pc, b.stride, scratch.tile, e.tile_step, pc > 0);
-        }
-        epilogue(e);
-      }
-    }
-  }
+  void dots() { multiply_by_dots(kernels, p, m, n, gathered(p.a, m), gathered(p.b, n), scratch.tile, scratch.bias); }
 
   const Kernels<S>& kernels;
   const Product<S>& p;
@@ -509,7 +529,8 @@ struct Grid {
 template <class S> Grid grid_of(const Kernels<S>& kernels, const Product<S>& p, Path path, int64_t threads) {
   const int64_t most_rows = most_parts(p.m, kernels.mr), most_columns = most_parts(p.n, kernels.nr);
   if (path == Path::dots) {
-    return few_columns(kernels, p) ? Grid{std::min(threads, most_rows), 1} : Grid{1, std::min(threads, most_columns)};
+    return few_columns(kernels, p.n, p.k) ? Grid{std::min(threads, most_rows), 1}
+                                          : Grid{1, std::min(threads, most_columns)};
   }
   constexpr double packing = 8;
   Grid best{1, 1};
@@ -528,10 +549,6 @@ template <class S> Grid grid_of(const Kernels<S>& kernels, const Product<S>& p, 
 }
 
 }  // namespace
-
-template <class S> bool goes_by_dots(const KernelTable& table, const Product<S>& p) {
-  return path_of(kernels_of<S>(table), p) == Path::dots;
-}
 
 template <class S> void multiply(const KernelTable& table, const Product<S>& p, int threads) {
   using C = Compute<S>;
@@ -583,8 +600,14 @@ template <class S> void multiply(const KernelTable& table, const Product<S>& p, 
   }
 }
 
-template bool goes_by_dots<float>(const KernelTable&, const Product<float>&);
-template bool goes_by_dots<double>(const KernelTable&, const Product<double>&);
+template int64_t dot_bias_size(const Kernels<float>&);
+template int64_t dot_bias_size(const Kernels<double>&);
+template void multiply_by_dots(const Kernels<float>&, const Product<float>&, Range, Range, const Operand<float>&,
+                               const Operand<float>&, float*, float*);
+template void multiply_by_dots(const Kernels<double>&, const Product<double>&, Range, Range, const Operand<double>&,
+                               const Operand<double>&, double*, double*);
+template bool goes_by_dots(const Kernels<float>&, int64_t, int64_t, int64_t, bool, bool);
+template bool goes_by_dots(const Kernels<double>&, int64_t, int64_t, int64_t, bool, bool);
 template void multiply<float>(const KernelTable&, const Product<float>&, int);
 template void multiply<double>(const KernelTable&, const Product<double>&, int);
 template void multiply<BFloat16>(const KernelTable&, const Product<BFloat16>&, int);

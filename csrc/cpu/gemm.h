@@ -7,6 +7,7 @@
 
 #include "../problem.h"
 #include "kernel_table.h"
+#include "parallel.h"
 
 namespace fastmlp::cpu {
 
@@ -39,35 +40,36 @@ template <class S> struct Product {
   bool split_k = false;
 };
 
-template <class S> Operand<S> operand(const Matrix& x, int64_t stride, int64_t k_stride) {
-  Operand<S> operand;
-  operand.data = static_cast<const S*>(x.data);
-  operand.stride = stride;
-  operand.k_stride = k_stride;
-  return operand;
-}
-template <class S> Operand<S> rows_of(const Matrix& x) { return operand<S>(x, x.row_stride, x.column_stride); }
-template <class S> Operand<S> columns_of(const Matrix& x) { return operand<S>(x, x.column_stride, x.row_stride); }
-
 // output = act(input weight^T + bias) for `rows` rows.
 template <class S>
-Product<S> forward_product(const Layer& layer, int64_t rows, const Matrix& input, S* output, S* pre_activation) {
-  Product<S> p;
+void set_forward(Product<S>& p, const Layer& layer, int64_t rows, const Matrix& input, S* output, S* pre_activation) {
   p.m = rows;
   p.n = layer.out_features;
   p.k = layer.in_features;
-  p.a = rows_of<S>(input);
-  p.b = rows_of<S>(layer.weight);
+  p.a.data = static_cast<const S*>(input.data);
+  p.a.stride = input.row_stride;
+  p.a.k_stride = input.column_stride;
+  p.b.data = static_cast<const S*>(layer.weight.data);
+  p.b.stride = layer.weight.row_stride;
+  p.b.k_stride = layer.weight.column_stride;
   p.output = output;
   p.pre_activation = pre_activation;
   p.leading_dimension = layer.out_features;
   p.bias = layer.bias;
   p.activation = layer.activation;
-  return p;
 }
 
-// Whether multiply computes inner products of what lies in memory, and packs nothing.
-template <class S> bool goes_by_dots(const KernelTable& table, const Product<S>& product);
+// Whether multiply would compute a plain product as inner products of what lies in memory, and pack nothing; by its
+// shape, and by whether A and B are gapless along k.
+template <class S>
+bool goes_by_dots(const Kernels<S>& kernels, int64_t m, int64_t n, int64_t k, bool a_gapless, bool b_gapless);
+
+// That for rows m and columns n of the result alone, by the calling thread. `a` and `b` begin at the first of these
+// and are gapless along k. `tile` holds a register tile, `bias` so many values.
+template <class S> int64_t dot_bias_size(const Kernels<S>& kernels);
+template <class S>
+void multiply_by_dots(const Kernels<S>& kernels, const Product<S>& product, Range m, Range n, const Operand<S>& a,
+                      const Operand<S>& b, Compute<S>* tile, Compute<S>* bias);
 
 // The result has the same bits for any number of threads.
 template <class S> void multiply(const KernelTable& table, const Product<S>& product, int threads);

@@ -18,6 +18,16 @@ namespace {
 constexpr int64_t hidden_bytes = int64_t(4) << 20;
 constexpr int64_t fewest_rows = 2048;
 
+template <class S> Operand<S> operand(const Matrix& x, int64_t stride, int64_t k_stride) {
+  Operand<S> operand;
+  operand.data = static_cast<const S*>(x.data);
+  operand.stride = stride;
+  operand.k_stride = k_stride;
+  return operand;
+}
+template <class S> Operand<S> rows_of(const Matrix& x) { return operand<S>(x, x.row_stride, x.column_stride); }
+template <class S> Operand<S> columns_of(const Matrix& x) { return operand<S>(x, x.column_stride, x.row_stride); }
+
 // The same matrix from a later row on.
 template <class S> Matrix from_row(Matrix x, int64_t row) {
   x.data = static_cast<S*>(x.data) + row * x.row_stride;
@@ -39,8 +49,9 @@ void layers_forward(const KernelTable& table, const Network& network, const Laye
     if (layers.narrow) return forward_blocks(table, network, layers, input, rows, places, threads);
   }
   const Place<S>& place = places[layers.first];
-  multiply(table, forward_product(network.layers[layers.first], rows, input, place.output, place.pre_activation),
-           threads);
+  Product<S> p;
+  set_forward(p, network.layers[layers.first], rows, input, place.output, place.pre_activation);
+  multiply(table, p, threads);
 }
 
 template <class S> void forward_keeping(const ForwardPass& pass, int threads) {

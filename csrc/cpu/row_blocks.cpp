@@ -184,8 +184,8 @@ template <class S> class Forward {
         copies_input(must_be_copied<S>(input)) {
     for (size_t l = layers.first; l < layers.end; l++) {
       const Layer& layer = network.layers[l];
-      const Matrix rows_of_input = {nullptr, layer.in_features, 1};
-      const bool dots = goes_by_dots(table, forward_product<S>(layer, rows, rows_of_input, nullptr, nullptr));
+      const bool dots =
+          goes_by_dots(kernels, rows, layer.out_features, layer.in_features, true, layer.weight.column_stride == 1);
       steps.push_back({dots, nullptr, nullptr});
     }
   }
@@ -215,7 +215,7 @@ template <class S> class Forward {
     S* bias;
   };
   struct Own {
-    S *tile, *input;
+    S *tile, *dot_bias, *input;
     S* hidden[2];
   };
 
@@ -231,6 +231,7 @@ template <class S> class Forward {
   Own carve_own(Carver& carver) const {
     Own own;
     own.tile = carver.take<S>(kernels.mr * kernels.nr);
+    own.dot_bias = carver.take<S>(dot_bias_size(kernels));
     own.input = copies_input ? carver.take<S>(block * network.layers[layers.first].in_features) : nullptr;
     for (S*& hidden : own.hidden) hidden = layers.end - layers.first > 1 ? carver.take<S>(block * width) : nullptr;
     return own;
@@ -257,16 +258,17 @@ template <class S> class Forward {
       S* const kept = here(places[l].output);
       S* const output = kept ? kept : own.hidden[l % 2];
       run_layer(layer, steps[l - layers.first], range.size(), x, output, kept != nullptr,
-                here(places[l].pre_activation), own.tile);
+                here(places[l].pre_activation), own);
       x = {output, layer.out_features, 1};
     }
   }
 
   void run_layer(const Layer& layer, const Step& step, int64_t m, const Matrix& x, S* output, bool kept,
-                 S* pre_activation, S* tile) const {
+                 S* pre_activation, const Own& own) const {
     if (step.dots) {
-      multiply(table, forward_product<S>(layer, m, x, output, pre_activation), 1);
-      return;
+      Product<S> p;
+      set_forward(p, layer, m, x, output, pre_activation);
+      return multiply_by_dots(kernels, p, {0, m}, {0, p.n}, p.a, p.b, own.tile, own.dot_bias);
     }
     RowProduct<S> p;
     p.m = m;
@@ -286,7 +288,7 @@ template <class S> class Forward {
     p.fresh_a = &layer == &network.layers[layers.first] && x.row_stride == layer.in_features;
     p.fresh_output = kept;
     p.activation = layer.activation;
-    multiply_rows(kernels, p, tile);
+    multiply_rows(kernels, p, own.tile);
   }
 
   const KernelTable& table;
