@@ -56,7 +56,8 @@ def convert(model: nn.Module, trace: bool = False) -> nn.Module:
     returned, in which activations are fused however they are called: `torch.relu(self.fc1(x))`,
     `self.fc1(x).relu_()`, `self.act(self.fc1(x))`. A layer takes part where its output has one user. Modules with
     hooks are called. Of the model's attributes and methods only the forward is there; `train`, `eval` and `to` act on
-    the modules that both share.
+    the modules that both share. As ever with torch.fx, what does not depend on the arguments is computed once, when it
+    is recorded.
 
     `fusion_report` says what came of it. Converting twice is converting once.
 
@@ -266,6 +267,8 @@ def _why_not_in_a_chain(node: fx.Node) -> str:
     before = node.all_input_nodes[0] if node.all_input_nodes else None
     if before is None or before.target is not run_chain:
         return "no layer that is fused precedes it"
+    if len(before.users) == 1:
+        return "it was recorded apart from the layers before it"
     return f"the result before it is used {len(before.users)} times"
 
 
@@ -346,10 +349,12 @@ def _chain_from(module: fx.GraphModule, first: fx.Node) -> dict[fx.Node, nn.Modu
 
 def _fuse(module: fx.GraphModule) -> None:
     graph = module.graph
+    taken: set[fx.Node] = set()
     for first in list(graph.nodes):
-        chain = {} if first._erased else _chain_from(module, first)
+        chain = {} if first in taken else _chain_from(module, first)
         if not chain:
             continue
+        taken.update(chain)
         with graph.inserting_before(first):
             layers = {node.name: graph.get_attr(_place(module, node, member)) for node, member in chain.items()}
             call = graph.call_function(run_chain, (first.all_input_nodes[0], layers))

@@ -174,7 +174,7 @@ class MLP(Sequential):
         return super().__getitem__(index)
 
 
-def run_children(children: dict[str, nn.Module | None], input: Any) -> Any:
+def run_children(children: Mapping[str, nn.Module | None], input: Any) -> Any:
     """What a `Sequential` of these children computes."""
     if not torch.compiler.is_compiling():
         return _C.run_children(children, input)
