@@ -55,7 +55,7 @@ def convert(model: nn.Module, trace: bool = False) -> nn.Module:
     With `trace` the model stays as it is, and a `torch.fx.GraphModule` with the same modules, parameters and keys is
     returned, in which activations are fused however they are called: `torch.relu(self.fc1(x))`,
     `self.fc1(x).relu_()`, `self.act(self.fc1(x))`. A layer takes part where its output has one user. Modules with
-    hooks are called. Of the model's attributes and methods only the forward is there; `train`, `eval` and `to` act on
+    hooks, and those of torch.nn that hold layers, as `torch.nn.TransformerEncoderLayer`, are called. Of the model's attributes and methods only the forward is there; `train`, `eval` and `to` act on
     the modules that both share. As ever with torch.fx, what does not depend on the arguments is computed once, when it
     is recorded.
 
@@ -322,8 +322,7 @@ def _member(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
         return None
     if node.op == "call_module":
         called = module.get_submodule(str(node.target))
-        one = len(node.args) + len(node.kwargs) == 1
-        return called if one and type(called) in (nn.Linear, Linear, nn.Dropout, *reference.MODULES) else None
+        return called if type(called) in (nn.Linear, Linear, nn.Dropout, *reference.MODULES) else None
     activation = _activation_of(node)
     return None if activation is None else module_of(activation)
 

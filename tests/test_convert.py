@@ -295,6 +295,7 @@ def test_the_tutorials_network_is_one_operation() -> None:
     y = recorded(input_of(6, 4))
     assert sorted(str(f.name()) for f, _ in y.grad_fn.next_functions if f) == ["torch::autograd::AccumulateGrad"] * 4
     assert lines(recorded) == ["fused  fc1 + relu + fc2"]
+    assert not any(m.training for m in traced(Net(torch.relu).eval()).modules())
 
 
 def test_every_activation(activation: Activation) -> None:
@@ -352,7 +353,9 @@ def test_every_form_of_a_call(form: str) -> None:
         lambda z: torch.relu(z[:, :5]),
         lambda z: torch.sin(z, out=None),
         lambda z: z.add_(1).relu(),
-        lambda z: F.elu_(z, 1.0, 2, 3),  # type: ignore[call-arg]
+        lambda z: F.elu_(z, 1.0, 2),  # type: ignore[call-arg]
+        lambda z: F.elu_(z, 1.0, True, 3),  # type: ignore[call-arg]
+        lambda z: F.elu_(z, alpha=1.0, scale=2.0),  # type: ignore[call-arg]
     ],
 )
 def test_other_functions_stay(function: Callable[[Tensor], Tensor]) -> None:
@@ -363,13 +366,14 @@ def test_other_functions_stay(function: Callable[[Tensor], Tensor]) -> None:
     assert [line for line in lines(recorded) if line.startswith("fused")] == ["fused  fc1", "fused  fc2"]
 
 
-def test_parameters_that_are_tensors_stay() -> None:
+@pytest.mark.parametrize("alpha", [lambda z, given: given, lambda z, given: z])
+def test_parameters_that_are_tensors_stay(alpha: Callable[..., Any]) -> None:
     class Learned(Net):
-        def forward(self, x: Tensor, slope: Any = 0.5) -> Tensor:
-            return self.fc2(F.threshold(F.elu(self.fc1(x), alpha=slope), 0.0, 0.0))
+        def forward(self, x: Tensor, given: Any = 0.5) -> Tensor:
+            z = self.fc1(x)
+            return self.fc2(F.elu(z, alpha(z, given)))
 
-    recorded = convert(Learned(), trace=True)
-    assert targets(recorded) == [run_chain, F.elu, F.threshold, run_chain]
+    assert targets(convert(Learned(), trace=True)) == [run_chain, F.elu, run_chain]
 
 
 def test_results_with_several_users_are_kept() -> None:
@@ -566,7 +570,7 @@ class Holding(Net):
 
     def __init__(self) -> None:
         super().__init__()
-        self.unused = nn.Linear(2, 2)
+        self.relu = nn.Linear(2, 2)
         self.alone = nn.Parameter(torch.ones(2))
         self.register_buffer("mask", torch.ones(5), persistent=False)
         self.alias = self.fc1
