@@ -55,9 +55,9 @@ def convert(model: nn.Module, trace: bool = False) -> nn.Module:
     With `trace` the model stays as it is, and a `torch.fx.GraphModule` with the same modules, parameters and keys is
     returned, in which activations are fused however they are called: `torch.relu(self.fc1(x))`,
     `self.fc1(x).relu_()`, `self.act(self.fc1(x))`. A layer takes part where its output has one user. Modules with
-    hooks, and those of torch.nn that hold layers, as `torch.nn.TransformerEncoderLayer`, are called. Of the model's attributes and methods only the forward is there; `train`, `eval` and `to` act on
-    the modules that both share. As ever with torch.fx, what does not depend on the arguments is computed once, when it
-    is recorded.
+    hooks, and those of torch.nn that hold layers, such as `torch.nn.TransformerEncoderLayer`, are called. Of the
+    model's attributes and methods only the forward is there; `train`, `eval` and `to` act on the modules that both
+    share. As ever with torch.fx, what does not depend on the arguments is computed once, when it is recorded.
 
     `fusion_report` says what came of it. Converting twice is converting once.
 
@@ -260,7 +260,8 @@ def _why_by_itself(module: nn.Module) -> str:
         return "it is called by itself; trace=True sees what comes before it"
     if isinstance(module, nn.LazyLinear):
         return "it has no parameters yet; convert again after a first call"
-    return f"{type(module).__name__} is not exactly torch.nn.Linear and may compute something else"
+    kind = type(module)
+    return f"its class {kind.__module__}.{kind.__qualname__} is not torch.nn.Linear and may compute something else"
 
 
 def _why_not_in_a_chain(node: fx.Node) -> str:

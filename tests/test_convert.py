@@ -220,11 +220,12 @@ def test_what_is_no_plain_layer_is_left_and_named() -> None:
     x = torch.randn(2, 4)
     for name in ("own", "parametrized", "replaced", "hooked", "own_sequential"):
         torch.testing.assert_close(model[name](x), plain[name](x))
+    other = "is not torch.nn.Linear and may compute something else"
     tanh = "own_sequential.0: it is called by itself; trace=True sees what comes before it"
     assert sorted(lines(model)) == sorted(
         [
-            "kept   own: OwnLinear is not exactly torch.nn.Linear and may compute something else",
-            "kept   parametrized: ParametrizedLinear is not exactly torch.nn.Linear and may compute something else",
+            f"kept   own: its class {__name__}.OwnLinear {other}",
+            f"kept   parametrized: its class torch.nn.utils.parametrize.ParametrizedLinear {other}",
             "kept   lazy: it has no parameters yet; convert again after a first call",
             "kept   replaced: its forward was replaced",
             "fused  hooked",
@@ -254,7 +255,9 @@ def test_transformer_layer(training: bool) -> None:
         assert_same_function(model, plain, x)
     with torch.no_grad():
         assert_same([model(x)], [plain(x)])
-    assert any("out_proj: NonDynamicallyQuantizableLinear" in line for line in lines(model))
+    kept, *fused = lines(model)
+    assert kept.startswith("kept   self_attn.out_proj: its class torch.nn.modules.linear.NonDynamicallyQuantizable")
+    assert fused == ["fused  linear1", "fused  linear2"]
 
 
 def test_modes_moves_and_states() -> None:
