@@ -198,8 +198,9 @@ def fusion_report(model: nn.Module) -> Report:
     entries: list[Entry] = []
     seen: set[nn.Module] = set()
     for path, module in model.named_modules():
+        earlier = frozenset(seen)
         for names, modules, reason in _found(module):
-            if seen.isdisjoint(modules) and (not reason or not modules or _matters(modules[0])):
+            if earlier.isdisjoint(modules) and (not reason or not modules or _matters(modules[0])):
                 entries.append(Entry(tuple([f"{path}.{name}".strip(".") or "model" for name in names]), reason))
             seen.update(m for m in modules if _matters(m))
     return Report(entries)
@@ -219,7 +220,7 @@ def _found(module: nn.Module) -> Iterator[_Found]:
     """Names, modules and reason of what a module executes itself; of a layer, the layer."""
     if isinstance(module, fx.GraphModule):
         yield from _found_in_graph(module)
-    elif isinstance(module, Sequential):
+    elif type(module).forward is Sequential.forward:
         children = {name: child for name, child in module._modules.items() if child is not None}
         yield from _found_in_children(children, {name: name for name in children})
     elif _matters(module):

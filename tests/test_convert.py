@@ -412,6 +412,16 @@ def test_residual_connections_around_chains() -> None:
     assert lines(recorded) == ["fused  0.up + silu + 0.down", "fused  1.up + silu_1 + 1.down", "fused  2"]
 
 
+def test_a_layer_that_is_called_twice() -> None:
+    class Twice(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(torch.relu(self.fc1(x)) + torch.tanh(self.fc1(-x)))
+
+    assert lines(traced(Twice())) == ["fused  fc1 + relu", "fused  fc1 + tanh", "fused  fc2"]
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    assert lines(traced(nn.Sequential(*model, *model))) == ["fused  0 + 1 + 0 + 1"]
+
+
 def test_two_branches_are_recorded_in_any_order() -> None:
     class Branches(Net):
         def __init__(self) -> None:
@@ -697,6 +707,12 @@ def test_report_is_a_tuple_of_entries() -> None:
     assert found[1].reason == "the layer before it has an activation already"
     assert str(fusion_report(convert(nn.Linear(2, 2)))) == "fused  model"
     assert fusion_report(nn.LayerNorm(2)) == ()
+
+    class OwnForward(fastmlp.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            return self[0](input)
+
+    assert lines(OwnForward(fastmlp.Linear(2, 2), nn.ReLU()))[0] == "fused  0"
 
 
 @pytest.mark.parametrize("function", [convert, revert, fusion_report])
