@@ -107,11 +107,7 @@ class Sequential(nn.Sequential):
 
     def forward(self, input: Any) -> Any:
         """The last child's output for the first one's input."""
-        if not torch.compiler.is_compiling():
-            return _C.run_children(self._modules, input)
-        for part in parts(self._modules):
-            input = part.child(input) if isinstance(part, Alone) else run(part.stack(), input, tuple(part.parameters))
-        return input
+        return run_children(self._modules, input)
 
 
 class MLP(Sequential):
@@ -176,6 +172,15 @@ class MLP(Sequential):
         if isinstance(index, slice):
             return Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
+
+
+def run_children(children: Mapping[str, nn.Module | None], input: Any) -> Any:
+    """What a `Sequential` of these children computes."""
+    if not torch.compiler.is_compiling():
+        return _C.run_children(children, input)
+    for part in parts(children):
+        input = part.child(input) if isinstance(part, Alone) else run(part.stack(), input, tuple(part.parameters))
+    return input
 
 
 @dataclass
