@@ -184,8 +184,8 @@ template <class S> class Forward {
         copies_input(must_be_copied<S>(input)) {
     for (size_t l = layers.first; l < layers.end; l++) {
       const Layer& layer = network.layers[l];
-      const bool dots =
-          goes_by_dots(kernels, rows, layer.out_features, layer.in_features, true, layer.weight.column_stride == 1);
+      const bool in_place = layer.weight.column_stride == 1;
+      const bool dots = in_place && goes_by_dots(kernels, rows, layer.out_features, layer.in_features, true, true);
       steps.push_back({dots, nullptr, nullptr});
     }
   }
