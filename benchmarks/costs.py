@@ -105,13 +105,18 @@ class Use:
 
 def memory() -> Iterator[Outcome]:
     """Measure memory, P13, in a fresh process for each case."""
-    words = "narrow layer, inference", f"<= output + {BLOCK // MIB} MiB"
+    most = f"<= output + {BLOCK // MIB} MiB"
+    words = "narrow layer, inference", most
     if not Path("/proc/self/clear_refs").exists():
         yield Outcome("P13", *words, "not measured: needs Linux's /proc/self/clear_refs", None, "")
         return
     output = ROWS * 64 * 4
-    use = _alone(_use_of_inference)
+    use = _alone(_use_of_inference, (64, 64))
     yield _memory(*words, use.peak, output, output + BLOCK, use.faults, f"{ROWS}x64x64")
+    result = ROWS * NARROW.widths[-1] * 4
+    use = _alone(_use_of_inference, NARROW.widths)
+    words = "narrow network, inference", most
+    yield _memory(*words, use.peak, result, result + BLOCK, use.faults, f"{NARROW.name} b{ROWS}")
     use = _alone(_use_of_forward, (64, 64))
     words = "narrow layer, kept for backward", "<= output + 5 %"
     yield _memory(*words, use.kept, output, output * 1.05, use.faults, f"{ROWS}x64x64")
@@ -137,11 +142,11 @@ def _alone(measure: Callable[..., Use], *arguments: Any) -> Use:
         return pool.submit(measure, *arguments).result()
 
 
-def _use_of_inference() -> Use:
-    layer, input = fastmlp.Linear(64, 64, activation="relu"), torch.randn(ROWS, 64)
+def _use_of_inference(widths: Sequence[int]) -> Use:
+    model, input = fastmlp.MLP(widths[0], widths[1:-1], widths[-1]), torch.randn(ROWS, widths[0])
     with torch.no_grad():
-        layer(input[:64])  # so that what is made once, code included, is there
-        return _use(lambda: layer(input))
+        model(input[:64])  # so that what is made once, code included, is there
+        return _use(lambda: model(input))
 
 
 def _use_of_forward(widths: Sequence[int]) -> Use:
