@@ -9,12 +9,13 @@ composite: `fastmlp.reference`, for whatever stands between a tensor and its dat
     transforms, forward mode, batched gradients, subclasses, export, dtypes without kernels. It is
     right for every transform and every order of derivative because PyTorch's own operations are.
 
-Backward asks the rule again for the gradient that comes in. Under `create_graph` the first
-backward stays fused, as a Function of its own; its derivative recomputes from input and parameters,
-because activations saved by forward carry no graph.
+Backward asks the rule again for the gradient that comes in. Under `create_graph` it is a graph of
+PyTorch's operations, which can be differentiated as often as one likes. What forward saved carries no
+graph; a Function for each layer gives it one, so that nothing is computed twice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,9 +24,21 @@ from torch.autograd.function import once_differentiable
 
 from fastmlp import ops, reference
 from fastmlp._load import _C
+from fastmlp.activations import IDENTITY, Activation
 from fastmlp.ops import Stack
 
 Gradients = Sequence[Tensor | None]
+
+_aten = torch.ops.aten
+
+#: From the gradient of an activation's output, and the output, which is all that the kernels keep of
+#: these, the gradient of its argument. One that is missing here is slower to differentiate twice.
+_FROM_OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "identity": lambda grad, output: grad,
+    "relu": lambda grad, output: _aten.threshold_backward(grad, output, 0),
+    "sigmoid": _aten.sigmoid_backward,
+    "tanh": _aten.tanh_backward,
+}
 
 
 def run(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
@@ -115,9 +128,9 @@ def _composed_backward(
 ) -> Gradients:
     """What the direct route's node calls under `create_graph`, or for a gradient that is not plain."""
     stack = ops.stack_from(has_bias, kinds, scalars)
-    tensors = (input, *parameters, *saved)
-    if _C.obstacle(grad, tensors) is None:
-        return _DirectBackward.apply(stack, tuple(needs), grad, *tensors)
+    known = all(a.name in _FROM_OUTPUT or not _keeps_output(a) for a in stack.activations)
+    if known and torch.is_grad_enabled() and _is_direct(grad, (input, *parameters, *saved)):
+        return _layerwise(stack, needs, grad, input, parameters, saved)
     return _vjp(stack, needs, grad, input, tuple(parameters))
 
 
@@ -143,37 +156,102 @@ def _alias(tensor: Tensor, differentiate: bool) -> Tensor:
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
-class _DirectBackward(torch.autograd.Function):
-    """The fused backward as a function of its own, so that it can be differentiated again."""
+def _is_direct(grad: Tensor, tensors: tuple[Tensor, ...]) -> bool:
+    return _C.obstacle(grad, tensors) is None
+
+
+@lru_cache(maxsize=512)
+def _keeps_output(activation: Activation) -> bool:
+    """Whether the kernels keep a layer's output for backward: its pre-activation otherwise."""
+    one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+    _, hidden = _C.forward(ops.stack_of((False,), (activation,)).native, one, (one,))
+    return not hidden
+
+
+def _layerwise(
+    stack: Stack,
+    needs: Sequence[bool],
+    grad: Tensor,
+    input: Tensor,
+    parameters: Sequence[Tensor],
+    saved: Sequence[Tensor],
+) -> Gradients:
+    """The gradients asked for, by PyTorch's operations on what forward saved."""
+    weights, biases = stack.split(parameters)
+    inputs, kept = [_rows(input)], []
+    # A last layer without activation has saved nothing, and needs nothing.
+    for weight, bias, activation, tensor in zip(weights, biases, stack.activations, saved, strict=False):
+        kept.append(_Kept.apply(activation, inputs[-1], weight, bias, _rows(tensor.detach())))
+        inputs.append(kept[-1] if _keeps_output(activation) else _activate(activation, kept[-1]))
+    found: list[Tensor | None] = [None] * len(needs)
+    grad, end = _rows(grad), len(needs)
+    for layer in reversed(range(len(weights))):
+        if layer < len(kept):
+            grad = _through(stack.activations[layer], grad, kept[layer], inputs[layer + 1])
+        start = end - 1 - stack.has_bias[layer]
+        if needs[start]:
+            found[start] = grad.T @ inputs[layer]
+        if stack.has_bias[layer] and needs[start + 1]:
+            found[start + 1] = grad.sum(0)
+        if not any(needs[:start]):
+            return found
+        grad, end = grad @ weights[layer], start
+    found[0] = grad.reshape(input.shape)
+    return found
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)
+
+
+def _activate(activation: Activation, z: Tensor) -> Tensor:
+    return reference.activate(z, activation.name, activation.parameters)
+
+
+def _through(activation: Activation, grad: Tensor, kept: Tensor, output: Tensor) -> Tensor:
+    """The gradient of a pre-activation from that of the output."""
+    if _keeps_output(activation):
+        return _FROM_OUTPUT[activation.name](grad, output)
+    if not kept.requires_grad:
+        kept = kept.detach().requires_grad_()
+        output = _activate(activation, kept)
+    return torch.autograd.grad(output, kept, grad, create_graph=True)[0]
+
+
+class _Kept(torch.autograd.Function):
+    """What a layer keeps for backward, its output or its pre-activation, as a function of its arguments."""
 
     @staticmethod
-    def forward(ctx: Any, stack: Stack, needs: tuple[bool, ...], grad: Tensor, *tensors: Tensor) -> Any:
-        count = len(tensors) - stack.saved
-        input, parameters, saved = tensors[0], tensors[1:count], tensors[count:]
-        ctx.stack, ctx.needs = stack, needs
-        ctx.save_for_backward(grad, input, *parameters)
-        ctx.set_materialize_grads(False)
-        return tuple(_C.backward(stack.native, grad, input, saved, parameters, needs))
+    def forward(
+        ctx: Any, activation: Activation, input: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor
+    ) -> Tensor:
+        ctx.activation = activation if _keeps_output(activation) else IDENTITY
+        kept = kept.detach()  # an argument would be saved without this node's graph
+        ctx.save_for_backward(input, weight, bias, kept)
+        return kept
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        asked = ctx.needs_input_grad[2 : 2 + len(tensors)]
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            aliases = [_alias(t, need) for t, need in zip(tensors, asked, strict=True)]
-            grad, input, *parameters = aliases
-            first = _vjp(ctx.stack, ctx.needs, grad, input, tuple(parameters))
-            pairs = [(o, g) for o, g in zip(first, grads, strict=True) if o is not None and g is not None]
-            pairs = [(o, g) for o, g in pairs if o.requires_grad]
-            wanted = [t for t, need in zip(aliases, asked, strict=True) if need]
-            found: Sequence[Tensor | None] = [None] * len(wanted)
-            if pairs and wanted:
-                outputs, seeds = zip(*pairs, strict=True)
-                found = torch.autograd.grad(outputs, wanted, seeds, create_graph=create_graph, allow_unused=True)
-        second = iter(found)
-        gradients = [next(second) if need else None for need in asked]
-        return None, None, *gradients, *[None] * ctx.stack.saved
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, kept = ctx.saved_tensors
+        needs = [_is_wanted(node) for node, _ in ctx.next_functions]
+        if torch.is_grad_enabled() or not _is_direct(grad, (input, weight, kept)):
+            grad = _FROM_OUTPUT[ctx.activation.name](grad, kept)
+            of_input = grad @ weight if needs[0] else None
+            of_weight = grad.T @ input if needs[1] else None
+            return None, of_input, of_weight, grad.sum(0) if bias is not None and needs[2] else None, None
+        stack = ops.stack_of((bias is not None,), (ctx.activation,))
+        parameters = (weight,) if bias is None else (weight, bias)
+        saved = [kept] if stack.saved else []
+        found = _C.backward(stack.native, grad, input, saved, parameters, needs[: 1 + len(parameters)])
+        return None, *found, *[None] * (4 - len(found))
+
+
+def _is_wanted(node: Any) -> bool:
+    """Whether this run of backward goes on to a node: `needs_input_grad` tells whether any run might."""
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # what torch.autograd.grad is to return
+        return True
 
 
 class _Captured(torch.autograd.Function):

@@ -1,7 +1,8 @@
 """Layers that stand in for those of `torch.nn`."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence as Sizes
+from collections.abc import Mapping
+from collections.abc import Sequence as Sizes
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -291,7 +292,8 @@ _GLOBAL_HOOKS = (
 )
 
 #: The modules that may be part of a run, and how each computes.
-_FORWARDS = {kind: kind.forward for kind in (nn.Linear, Linear, nn.Dropout, *reference.MODULES)}
+_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, Linear, nn.Dropout, *reference.MODULES)
+_FORWARDS = {kind: kind.forward for kind in _KINDS}
 
 _C.register_modules(
     nn.Linear,
