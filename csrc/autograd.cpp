@@ -6,6 +6,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
+
 #include "operators.h"
 #include "route.h"
 
@@ -62,10 +64,8 @@ struct FusedNetwork : torch::autograd::Function<FusedNetwork> {
     std::vector<bool> needs;
     for (size_t i = 0; i <= stack.parameters(); i++) needs.push_back(context->needs_input_grad(i));
 
-    bool plain = !at::GradMode::is_enabled() && is_plain(grads[0]) && !is_dual(grads[0]);
-    for (const at::Tensor& tensor : tensors) plain = plain && is_plain(tensor) && !is_dual(tensor);
     Tensors gradients;
-    if (plain) {
+    if (!at::GradMode::is_enabled() && !is_dual(grads[0]) && are_plain(grads, tensors)) {
       const at::AutoDispatchBelowADInplaceOrView guard;
       gradients = cpu::backward(stack, grads[0], tensors[0], saved, parameters, needs);
     } else {
@@ -79,12 +79,16 @@ struct FusedNetwork : torch::autograd::Function<FusedNetwork> {
 }  // namespace
 
 at::Tensor run(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, at::TensorList parameters) {
-  bool graph = false;
-  if (at::GradMode::is_enabled()) {
-    graph = input.requires_grad();
-    for (const at::Tensor& parameter : parameters) graph = graph || parameter.requires_grad();
+  constexpr double worth_releasing = 1 << 16;  // multiply-adds: some microseconds
+  bool graph = input.requires_grad();
+  double weights = 0;
+  for (const at::Tensor& parameter : parameters) {
+    graph = graph || parameter.requires_grad();
+    weights += double(parameter.numel());
   }
-  if (graph) return FusedNetwork::apply(input, parameters, stack);
+  std::optional<py::gil_scoped_release> release;
+  if (weights * double(input.numel()) > worth_releasing) release.emplace();
+  if (graph && at::GradMode::is_enabled()) return FusedNetwork::apply(input, parameters, stack);
   const at::AutoDispatchBelowADInplaceOrView guard;
   return cpu::infer(*stack, input, parameters);
 }

@@ -60,9 +60,7 @@ std::optional<at::Tensor> try_run(const c10::intrusive_ptr<Stack>& stack, py::ha
   Tensors unpacked;
   unpacked.reserve(parameters.size());
   for (const py::handle parameter : parameters) unpacked.push_back(THPVariable_Unpack(parameter.ptr()));
-  const at::Tensor& unpacked_input = THPVariable_Unpack(input.ptr());
-  const py::gil_scoped_release release;
-  return run(stack, unpacked_input, unpacked);
+  return run(stack, THPVariable_Unpack(input.ptr()), unpacked);
 }
 
 // Below autograd, as inside a kernel that the dispatcher calls.

@@ -8,6 +8,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+
 #include "operators.h"
 
 namespace fastmlp {
@@ -79,6 +81,10 @@ const char* obstacle(PyObject* input, c10::ArrayRef<PyObject*> parameters) {
   return nullptr;
 }
 
-bool is_plain(const at::Tensor& tensor) { return !mode_obstacle() && !key_obstacle(tensor); }
+bool are_plain(at::TensorList incoming, at::TensorList saved) {
+  const auto plain = [](const at::Tensor& tensor) { return !key_obstacle(tensor); };
+  return !mode_obstacle() && std::all_of(incoming.begin(), incoming.end(), plain) &&
+         std::all_of(saved.begin(), saved.end(), plain);
+}
 
 }  // namespace fastmlp

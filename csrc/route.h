@@ -16,7 +16,8 @@ void prepare_routes();
 // Null if the input and every parameter are plain, else why they are not.
 const char* obstacle(PyObject* input, c10::ArrayRef<PyObject*> parameters);
 
-// The same for one tensor inside backward, where modes and Python's types are out of sight.
-bool is_plain(const at::Tensor& tensor);
+// The same for tensors inside backward, where Python's types are out of sight: those that came in, and those that
+// were plain when they were saved, but may have been unpacked by a hook.
+bool are_plain(at::TensorList incoming, at::TensorList saved);
 
 }  // namespace fastmlp

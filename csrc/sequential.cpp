@@ -226,13 +226,7 @@ py::object execute(const Run& run, const py::object& input) {
     Tensors parameters;
     parameters.reserve(run.parameters.size());
     for (PyObject* parameter : run.parameters) parameters.push_back(THPVariable_Unpack(parameter));
-    const c10::intrusive_ptr<Stack> stack = stack_of(run);
-    at::Tensor output;
-    {
-      const py::gil_scoped_release release;
-      output = fastmlp::run(stack, THPVariable_Unpack(input.ptr()), parameters);
-    }
-    return py::cast(output);
+    return py::cast(fastmlp::run(stack_of(run), THPVariable_Unpack(input.ptr()), parameters));
   }
   py::tuple parameters(run.parameters.size());
   for (size_t i = 0; i < run.parameters.size(); i++) {

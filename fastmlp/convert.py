@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastmlp import reference
+from fastmlp._load import _C
 from fastmlp.activations import DEFAULTS, IDENTITY, Activation, module_of
-from fastmlp.modules import Alone, Linear, Sequential, parts, run_children
+from fastmlp.modules import Alone, Linear, Sequential, parts, run_parts
 
 __all__ = ["Entry", "Report", "convert", "fusion_report", "revert"]
 
@@ -284,7 +285,7 @@ def run_chain(input: Any, layers: dict[str, nn.Module]) -> Any:
         >>> run_chain(torch.ones(1, 1), {"fc": nn.Linear(1, 1), "act": nn.Sigmoid()}).shape
         torch.Size([1, 1])
     """
-    return run_children(layers, input)
+    return run_parts(layers, input) if torch.compiler.is_compiling() else _C.run_children(layers, input)
 
 
 def _functions() -> dict[Callable[..., Any], str]:

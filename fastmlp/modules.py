@@ -108,7 +108,9 @@ class Sequential(nn.Sequential):
 
     def forward(self, input: Any) -> Any:
         """The last child's output for the first one's input."""
-        return run_children(self._modules, input)
+        if torch.compiler.is_compiling():
+            return run_parts(self._modules, input)
+        return _C.run_children(self._modules, input)
 
 
 class MLP(Sequential):
@@ -175,10 +177,8 @@ class MLP(Sequential):
         return super().__getitem__(index)
 
 
-def run_children(children: Mapping[str, nn.Module | None], input: Any) -> Any:
-    """What a `Sequential` of these children computes."""
-    if not torch.compiler.is_compiling():
-        return _C.run_children(children, input)
+def run_parts(children: Mapping[str, nn.Module | None], input: Any) -> Any:
+    """What a `Sequential` of these children computes, for Dynamo, which cannot see into `_C.run_children`."""
     for part in parts(children):
         input = part.child(input) if isinstance(part, Alone) else run(part.stack(), input, tuple(part.parameters))
     return input

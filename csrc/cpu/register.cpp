@@ -2,6 +2,7 @@
 // torch. Checks arguments, allocates results, takes the number of threads from torch, and registers
 // the operators for the dispatcher.
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -38,7 +39,8 @@ Matrix matrix_of(const at::Tensor& x) { return {x.data_ptr(), x.stride(0), x.str
 at::Tensor as_rows(const at::Tensor& x, int64_t rows) { return x.dim() == 2 ? x : x.reshape({rows, x.size(-1)}); }
 
 at::Tensor result(at::IntArrayRef sizes, const at::Tensor& like) {
-  at::Tensor tensor = at::empty(sizes, like.options().memory_format(at::MemoryFormat::Contiguous));
+  // Past the dispatcher, which would find the same.
+  at::Tensor tensor = at::detail::empty_cpu(sizes, like.scalar_type());
   prefer_huge_pages(tensor.data_ptr(), tensor.nbytes());
   return tensor;
 }
