@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmlp import activations
 from fastmlp._load import _C, read_build
-from fastmlp.autograd import why_not_direct
+from fastmlp.autograd import autocast, why_not_direct
 from fastmlp.modules import MLP, Linear, fused
 from fastmlp.ops import Stack, stack_of
 
@@ -58,8 +58,8 @@ class Route(NamedTuple):
 def explain(target: Linear | MLP | Tensor, input: Tensor | None = None) -> Route:
     """Says which route a call would take now, and why.
 
-    Plain tensors on the CPU go directly to the fused kernels. Under transforms of `torch.func`,
-    forward-mode AD, autocast, tensor subclasses, and for dtypes and devices without kernels, the same
+    Plain tensors on the CPU go directly to the fused kernels, under autocast once they are cast. Under transforms of
+    `torch.func`, forward-mode AD, tensor subclasses, and for dtypes and devices without kernels, the same
     function runs as a composition of PyTorch's operations. Under `torch.compile` the fused kernels
     run as registered operators, which this function, called outside, cannot see.
 
@@ -96,7 +96,8 @@ def explain(target: Linear | MLP | Tensor, input: Tensor | None = None) -> Route
         raise TypeError(f"target must be a fastmlp.Linear, a fastmlp.MLP or a tensor, got {type(target).__name__}")
     reason = why_not_direct(tensor, whole[1] if whole else ())
     if reason is None and whole:
-        _C.check_forward(whole[0].native, tensor, whole[1], True)
+        tensor, *parameters = autocast(tensor, *whole[1])
+        _C.check_forward(whole[0].native, tensor, parameters, True)
     return Route("direct", "") if reason is None else Route("composite", reason)
 
 
