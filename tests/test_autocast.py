@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import checkpoint
 
 import fastmlp
 from fastmlp import Activation, functional, reference
@@ -171,6 +172,25 @@ def test_explained() -> None:
         assert fastmlp.explain(ours, torch.randn(2, 6, device="meta")).name == "composite"
         with pytest.raises(RuntimeError, match="dtype"):
             fastmlp.explain(ours, torch.randn(2, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(use_reentrant: bool, low: torch.dtype) -> None:
+    ours, _ = pair(Activation("gelu"))
+    x, seed = torch.randn(7, 6, requires_grad=True), torch.randn(7, 3).to(low)
+    parameters = list(ours.parameters())
+    results = []
+    for again in (False, True):
+        ours.zero_grad()
+        with torch.autocast("cpu", low):
+            y = checkpoint(ours, x, use_reentrant=use_reentrant) if again else ours(x)
+        # Recomputed outside of the region.
+        y.backward(seed)
+        results.append([p.grad for p in parameters])
+    for a, b in zip(*results, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
 
 
 TRANSFORMS: dict[str, Callable[[nn.Module, dict[str, Tensor], Tensor], Any]] = {
