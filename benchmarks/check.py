@@ -13,6 +13,9 @@ in the workload's dtype, whatever the order of the operations. The bound comes f
   above, so what a product carries on counts 8 times.
 - ReLU enlarges no error. Where the error of its argument reaches across zero, its derivative may be
   taken as 0 or as 1: an error as large as what it multiplies, which counts 8 times as well.
+- A loss with derivatives of the network in it is a long way from its parameters. A computed product is the
+  exact one of operands that are off by as much as above, so its error is the most that changes when
+  they are moved at random.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -24,10 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contenders.base import Contender, relus
-from benchmarks.workloads import Workload, seeded
+from benchmarks.workloads import Data, Workload, burgers, seeded
 
 #: Standard deviations that no error exceeds.
 SPREAD = 8
+
+#: How often parameters and points are moved at random.
+MOVES = 8
 
 #: No loss and no optimizer rounds an element more often than this.
 ROUNDINGS = 16
@@ -117,6 +123,8 @@ def verify(contender: Contender) -> None:
     found = contender.results(contender.call())
     if workload.task == "step":
         found += contender.parameters()
+    if workload.task == "physics":
+        found += [p.grad for p in contender.parameters() if p.grad is not None]
     for (name, estimate), result in zip(expected(workload).items(), found, strict=True):
         compare(result, estimate, f"{workload.name}: {name} of {contender.name}")
 
@@ -127,6 +135,8 @@ def expected(workload: Workload) -> dict[str, Estimate]:
     if workload.task == "product":
         left, right = map(Estimate.exact, workload.operands())
         return {"product": (left @ right.T).stored()}
+    if workload.task == "physics":
+        return _physics(workload)
     net, data = workload.net, workload.data()
     with seeded():
         parameters = {name: p.detach() for name, p in net.modules().to(workload.dtype).named_parameters()}
@@ -190,6 +200,31 @@ def _loss(loss: nn.MSELoss | nn.CrossEntropyLoss, output: Estimate, target: Tens
     rounding = ROUNDINGS * unit(output.dtype)
     error = (grad.abs() * output.error).sum() + (_growth(output.value.numel(), output.dtype) + rounding) * value
     return Estimate(value, error, output.dtype), Estimate(grad, carried + rounding * grad.abs(), output.dtype)
+
+
+def _physics(workload: Workload) -> dict[str, Estimate]:
+    """Return the loss with derivatives of the network in it, and the gradients of the parameters."""
+    data, generator = workload.data(), torch.Generator().manual_seed(1)
+    with seeded():
+        parameters = dict(workload.net.modules().to(workload.dtype).double().named_parameters())
+
+    def results(noise: float) -> list[Tensor]:
+        def moved(tensor: Tensor) -> Tensor:
+            tensor = tensor.detach().double()
+            return tensor + noise * tensor * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+
+        model = workload.net.modules().double()
+        model.load_state_dict({name: moved(p) for name, p in parameters.items()})
+        loss = burgers(model, Data(moved(data.input), data.target.double(), data.grad))
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    exact = results(0)
+    noise = _growth(max(workload.net.widths), workload.dtype)
+    changes = [[(a - b).abs().max() for a, b in zip(results(noise), exact, strict=True)] for _ in range(MOVES)]
+    errors = [torch.stack(most).max() for most in zip(*changes, strict=True)]
+    names = ["loss", *(f"gradient of {name}" for name in parameters)]
+    estimates = [Estimate(v, e.expand_as(v), workload.dtype) for v, e in zip(exact, errors, strict=True)]
+    return dict(zip(names, estimates, strict=True))
 
 
 def _update(workload: Workload, parameters: Collection[Tensor], grads: Sequence[Estimate]) -> Iterator[Estimate]:

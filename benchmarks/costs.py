@@ -33,6 +33,9 @@ MIB = 1 << 20
 #: Memory that one block of rows may take, whatever their number.
 BLOCK = 2 * MIB
 
+#: And the hidden outputs of one block of rows, in a network.
+HIDDEN = 4 * MIB
+
 #: Chunks into which a weight gradient's sum over the batch may be cut, each with a sum of its own.
 CHUNKS = 16
 
@@ -110,8 +113,12 @@ def memory() -> Iterator[Outcome]:
         yield Outcome("P13", *words, "not measured: needs Linux's /proc/self/clear_refs", None, "")
         return
     output = ROWS * 64 * 4
-    use = _alone(_use_of_inference)
+    use = _alone(_use_of_inference, (64, 64))
     yield _memory(*words, use.peak, output, output + BLOCK, use.faults, f"{ROWS}x64x64")
+    result = ROWS * NARROW.widths[-1] * 4
+    use = _alone(_use_of_inference, NARROW.widths)
+    words, most = ("narrow network, inference", f"<= output + {(BLOCK + HIDDEN) // MIB} MiB"), result + BLOCK + HIDDEN
+    yield _memory(*words, use.peak, result, most, use.faults, f"{NARROW.name} b{ROWS}")
     use = _alone(_use_of_forward, (64, 64))
     words = "narrow layer, kept for backward", "<= output + 5 %"
     yield _memory(*words, use.kept, output, output * 1.05, use.faults, f"{ROWS}x64x64")
@@ -137,11 +144,11 @@ def _alone(measure: Callable[..., Use], *arguments: Any) -> Use:
         return pool.submit(measure, *arguments).result()
 
 
-def _use_of_inference() -> Use:
-    layer, input = fastmlp.Linear(64, 64, activation="relu"), torch.randn(ROWS, 64)
+def _use_of_inference(widths: Sequence[int]) -> Use:
+    model, input = fastmlp.MLP(widths[0], widths[1:-1], widths[-1]), torch.randn(ROWS, widths[0])
     with torch.no_grad():
-        layer(input[:64])  # so that what is made once, code included, is there
-        return _use(lambda: layer(input))
+        model(input[:64])  # so that what is made once, code included, is there
+        return _use(lambda: model(input))
 
 
 def _use_of_forward(widths: Sequence[int]) -> Use:

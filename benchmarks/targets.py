@@ -103,12 +103,17 @@ def _layers(*sizes: str) -> tuple[str, ...]:
     return tuple(f"{size} infer" for size in sizes)
 
 
+def _small(task: str, *batches: int) -> tuple[str, ...]:
+    return tuple(f"{net} b{batch} {task}" for net in ("tutorial", "policy", "narrow") for batch in batches)
+
+
 _LARGE = (512, 1024, 2048)
 _SQUARE = ("256x256x256", "512x512x512", "1024x1024x1024", "2048x2048x2048")
 _AWKWARD = ("100x1000x3", "33x257x129", "7x13x17", "65536x3x64", "65536x64x64")
 _NARROW, _WIDE = "narrow b65536", "wide b1024"
 _FUSED = ("onednn", "openvino", "onnxruntime")
 _EAGER, _OVER_EAGER = f"x {YARDSTICK}", _over(YARDSTICK)
+_PHYSICS = tuple(f"burgers b{batch} physics adam" for batch in (128, 1024))
 _BFLOAT16 = tuple(f"{net} b1024 forward_backward bfloat16" for net in ("mnist", "dlrm", "wide"))
 
 CLAIMS = (
@@ -123,12 +128,17 @@ CLAIMS = (
         "P3", "layer, inference, 256 to 2048", 1.0, f"x best of {', '.join(_FUSED)}", _over(*_FUSED), _layers(*_SQUARE)
     ),
     Claim("P4", "awkward layers, inference", 1.0, "x best peer", _over(), _layers(*_AWKWARD)),
+    Claim("P6", "small networks, inference, batch 1", 4.0, _EAGER, _OVER_EAGER, _small("infer", 1)),
+    Claim("P6", "small networks, inference, batch 32", 3.0, _EAGER, _OVER_EAGER, _small("infer", 32)),
+    Claim("P7", "small networks, step with SGD", 1.35, _EAGER, _OVER_EAGER, _small("step sgd", 32, 128)),
+    Claim("P7", "small networks, step with Adam", 1.2, _EAGER, _OVER_EAGER, _small("step adam", 32, 128)),
     Claim("P9", "narrow network, inference", 1.9, _EAGER, _OVER_EAGER, (f"{_NARROW} infer",)),
     Claim("P9", "narrow network, inference", 1.15, "x openvino", _over("openvino"), (f"{_NARROW} infer",)),
     Claim("P9", "narrow network, both passes", 2.1, _EAGER, _OVER_EAGER, (f"{_NARROW} forward_backward",)),
     Claim("P10", "wide network, both passes", 1.2, _EAGER, _OVER_EAGER, (f"{_WIDE} forward_backward",)),
     Claim("P10", "wide network, both passes", 0.91, PEAK, _share, (f"{_WIDE} forward_backward",)),
     Claim("P11", "bfloat16 networks, both passes", 1.15, _EAGER, _OVER_EAGER, _BFLOAT16),
+    Claim("P16", "physics-informed step", 1.0, _EAGER, _OVER_EAGER, _PHYSICS),
 )
 
 #: What two threads are timed on: products of P1, and P9 and P10.

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.check import verify
-from benchmarks.contenders import CONTENDERS, OURS, YARDSTICK, absent, contenders
-from benchmarks.contenders.pytorch import Eager, OneDnn
+from benchmarks.contenders import CONTENDERS, OURS, YARDSTICK, absent, base, contenders
+from benchmarks.contenders.pytorch import Eager, Fastmlp, OneDnn
 from benchmarks.random_shapes import LARGEST, MOST, Case, Layers, draw
 from benchmarks.targets import CLAIMS, PARALLEL, PEAK, Claim, find
 from benchmarks.timing import Effort, Row, measure, race, ratio
-from benchmarks.workloads import Tier, product, select
+from benchmarks.workloads import Tier, burgers, product, select
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -46,6 +46,36 @@ def test_one_wrong_element_is_found(name: str, dtype: torch.dtype) -> None:
     verify(Eager(workload))
     with pytest.raises(AssertionError, match=r"1 of \d+ elements"):
         verify(Spoiled(workload))
+
+
+class SpoiledGradient(Eager):
+    """Eager, wrong in one element of one gradient."""
+
+    def physics(self) -> Tensor:
+        loss = super().physics()
+        last = self.inputs[-2]
+        assert last.grad is not None
+        last.grad = spoiled(last.grad)
+        return loss
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=machine.dtype_name)
+@pytest.mark.parametrize("kind", [Spoiled, SpoiledGradient])
+def test_one_wrong_element_of_a_physics_step_is_found(kind: type[Eager], dtype: torch.dtype) -> None:
+    (workload,) = find(["burgers b128 physics adam"])
+    workload = replace(workload, dtype=dtype)
+    verify(Eager(workload))
+    verify(Fastmlp(workload))
+    with pytest.raises(AssertionError, match=r"1 of \d+ elements"):
+        verify(kind(workload))
+
+
+def test_a_wrong_loss_of_a_physics_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    (workload,) = find(["burgers b128 physics adam"])
+    contender = Eager(workload)
+    monkeypatch.setattr(base, "burgers", lambda model, data: 1.001 * burgers(model, data))
+    with pytest.raises(AssertionError, match="loss of eager"):
+        verify(contender)
 
 
 def test_not_a_number_is_found() -> None:

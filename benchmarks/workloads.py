@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
+from math import pi
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.machine import dtype_name
 
 Suite = Literal["products", "layers", "nets", "steps"]
-Task = Literal["product", "infer", "forward_backward", "step"]
+Task = Literal["product", "infer", "forward_backward", "step", "physics"]
 Optimizer = Literal["sgd", "adam"]
 
 #: How the operands of a product lie in memory: as in a forward pass, (M, K) and (N, K); as in the gradient
@@ -31,19 +32,21 @@ class Tier(IntEnum):
 
 @dataclass(frozen=True)
 class Net:
-    """Linear layers with ReLU between them.
+    """Linear layers with an activation between them.
 
     Attributes:
         name: by which results are known.
         widths: features of the input and of each layer.
-        relu_last: whether ReLU follows the last layer too.
+        relu_last: whether the activation, then ReLU, follows the last layer too.
         loss: what a training step minimises.
+        activation: its module; of all tasks but "physics" ReLU.
     """
 
     name: str
     widths: tuple[int, ...]
     relu_last: bool = False
     loss: type[nn.MSELoss] | type[nn.CrossEntropyLoss] = nn.MSELoss
+    activation: type[nn.ReLU] | type[nn.Tanh] = nn.ReLU
 
     def modules(self) -> nn.Sequential:
         """Build the network of PyTorch's own modules.
@@ -56,7 +59,8 @@ class Net:
               (2): Linear(in_features=50, out_features=1, bias=True)
             )
         """
-        children = [m for fan_in, fan_out in pairwise(self.widths) for m in (nn.Linear(fan_in, fan_out), nn.ReLU())]
+        layers = [(nn.Linear(fan_in, fan_out), self.activation()) for fan_in, fan_out in pairwise(self.widths)]
+        children = [module for pair in layers for module in pair]
         return nn.Sequential(*(children if self.relu_last else children[:-1]))
 
 
@@ -69,6 +73,17 @@ class Data:
     grad: Tensor
 
 
+def burgers(model: nn.Module, data: Data) -> Tensor:
+    """Return a physics-informed network's loss: Burgers' equation at all points, the target at every eighth."""
+    x, t = (column.detach().requires_grad_() for column in data.input.split(1, dim=1))
+    u = model(torch.cat((x, t), dim=1))
+    ones = torch.ones_like(u)
+    u_x, u_t = torch.autograd.grad(u, (x, t), ones, create_graph=True)
+    (u_xx,) = torch.autograd.grad(u_x, x, ones, create_graph=True)
+    residual = u_t + u * u_x - VISCOSITY * u_xx
+    return residual.square().mean() + (model(data.input[::8]) - data.target[::8]).square().mean()
+
+
 @dataclass(frozen=True)
 class Workload:
     """What one call computes.
@@ -79,7 +94,7 @@ class Workload:
         batch: rows of the input.
         task: what is done with the network.
         tier: the smallest selection to which it belongs.
-        optimizer: of a training step.
+        optimizer: of a training step, that of "physics" included.
         dtype: of data and parameters.
         layout: of a product.
     """
@@ -105,7 +120,7 @@ class Workload:
             return f"{self.layout} {self.batch}x{self.net.name} {dtype_name(self.dtype)}"
         size = f"{self.batch}x{self.net.name}" if self.suite == "layers" else f"{self.net.name} b{self.batch}"
         dtype = "" if self.dtype is torch.float32 else f" {dtype_name(self.dtype)}"
-        return f"{size} {self.task}" + (f" {self.optimizer}" if self.task == "step" else "") + dtype
+        return f"{size} {self.task}" + (f" {self.optimizer}" if self.suite == "steps" else "") + dtype
 
     @property
     def input_grad(self) -> bool:
@@ -123,6 +138,9 @@ class Workload:
         products = [2 * self.batch * fan_in * fan_out for fan_in, fan_out in pairwise(self.net.widths)]
         if self.task in ("product", "infer"):
             return sum(products)
+        if self.task == "physics":
+            # Output, u_x and u_t, and twice as many for u_xx; then of each both gradients, and the boundary.
+            return 12 * sum(products) + 3 * sum(products) // 8
         return 3 * sum(products) - (0 if self.input_grad else products[0])
 
     @property
@@ -171,6 +189,10 @@ class Workload:
         return torch.optim.Adam(parameters, lr=1e-3)
 
 
+#: Of Burgers' equation, as physics-informed networks are commonly tried on it.
+VISCOSITY = 0.01 / pi
+
+
 @contextmanager
 def seeded() -> Iterator[None]:
     """Modules built inside are initialised with the same numbers each time."""
@@ -185,6 +207,7 @@ MNIST = Net("mnist", (784, 256, 128, 10), loss=nn.CrossEntropyLoss)
 DLRM = Net("dlrm", (13, 512, 256, 64, 16))
 WIDE = Net("wide", (1024, 1024, 1024, 1024))
 NARROW = Net("narrow", (32, 64, 64, 64, 64, 3))
+BURGERS = Net("burgers", (2, 50, 50, 50, 50, 1), activation=nn.Tanh)
 
 QUICK, DEFAULT, FULL = Tier
 
@@ -263,6 +286,9 @@ _STEPS = {
     NARROW: {32: DEFAULT, 128: QUICK, 1024: FULL, 65536: DEFAULT},
 }
 
+# The batches of points
+_PHYSICS = {128: DEFAULT, 1024: DEFAULT, 8192: FULL}
+
 _TASKS: tuple[Task, ...] = ("infer", "forward_backward")
 _OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "adam")
 
@@ -310,6 +336,7 @@ def _steps() -> Iterator[Workload]:
     for optimizer in _OPTIMIZERS:
         for net, tiers in _STEPS.items():
             yield from (Workload("steps", net, batch, "step", tier, optimizer) for batch, tier in tiers.items())
+    yield from (Workload("steps", BURGERS, batch, "physics", tier, "adam") for batch, tier in _PHYSICS.items())
 
 
 def select(suite: Suite, tier: Tier) -> list[Workload]:

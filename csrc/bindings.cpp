@@ -11,6 +11,7 @@
 #include "cpu/dispatch.h"
 #include "operators.h"
 #include "route.h"
+#include "sequential.h"
 
 namespace fastmlp {
 namespace {
@@ -43,15 +44,19 @@ py::list instruction_sets() {
   return all;
 }
 
+c10::ArrayRef<PyObject*> items_of(const py::tuple& tuple) {
+  return {PySequence_Fast_ITEMS(tuple.ptr()), size_t(PyTuple_GET_SIZE(tuple.ptr()))};
+}
+
 std::optional<std::string> obstacle_of(py::handle input, const py::tuple& parameters) {
-  const char* why = obstacle(input.ptr(), parameters.ptr());
+  const char* why = obstacle(input.ptr(), items_of(parameters));
   return why ? std::optional<std::string>(why) : std::nullopt;
 }
 
 // The direct route, or None if something stands in its way.
 std::optional<at::Tensor> try_run(const c10::intrusive_ptr<Stack>& stack, py::handle input,
                                   const py::tuple& parameters) {
-  if (obstacle(input.ptr(), parameters.ptr())) return std::nullopt;
+  if (obstacle(input.ptr(), items_of(parameters))) return std::nullopt;
   Tensors unpacked;
   unpacked.reserve(parameters.size());
   for (const py::handle parameter : parameters) unpacked.push_back(THPVariable_Unpack(parameter.ptr()));
@@ -88,6 +93,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("try_run", &try_run);
   m.def("set_composed_backward", [](const py::function& function) { set_composed_backward(function.ptr()); });
   m.def("obstacle", &obstacle_of);
+  m.def("register_modules", &register_modules);
+  m.def("run_children", &run_children);
+  m.def("run_layer", &run_layer);
   m.def("activations", &activations);
   m.def("instruction_sets", &instruction_sets);
   m.def("dtypes", [] { return std::vector<std::string>{"float32", "float64", "bfloat16", "float16"}; });

@@ -3,17 +3,26 @@
 
 #include <ATen/ATen.h>
 
-#include <string>
+#include <ostream>
 
 namespace fastmlp {
 namespace {
 
-// "weight" in a network of one layer, "weights[2]" in a longer one.
-std::string name_of(const Stack& stack, const char* one, const char* many, size_t layer) {
-  return stack.layers() == 1 ? one : many + ("[" + std::to_string(layer) + "]");
-}
+// Written only when an error is.
+struct Name {
+  const char* one;   // in a network of one layer
+  const char* many;  // in a longer one, with the number of the layer
+  const Stack& stack;
+  size_t layer;
 
-void check_kind(const std::string& name, const at::Tensor& given, const at::Tensor& input, bool same_dtype) {
+  friend std::ostream& operator<<(std::ostream& out, const Name& name) {
+    if (name.stack.layers() == 1) return out << name.one;
+    return out << name.many << '[' << name.layer << ']';
+  }
+};
+
+template <class Name>
+void check_kind(const Name& name, const at::Tensor& given, const at::Tensor& input, bool same_dtype) {
   TORCH_CHECK(given.layout() == at::kStrided, "fastmlp: ", name, " has layout ", given.layout(), ", expected ",
               at::kStrided);
   TORCH_CHECK(given.device() == input.device(), "fastmlp: ", name, " is on ", given.device(),
@@ -22,7 +31,15 @@ void check_kind(const std::string& name, const at::Tensor& given, const at::Tens
               given.scalar_type(), ", expected the dtype of input, ", input.scalar_type());
 }
 
-void check_saved(const std::string& name, const at::Tensor& given, const at::Tensor& input, c10::SymIntArrayRef leading,
+struct SavedName {
+  size_t index;
+  friend std::ostream& operator<<(std::ostream& out, const SavedName& name) {
+    return out << "saved[" << name.index << ']';
+  }
+};
+
+template <class Name>
+void check_saved(const Name& name, const at::Tensor& given, const at::Tensor& input, c10::SymIntArrayRef leading,
                  const c10::SymInt& features) {
   check_kind(name, given, input, true);
   const auto sizes = given.sym_sizes();
@@ -45,7 +62,7 @@ void check_forward(const Stack& stack, const at::Tensor& input, at::TensorList p
               "fastmlp: input has dtype ", input.scalar_type(), ", expected a floating point dtype");
   c10::SymInt features = input.sym_sizes().back();
   for (size_t l = 0; l < stack.layers(); l++) {
-    const std::string weight_name = name_of(stack, "weight", "weights", l);
+    const Name weight_name{"weight", "weights", stack, l};
     const at::Tensor& weight = parameters[stack.weight(l)];
     TORCH_CHECK(weight.defined(), "fastmlp: ", weight_name, " is an undefined tensor");
     check_kind(weight_name, weight, input, same_dtype);
@@ -60,7 +77,7 @@ void check_forward(const Stack& stack, const at::Tensor& input, at::TensorList p
     }
     features = weight.sym_size(0);
     if (!stack.has_bias(l)) continue;
-    const std::string bias_name = name_of(stack, "bias", "biases", l);
+    const Name bias_name{"bias", "biases", stack, l};
     const at::Tensor& bias = parameters[stack.bias(l)];
     TORCH_CHECK(bias.defined(), "fastmlp: ", bias_name, " is an undefined tensor");
     check_kind(bias_name, bias, input, same_dtype);
@@ -78,7 +95,7 @@ void check_backward(const Stack& stack, const at::Tensor& grad, const at::Tensor
   const auto sizes = input.sym_sizes();
   const auto leading = sizes.slice(0, sizes.size() - 1);
   for (size_t l = 0; l < saved.size(); l++) {
-    check_saved("saved[" + std::to_string(l) + "]", saved[l], input, leading, parameters[stack.weight(l)].sym_size(0));
+    check_saved(SavedName{l}, saved[l], input, leading, parameters[stack.weight(l)].sym_size(0));
   }
   TORCH_CHECK(grad.defined(), "fastmlp: grad is an undefined tensor");
   check_saved("grad", grad, input, leading, parameters[stack.weight(stack.layers() - 1)].sym_size(0));

@@ -14,6 +14,14 @@ namespace fastmlp {
 namespace {
 
 PyObject* device_context = nullptr;
+PyObject* forward_ad = nullptr;  // the dictionary of torch.autograd.forward_ad
+PyObject* current_level = nullptr;
+
+// Levels are counted in Python only.
+bool forward_mode_is_open() {
+  PyObject* level = PyDict_GetItem(forward_ad, current_level);
+  return !level || PyLong_AsLong(level) >= 0;
+}
 
 // torch.set_default_device and `with torch.device(...)` are modes too, but change factories only.
 // Asked in backward too, without the GIL.
@@ -56,16 +64,17 @@ const char* tensor_obstacle(PyObject* object) {
 
 void prepare_routes() {
   device_context = py::object(py::module_::import("torch.utils._device").attr("DeviceContext")).release().ptr();
+  forward_ad = py::object(py::module_::import("torch.autograd.forward_ad").attr("__dict__")).release().ptr();
+  current_level = PyUnicode_InternFromString("_current_level");
 }
 
-const char* obstacle(PyObject* input, PyObject* parameters) {
+const char* obstacle(PyObject* input, c10::ArrayRef<PyObject*> parameters) {
+  if (forward_mode_is_open()) return "a level of forward-mode AD is open";
   if (const char* why = mode_obstacle()) return why;
   if (const char* why = tensor_obstacle(input)) return why;
   if (!cpu::has_kernels_for(THPVariable_Unpack(input).scalar_type())) return "there are no kernels for the dtype";
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(parameters);
-  PyObject** items = PySequence_Fast_ITEMS(parameters);
-  for (Py_ssize_t i = 0; i < count; i++) {
-    if (const char* why = tensor_obstacle(items[i])) return why;
+  for (PyObject* parameter : parameters) {
+    if (const char* why = tensor_obstacle(parameter)) return why;
   }
   return nullptr;
 }

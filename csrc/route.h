@@ -6,15 +6,15 @@
 #include <Python.h>
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
 
 namespace fastmlp {
 
 // Once, when the module is loaded.
 void prepare_routes();
 
-// Null if the input and every parameter are plain, else why they are not. `parameters` is a tuple or
-// list. Raises TypeError for what is not a tensor.
-const char* obstacle(PyObject* input, PyObject* parameters);
+// Null if the input and every parameter are plain, else why they are not.
+const char* obstacle(PyObject* input, c10::ArrayRef<PyObject*> parameters);
 
 // The same for one tensor inside backward, where modes and Python's types are out of sight.
 bool is_plain(const at::Tensor& tensor);

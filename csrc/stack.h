@@ -28,6 +28,19 @@ class Stack : public torch::CustomClassHolder {
   size_t bias(size_t layer) const { return weights_[layer] + 1; }
   const ActivationSpec& activation(size_t layer) const { return activations_[layer]; }
 
+  // Whether lists like those that a stack is made from would make this one.
+  template <class Bools, class Ints, class Doubles>
+  bool equals(const Bools& has_bias, const Ints& activations, const Doubles& scalars) const {
+    if (has_bias.size() != layers()) return false;
+    for (size_t l = 0; l < layers(); l++) {
+      const auto& [kind, parameters] = activations_[l];
+      if (has_bias_[l] != has_bias[l] || kind != activations[l] || parameters.a != scalars[2 * l] ||
+          parameters.b != scalars[2 * l + 1])
+        return false;
+    }
+    return true;
+  }
+
   bool keeps_output(size_t layer) const { return fastmlp::keeps_output(activations_[layer]); }
   // Tensors that forward keeps for backward: one a layer, but none for a last layer without
   // activation, so that changing the network's output in place stays legal.

@@ -3,6 +3,7 @@
 from fastmlp import functional, reference
 from fastmlp.activations import Activation
 from fastmlp.config import Route, explain, get_isa, set_isa, show_config
+from fastmlp.convert import convert, fusion_report, revert
 from fastmlp.modules import MLP, Linear, Sequential
 from fastmlp.reference import Sin
 
@@ -16,10 +17,13 @@ __all__ = [
     "Sequential",
     "Sin",
     "__version__",
+    "convert",
     "explain",
     "functional",
+    "fusion_report",
     "get_isa",
     "reference",
+    "revert",
     "set_isa",
     "show_config",
 ]

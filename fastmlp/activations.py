@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -37,6 +37,7 @@ class Activation:
 
     name: str
     scalars: tuple[float, float]
+    kind: int = field(compare=False)  # the number of the activation in the operators' schemas
     _hash: int = field(compare=False)
 
     def __init__(self, name: str, **parameters: float) -> None:
@@ -53,16 +54,16 @@ class Activation:
         padded = (*values.values(), 0.0, 0.0)
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "scalars", padded[:2])
+        object.__setattr__(self, "kind", _KINDS[name])
         object.__setattr__(self, "_hash", hash((self.kind, self.scalars)))
 
-    def __hash__(self) -> int:
-        # Asked at every call of a layer, so computed once; from numbers, whose hashes survive pickling.
-        return self._hash
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By name: kinds may be numbered otherwise where this is read.
+        return _rebuild, (self.name, self.parameters)
 
-    @property
-    def kind(self) -> int:
-        """The number of the activation in the operators' schemas."""
-        return _KINDS[self.name]
+    def __hash__(self) -> int:
+        # Asked at every call of a layer, so computed once.
+        return self._hash
 
     @property
     def parameters(self) -> dict[str, float]:
@@ -133,6 +134,10 @@ def module_of(activation: Activation) -> nn.Module:
         return nn.GELU(approximate="tanh")
     classes = {name: module for module, name in reference.MODULES.items()}
     return classes[activation.name](**activation.parameters)
+
+
+def _rebuild(name: str, parameters: Mapping[str, float]) -> Activation:
+    return Activation(name, **parameters)
 
 
 def _instance(module: type[nn.Module]) -> nn.Module:

@@ -12,27 +12,39 @@ composite: `fastmlp.reference`, for whatever stands between a tensor and its dat
 Under autocast of the CPU, input and parameters are cast first, as autocast would before each layer;
 every activation keeps the dtype that it is given there, so the layers run in one dtype.
 
-Backward asks the rule again for the gradient that comes in. Under `create_graph` the first
-backward stays fused, as a Function of its own; its derivative recomputes from input and parameters,
-because activations saved by forward carry no graph.
+Backward asks the rule again for the gradient that comes in. Under `create_graph` it is a graph of
+PyTorch's operations, which can be differentiated as often as one likes. What forward saved carries no
+graph; a Function for each layer gives it one, so that nothing is computed twice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmlp import ops, reference
 from fastmlp._load import _C
+from fastmlp.activations import IDENTITY, Activation
 from fastmlp.ops import Stack
 
 Gradients = Sequence[Tensor | None]
 
 # As torch.autocast("cpu", enabled=False), at a sixth of its price.
 _without_autocast = torch._C._DisableAutocast
+
+_aten = torch.ops.aten
+
+#: From the gradient of an activation's output, and the output, which is all that the kernels keep of
+#: these, the gradient of its argument. One that is missing here is slower to differentiate twice.
+_FROM_OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "identity": lambda grad, output: grad,
+    "relu": lambda grad, output: _aten.threshold_backward(grad, output, 0),
+    "sigmoid": _aten.sigmoid_backward,
+    "tanh": _aten.tanh_backward,
+}
 
 
 def run(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
@@ -52,21 +64,18 @@ def run(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _captured(stack, input, parameters)
-    if forward_ad._current_level < 0:
-        output = _C.try_run(stack.native, input, parameters)
-        if output is not None:
-            return output
-        if torch.is_autocast_enabled("cpu") and why_not_direct(input, parameters) is None:
-            input, *rest = autocast(input, *parameters)
-            with _without_autocast():
-                return run(stack, input, tuple(rest))
+    output = _C.try_run(stack.native, input, parameters)
+    if output is not None:
+        return output
+    if torch.is_autocast_enabled("cpu") and why_not_direct(input, parameters) is None:
+        input, *rest = autocast(input, *parameters)
+        with _without_autocast():
+            return run(stack, input, tuple(rest))
     return _composite(stack, input, parameters)
 
 
 def why_not_direct(input: Tensor, parameters: tuple[Tensor, ...]) -> str | None:
     """Why `run` would not take the direct route in eager mode, or None if it would."""
-    if forward_ad._current_level >= 0:
-        return "a level of forward-mode AD is open"
     with _without_autocast():
         return _C.obstacle(input, parameters)
 
@@ -83,6 +92,17 @@ def autocast(*tensors: Tensor) -> list[Tensor]:
         return list(tensors)
     dtype = torch.get_autocast_dtype("cpu")
     return [t if t.dtype in (dtype, torch.float64) or not t.is_floating_point() else t.to(dtype) for t in tensors]
+
+
+def composed_forward(
+    has_bias: Sequence[bool],
+    kinds: Sequence[int],
+    scalars: Sequence[float],
+    input: Tensor,
+    parameters: tuple[Tensor, ...],
+) -> Tensor:
+    """What csrc/sequential.cpp calls for a run of layers that cannot take the direct route."""
+    return run(ops.stack_from(has_bias, kinds, scalars), input, parameters)
 
 
 def _captured(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
@@ -136,11 +156,14 @@ def _composed_backward(
 ) -> Gradients:
     """What the direct route's node calls under `create_graph`, or for a gradient that is not plain."""
     stack = ops.stack_from(has_bias, kinds, scalars)
-    tensors = (input, *parameters, *saved)
+    known = all(a.name in _FROM_OUTPUT or not _keeps_output(a) for a in stack.activations)
     # A backward in an autocast region still belongs to the dtype that forward ran in.
     with _without_autocast():
-        if forward_ad._current_level < 0 and _C.obstacle(grad, tensors) is None:
-            return _DirectBackward.apply(stack, tuple(needs), grad, *tensors)
+        if _is_direct(grad, (input, *parameters, *saved)):
+            if not torch.is_grad_enabled():
+                return _C.backward(stack.native, grad, input, saved, parameters, needs)
+            if known:
+                return _layerwise(stack, needs, grad, input, parameters, saved)
         return _vjp(stack, needs, grad, input, tuple(parameters))
 
 
@@ -166,37 +189,103 @@ def _alias(tensor: Tensor, differentiate: bool) -> Tensor:
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
-class _DirectBackward(torch.autograd.Function):
-    """The fused backward as a function of its own, so that it can be differentiated again."""
+def _is_direct(grad: Tensor, tensors: tuple[Tensor, ...]) -> bool:
+    return _C.obstacle(grad, tensors) is None
+
+
+@lru_cache(maxsize=512)
+def _keeps_output(activation: Activation) -> bool:
+    """Whether the kernels keep a layer's output for backward: its pre-activation otherwise."""
+    one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+    _, hidden = _C.forward(ops.stack_of((False,), (activation,)).native, one, (one,))
+    return not hidden
+
+
+def _layerwise(
+    stack: Stack,
+    needs: Sequence[bool],
+    grad: Tensor,
+    input: Tensor,
+    parameters: Sequence[Tensor],
+    saved: Sequence[Tensor],
+) -> Gradients:
+    """The gradients asked for, by PyTorch's operations on what forward saved."""
+    weights, biases = stack.split(parameters)
+    inputs, kept = [_rows(input)], []
+    # A last layer without activation has saved nothing, and needs nothing.
+    for weight, bias, activation, tensor in zip(weights, biases, stack.activations, saved, strict=False):
+        kept.append(_Kept.apply(activation, inputs[-1], weight, bias, _rows(tensor.detach())))
+        inputs.append(kept[-1] if _keeps_output(activation) else _activate(activation, kept[-1]))
+    found: list[Tensor | None] = [None] * len(needs)
+    grad, end = _rows(grad), len(needs)
+    for layer in reversed(range(len(weights))):
+        if layer < len(kept):
+            grad = _through(stack.activations[layer], grad, kept[layer], inputs[layer + 1])
+        start = end - 1 - stack.has_bias[layer]
+        if needs[start]:
+            found[start] = grad.T @ inputs[layer]
+        if stack.has_bias[layer] and needs[start + 1]:
+            found[start + 1] = grad.sum(0)
+        if not any(needs[:start]):
+            return found
+        grad, end = grad @ weights[layer], start
+    found[0] = grad.reshape(input.shape)
+    return found
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)
+
+
+def _activate(activation: Activation, z: Tensor) -> Tensor:
+    return reference.activate(z, activation.name, activation.parameters)
+
+
+def _through(activation: Activation, grad: Tensor, kept: Tensor, output: Tensor) -> Tensor:
+    """The gradient of a pre-activation from that of the output."""
+    if _keeps_output(activation):
+        return _FROM_OUTPUT[activation.name](grad, output)
+    if not kept.requires_grad:
+        kept = kept.detach().requires_grad_()
+        output = _activate(activation, kept)
+    return torch.autograd.grad(output, kept, grad, create_graph=True)[0]
+
+
+class _Kept(torch.autograd.Function):
+    """What a layer keeps for backward, its output or its pre-activation, as a function of its arguments."""
 
     @staticmethod
-    def forward(ctx: Any, stack: Stack, needs: tuple[bool, ...], grad: Tensor, *tensors: Tensor) -> Any:
-        count = len(tensors) - stack.saved
-        input, parameters, saved = tensors[0], tensors[1:count], tensors[count:]
-        ctx.stack, ctx.needs = stack, needs
-        ctx.save_for_backward(grad, input, *parameters)
-        ctx.set_materialize_grads(False)
-        return tuple(_C.backward(stack.native, grad, input, saved, parameters, needs))
+    def forward(
+        ctx: Any, activation: Activation, input: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor
+    ) -> Tensor:
+        ctx.activation = activation if _keeps_output(activation) else IDENTITY
+        kept = kept.detach()  # an argument would be saved without this node's graph
+        ctx.save_for_backward(input, weight, bias, kept)
+        return kept
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        asked = ctx.needs_input_grad[2 : 2 + len(tensors)]
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad(), _without_autocast():
-            aliases = [_alias(t, need) for t, need in zip(tensors, asked, strict=True)]
-            grad, input, *parameters = aliases
-            first = _vjp(ctx.stack, ctx.needs, grad, input, tuple(parameters))
-            pairs = [(o, g) for o, g in zip(first, grads, strict=True) if o is not None and g is not None]
-            pairs = [(o, g) for o, g in pairs if o.requires_grad]
-            wanted = [t for t, need in zip(aliases, asked, strict=True) if need]
-            found: Sequence[Tensor | None] = [None] * len(wanted)
-            if pairs and wanted:
-                outputs, seeds = zip(*pairs, strict=True)
-                found = torch.autograd.grad(outputs, wanted, seeds, create_graph=create_graph, allow_unused=True)
-        second = iter(found)
-        gradients = [next(second) if need else None for need in asked]
-        return None, None, *gradients, *[None] * ctx.stack.saved
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, kept = ctx.saved_tensors
+        needs = [_is_wanted(node) for node, _ in ctx.next_functions]
+        with _without_autocast():
+            if torch.is_grad_enabled() or not _is_direct(grad, (input, weight, kept)):
+                grad = _FROM_OUTPUT[ctx.activation.name](grad, kept)
+                of_input = grad @ weight if needs[0] else None
+                of_weight = grad.T @ input if needs[1] else None
+                return None, of_input, of_weight, grad.sum(0) if bias is not None and needs[2] else None, None
+            stack = ops.stack_of((bias is not None,), (ctx.activation,))
+            parameters = (weight,) if bias is None else (weight, bias)
+            saved = [kept] if stack.saved else []
+            found = _C.backward(stack.native, grad, input, saved, parameters, needs[: 1 + len(parameters)])
+            return None, *found, *[None] * (4 - len(found))
+
+
+def _is_wanted(node: Any) -> bool:
+    """Whether this run of backward goes on to a node: `needs_input_grad` tells whether any run might."""
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # what torch.autograd.grad is to return
+        return True
 
 
 class _Captured(torch.autograd.Function):

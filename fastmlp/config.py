@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmlp import activations
 from fastmlp._load import _C, read_build
 from fastmlp.autograd import autocast, why_not_direct
-from fastmlp.modules import MLP, Linear, fused
-from fastmlp.ops import Stack, stack_of
+from fastmlp.modules import Alone, Linear, Run, Sequential, parts
 
 __all__ = ["Route", "explain", "get_isa", "set_isa", "show_config"]
 
@@ -55,7 +54,7 @@ class Route(NamedTuple):
     reason: str
 
 
-def explain(target: Linear | MLP | Tensor, input: Tensor | None = None) -> Route:
+def explain(target: nn.Module | Tensor, input: Tensor | None = None) -> Route:
     """Says which route a call would take now, and why.
 
     Plain tensors on the CPU go directly to the fused kernels, under autocast once they are cast. Under transforms of
@@ -64,12 +63,13 @@ def explain(target: Linear | MLP | Tensor, input: Tensor | None = None) -> Route
     run as registered operators, which this function, called outside, cannot see.
 
     Args:
-        target: the layer or network that is called, or the input itself.
+        target: the `Linear`, `Sequential` or `MLP` that is called, or the input itself.
         input: the input, if `target` is a module.
 
     Returns:
-        The route's name, "direct", "composite" or "children" (an `MLP` that runs its children one by
-        one), and the reason for it, which is empty for "direct".
+        The route's name and the reason for it. "direct": everything goes to the kernels, and the reason
+        is empty. "composite": PyTorch's operations. "children": some children of a `Sequential` are called by
+        themselves; the reason names each.
 
     Raises:
         TypeError: if there is no input tensor, or `target` is another module.
@@ -80,24 +80,38 @@ def explain(target: Linear | MLP | Tensor, input: Tensor | None = None) -> Route
         Route(name='direct', reason='')
         >>> explain(torch.zeros(3, 10, dtype=torch.complex64))
         Route(name='composite', reason='there are no kernels for the dtype')
+        >>> explain(Sequential(nn.Linear(10, 5), nn.LayerNorm(5)), torch.zeros(3, 10))
+        Route(name='children', reason='1: LayerNorm is not a module that is fused')
     """
     tensor = target if isinstance(target, Tensor) else input
     if not isinstance(tensor, Tensor):
         raise TypeError(f"input must be a torch.Tensor, got {type(tensor).__name__}")
-    whole: tuple[Stack, tuple[Tensor, ...]] | None = None
-    if isinstance(target, MLP):
-        whole = fused(target._modules)
-        if whole is None:
-            return Route("children", "a child has hooks, is parametrized or is of another kind")
-    elif isinstance(target, Linear):
+    if isinstance(target, Tensor):
+        return _route(tensor, None)
+    if isinstance(target, Linear):
         bias = () if target.bias is None else (target.bias,)
-        whole = stack_of((bool(bias),), (target.activation,)), (target.weight, *bias)
-    elif not isinstance(target, Tensor):
-        raise TypeError(f"target must be a fastmlp.Linear, a fastmlp.MLP or a tensor, got {type(target).__name__}")
-    reason = why_not_direct(tensor, whole[1] if whole else ())
-    if reason is None and whole:
-        tensor, *parameters = autocast(tensor, *whole[1])
-        _C.check_forward(whole[0].native, tensor, parameters, True)
+        return _route(tensor, Run([""], [target.weight, *bias], [bool(bias)], [target.activation]))
+    if not isinstance(target, Sequential):
+        expected = "a fastmlp.Linear, a fastmlp.Sequential or a tensor"
+        raise TypeError(f"target must be {expected}, got {type(target).__name__}")
+    alone: list[str] = []
+    for part in parts(target._modules):
+        if isinstance(part, Alone):
+            alone.append(f"{part.name}: {part.reason}")
+        elif not alone:
+            # Later runs have inputs that only their predecessors could tell.
+            route = _route(tensor, part)
+            if route.reason:
+                return route
+    return Route("children", "; ".join(alone)) if alone else Route("direct", "")
+
+
+def _route(input: Tensor, run: Run | None) -> Route:
+    parameters = tuple(run.parameters) if run else ()
+    reason = why_not_direct(input, parameters)
+    if reason is None and run:
+        input, *cast = autocast(input, *parameters)
+        _C.check_forward(run.stack().native, input, cast, True)
     return Route("direct", "") if reason is None else Route("composite", reason)
 
 

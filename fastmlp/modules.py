@@ -1,27 +1,23 @@
 """Layers that stand in for those of `torch.nn`."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence as Sizes
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.modules.module as nn_module
 from torch import Tensor, nn
 
 from fastmlp import functional, reference
-from fastmlp.activations import IDENTITY, Activation, ActivationLike, module_of, resolve
-from fastmlp.autograd import run
+from fastmlp._load import _C
+from fastmlp.activations import DEFAULTS, IDENTITY, Activation, ActivationLike, module_of, resolve
+from fastmlp.autograd import composed_forward, run
 from fastmlp.ops import Stack, stack_of
 
 __all__ = ["MLP", "Linear", "Sequential"]
-
-_GLOBAL_HOOKS = (
-    nn_module._global_forward_hooks,
-    nn_module._global_forward_pre_hooks,
-    nn_module._global_backward_hooks,
-    nn_module._global_backward_pre_hooks,
-)
 
 
 class Linear(nn.Linear):
@@ -73,6 +69,10 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Act(input weight^T + bias)."""
+        if not torch.compiler.is_compiling():
+            output = _C.run_layer(self, input)
+            if output is not None:
+                return output
         return functional.linear(input, self.weight, self.bias, self.activation)
 
     def extra_repr(self) -> str:
@@ -82,30 +82,41 @@ class Linear(nn.Linear):
 
 
 class Sequential(nn.Sequential):
-    """`torch.nn.Sequential` that runs its layers as one operation."""
+    """`torch.nn.Sequential` whose layers run as one operation.
 
-    def forward(self, input: Tensor) -> Tensor:
-        """The network's output for (*, in_features)."""
-        whole = fused(self._modules)
-        if whole is None:
-            return super().forward(input)
-        stack, parameters = whole
-        return run(stack, input, parameters)
+    Children, their names, `state_dict`, hooks, indexing and editing are those of `torch.nn.Sequential`. At each call
+    the longest runs of layers are looked for afresh: a run begins at a module whose class is exactly
+    `torch.nn.Linear` or `fastmlp.Linear`; each layer takes the activation module that follows it, if it has a
+    fused form; `torch.nn.Identity`, and `torch.nn.Dropout` outside of training, are passed over. A run executes as
+    one operation, with one node in the autograd graph, and its children are not called. Every other child is
+    called as it is, at its place: other modules, and those that have hooks, are parametrized, or have a forward
+    of their own. `fastmlp.explain` names them.
 
-    def __getitem__(self, index: slice | int) -> nn.Module:
-        """A child, or a `torch.nn.Sequential` of several."""
-        if isinstance(index, slice):
-            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
-        return super().__getitem__(index)
+    Args:
+        *args: modules, or one dictionary of modules, as `torch.nn.Sequential` takes them.
+
+    Shape:
+        as the modules have it; input (*, in_features) for a layer.
+
+    Example:
+        >>> model = Sequential(nn.Linear(10, 50), nn.ReLU(), nn.Linear(50, 1))
+        >>> model(torch.zeros(3, 10)).shape
+        torch.Size([3, 1])
+        >>> list(model.state_dict())
+        ['0.weight', '0.bias', '2.weight', '2.bias']
+    """
+
+    def forward(self, input: Any) -> Any:
+        """The last child's output for the first one's input."""
+        return run_children(self._modules, input)
 
 
 class MLP(Sequential):
     """A multilayer perceptron with the children that one would write by hand.
 
     `MLP(10, [50], 1)` holds `Linear(10, 50), ReLU(), Linear(50, 1)` under the keys of the
-    `torch.nn.Sequential` of the same modules, so their `state_dict`s are interchangeable. It runs as
-    one operation. While a child has hooks, is parametrized or has been replaced by another kind of
-    module, the children run one after the other, as in `torch.nn.Sequential`.
+    `torch.nn.Sequential` of the same modules, so their `state_dict`s are interchangeable. It is a
+    `fastmlp.Sequential`, which runs it as one operation.
 
     Args:
         in_features: size of the last dimension of the input.
@@ -137,7 +148,7 @@ class MLP(Sequential):
     def __init__(
         self,
         in_features: int,
-        hidden_features: Sequence[int],
+        hidden_features: Sizes[int],
         out_features: int,
         activation: ActivationLike = "relu",
         output_activation: ActivationLike = None,
@@ -157,40 +168,139 @@ class MLP(Sequential):
                 children.append(module_of(act))
         super().__init__(*children)
 
+    def __getitem__(self, index: slice | int) -> nn.Module:
+        """A child, or a `fastmlp.Sequential` of several."""
+        if isinstance(index, slice):
+            return Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
 
-def fused(children: Mapping[str, nn.Module | None]) -> tuple[Stack, tuple[Tensor, ...]] | None:
-    """The children as one stack, read afresh at each call; None if one of them must be seen to run."""
+
+def run_children(children: Mapping[str, nn.Module | None], input: Any) -> Any:
+    """What a `Sequential` of these children computes."""
+    if not torch.compiler.is_compiling():
+        return _C.run_children(children, input)
+    for part in parts(children):
+        input = part.child(input) if isinstance(part, Alone) else run(part.stack(), input, tuple(part.parameters))
+    return input
+
+
+@dataclass
+class Run:
+    """Children of a `Sequential` that execute as one operation.
+
+    Attributes:
+        names: of the children.
+        parameters: weight and, where there is one, bias of each layer.
+        has_bias: one for each layer.
+        activations: one for each layer.
+    """
+
+    names: list[str] = field(default_factory=list)
+    parameters: list[Tensor] = field(default_factory=list)
+    has_bias: list[bool] = field(default_factory=list)
+    activations: list[Activation] = field(default_factory=list)
+
+    def stack(self) -> Stack:
+        """The layers without their tensors."""
+        return stack_of(tuple(self.has_bias), tuple(self.activations))
+
+
+class Alone(NamedTuple):
+    """A child of a `Sequential` that is called as it is, and why."""
+
+    name: str
+    child: nn.Module
+    reason: str
+
+
+def parts(children: Mapping[str, nn.Module | None]) -> list[Run | Alone]:
+    """What a `Sequential` of these children executes, one after the other.
+
+    The rule of csrc/sequential.cpp once more, for Dynamo, which cannot see into that, and for explanations.
+    """
+    found: list[Run | Alone] = []
+    run: Run | None = None
+    for name, child in children.items():
+        if child is None:
+            raise TypeError(f"child {name!r} is None, expected a module")
+        reason = _why_called(child) or _why_not_in(run, child)
+        if reason is not None:
+            found.append(Alone(name, child, reason))
+            run = None
+            continue
+        if run is None:
+            run = Run()
+            found.append(run)
+        _take(run, name, child)
+    return found
+
+
+def _why_called(child: nn.Module) -> str | None:
+    kind = type(child)
+    if kind not in _FORWARDS:
+        return f"{kind.__name__} is not a module that is fused"
+    if kind.forward is not _FORWARDS[kind]:
+        return f"the forward of {kind.__name__} was replaced"
     if any(_GLOBAL_HOOKS):
-        return None
-    has_bias: list[bool] = []
-    activations: list[Activation] = []
-    parameters: list[Tensor] = []
-    for child in children.values():
-        if child is None or _must_be_called(child):
-            return None
-        kind = type(child)
-        if kind is Linear or kind is nn.Linear:
-            weight, bias = child._parameters.get("weight"), child._parameters.get("bias")
-            # Attributes in place of parameters, as in replicas: the child knows where they are.
-            if weight is None or (bias is None and "bias" not in child._parameters):
-                return None
-            parameters.append(weight)
-            has_bias.append(bias is not None)
-            if bias is not None:
-                parameters.append(bias)
-            activations.append(child.activation if isinstance(child, Linear) else IDENTITY)
-        elif kind in reference.MODULES and activations and activations[-1] == IDENTITY:
-            activations[-1] = resolve(child)
-        else:
-            return None
-    return (stack_of(tuple(has_bias), tuple(activations)), tuple(parameters)) if has_bias else None
+        return "there are hooks on all modules"
+    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+        return "it has hooks"
+    if "forward" in child.__dict__:
+        return "its forward was replaced"
+    if child.__dict__.get("_compiled_call_impl") is not None:
+        return "it was compiled by itself"
+    if kind is nn.Dropout and child.training:
+        return "Dropout is in training mode"
+    return None
 
 
-def _must_be_called(child: nn.Module) -> bool:
-    return bool(
-        child._forward_hooks
-        or child._forward_pre_hooks
-        or child._backward_hooks
-        or child._backward_pre_hooks
-        or "forward" in child.__dict__
-    )
+def _why_not_in(run: Run | None, child: nn.Module) -> str | None:
+    if type(child) is nn.Linear or type(child) is Linear:
+        weight = child._parameters.get("weight")
+        # Attributes in place of parameters, as in replicas: the child knows where they are.
+        if weight is None or "bias" not in child._parameters:
+            return "its parameters are not where torch.nn.Linear keeps them"
+        first = weight if run is None else run.parameters[0]
+        if weight.dtype != first.dtype or weight.device != first.device:
+            return f"its weight is {weight.dtype} on {weight.device}, unlike that of the layers before"
+    elif run is None:
+        return "no layer that is fused precedes it"
+    elif type(child) is not nn.Dropout and type(child) is not nn.Identity and run.activations[-1] != IDENTITY:
+        return "the layer before it has an activation already"
+    return None
+
+
+def _take(run: Run, name: str, child: nn.Module) -> None:
+    run.names.append(name)
+    if type(child) is nn.Linear or type(child) is Linear:
+        weight, bias = child._parameters["weight"], child._parameters["bias"]
+        assert weight is not None
+        run.parameters.append(weight)
+        if bias is not None:
+            run.parameters.append(bias)
+        run.has_bias.append(bias is not None)
+        run.activations.append(child.activation if isinstance(child, Linear) else IDENTITY)
+    elif type(child) is not nn.Dropout and type(child) is not nn.Identity:
+        run.activations[-1] = resolve(child)
+
+
+_GLOBAL_HOOKS = (
+    nn_module._global_forward_hooks,
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
+)
+
+#: The modules that may be part of a run, and how each computes.
+_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, Linear, nn.Dropout, *reference.MODULES)
+_FORWARDS = {kind: kind.forward for kind in _KINDS}
+
+_C.register_modules(
+    nn.Linear,
+    Linear,
+    nn.Dropout,
+    {kind: (name, tuple(DEFAULTS[name])) for kind, name in reference.MODULES.items()},
+    {name: kind for kind, name in enumerate(DEFAULTS)},
+    _GLOBAL_HOOKS,
+    composed_forward,
+)

@@ -137,6 +137,23 @@ def test_fourth_derivative() -> None:
     assert_same(*results)
 
 
+def test_loss_of_second_derivatives(activation: Activation) -> None:
+    """As in physics-informed training: `backward` differentiates for the third time."""
+    for frozen in (None, 1, 3):
+        case = Case([2, 4, 3, 1], [activation, activation, IDENTITY], [True, True, False], rows=5)
+        if frozen is not None:
+            case.tensors[frozen].requires_grad_(False)
+        parameters = [t for t in case.parameters if t.requires_grad]
+        results = []
+        for f in (case.ours, case.torchs):
+            u = f(*case.tensors)
+            (first,) = grad(u.sum(), case.input, create_graph=True)
+            (second,) = grad(first[:, 0].sum(), case.input, create_graph=True, materialize_grads=True)
+            residual = u * first[:, :1] + first[:, 1:] - second[:, :1]
+            results.append([first, second, *grad(residual.square().mean(), parameters)])
+        assert_same(*results)
+
+
 def test_backward_twice() -> None:
     case = Case([4, 3, 2], [resolve("tanh"), resolve("gelu")], [True, True])
     y = case.ours(*case.tensors).sum()
@@ -250,7 +267,7 @@ def test_inference_tensor_as_input() -> None:
 
 
 def test_plain_calls_take_the_direct_route(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not one of PyTorch's products runs, forward, backward or first backward under create_graph."""
+    """Nothing that a kernel has computed is computed again, not even under create_graph."""
 
     def fail(*_: object) -> None:
         raise AssertionError("the composite route ran")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks.workloads import Task, Workload, seeded
+from benchmarks.workloads import Task, Workload, burgers, seeded
 
 
 class Contender(ABC):
@@ -22,7 +22,7 @@ class Contender(ABC):
     Attributes:
         name: by which results are known.
         packages: without which it is left out.
-        tasks: what it can do.
+        tasks: what it can do; by default all but "physics", for which gradients have to have gradients.
         dtypes: what it can do it with.
     """
 
@@ -52,6 +52,7 @@ class Contender(ABC):
             "infer": self.infer,
             "forward_backward": self.forward_backward,
             "step": self.step,
+            "physics": self.physics,
         }
         return calls[self.workload.task]
 
@@ -71,6 +72,10 @@ class Contender(ABC):
         """Do one step of training and return its loss."""
         raise NotImplementedError
 
+    def physics(self) -> Any:
+        """Do one step of training on `burgers` and return its loss; the parameters keep their gradients."""
+        raise NotImplementedError
+
     def parameters(self) -> Sequence[Tensor]:
         """Return weight and bias of each layer as they are now."""
         raise NotImplementedError
@@ -83,6 +88,7 @@ class Contender(ABC):
 class ModuleContender(Contender):
     """A module that is called and trained as any PyTorch user would."""
 
+    tasks: ClassVar[tuple[Task, ...]] = (*Contender.tasks, "physics")
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
     def __init__(self, workload: Workload) -> None:
@@ -92,7 +98,7 @@ class ModuleContender(Contender):
             return
         with seeded():
             self.model = self.build(workload).to(workload.dtype)
-        data = workload.data()
+        self.data = data = workload.data()
         self.input, self.target, self.grad = data.input, data.target, data.grad
         self.inputs = [*self.model.parameters(), *([self.input] if workload.input_grad else [])]
         self.loss = workload.net.loss()
@@ -113,6 +119,13 @@ class ModuleContender(Contender):
     def step(self) -> Tensor:
         self.optimizer.zero_grad()
         loss: Tensor = self.loss(self.model(self.input), self.target)
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+    def physics(self) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = burgers(self.model, self.data)
         loss.backward()
         self.optimizer.step()
         return loss

@@ -14,7 +14,7 @@ from benchmarks.workloads import Workload
 
 
 class Eager(ModuleContender):
-    """`nn.Linear` and `nn.ReLU` in `nn.Sequential`."""
+    """`nn.Linear` and activations in `nn.Sequential`."""
 
     name = "eager"
 
@@ -35,7 +35,7 @@ class Fastmlp(ModuleContender):
         fan_in, *hidden, fan_out = workload.net.widths
         if workload.suite == "layers":
             return fastmlp.Linear(fan_in, fan_out, activation="relu")
-        return fastmlp.MLP(fan_in, hidden, fan_out)
+        return fastmlp.MLP(fan_in, hidden, fan_out, workload.net.activation)
 
     def product(self) -> Tensor:
         with torch.no_grad():

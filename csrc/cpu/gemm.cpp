@@ -9,18 +9,13 @@
 #include "gemm.h"
 
 #include <algorithm>
-#include <type_traits>
-
-#include <omp.h>
 
 #include "../activation_info.h"
+#include "parallel.h"
 #include "workspace.h"
 
 namespace fastmlp::cpu {
 namespace {
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
 
 // Rows of a gradient that are formed at once when the batch runs along k: a staging block of this
 // many rows of mc values stays in the L1 cache.
@@ -34,11 +29,8 @@ constexpr int64_t units_per_dot = 16;
 // The smaller operand may be strided along k: so many elements are gathered first.
 constexpr int64_t most_gathered = int64_t(1) << 18;
 
-// Whether sums that are not complete yet can stand in the result itself.
-template <class S> constexpr bool sums_in_output = std::is_same_v<S, Compute<S>>;
-
 // Up to so many rows of C, or terms of its sums if these can be written as they are, B is streamed.
-template <class S> constexpr int64_t streamed_rows = sums_in_output<S> ? 64 : 24;  // 16 bits are converted again
+template <class S> constexpr int64_t streamed_rows = in_itself<S> ? 64 : 24;  // 16 bits are converted again
 constexpr int64_t streamed_depth = 8;
 
 // What a block of B may take of an L2 cache, beside a block of A.
@@ -46,17 +38,6 @@ constexpr int64_t l2_share = 300 << 10;
 
 // Sums of 16-bit products over several blocks of K: rows whose sums are kept at once.
 constexpr int64_t summed_rows = 1024;
-
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
-// The part-th of `parts` nearly equal ranges of [0, n), cut at multiples of `unit`.
-Range part_of(int64_t n, int64_t unit, int64_t part, int64_t parts) {
-  const int64_t units = ceil_divide(n, unit);
-  return {std::min(n, units * part / parts * unit), std::min(n, units * (part + 1) / parts * unit)};
-}
 
 // No more parts than units: an empty part would share its beginning with another one.
 int64_t most_parts(int64_t n, int64_t unit) { return std::max<int64_t>(1, ceil_divide(n, unit)); }
@@ -68,23 +49,32 @@ int64_t k_block(int64_t k, int64_t kc, int64_t unit) {
 
 enum class Path { packed, streamed, dots };
 
-template <class S> bool few_rows(const Kernels<S>& kernels, const Product<S>& p) {
-  return p.m <= std::min(dot_rows + kernels.units(p.k) / units_per_dot, most_dot_rows);
+template <class S> bool few_rows(const Kernels<S>& kernels, int64_t m, int64_t k) {
+  return m <= std::min(dot_rows + kernels.units(k) / units_per_dot, most_dot_rows);
 }
 
-template <class S> bool few_columns(const Kernels<S>& kernels, const Product<S>& p) {
-  return p.n <= std::min(dot_columns + kernels.units(p.k) / units_per_dot, most_dot_columns);
+template <class S> bool few_columns(const Kernels<S>& kernels, int64_t n, int64_t k) {
+  return n <= std::min(dot_columns + kernels.units(k) / units_per_dot, most_dot_columns);
 }
+
+}  // namespace
+
+template <class S>
+bool goes_by_dots(const Kernels<S>& kernels, int64_t m, int64_t n, int64_t k, bool a_gapless, bool b_gapless) {
+  const bool a_fits = a_gapless || m * k <= most_gathered;
+  const bool b_fits = b_gapless || n * k <= most_gathered;
+  // A short sum fills part of a vector; but for so few rows nothing is worth packing.
+  if (k < kernels.lanes && (m > 2 || k == 0)) return false;
+  return (few_rows(kernels, m, k) && b_gapless && a_fits) || (few_columns(kernels, n, k) && a_gapless && b_fits);
+}
+
+namespace {
 
 template <class S> Path path_of(const Kernels<S>& kernels, const Product<S>& p) {
-  const bool plain = p.a.form == Form::plain && p.b.form == Form::plain;
-  const bool a_fits = p.a.k_stride == 1 || p.m * p.k <= most_gathered;
-  const bool b_fits = p.b.k_stride == 1 || p.n * p.k <= most_gathered;
-  const bool dots =
-      (few_rows(kernels, p) && p.b.k_stride == 1 && a_fits) || (few_columns(kernels, p) && p.a.k_stride == 1 && b_fits);
-  if (plain && dots && p.k >= kernels.lanes && !p.row_sums && !p.split_k) return Path::dots;
+  const bool plain = p.a.form == Form::plain && p.b.form == Form::plain && !p.row_sums && !p.split_k;
+  if (plain && goes_by_dots(kernels, p.m, p.n, p.k, p.a.k_stride == 1, p.b.k_stride == 1)) return Path::dots;
   // A short B is transposed first if need be.
-  const bool short_sums = sums_in_output<S> && p.k <= streamed_depth && p.m > streamed_rows<S>;
+  const bool short_sums = in_itself<S> && p.k <= streamed_depth && p.m > streamed_rows<S>;
   const bool long_runs = p.b.stride == 1 && p.m <= streamed_rows<S> && p.n >= 2 * kernels.nr;
   if (p.b.form == Form::plain && (short_sums || long_runs)) return Path::streamed;
   return Path::packed;
@@ -109,8 +99,8 @@ template <class S> struct Scratch {
     const int64_t strided = (p.a.k_stride == 1 ? 0 : m) + (p.b.k_stride == 1 ? 0 : n);
     gathered = path == Path::dots ? carver.take<S>(strided * k) : nullptr;
     tile = carver.take<C>(std::max(kernels.mr * kernels.nr, kernels.stream_rows * kernels.stream_columns));
-    bias = p.bias.data ? carver.take<C>(std::max(nc, kernels.mr * most_dot_columns)) : nullptr;
-    const bool keeps_sums = packs_a && !sums_in_output<S> && k > kc;
+    bias = p.bias.data ? carver.take<C>(path == Path::dots ? dot_bias_size(kernels) : nc) : nullptr;
+    const bool keeps_sums = packs_a && !in_itself<S> && k > kc;
     sums = keeps_sums ? carver.take<C>(std::min(round_up(m, kernels.mr), summed_rows) * nc) : nullptr;
     panel_sums = p.row_sums ? carver.take<C>(kernels.mr + kernels.lanes) : nullptr;
     row_sums = p.row_sums ? carver.take<C>(m) : nullptr;
@@ -206,6 +196,52 @@ template <class S> void load_bias(const Kernels<S>& kernels, const Vector& bias,
   }
 }
 
+}  // namespace
+
+template <class S> int64_t dot_bias_size(const Kernels<S>& kernels) {
+  return kernels.mr * std::max(most_dot_columns, kernels.nr);
+}
+
+template <class S>
+void multiply_by_dots(const Kernels<S>& kernels, const Product<S>& p, Range m, Range n, const Operand<S>& a,
+                      const Operand<S>& b, Compute<S>* tile, Compute<S>* bias) {
+  // Each lane is a chain of its own.
+  const int64_t kc = k_block(p.k, kernels.chain * kernels.lanes, kernels.k_unit);
+  // Rows of C that follow each other without a gap are one run for the epilogue, whose vectors they fill.
+  const bool one_run = p.n <= std::min(most_dot_columns, kernels.nr) && p.leading_dimension == p.n;
+  Epilogue<S> e;
+  e.tile = tile;
+  e.sums = nullptr;
+  e.sums_step = 0;
+  e.leading_dimension = p.leading_dimension;
+  e.scalars = p.activation.scalars;
+  e.bias = p.bias.data ? bias : nullptr;
+  const auto epilogue = kernels.activations[p.activation.kind].epilogue;
+  for (int64_t j = n.begin; j < n.end; j += kernels.nr) {
+    const int64_t columns = std::min(kernels.nr, n.end - j);
+    e.tile_step = one_run ? columns : kernels.nr;
+    if (e.bias) load_bias(kernels, p.bias, {j, j + columns}, bias);
+    if (one_run && e.bias) {
+      for (int64_t i = columns; i < std::min(kernels.mr, m.size()) * columns; i++) bias[i] = bias[i - columns];
+    }
+    for (int64_t i = m.begin; i < m.end; i += kernels.mr) {
+      const int64_t rows = std::min(kernels.mr, m.end - i);
+      e.rows = one_run ? 1 : rows;
+      e.columns = one_run ? rows * columns : columns;
+      const int64_t at = i * p.leading_dimension + j;
+      e.output = p.output + at;
+      e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
+      for (int64_t pc = 0; pc < p.k; pc += kc) {
+        kernels.dot_tile(rows, columns, std::min(kc, p.k - pc), a.data + (i - m.begin) * a.stride + pc, a.stride,
+                         b.data + (j - n.begin) * b.stride + pc, b.stride, tile, e.tile_step, pc > 0);
+      }
+      epilogue(e);
+    }
+  }
+}
+
+namespace {
+
 // What one task computes: rows m and columns n of C, over range k of the sum.
 template <class S> struct Assignment {
   Range m, n, k;
@@ -241,7 +277,7 @@ template <class S> class Task : Assignment<S> {
     if (share) {
       sums = share;
       sums_step = p.n;
-    } else if constexpr (sums_in_output<S>) {
+    } else if constexpr (in_itself<S>) {  // in the result, until they are complete
       sums = p.output;
       sums_step = p.leading_dimension;
     } else {
@@ -310,7 +346,7 @@ template <class S> class Task : Assignment<S> {
   void packed() {
     const int64_t kc = k_block(k.size(), kernels.kc, kernels.k_unit);
     // Where sums have a place of their own it is small, and B is packed again for the next rows.
-    const bool own_sums = !sums_in_output<S> && !share && k.size() > kc;
+    const bool own_sums = !in_itself<S> && !share && k.size() > kc;
     const int64_t most_rows = own_sums ? summed_rows / kernels.mr * kernels.mr : m.size();
     int64_t jc = n.begin;
     do {  // once even without columns, for the row sums; likewise once without k, to write zeros
@@ -468,42 +504,7 @@ template <class S> class Task : Assignment<S> {
     return rows;
   }
 
-  void dots() {
-    const Operand<S> a = gathered(p.a, m), b = gathered(p.b, n);
-    // Each lane is a chain of its own.
-    const int64_t kc = k_block(p.k, kernels.chain * kernels.lanes, kernels.k_unit);
-    // Rows of C that follow each other without a gap are one run for the epilogue, whose vectors they fill.
-    const bool one_run = p.n <= std::min(most_dot_columns, kernels.nr) && p.leading_dimension == p.n;
-    Epilogue<S> e;
-    e.tile = scratch.tile;
-    e.sums = nullptr;
-    e.sums_step = 0;
-    e.leading_dimension = p.leading_dimension;
-    e.scalars = p.activation.scalars;
-    e.bias = p.bias.data ? scratch.bias : nullptr;
-    const auto epilogue = kernels.activations[p.activation.kind].epilogue;
-    for (int64_t j = n.begin; j < n.end; j += kernels.nr) {
-      const int64_t columns = std::min(kernels.nr, n.end - j);
-      e.tile_step = one_run ? columns : kernels.nr;
-      take_bias({j, j + columns});
-      if (one_run && e.bias) {
-        for (int64_t i = columns; i < kernels.mr * columns; i++) scratch.bias[i] = scratch.bias[i - columns];
-      }
-      for (int64_t i = m.begin; i < m.end; i += kernels.mr) {
-        const int64_t rows = std::min(kernels.mr, m.end - i);
-        e.rows = one_run ? 1 : rows;
-        e.columns = one_run ? rows * columns : columns;
-        const int64_t at = i * p.leading_dimension + j;
-        e.output = p.output + at;
-        e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
-        for (int64_t pc = 0; pc < p.k; pc += kc) {
-          kernels.dot_tile(rows, columns, std::min(kc, p.k - pc), a.data + (i - m.begin) * a.stride + pc, a.stride,
-                           b.data + (j - n.begin) * b.stride + pc, b.stride, scratch.tile, e.tile_step, pc > 0);
-        }
-        epilogue(e);
-      }
-    }
-  }
+  void dots() { multiply_by_dots(kernels, p, m, n, gathered(p.a, m), gathered(p.b, n), scratch.tile, scratch.bias); }
 
   const Kernels<S>& kernels;
   const Product<S>& p;
@@ -513,12 +514,10 @@ template <class S> class Task : Assignment<S> {
   int64_t bias_from = 0;  // the column that scratch.bias begins with
 };
 
-// How many chunks K is cut into: by the shape alone, so that results do not depend on threads. Few
-// tiles and a long K leave threads idle; a chunk must outweigh adding its share of the result.
-int64_t chunks_of(int64_t m, int64_t n, int64_t k) {
-  constexpr int64_t most = 16, shortest = 1024, largest_result = 1 << 17;
-  if (m * n > largest_result) return 1;
-  return std::clamp<int64_t>(k / shortest, 1, most);
+// How many chunks K is cut into: few tiles and a long K leave threads idle.
+template <class S> int64_t chunks_of(const Product<S>& p) {
+  constexpr int64_t largest_result = 1 << 17;
+  return p.split_k && p.m * p.n <= largest_result ? chunks_of_rows(p.k) : 1;
 }
 
 struct Grid {
@@ -530,7 +529,8 @@ struct Grid {
 template <class S> Grid grid_of(const Kernels<S>& kernels, const Product<S>& p, Path path, int64_t threads) {
   const int64_t most_rows = most_parts(p.m, kernels.mr), most_columns = most_parts(p.n, kernels.nr);
   if (path == Path::dots) {
-    return few_columns(kernels, p) ? Grid{std::min(threads, most_rows), 1} : Grid{1, std::min(threads, most_columns)};
+    return few_columns(kernels, p.n, p.k) ? Grid{std::min(threads, most_rows), 1}
+                                          : Grid{1, std::min(threads, most_columns)};
   }
   constexpr double packing = 8;
   Grid best{1, 1};
@@ -548,43 +548,12 @@ template <class S> Grid grid_of(const Kernels<S>& kernels, const Product<S>& p, 
   return best;
 }
 
-// Calls run(i, slot) for i in [0, tasks), slot < threads; the calling thread alone if threads is 1.
-template <class Run> void run_tasks(int64_t tasks, int threads, const Run& run) {
-  if (threads <= 1) {
-    for (int64_t i = 0; i < tasks; i++) run(i, 0);
-    return;
-  }
-#pragma omp parallel num_threads(threads)
-  {
-    const int slot = omp_get_thread_num();
-    for (int64_t i = slot; i < tasks; i += omp_get_num_threads()) run(i, slot);
-  }
-}
-
-// out = the sum of `chunks` vectors that lie n apart, in order; the first one is overwritten.
-template <class S>
-void reduce_chunks(const Kernels<S>& kernels, Compute<S>* shares, int64_t chunks, int64_t n, S* out) {
-  for (int64_t c = 1; c < chunks; c++) {
-    const Compute<S>* share = shares + c * n;
-    for (int64_t i = 0; i < n; i++) shares[i] += share[i];
-  }
-  kernels.narrow(n, shares, out);
-}
-
 }  // namespace
-
-int useful_threads(double multiply_adds, int threads) {
-  // About 80 us of one core: waking a thread costs microseconds on an idle machine, but a time slice
-  // where another process holds the core.
-  constexpr double worth_a_thread = 1 << 22;
-  if (threads <= 1 || omp_in_parallel()) return 1;
-  return int(std::clamp(multiply_adds / worth_a_thread, 1.0, double(threads)));
-}
 
 template <class S> void multiply(const KernelTable& table, const Product<S>& p, int threads) {
   using C = Compute<S>;
   const Kernels<S>& kernels = kernels_of<S>(table);
-  const int64_t chunks = p.split_k ? chunks_of(p.m, p.n, p.k) : 1;
+  const int64_t chunks = chunks_of(p);
   // Reading and writing an element costs time even where K is short.
   threads = useful_threads(double(p.m) * double(p.n) * double(p.k + 16), threads);
   const Path path = path_of(kernels, p);
@@ -622,11 +591,23 @@ template <class S> void multiply(const KernelTable& table, const Product<S>& p, 
     Task<S>(kernels, p, scratch, assignment).run(path);
   });
   if (chunks > 1) {
-    reduce_chunks(kernels, shares, chunks, result, p.output);
-    if (p.row_sums) reduce_chunks(kernels, sum_shares, chunks, p.m, p.row_sums);
+    add_chunks(shares, chunks, result);
+    kernels.narrow(result, shares, p.output);
+    if (p.row_sums) {
+      add_chunks(sum_shares, chunks, p.m);
+      kernels.narrow(p.m, sum_shares, p.row_sums);
+    }
   }
 }
 
+template int64_t dot_bias_size(const Kernels<float>&);
+template int64_t dot_bias_size(const Kernels<double>&);
+template void multiply_by_dots(const Kernels<float>&, const Product<float>&, Range, Range, const Operand<float>&,
+                               const Operand<float>&, float*, float*);
+template void multiply_by_dots(const Kernels<double>&, const Product<double>&, Range, Range, const Operand<double>&,
+                               const Operand<double>&, double*, double*);
+template bool goes_by_dots(const Kernels<float>&, int64_t, int64_t, int64_t, bool, bool);
+template bool goes_by_dots(const Kernels<double>&, int64_t, int64_t, int64_t, bool, bool);
 template void multiply<float>(const KernelTable&, const Product<float>&, int);
 template void multiply<double>(const KernelTable&, const Product<double>&, int);
 template void multiply<BFloat16>(const KernelTable&, const Product<BFloat16>&, int);

@@ -7,6 +7,7 @@
 
 #include "../problem.h"
 #include "kernel_table.h"
+#include "parallel.h"
 
 namespace fastmlp::cpu {
 
@@ -39,10 +40,38 @@ template <class S> struct Product {
   bool split_k = false;
 };
 
+// output = act(input weight^T + bias) for `rows` rows.
+template <class S>
+void set_forward(Product<S>& p, const Layer& layer, int64_t rows, const Matrix& input, S* output, S* pre_activation) {
+  p.m = rows;
+  p.n = layer.out_features;
+  p.k = layer.in_features;
+  p.a.data = static_cast<const S*>(input.data);
+  p.a.stride = input.row_stride;
+  p.a.k_stride = input.column_stride;
+  p.b.data = static_cast<const S*>(layer.weight.data);
+  p.b.stride = layer.weight.row_stride;
+  p.b.k_stride = layer.weight.column_stride;
+  p.output = output;
+  p.pre_activation = pre_activation;
+  p.leading_dimension = layer.out_features;
+  p.bias = layer.bias;
+  p.activation = layer.activation;
+}
+
+// Whether multiply would compute a plain product as inner products of what lies in memory, and pack nothing; by its
+// shape, and by whether A and B are gapless along k.
+template <class S>
+bool goes_by_dots(const Kernels<S>& kernels, int64_t m, int64_t n, int64_t k, bool a_gapless, bool b_gapless);
+
+// That for rows m and columns n of the result alone, by the calling thread. `a` and `b` begin at the first of these
+// and are gapless along k. `tile` holds a register tile, `bias` so many values.
+template <class S> int64_t dot_bias_size(const Kernels<S>& kernels);
+template <class S>
+void multiply_by_dots(const Kernels<S>& kernels, const Product<S>& product, Range m, Range n, const Operand<S>& a,
+                      const Operand<S>& b, Compute<S>* tile, Compute<S>* bias);
+
 // The result has the same bits for any number of threads.
 template <class S> void multiply(const KernelTable& table, const Product<S>& product, int threads);
-
-// How many of `threads` are worth waking for that many multiply-adds.
-int useful_threads(double multiply_adds, int threads);
 
 }  // namespace fastmlp::cpu

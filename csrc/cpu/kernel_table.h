@@ -25,6 +25,10 @@ template <> struct ComputeOf<Float16> {
   using Type = float;
 };
 template <class S> using Compute = typename ComputeOf<S>::Type;
+template <class T, class U> constexpr bool same_type = false;
+template <class T> constexpr bool same_type<T, T> = true;
+// Whether tensors hold what is computed with.
+template <class S> constexpr bool in_itself = same_type<S, Compute<S>>;
 
 // What follows the products of one tile: the sums over earlier blocks of K, bias, activation, and the
 // only rounding to S.
@@ -56,8 +60,10 @@ template <class S> struct Tile {
   int64_t k;  // units in the panel, or elements of an unpacked B
   const Compute<S>* a;
   const Compute<S>* b;
-  const S* unpacked_b;  // of stream kernels, in place of b: rows gapless along n
-  int64_t b_step;       // from one row of unpacked_b to the next
+  const S* unpacked_b;       // of stream kernels, in place of b: rows gapless along n
+  int64_t b_step;            // from one row of unpacked_b, or of row kernels' b, to the next
+  int64_t a_step, a_k_step;  // of row kernels, whose a is not packed: from one row to the next, and along k
+  bool b_padded;             // of row kernels: b may be read to the end of a vector
   // Null, or memory that is used soon: the micro-kernel asks for one cache line of each with each unit of k.
   const void* input_ahead;
   const void* output_ahead;
@@ -89,6 +95,11 @@ template <class S> struct Kernels {
   // One for each number of rows and of vectors per row that hold anything.
   const Microkernel<S>* microkernels;
   const Microkernel<S>* stream_kernels;
+  // Like microkernels, for an a that lies in memory as it is and stays in a cache; k is at most `chain`. Null for
+  // the dtypes that are not computed in themselves.
+  const Microkernel<S>* row_kernels;
+  // sums[j] (+)= the sum of column j over `rows` gapless rows.
+  void (*column_sums)(int64_t rows, int64_t columns, const S* x, C* sums, bool add);
   // tile (+)= rows of A times columns of B, without packing: both are gapless along k.
   void (*dot_tile)(int64_t rows, int64_t columns, int64_t k, const S* a, int64_t a_stride, const S* b, int64_t b_stride,
                    C* tile, int64_t tile_step, bool add);
@@ -101,6 +112,9 @@ template <class S> struct Kernels {
   int64_t units(int64_t k) const { return (k + k_unit - 1) / k_unit; }
   Microkernel<S> microkernel(int64_t rows, int64_t columns) const {
     return microkernels[(rows - 1) * (nr / lanes) + (columns - 1) / lanes];
+  }
+  Microkernel<S> row_kernel(int64_t rows, int64_t columns) const {
+    return row_kernels[(rows - 1) * (nr / lanes) + (columns - 1) / lanes];
   }
   Microkernel<S> stream_kernel(int64_t rows, int64_t columns) const {
     return stream_kernels[(rows - 1) * (stream_columns / lanes) + (columns - 1) / lanes];

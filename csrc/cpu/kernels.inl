@@ -260,9 +260,67 @@ template <class S> struct Leaf {
     store_tile<rows, used>(t, sum);
   }
 
+  // Rows of A where they are: whole activations of a block of rows, or gradients of it with A's rows along its columns.
+  template <int rows, int used, bool whole>
+  [[gnu::always_inline]] static void multiply_rows(const Tile<S>& t, V (&sum)[rows][used]) {
+    constexpr int group = 4;  // rows that one pointer serves
+    const int64_t last = t.columns - (used - 1) * lanes;
+    const C* a[(rows + group - 1) / group];
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i += group) a[i / group] = t.a + i * t.a_step;
+    const C* b = t.b;
+    Ahead input = ahead_of(t.input_ahead, t), output = ahead_of(t.output_ahead, t);
+    for (int64_t p = 0; p < t.k; p++) {
+      __builtin_prefetch(input.line);
+      __builtin_prefetch(output.line, 1);
+      input.line += input.step;
+      output.line += output.step;
+      V row[used];
+#pragma GCC unroll 4
+      for (int j = 0; j < used; j++) {
+        row[j] = whole || j + 1 < used ? M::load(b + j * lanes) : M::load_first(b + j * lanes, last);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; i++) {
+        const V x = M::broadcast(a[i / group][i % group * t.a_step]);
+#pragma GCC unroll 4
+        for (int j = 0; j < used; j++) sum[i][j] += x * row[j];
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; i += group) a[i / group] += t.a_k_step;
+      b += t.b_step;
+    }
+  }
+
+  template <int rows, int used> static void row_kernel(const Tile<S>& t) {
+    V sum[rows][used] = {};
+    if (t.b_padded || t.columns >= used * lanes) {
+      multiply_rows<rows, used, true>(t, sum);
+    } else {
+      multiply_rows<rows, used, false>(t, sum);
+    }
+    store_tile<rows, used>(t, sum);
+  }
+
+  static void column_sums(int64_t rows, int64_t columns, const S* x, C* sums, bool add) {
+    for (int64_t j = 0; j < columns; j += lanes) {
+      const int64_t left = columns - j;
+      V even = {}, odd = {};
+      int64_t i = 0;
+      for (; i + 2 <= rows; i += 2) {
+        even += load_up_to(x + i * columns + j, left);
+        odd += load_up_to(x + (i + 1) * columns + j, left);
+      }
+      if (i < rows) even += load_up_to(x + i * columns + j, left);
+      even += odd;
+      store_up_to(sums + j, add ? load_up_to(sums + j, left) + even : even, left);
+    }
+  }
+
   template <int per_row, class Sequence> struct Tables;
   template <int per_row, int... i> struct Tables<per_row, typename M::template Indices<i...>> {
     static constexpr Microkernel<S> micro[] = {&microkernel<i / per_row + 1, i % per_row + 1>...};
+    static constexpr Microkernel<S> row[] = {&row_kernel<i / per_row + 1, i % per_row + 1>...};
     static constexpr Microkernel<S> stream[] = {&stream_kernel<i / per_row + 1, i % per_row + 1>...};
   };
   template <int rows, int per_row>
@@ -399,6 +457,8 @@ template <class S> struct Leaf {
     k.pack_a = &pack<mr>;
     k.pack_b = &pack<nr>;
     k.microkernels = TablesOf<mr, vectors>::micro;
+    if constexpr (in_itself<S>) k.row_kernels = TablesOf<mr, vectors>::row;
+    k.column_sums = &column_sums;
     k.stream_kernels = TablesOf<size.stream_rows, size.stream_vectors>::stream;
     k.dot_tile = &dot_tile;
     k.panel_sums = &panel_sums;

@@ -8,6 +8,7 @@
 #include "../activation_info.h"
 #include "dispatch.h"
 #include "gemm.h"
+#include "row_blocks.h"
 #include "workspace.h"
 
 namespace fastmlp::cpu {
@@ -41,21 +42,15 @@ int64_t widest_hidden(const Network& network) {
   return width;
 }
 
-// output = act(input weight^T + bias) for `rows` rows.
 template <class S>
-void layer_forward(const KernelTable& table, const Layer& layer, int64_t rows, const Matrix& input, S* output,
-                   S* pre_activation, int threads) {
+void layers_forward(const KernelTable& table, const Network& network, const Layers& layers, const Matrix& input,
+                    int64_t rows, const Place<S>* places, int threads) {
+  if constexpr (in_itself<S>) {
+    if (layers.narrow) return forward_blocks(table, network, layers, input, rows, places, threads);
+  }
+  const Place<S>& place = places[layers.first];
   Product<S> p;
-  p.m = rows;
-  p.n = layer.out_features;
-  p.k = layer.in_features;
-  p.a = rows_of<S>(input);
-  p.b = rows_of<S>(layer.weight);
-  p.output = output;
-  p.pre_activation = pre_activation;
-  p.leading_dimension = layer.out_features;
-  p.bias = layer.bias;
-  p.activation = layer.activation;
+  set_forward(p, network.layers[layers.first], rows, input, place.output, place.pre_activation);
   multiply(table, p, threads);
 }
 
@@ -63,29 +58,35 @@ template <class S> void forward_keeping(const ForwardPass& pass, int threads) {
   const KernelTable& table = active();
   const Network& network = pass.network;
   const size_t last = network.layers.size() - 1;
-  // A hidden layer that keeps its pre-activation needs its output for the next layer only.
+  const std::vector<Layers> parts = divide<S>(network);
+  // A hidden layer that keeps its pre-activation needs its output for the next layer only: not at all within a part.
+  std::vector<Place<S>> places(network.layers.size());
+  for (size_t l = 0; l <= last; l++) {
+    S* const kept = static_cast<S*>(pass.kept[l]);
+    const bool keeps = keeps_output(network.layers[l].activation);
+    places[l].output = l == last ? static_cast<S*>(pass.output) : keeps ? kept : nullptr;
+    places[l].pre_activation = keeps ? nullptr : kept;
+  }
   Carver measure;
   measure.take<S>(network.rows * widest_hidden(network));
   bool spare = false;
-  for (size_t l = 0; l < last; l++) spare |= !keeps_output(network.layers[l].activation);
+  for (const Layers& part : parts) spare |= !places[part.end - 1].output;
   const Workspace workspace(spare ? 2 * measure.used() : 0);
   Matrix input = network.input;
-  for (size_t l = 0; l <= last; l++) {
-    const Layer& layer = network.layers[l];
-    const bool keeps = keeps_output(layer.activation);
-    S* const kept = static_cast<S*>(pass.kept[l]);
-    S* output = static_cast<S*>(pass.output);
-    if (l < last) output = keeps ? kept : reinterpret_cast<S*>(workspace.data() + l % 2 * measure.used());
-    layer_forward(table, layer, network.rows, input, output, keeps ? nullptr : kept, threads);
-    input = gapless(output, layer.out_features);
+  for (size_t i = 0; i < parts.size(); i++) {
+    const size_t end = parts[i].end - 1;
+    S*& output = places[end].output;
+    if (!output) output = reinterpret_cast<S*>(workspace.data() + i % 2 * measure.used());
+    layers_forward(table, network, parts[i], input, network.rows, places.data(), threads);
+    input = gapless(output, network.layers[end].out_features);
   }
 }
 
 template <class S> void forward_only(const ForwardPass& pass, int threads) {
   const KernelTable& table = active();
   const Network& network = pass.network;
-  const size_t last = network.layers.size() - 1;
-  const int64_t width = widest_hidden(network);
+  const std::vector<Layers> parts = divide<S>(network);
+  const int64_t width = parts.size() > 1 ? widest_hidden(network) : 0;
   int64_t block = network.rows;
   if (width > 0 && block > 0) {
     // Equal blocks, by the shape alone: a short last one could take the path of a small batch, and
@@ -96,16 +97,18 @@ template <class S> void forward_only(const ForwardPass& pass, int threads) {
   }
   Carver measure;
   measure.take<S>(block * width);
-  const Workspace workspace(last > 0 ? 2 * measure.used() : 0);
+  const Workspace workspace(width > 0 ? 2 * measure.used() : 0);
+  std::vector<Place<S>> places(network.layers.size());
   for (int64_t row = 0; row < network.rows; row += block) {
     const int64_t rows = std::min(block, network.rows - row);
     Matrix input = from_row<S>(network.input, row);
-    for (size_t l = 0; l <= last; l++) {
-      const Layer& layer = network.layers[l];
-      S* const output = l == last ? static_cast<S*>(pass.output) + row * layer.out_features
-                                  : reinterpret_cast<S*>(workspace.data() + l % 2 * measure.used());
-      layer_forward<S>(table, layer, rows, input, output, nullptr, threads);
-      input = gapless(output, layer.out_features);
+    for (size_t i = 0; i < parts.size(); i++) {
+      const int64_t features = network.layers[parts[i].end - 1].out_features;
+      S* const output = i + 1 == parts.size() ? static_cast<S*>(pass.output) + row * features
+                                              : reinterpret_cast<S*>(workspace.data() + i % 2 * measure.used());
+      places[parts[i].end - 1].output = output;
+      layers_forward(table, network, parts[i], input, rows, places.data(), threads);
+      input = gapless(output, features);
     }
   }
 }
@@ -160,24 +163,44 @@ void layer_dgrad(const KernelTable& table, const BackwardPass& pass, size_t l, c
   multiply(table, p, threads);
 }
 
+// The gradients asked for, and that of the layers' input unless `output` is null.
+template <class S>
+void layers_backward(const KernelTable& table, const BackwardPass& pass, const Layers& layers, const Matrix& grad,
+                     S* output, int threads) {
+  if constexpr (in_itself<S>) {
+    if (layers.narrow) return backward_blocks(table, pass, layers, grad, output, threads);
+  }
+  const size_t l = layers.first;
+  if (pass.grad_weights[l] || pass.grad_biases[l]) layer_wgrad<S>(table, pass, l, grad, threads);
+  if (output) layer_dgrad(table, pass, l, grad, output, threads);
+}
+
 template <class S> void backward_of(const BackwardPass& pass, int threads) {
   const KernelTable& table = active();
   const Network& network = pass.network;
-  const size_t count = network.layers.size();
-  size_t first = 0;  // the lowest layer that a gradient is asked of
+  size_t lowest = 0;  // the first layer that a gradient is asked of
   if (!pass.grad_input) {
-    while (first < count && !pass.grad_weights[first] && !pass.grad_biases[first]) first++;
+    while (lowest < network.layers.size() && !pass.grad_weights[lowest] && !pass.grad_biases[lowest]) lowest++;
+  }
+  std::vector<Layers> parts;
+  for (Layers part : divide<S>(network)) {
+    part.first = std::max(part.first, lowest);
+    if (part.first >= part.end) continue;
+    if (part.narrow && gapless_for_blocks(pass, part)) {
+      parts.push_back(part);
+    } else {
+      for (size_t l = part.first; l < part.end; l++) parts.push_back({l, l + 1, false});
+    }
   }
   Carver measure;
   measure.take<S>(network.rows * widest_hidden(network));
-  const Workspace workspace(first + 1 < count ? 2 * measure.used() : 0);
+  const Workspace workspace(parts.size() > 1 ? 2 * measure.used() : 0);
   Matrix grad = pass.grad_output;
-  for (size_t l = count; l-- > first;) {
-    if (pass.grad_weights[l] || pass.grad_biases[l]) layer_wgrad<S>(table, pass, l, grad, threads);
-    if (l == first && !pass.grad_input) break;
-    S* const output =
-        l == 0 ? static_cast<S*>(pass.grad_input) : reinterpret_cast<S*>(workspace.data() + l % 2 * measure.used());
-    layer_dgrad(table, pass, l, grad, output, threads);
+  for (size_t i = parts.size(); i-- > 0;) {
+    const size_t l = parts[i].first;
+    S* output = static_cast<S*>(pass.grad_input);
+    if (l > 0) output = i == 0 ? nullptr : reinterpret_cast<S*>(workspace.data() + i % 2 * measure.used());
+    layers_backward(table, pass, parts[i], grad, output, threads);
     grad = gapless(output, network.layers[l].in_features);
   }
 }

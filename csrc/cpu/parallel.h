@@ -1,0 +1,61 @@
+// The division of work: nearly equal ranges, and who computes which. Used by gemm.cpp and row_blocks.cpp. Divisions
+// follow from the shape alone, never from the number of threads, where a sum depends on them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include <omp.h>
+
+namespace fastmlp::cpu {
+
+inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// The part-th of `parts` nearly equal ranges of [0, n), cut at multiples of `unit`.
+inline Range part_of(int64_t n, int64_t unit, int64_t part, int64_t parts) {
+  const int64_t units = ceil_divide(n, unit);
+  return {std::min(n, units * part / parts * unit), std::min(n, units * (part + 1) / parts * unit)};
+}
+
+// A sum over the batch may be cut into chunks that are added up in order: each must outweigh adding its share.
+constexpr int64_t most_chunks = 16, shortest_chunk = 1024;
+
+inline int64_t chunks_of_rows(int64_t rows) { return std::clamp<int64_t>(rows / shortest_chunk, 1, most_chunks); }
+
+// How many of `threads` are worth waking for that many multiply-adds.
+inline int useful_threads(double multiply_adds, int threads) {
+  // About 80 us of one core: waking a thread costs microseconds on an idle machine, but a time slice
+  // where another process holds the core.
+  constexpr double worth_a_thread = 1 << 22;
+  if (threads <= 1 || omp_in_parallel()) return 1;
+  return int(std::clamp(multiply_adds / worth_a_thread, 1.0, double(threads)));
+}
+
+// Calls run(i, slot) for i in [0, tasks), slot < threads; the calling thread alone if threads is 1.
+template <class Run> void run_tasks(int64_t tasks, int threads, const Run& run) {
+  if (threads <= 1) {
+    for (int64_t i = 0; i < tasks; i++) run(i, 0);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const int slot = omp_get_thread_num();
+    for (int64_t i = slot; i < tasks; i += omp_get_num_threads()) run(i, slot);
+  }
+}
+
+// shares[0] += the other `chunks` - 1 vectors, which lie n apart, in order.
+template <class C> void add_chunks(C* shares, int64_t chunks, int64_t n) {
+  for (int64_t c = 1; c < chunks; c++) {
+    const C* share = shares + c * n;
+    for (int64_t i = 0; i < n; i++) shares[i] += share[i];
+  }
+}
+
+}  // namespace fastmlp::cpu

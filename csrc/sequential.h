@@ -1,0 +1,29 @@
+// Runs the children of a Sequential: each longest run of layers and activations as one operation, every other child
+// by its own call. Nothing is remembered between calls, since hooks, parametrizations and swapped parameters come
+// unannounced: what a child is, is read from it each time. Called by bindings.cpp with the GIL; fastmlp/modules.py
+// holds the same rule for Dynamo, which cannot see into this one.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+namespace fastmlp {
+
+// What fastmlp/modules.py knows and this file is told once: the exact classes of torch.nn and of ours that may be part
+// of a run.
+//   linear, fused_linear: classes of layers; dropout: one that does nothing outside of training
+//   activations: {class: (name, (attribute of each parameter, ...))}
+//   kinds: {name: kind}
+//   watchers: dictionaries of hooks on all modules; while one holds anything every child is called
+//   composed: function(has_bias, kinds, scalars, input, parameters) -> output, for tensors that are not plain
+void register_modules(const py::object& linear, const py::object& fused_linear, const py::object& dropout,
+                      const py::dict& activations, const py::dict& kinds, const py::tuple& watchers,
+                      const py::function& composed);
+
+// `children`: the dictionary of modules. Raises what children raise.
+py::object run_children(const py::dict& children, py::object input);
+
+// One layer by itself, a fastmlp.Linear, whose hooks have been seen to; None if its parameters are not where
+// torch.nn.Linear keeps them, or the input is no tensor.
+py::object run_layer(const py::handle& layer, const py::object& input);
+
+}  // namespace fastmlp
