@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -11,8 +10,9 @@ from torch import nn
 from fastmlp import reference
 from fastmlp._load import _C
 
-#: Parameters and their defaults of each activation, in the numbering of the operators.
-DEFAULTS: Mapping[str, Mapping[str, float]] = MappingProxyType(dict(_C.activations()))
+#: Parameters and their defaults of each activation, in the numbering of the operators. No mapping proxy, which
+#: Dynamo refuses to read once the traced code has changed any dictionary, as functional_call does.
+DEFAULTS: Mapping[str, Mapping[str, float]] = dict(_C.activations())
 _KINDS = {name: kind for kind, name in enumerate(DEFAULTS)}
 
 

@@ -9,6 +9,9 @@ composite: `fastmlp.reference`, for whatever stands between a tensor and its dat
     transforms, forward mode, batched gradients, subclasses, export, dtypes without kernels. It is
     right for every transform and every order of derivative because PyTorch's own operations are.
 
+Under autocast of the CPU, input and parameters are cast first, as autocast would before each layer;
+every activation keeps the dtype that it is given there, so the layers run in one dtype.
+
 Backward asks the rule again for the gradient that comes in. Under `create_graph` it is a graph of
 PyTorch's operations, which can be differentiated as often as one likes. What forward saved carries no
 graph; a Function for each layer gives it one, so that nothing is computed twice.
@@ -28,6 +31,9 @@ from fastmlp.activations import IDENTITY, Activation
 from fastmlp.ops import Stack
 
 Gradients = Sequence[Tensor | None]
+
+# As torch.autocast("cpu", enabled=False), at a sixth of its price.
+_without_autocast = torch._C._DisableAutocast
 
 _aten = torch.ops.aten
 
@@ -59,12 +65,33 @@ def run(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
     if torch.compiler.is_compiling():
         return _captured(stack, input, parameters)
     output = _C.try_run(stack.native, input, parameters)
-    return _composite(stack, input, parameters) if output is None else output
+    if output is not None:
+        return output
+    if torch.is_autocast_enabled("cpu") and why_not_direct(input, parameters) is None:
+        input, *rest = autocast(input, *parameters)
+        with _without_autocast():
+            return run(stack, input, tuple(rest))
+    return _composite(stack, input, parameters)
 
 
 def why_not_direct(input: Tensor, parameters: tuple[Tensor, ...]) -> str | None:
     """Why `run` would not take the direct route in eager mode, or None if it would."""
-    return _C.obstacle(input, parameters)
+    with _without_autocast():
+        return _C.obstacle(input, parameters)
+
+
+def autocast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the dtypes in which torch's autocast of the CPU hands them to a linear layer.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     [t.dtype for t in autocast(torch.ones(2), torch.ones(2, dtype=torch.float64))]
+        [torch.bfloat16, torch.float64]
+    """
+    if not torch.is_autocast_enabled("cpu"):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype("cpu")
+    return [t if t.dtype in (dtype, torch.float64) or not t.is_floating_point() else t.to(dtype) for t in tensors]
 
 
 def composed_forward(
@@ -80,15 +107,16 @@ def composed_forward(
 
 def _captured(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
     # An exported program must run where fastmlp is not installed; functorch's transforms see
-    # through reference.mlp only; autocast acts on torch's own operations.
+    # through reference.mlp only.
     if (
         torch.compiler.is_exporting()
         or torch._C._are_functorch_transforms_active()
-        or torch.is_autocast_enabled(input.device.type)
         or input.dtype not in ops.DTYPES
         or input.device.type != "cpu"
     ):
         return _reference(stack, input, parameters)
+    input, *rest = autocast(input, *parameters)
+    parameters = tuple(rest)
     if torch.is_grad_enabled():
         return _Captured.apply(stack, input, *parameters)
     return ops.infer(stack, input, parameters)
@@ -129,9 +157,14 @@ def _composed_backward(
     """What the direct route's node calls under `create_graph`, or for a gradient that is not plain."""
     stack = ops.stack_from(has_bias, kinds, scalars)
     known = all(a.name in _FROM_OUTPUT or not _keeps_output(a) for a in stack.activations)
-    if known and torch.is_grad_enabled() and _is_direct(grad, (input, *parameters, *saved)):
-        return _layerwise(stack, needs, grad, input, parameters, saved)
-    return _vjp(stack, needs, grad, input, tuple(parameters))
+    # A backward in an autocast region still belongs to the dtype that forward ran in.
+    with _without_autocast():
+        if _is_direct(grad, (input, *parameters, *saved)):
+            if not torch.is_grad_enabled():
+                return _C.backward(stack.native, grad, input, saved, parameters, needs)
+            if known:
+                return _layerwise(stack, needs, grad, input, parameters, saved)
+        return _vjp(stack, needs, grad, input, tuple(parameters))
 
 
 _C.set_composed_backward(_composed_backward)
@@ -234,16 +267,17 @@ class _Kept(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, kept = ctx.saved_tensors
         needs = [_is_wanted(node) for node, _ in ctx.next_functions]
-        if torch.is_grad_enabled() or not _is_direct(grad, (input, weight, kept)):
-            grad = _FROM_OUTPUT[ctx.activation.name](grad, kept)
-            of_input = grad @ weight if needs[0] else None
-            of_weight = grad.T @ input if needs[1] else None
-            return None, of_input, of_weight, grad.sum(0) if bias is not None and needs[2] else None, None
-        stack = ops.stack_of((bias is not None,), (ctx.activation,))
-        parameters = (weight,) if bias is None else (weight, bias)
-        saved = [kept] if stack.saved else []
-        found = _C.backward(stack.native, grad, input, saved, parameters, needs[: 1 + len(parameters)])
-        return None, *found, *[None] * (4 - len(found))
+        with _without_autocast():
+            if torch.is_grad_enabled() or not _is_direct(grad, (input, weight, kept)):
+                grad = _FROM_OUTPUT[ctx.activation.name](grad, kept)
+                of_input = grad @ weight if needs[0] else None
+                of_weight = grad.T @ input if needs[1] else None
+                return None, of_input, of_weight, grad.sum(0) if bias is not None and needs[2] else None, None
+            stack = ops.stack_of((bias is not None,), (ctx.activation,))
+            parameters = (weight,) if bias is None else (weight, bias)
+            saved = [kept] if stack.saved else []
+            found = _C.backward(stack.native, grad, input, saved, parameters, needs[: 1 + len(parameters)])
+            return None, *found, *[None] * (4 - len(found))
 
 
 def _is_wanted(node: Any) -> bool:

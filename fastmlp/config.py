@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastmlp import activations
 from fastmlp._load import _C, read_build
-from fastmlp.autograd import why_not_direct
+from fastmlp.autograd import autocast, why_not_direct
 from fastmlp.modules import Alone, Linear, Run, Sequential, parts
 
 __all__ = ["Route", "explain", "get_isa", "set_isa", "show_config"]
@@ -57,8 +57,8 @@ class Route(NamedTuple):
 def explain(target: nn.Module | Tensor, input: Tensor | None = None) -> Route:
     """Says which route a call would take now, and why.
 
-    Plain tensors on the CPU go directly to the fused kernels. Under transforms of `torch.func`,
-    forward-mode AD, autocast, tensor subclasses, and for dtypes and devices without kernels, the same
+    Plain tensors on the CPU go directly to the fused kernels, under autocast once they are cast. Under transforms of
+    `torch.func`, forward-mode AD, tensor subclasses, and for dtypes and devices without kernels, the same
     function runs as a composition of PyTorch's operations. Under `torch.compile` the fused kernels
     run as registered operators, which this function, called outside, cannot see.
 
@@ -110,7 +110,8 @@ def _route(input: Tensor, run: Run | None) -> Route:
     parameters = tuple(run.parameters) if run else ()
     reason = why_not_direct(input, parameters)
     if reason is None and run:
-        _C.check_forward(run.stack().native, input, parameters, True)
+        input, *cast = autocast(input, *parameters)
+        _C.check_forward(run.stack().native, input, cast, True)
     return Route("direct", "") if reason is None else Route("composite", reason)
 
 

@@ -77,7 +77,8 @@ def stack_from(has_bias: Sequence[bool], kinds: Sequence[int], scalars: Sequence
 
 def _describe(has_bias: tuple[bool, ...], activations: tuple[Activation, ...]) -> Stack:
     kinds = tuple([activation.kind for activation in activations])
-    scalars = tuple([value for activation in activations for value in activation.scalars])
+    # Only where there are parameters: a number that Dynamo reads becomes an input of its graph, compiled twice for it.
+    scalars = tuple([v for a in activations for v in (a.scalars if DEFAULTS[a.name] else (0.0, 0.0))])
     # A last layer without activation keeps nothing, so that its output may be changed in place.
     saved = len(activations) - (activations[-1] == IDENTITY if activations else 0)
     return Stack(has_bias, kinds, scalars, activations, None, saved)

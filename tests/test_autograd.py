@@ -294,8 +294,6 @@ def test_routes_are_explained() -> None:
         "no kernels for the dtype": fastmlp.explain(layer, x.to(torch.complex64)),
         "subclass ": fastmlp.explain(layer, nn.Parameter(x).as_subclass(Marked)),
     }
-    with torch.autocast("cpu"):
-        reasons["autocast"] = fastmlp.explain(layer, x)
     with torch.autograd.forward_ad.dual_level():
         reasons["forward-mode"] = fastmlp.explain(layer, x)
     torch.func.vmap(lambda t: reasons.setdefault("functorch", fastmlp.explain(layer, t)) and t)(x)
