@@ -3,6 +3,8 @@
 #include "autograd.h"
 
 #include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -76,9 +78,27 @@ struct FusedNetwork : torch::autograd::Function<FusedNetwork> {
   }
 };
 
+bool autocast_is_active() {
+  return !c10::impl::tls_local_dispatch_key_set().excluded_.has(c10::DispatchKey::AutocastCPU);
+}
+
+// As torch hands them to a linear layer, from its cache; the same tensor where it is none of autocast's dtypes.
+at::Tensor cast(const at::Tensor& tensor) {
+  const at::ScalarType dtype = at::autocast::get_lower_precision_fp_from_device_type(at::kCPU);
+  const at::Tensor lower = at::autocast::cached_cast(dtype, tensor, at::kCPU);
+  // The cache may hold what a region around this one, of another dtype, has cast.
+  return lower.scalar_type() == dtype || lower.is_same(tensor) ? lower : tensor.to(dtype);
+}
+
 }  // namespace
 
 at::Tensor run(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, at::TensorList parameters) {
+  if (autocast_is_active()) {
+    const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
+    Tensors lower;
+    for (const at::Tensor& parameter : parameters) lower.push_back(cast(parameter));
+    return run(stack, cast(input), lower);
+  }
   constexpr double worth_releasing = 1 << 16;  // multiply-adds: some microseconds
   bool graph = input.requires_grad();
   double weights = 0;

@@ -35,13 +35,13 @@ bool only_default_devices() {
   return true;
 }
 
-// Raw representations are compared, since operator- of key sets keeps backend bits.
+// Autocast is none: `run` casts first. Raw representations are compared, since operator- of key sets keeps backend
+// bits.
 const char* mode_obstacle() {
   const auto keys = c10::impl::tls_local_dispatch_key_set();
   static const uint64_t usual =
       (c10::default_included_set | c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView)).raw_repr();
   if (at::impl::torch_function_mode_enabled() && !only_default_devices()) return "a torch function mode is active";
-  if (!keys.excluded_.has(c10::DispatchKey::AutocastCPU)) return "autocast is active";
   if ((keys.included_.raw_repr() & ~usual) != 0) return "a functorch transform, dispatch mode or tracer is active";
   return nullptr;
 }

@@ -65,19 +65,12 @@ def run(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
     if torch.compiler.is_compiling():
         return _captured(stack, input, parameters)
     output = _C.try_run(stack.native, input, parameters)
-    if output is not None:
-        return output
-    if torch.is_autocast_enabled("cpu") and why_not_direct(input, parameters) is None:
-        input, *rest = autocast(input, *parameters)
-        with _without_autocast():
-            return run(stack, input, tuple(rest))
-    return _composite(stack, input, parameters)
+    return _composite(stack, input, parameters) if output is None else output
 
 
 def why_not_direct(input: Tensor, parameters: tuple[Tensor, ...]) -> str | None:
     """Why `run` would not take the direct route in eager mode, or None if it would."""
-    with _without_autocast():
-        return _C.obstacle(input, parameters)
+    return _C.obstacle(input, parameters)
 
 
 def autocast(*tensors: Tensor) -> list[Tensor]:
