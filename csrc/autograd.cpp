@@ -9,7 +9,9 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
+#include <tuple>
 
+#include "checks.h"
 #include "operators.h"
 #include "route.h"
 
@@ -17,6 +19,8 @@ namespace fastmlp {
 namespace {
 
 PyObject* composed_backward = nullptr;
+
+constexpr int sigmoid_kind = kind_in<Sigmoid>(Activations{}), tanh_kind = kind_in<Tanh>(Activations{});
 
 bool is_dual(const at::Tensor& tensor) { return tensor._fw_grad(0).defined(); }
 
@@ -41,11 +45,26 @@ Tensors backward_in_python(const Stack& stack, const std::vector<bool>& needs, c
   return gradients;
 }
 
+// Under create_graph: one layer, which saved its output with the graph.
+Tensors backward_of_layer(const Stack& stack, const std::vector<bool>& needs, const at::Tensor& grad,
+                          const at::Tensor& input, const Tensors& parameters, const Tensors& saved) {
+  const int kind = stack.activation(0).kind;
+  const at::Tensor gradient = saved.empty() ? grad : gradient_from_output(kind, grad, saved[0]);
+  Tensors gradients(1 + parameters.size());
+  if (needs[0]) gradients[0] = gradient.mm(parameters[0]);
+  if (needs[1]) gradients[1] = gradient.t().mm(input);
+  if (stack.has_bias(0) && needs[2]) gradients[2] = gradient.sum(0);
+  return gradients;
+}
+
 struct FusedNetwork : torch::autograd::Function<FusedNetwork> {
+  // `known`, if not null, is what forward of one layer would compute.
   static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& input,
-                            at::TensorList parameters, const c10::intrusive_ptr<Stack>& stack) {
+                            at::TensorList parameters, const c10::intrusive_ptr<Stack>& stack,
+                            const at::Tensor* known) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [output, hidden] = cpu::forward(*stack, input, parameters);
+    auto [output, hidden] =
+        known ? std::tuple(known->variable_data(), Tensors()) : cpu::forward(*stack, input, parameters);
     Tensors saved{input};
     saved.insert(saved.end(), parameters.begin(), parameters.end());
     saved.insert(saved.end(), hidden.begin(), hidden.end());
@@ -70,10 +89,13 @@ struct FusedNetwork : torch::autograd::Function<FusedNetwork> {
     if (!at::GradMode::is_enabled() && !is_dual(grads[0]) && are_plain(grads, tensors)) {
       const at::AutoDispatchBelowADInplaceOrView guard;
       gradients = cpu::backward(stack, grads[0], tensors[0], saved, parameters, needs);
+    } else if (stack.layers() == 1 && tensors[0].dim() == 2 && has_gradient_from_output(stack.activation(0).kind)) {
+      const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
+      gradients = backward_of_layer(stack, needs, grads[0], tensors[0], parameters, saved);
     } else {
       gradients = backward_in_python(stack, needs, grads[0], tensors[0], parameters, saved);
     }
-    gradients.emplace_back();  // for the stack
+    gradients.resize(gradients.size() + 2);  // for the stack and what is known
     return gradients;
   }
 };
@@ -108,9 +130,27 @@ at::Tensor run(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, 
   }
   std::optional<py::gil_scoped_release> release;
   if (weights * double(input.numel()) > worth_releasing) release.emplace();
-  if (graph && at::GradMode::is_enabled()) return FusedNetwork::apply(input, parameters, stack);
+  if (graph && at::GradMode::is_enabled()) return FusedNetwork::apply(input, parameters, stack, nullptr);
   const at::AutoDispatchBelowADInplaceOrView guard;
   return cpu::infer(*stack, input, parameters);
+}
+
+bool has_gradient_from_output(int kind) {
+  return kind == identity_kind || kind == relu_kind || kind == sigmoid_kind || kind == tanh_kind;
+}
+
+at::Tensor gradient_from_output(int kind, const at::Tensor& grad, const at::Tensor& output) {
+  if (kind == relu_kind) return at::threshold_backward(grad, output, 0);
+  if (kind == sigmoid_kind) return at::sigmoid_backward(grad, output);
+  if (kind == tanh_kind) return at::tanh_backward(grad, output);
+  return grad;
+}
+
+at::Tensor with_graph(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, at::TensorList parameters,
+                      const at::Tensor& output) {
+  check_forward(*stack, input, parameters);
+  TORCH_CHECK(stack->hidden() == 0, "fastmlp: expected one layer that keeps no pre-activation");
+  return FusedNetwork::apply(input, parameters, stack, &output);
 }
 
 void set_composed_backward(PyObject* function) {

@@ -17,6 +17,16 @@ namespace fastmlp {
 // longer than the work.
 at::Tensor run(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, at::TensorList parameters);
 
+// The gradient of an activation's argument from that of its output, and the output, which is all that the kernels keep
+// of these: by an operation of torch, which can be differentiated further.
+bool has_gradient_from_output(int kind);
+at::Tensor gradient_from_output(int kind, const at::Tensor& grad, const at::Tensor& output);
+
+// The output of one layer, which is known already, with the graph that `run` would give it. The layer's derivative
+// follows from its output.
+at::Tensor with_graph(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, at::TensorList parameters,
+                      const at::Tensor& output);
+
 // function(has_bias, activations, scalars, needs, grad, input, parameters, saved) -> gradients, None
 // where not needed. Held for the life of the process.
 void set_composed_backward(PyObject* function);

@@ -89,6 +89,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     check_forward(stack, input, parameters, same_dtype);
   });
   m.def("try_run", &try_run);
+  m.def("has_gradient_from_output", &has_gradient_from_output);
+  m.def("gradient_from_output", &gradient_from_output);
+  m.def("with_graph", [](const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, const Tensors& parameters,
+                         const at::Tensor& output) { return with_graph(stack, input, parameters, output); });
   m.def("set_composed_backward", [](const py::function& function) { set_composed_backward(function.ptr()); });
   m.def("obstacle", &obstacle_of);
   m.def("register_modules", &register_modules);

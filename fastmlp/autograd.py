@@ -14,10 +14,10 @@ every activation keeps the dtype that it is given there, so the layers run in on
 
 Backward asks the rule again for the gradient that comes in. Under `create_graph` it is a graph of
 PyTorch's operations, which can be differentiated as often as one likes. What forward saved carries no
-graph; a Function for each layer gives it one, so that nothing is computed twice.
+graph; a node for each layer gives it one, so that nothing is computed twice.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -34,17 +34,6 @@ Gradients = Sequence[Tensor | None]
 
 # As torch.autocast("cpu", enabled=False), at a sixth of its price.
 _without_autocast = torch._C._DisableAutocast
-
-_aten = torch.ops.aten
-
-#: From the gradient of an activation's output, and the output, which is all that the kernels keep of
-#: these, the gradient of its argument. One that is missing here is slower to differentiate twice.
-_FROM_OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "identity": lambda grad, output: grad,
-    "relu": lambda grad, output: _aten.threshold_backward(grad, output, 0),
-    "sigmoid": _aten.sigmoid_backward,
-    "tanh": _aten.tanh_backward,
-}
 
 
 def run(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
@@ -149,7 +138,8 @@ def _composed_backward(
 ) -> Gradients:
     """What the direct route's node calls under `create_graph`, or for a gradient that is not plain."""
     stack = ops.stack_from(has_bias, kinds, scalars)
-    known = all(a.name in _FROM_OUTPUT or not _keeps_output(a) for a in stack.activations)
+    # The others are slower to differentiate twice.
+    known = all(_C.has_gradient_from_output(a.kind) or not _keeps_output(a) for a in stack.activations)
     # A backward in an autocast region still belongs to the dtype that forward ran in.
     with _without_autocast():
         if _is_direct(grad, (input, *parameters, *saved)):
@@ -207,7 +197,9 @@ def _layerwise(
     inputs, kept = [_rows(input)], []
     # A last layer without activation has saved nothing, and needs nothing.
     for weight, bias, activation, tensor in zip(weights, biases, stack.activations, saved, strict=False):
-        kept.append(_Kept.apply(activation, inputs[-1], weight, bias, _rows(tensor.detach())))
+        layer_stack = ops.stack_of((bias is not None,), (activation if _keeps_output(activation) else IDENTITY,))
+        own = (weight,) if bias is None else (weight, bias)
+        kept.append(_C.with_graph(layer_stack.native, inputs[-1], own, _rows(tensor)))
         inputs.append(kept[-1] if _keeps_output(activation) else _activate(activation, kept[-1]))
     found: list[Tensor | None] = [None] * len(needs)
     grad, end = _rows(grad), len(needs)
@@ -237,48 +229,11 @@ def _activate(activation: Activation, z: Tensor) -> Tensor:
 def _through(activation: Activation, grad: Tensor, kept: Tensor, output: Tensor) -> Tensor:
     """The gradient of a pre-activation from that of the output."""
     if _keeps_output(activation):
-        return _FROM_OUTPUT[activation.name](grad, output)
+        return _C.gradient_from_output(activation.kind, grad, output)
     if not kept.requires_grad:
         kept = kept.detach().requires_grad_()
         output = _activate(activation, kept)
     return torch.autograd.grad(output, kept, grad, create_graph=True)[0]
-
-
-class _Kept(torch.autograd.Function):
-    """What a layer keeps for backward, its output or its pre-activation, as a function of its arguments."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, activation: Activation, input: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor
-    ) -> Tensor:
-        ctx.activation = activation if _keeps_output(activation) else IDENTITY
-        kept = kept.detach()  # an argument would be saved without this node's graph
-        ctx.save_for_backward(input, weight, bias, kept)
-        return kept
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, kept = ctx.saved_tensors
-        needs = [_is_wanted(node) for node, _ in ctx.next_functions]
-        with _without_autocast():
-            if torch.is_grad_enabled() or not _is_direct(grad, (input, weight, kept)):
-                grad = _FROM_OUTPUT[ctx.activation.name](grad, kept)
-                of_input = grad @ weight if needs[0] else None
-                of_weight = grad.T @ input if needs[1] else None
-                return None, of_input, of_weight, grad.sum(0) if bias is not None and needs[2] else None, None
-            stack = ops.stack_of((bias is not None,), (ctx.activation,))
-            parameters = (weight,) if bias is None else (weight, bias)
-            saved = [kept] if stack.saved else []
-            found = _C.backward(stack.native, grad, input, saved, parameters, needs[: 1 + len(parameters)])
-            return None, *found, *[None] * (4 - len(found))
-
-
-def _is_wanted(node: Any) -> bool:
-    """Whether this run of backward goes on to a node: `needs_input_grad` tells whether any run might."""
-    try:
-        return node is not None and torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # what torch.autograd.grad is to return
-        return True
 
 
 class _Captured(torch.autograd.Function):
