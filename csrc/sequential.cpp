@@ -1,6 +1,7 @@
 // The rule of sequential.h, by lookups in the children's dictionaries: some tens of nanoseconds a child.
 #include "sequential.h"
 
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -35,6 +36,9 @@ struct Known {
   std::vector<PyObject*> watchers;
   PyObject* composed = nullptr;
   PyTypeObject* gelu = nullptr;
+  // Found on a class, they say that nobody has replaced them.
+  PyTypeObject* module = nullptr;
+  PyObject *module_call = nullptr, *sequential_forward = nullptr, *layer_forward = nullptr;
   int gelu_tanh_kind = 0;
 };
 Known known;
@@ -42,6 +46,8 @@ Known known;
 struct Names {
   static PyObject* intern(const char* name) { return PyUnicode_InternFromString(name); }
   PyObject* forward = intern("forward");
+  PyObject* call = intern("__call__");
+  PyObject* modules = intern("_modules");
   PyObject* parameters = intern("_parameters");
   PyObject* weight = intern("weight");
   PyObject* bias = intern("bias");
@@ -88,6 +94,8 @@ bool must_be_called(PyObject* attributes) {
   PyObject* compiled = item(attributes, names().compiled);
   return item(attributes, names().forward) || (compiled && compiled != Py_None);
 }
+
+bool is_watched() { return std::any_of(known.watchers.begin(), known.watchers.end(), filled); }
 
 // What a run needs of its tensors while no Python code runs that could free them.
 struct Run {
@@ -246,8 +254,8 @@ py::object call(const py::object& child, const py::object& input) {
 }  // namespace
 
 void register_modules(const py::object& linear, const py::object& fused_linear, const py::object& dropout,
-                      const py::dict& activations, const py::dict& kinds, const py::tuple& watchers,
-                      const py::function& composed) {
+                      const py::object& sequential, const py::dict& activations, const py::dict& kinds,
+                      const py::tuple& watchers, const py::function& composed) {
   const auto forever = [](py::handle object) { return object.inc_ref().ptr(); };
   const auto add = [&](py::handle type, Role role) -> Class& {
     auto* const type_object = reinterpret_cast<PyTypeObject*>(forever(type));
@@ -264,6 +272,11 @@ void register_modules(const py::object& linear, const py::object& fused_linear, 
     if (name == "gelu") known.gelu = c.type;
   }
   add(dropout, Role::dropout);
+  const auto type_of = [&](py::handle type) { return reinterpret_cast<PyTypeObject*>(forever(type)); };
+  known.module = type_of(py::module_::import("torch.nn").attr("Module"));
+  known.module_call = _PyType_Lookup(known.module, names().call);
+  known.layer_forward = _PyType_Lookup(type_of(fused_linear), names().forward);
+  known.sequential_forward = _PyType_Lookup(type_of(sequential), names().forward);
   known.gelu_tanh_kind = kinds["gelu_tanh"].cast<int>();
   for (const py::handle watcher : watchers) known.watchers.push_back(forever(watcher));
   known.composed = forever(composed);
@@ -276,7 +289,7 @@ py::object run_children(const py::dict& children, py::object input) {
   for (Py_ssize_t at = 0; PyDict_Next(children.ptr(), &at, &key, &child);) {
     modules.push_back(py::reinterpret_borrow<py::object>(child));
   }
-  const bool watched = std::any_of(known.watchers.begin(), known.watchers.end(), filled);
+  const bool watched = is_watched();
   for (size_t i = 0; i < modules.size();) {
     Run run;
     // What is no tensor, such as the proxies of torch.fx, is to see every child.
@@ -295,6 +308,25 @@ py::object run_layer(const py::handle& layer, const py::object& input) {
   const py::object attributes = attributes_of(layer.ptr());
   const bool own = attributes && add_layer(run, {nullptr, nullptr, Role::fused_linear}, attributes.ptr());
   return own && THPVariable_Check(input.ptr()) ? execute(run, input) : py::none();
+}
+
+py::object call_module(const py::handle& module, const py::tuple& args, const py::dict& kwargs) {
+  const auto slow = [] { return py::reinterpret_borrow<py::object>(Py_NotImplemented); };
+  if (args.size() != 1 || !kwargs.empty() || !THPVariable_Check(args[0].ptr())) return slow();
+  if (is_watched() || c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer)) return slow();
+  if (_PyType_Lookup(known.module, names().call) != known.module_call) return slow();
+  const py::object attributes = attributes_of(module.ptr());
+  if (!attributes) throw py::error_already_set();
+  if (must_be_called(attributes.ptr())) return slow();
+  const PyObject* forward = _PyType_Lookup(Py_TYPE(module.ptr()), names().forward);
+  if (forward == known.sequential_forward) {
+    PyObject* children = item(attributes.ptr(), names().modules);
+    if (!children) return slow();
+    return run_children(py::reinterpret_borrow<py::dict>(children), args[0]);
+  }
+  if (forward != known.layer_forward) return slow();
+  const py::object output = run_layer(module, args[0]);
+  return output.is_none() ? slow() : output;
 }
 
 }  // namespace fastmlp

@@ -11,19 +11,24 @@ namespace fastmlp {
 // What fastmlp/modules.py knows and this file is told once: the exact classes of torch.nn and of ours that may be part
 // of a run.
 //   linear, fused_linear: classes of layers; dropout: one that does nothing outside of training
+//   sequential: the class whose forward is run_children
 //   activations: {class: (name, (attribute of each parameter, ...))}
 //   kinds: {name: kind}
 //   watchers: dictionaries of hooks on all modules; while one holds anything every child is called
 //   composed: function(has_bias, kinds, scalars, input, parameters) -> output, for tensors that are not plain
 void register_modules(const py::object& linear, const py::object& fused_linear, const py::object& dropout,
-                      const py::dict& activations, const py::dict& kinds, const py::tuple& watchers,
-                      const py::function& composed);
+                      const py::object& sequential, const py::dict& activations, const py::dict& kinds,
+                      const py::tuple& watchers, const py::function& composed);
 
 // `children`: the dictionary of modules. Raises what children raise.
 py::object run_children(const py::dict& children, py::object input);
 
-// One layer by itself, a fastmlp.Linear, whose hooks have been seen to; None if its parameters are not where
-// torch.nn.Linear keeps them, or the input is no tensor.
+// One layer by itself, a fastmlp.Linear; None if its parameters are not where torch.nn.Linear keeps them, or the input
+// is no tensor.
 py::object run_layer(const py::handle& layer, const py::object& input);
+
+// What torch.nn.Module.__call__ would return for a fastmlp.Sequential or fastmlp.Linear and the arguments of a call;
+// NotImplemented if that has to see the call: for hooks, a compiled or replaced forward, tracing.
+py::object call_module(const py::handle& module, const py::tuple& args, const py::dict& kwargs);
 
 }  // namespace fastmlp
