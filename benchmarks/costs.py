@@ -33,8 +33,6 @@ MIB = 1 << 20
 #: Memory that one block of rows may take, whatever their number.
 BLOCK = 2 * MIB
 
-#: And the hidden outputs of one block of rows, in a network.
-HIDDEN = 4 * MIB
 
 #: Chunks into which a weight gradient's sum over the batch may be cut, each with a sum of its own.
 CHUNKS = 16
@@ -117,7 +115,7 @@ def memory() -> Iterator[Outcome]:
     yield _memory(*words, use.peak, output, output + BLOCK, use.faults, f"{ROWS}x64x64")
     result = ROWS * NARROW.widths[-1] * 4
     use = _alone(_use_of_inference, NARROW.widths)
-    words, most = ("narrow network, inference", f"<= output + {(BLOCK + HIDDEN) // MIB} MiB"), result + BLOCK + HIDDEN
+    words, most = ("narrow network, inference", f"<= output + {BLOCK // MIB} MiB"), result + BLOCK
     yield _memory(*words, use.peak, result, most, use.faults, f"{NARROW.name} b{ROWS}")
     use = _alone(_use_of_forward, (64, 64))
     words = "narrow layer, kept for backward", "<= output + 5 %"

@@ -20,8 +20,7 @@ namespace {
 
 enum class Role { linear, fused_linear, activation, dropout };
 
-// A class that may be part of a run. Its instances are computed by its own forward as it was when
-// fastmlp was imported: a patched one must be called.
+// A class that may be part of a run, while it computes by the forward that it came with.
 struct Class {
   PyTypeObject* type;
   PyObject* forward;
@@ -255,11 +254,12 @@ py::object call(const py::object& child, const py::object& input) {
 
 void register_modules(const py::object& linear, const py::object& fused_linear, const py::object& dropout,
                       const py::object& sequential, const py::dict& activations, const py::dict& kinds,
-                      const py::tuple& watchers, const py::function& composed) {
+                      const py::dict& forwards, const py::tuple& watchers, const py::function& composed) {
   const auto forever = [](py::handle object) { return object.inc_ref().ptr(); };
   const auto add = [&](py::handle type, Role role) -> Class& {
-    auto* const type_object = reinterpret_cast<PyTypeObject*>(forever(type));
-    known.classes.push_back({type_object, _PyType_Lookup(type_object, names().forward), role});
+    PyObject* forward = item(forwards.ptr(), type.ptr());
+    known.classes.push_back(
+        {reinterpret_cast<PyTypeObject*>(forever(type)), forward ? forever(forward) : nullptr, role});
     return known.classes.back();
   };
   add(linear, Role::linear);

@@ -14,11 +14,12 @@ namespace fastmlp {
 //   sequential: the class whose forward is run_children
 //   activations: {class: (name, (attribute of each parameter, ...))}
 //   kinds: {name: kind}
+//   forwards: {class: how it computes}; a class that is not in it, or computes otherwise by now, is called
 //   watchers: dictionaries of hooks on all modules; while one holds anything every child is called
 //   composed: function(has_bias, kinds, scalars, input, parameters) -> output, for tensors that are not plain
 void register_modules(const py::object& linear, const py::object& fused_linear, const py::object& dropout,
                       const py::object& sequential, const py::dict& activations, const py::dict& kinds,
-                      const py::tuple& watchers, const py::function& composed);
+                      const py::dict& forwards, const py::tuple& watchers, const py::function& composed);
 
 // `children`: the dictionary of modules. Raises what children raise.
 py::object run_children(const py::dict& children, py::object input);

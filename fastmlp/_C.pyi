@@ -50,6 +50,7 @@ def register_modules(
     sequential: type[nn.Module],
     activations: Mapping[type[nn.Module], tuple[str, tuple[str, ...]]],
     kinds: Mapping[str, int],
+    forwards: Mapping[type[nn.Module], Callable[..., object]],
     watchers: tuple[Mapping[int, Callable[..., object]], ...],
     composed: Callable[..., Tensor],
     /,

@@ -303,9 +303,13 @@ _GLOBAL_HOOKS = (
     nn_module._global_backward_pre_hooks,
 )
 
-#: The modules that may be part of a run, and how each computes.
+#: The modules that may be part of a run, and how each computes, unless somebody has replaced that already.
 _KINDS: tuple[type[nn.Module], ...] = (nn.Linear, Linear, nn.Dropout, *reference.MODULES)
-_FORWARDS = {kind: kind.forward for kind in _KINDS}
+_FORWARDS = {
+    kind: kind.forward
+    for kind in _KINDS
+    if kind.forward.__module__ == kind.__module__ and not hasattr(kind.forward, "__wrapped__")
+}
 
 _C.register_modules(
     nn.Linear,
@@ -314,6 +318,7 @@ _C.register_modules(
     Sequential,
     {kind: (name, tuple(DEFAULTS[name])) for kind, name in reference.MODULES.items()},
     {name: kind for kind, name in enumerate(DEFAULTS)},
+    _FORWARDS,
     _GLOBAL_HOOKS,
     composed_forward,
 )
