@@ -16,7 +16,7 @@ export MAX_JOBS ?= $(JOBS)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 SANITIZED := build/sanitized
 
-.PHONY: demo test build lint pytest other-isas sanitize bench tiles format clean
+.PHONY: demo test build lint pytest other-isas sanitize bench models tiles format clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -81,6 +81,9 @@ $(VENV)/bench $(VENV)/models: $(VENV)/built
 
 bench: $(VENV)/bench
 	python -m benchmarks.report $(BENCH)
+
+models: $(VENV)/models
+	python -m benchmarks.models
 
 # The measurements behind the cache blocks of csrc/cpu/tiles.h: make tiles TILES='avx2 float64'
 build/tune_tiles: tools/tune_tiles.cpp $(SOURCES)

@@ -19,6 +19,9 @@ from tests.models import STEPS, SUBJECTS, Subject
 #: The ways to convert, by what `trace` is.
 WAYS = {"in place": False, "trace=True": True}
 
+#: Seconds to time a model in, twice the usual: a sample is a whole training.
+PATIENCE = 10.0
+
 CAPTION = f"""
 differences: the largest from the same model unconverted, in float64, as a share of the most that rounding explains \
 (tests/rounding.py); fused, kept: by fusion_report, in training mode; step x: the time of {STEPS} training steps \
@@ -39,7 +42,7 @@ def main() -> None:
     for name in (*PARTS, "keys", "step, ms", "step x"):
         table.add_column(name, justify="right")
     for kind in SUBJECTS:
-        for cells in rows(kind, Effort(rounds=options.rounds)):
+        for cells in rows(kind, Effort(options.rounds, PATIENCE)):
             table.add_row(*cells)
         table.add_section()
     out.print(table)

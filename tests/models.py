@@ -227,7 +227,7 @@ class PhysicsInformed(Subject):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(dtype)
-        self.points = self.randn(512, 2, seed=2).sigmoid() * torch.tensor([2, 1]) - torch.tensor([1, 0])
+        self.points = self.randn(256, 2, seed=2).sigmoid() * torch.tensor([2, 1]) - torch.tensor([1, 0])
         self.start = self.points[:64] * torch.tensor([1, 0])
 
     def make(self) -> nn.Module:

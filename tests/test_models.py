@@ -1,5 +1,6 @@
 """Models of other libraries compute converted what they compute unconverted."""
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -25,6 +26,15 @@ CASES: list[tuple[type[Subject], bool, int, int]] = [
     (PhysicsInformed, False, 5, 0),
     (PhysicsInformed, True, 1, 0),
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are small: where others use the processor too, more threads wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def made(kind: type[Subject], dtype: torch.dtype) -> Subject:
@@ -81,3 +91,17 @@ def test_what_cannot_be_recorded_says_so() -> None:
     policy = made(Policy, torch.float32).make()
     with pytest.raises(RuntimeError, match=r"torch.fx cannot record the forward of ActorCriticPolicy"):
         convert(policy, trace=True)
+
+
+def test_the_table() -> None:
+    pytest.importorskip("rich")
+    models = pytest.importorskip("benchmarks.models")
+    made(TabularResNet, torch.float32)
+    in_place, recorded = models.rows(TabularResNet, models.Effort(rounds=2, patience=0))
+    name, parameters, way, fused, kept, *shares, keys, _, ratio = in_place
+    assert (name, parameters, way, keys) == ("rtdl ResNet", "35331", "in place", "equal")
+    assert fused.startswith("input_projection\nblocks.0.linear1 + blocks.0.activation\n")
+    assert kept == "output.activation: no layer that is fused precedes it"
+    assert [share.endswith("%") for share in shares] == [True] * len(PARTS)
+    assert float(ratio) > 0
+    assert recorded[2] == "trace=True"
