@@ -16,7 +16,7 @@ export MAX_JOBS ?= $(JOBS)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 SANITIZED := build/sanitized
 
-.PHONY: demo test build lint pytest other-isas sanitize bench tiles format clean
+.PHONY: demo test build lint pytest other-isas sanitize bench models tiles format clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -45,7 +45,7 @@ lint: build
 	find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs clang-format --dry-run --Werror
 	mypy
 
-pytest: build
+pytest: $(VENV)/models
 	python -m pytest
 
 # On a processor without one of them the list that the tests enumerate is shorter.
@@ -71,14 +71,19 @@ sanitize: $(SANITIZED)/done
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=. \
 	  python -m pytest -q -p no:cacheprovider tests/test_kernels.py tests/test_errors.py
 
-# The extra's packages without the package itself, which would be built once more.
-EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])
-$(VENV)/bench: $(VENV)/built
-	python -m pip install --quiet $$(python -c '$(EXTRA)')
+# An extra's packages without the package itself, which would be built once more. With torch named, pip takes those
+# that go with it, and does not replace it.
+EXTRA := import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  print(*project["optional-dependencies"][sys.argv[1]])
+$(VENV)/bench $(VENV)/models: $(VENV)/built
+	python -m pip install --quiet '$(TORCH)' $$(python -c '$(EXTRA)' $(@F))
 	touch $@
 
 bench: $(VENV)/bench
 	python -m benchmarks.report $(BENCH)
+
+models: $(VENV)/models
+	python -m benchmarks.models
 
 # The measurements behind the cache blocks of csrc/cpu/tiles.h: make tiles TILES='avx2 float64'
 build/tune_tiles: tools/tune_tiles.cpp $(SOURCES)

@@ -1,10 +1,10 @@
-"""The demo: PyTorch's tutorial with `fastmlp.Linear`, beside PyTorch itself, on real data.
+"""The demo: PyTorch's tutorial with `fastmlp.Linear`, and converted, beside PyTorch itself, on real data.
 
 Run by `python -m fastmlp demo`. Two things are asserted, and a `DemoFailure` names what broke:
 
 - In float64, at every step, fastmlp and PyTorch start from the same parameters and see the same
   batch. Their losses and every entry of their gradients differ by no more than rounding allows. The
-  bound is derived, not tuned: see `rounding_bounds`.
+  bound is derived, not tuned: see demo_bounds.py.
 - Each classifier reads at least `ACCURACY` of the digits that it was not trained on.
 
 Starting each step from the same parameters keeps the bound sharp. Two runs left to themselves drift
@@ -19,7 +19,6 @@ from statistics import geometric_mean, median
 from time import perf_counter
 
 import torch
-import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -31,6 +30,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import fastmlp
+from fastmlp.demo_bounds import rounding_bounds
 
 __all__ = ["ACCURACY", "EPOCHS", "DemoFailure", "main"]
 
@@ -44,6 +44,7 @@ DIGITS = [64, 128, 64, 10]
 
 Batch = tuple[Tensor, Tensor]
 Parameters = Iterable[Tensor]
+MakeOptimizer = Callable[[Parameters], torch.optim.Optimizer]
 
 
 class DemoFailure(AssertionError):
@@ -81,6 +82,11 @@ class SimpleNN(nn.Module):
         return self.fc2(x)
 
 
+def converted_nn() -> nn.Module:
+    """The network as the tutorial writes it, with its forward recorded and fused."""
+    return fastmlp.convert(NativeNN(), trace=True)
+
+
 def native_mlp(widths: Sequence[int], activation: type[nn.Module]) -> nn.Module:
     """The children of `fastmlp.MLP`, written by hand."""
     layers: list[nn.Module] = []
@@ -97,7 +103,7 @@ class Task:
     """One network to be trained, by both contenders.
 
     Args:
-        name: of data and optimizer or activation.
+        name: of data and what is special: optimizer, activation or conversion.
         train: inputs and targets, in float64 where they are real numbers.
         held_out: the same, never trained on.
         native: makes PyTorch's network.
@@ -115,7 +121,7 @@ class Task:
     fast: Callable[[], nn.Module]
     activation: str
     loss: Callable[[Tensor, Tensor], Tensor]
-    optimizer: Callable[[Parameters], torch.optim.Optimizer]
+    optimizer: MakeOptimizer
     noise: float = 0.0
 
     @property
@@ -125,19 +131,23 @@ class Task:
 
 
 def regression_tasks() -> list[Task]:
-    """The tutorial's loop on 442 patients: the course of their diabetes, with SGD and with Adam."""
+    """The tutorial's loop on 442 patients, the course of their diabetes: with SGD, with Adam, and converted."""
     data = load_diabetes(scaled=False)
     parts = train_test_split(data.data, data.target[:, None], test_size=0.25, random_state=0)
     x, x_held_out, y, y_held_out = (torch.as_tensor(part, dtype=torch.float64) for part in parts)
     train = standardise(x, x), standardise(y, y)
     held_out = standardise(x_held_out, x), standardise(y_held_out, y)
 
-    def task(name: str, optimizer: Callable[[Parameters], torch.optim.Optimizer]) -> Task:
-        return Task(name, train, held_out, NativeNN, SimpleNN, "relu", nn.MSELoss(), optimizer)
+    def task(name: str, fast: Callable[[], nn.Module], optimizer: MakeOptimizer) -> Task:
+        return Task(f"diabetes, {name}", train, held_out, NativeNN, fast, "relu", nn.MSELoss(), optimizer)
+
+    def adam(parameters: Parameters) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=0.002)
 
     return [
-        task("diabetes, SGD", lambda parameters: torch.optim.SGD(parameters, lr=0.02)),
-        task("diabetes, Adam", lambda parameters: torch.optim.Adam(parameters, lr=0.002)),
+        task("SGD", SimpleNN, lambda parameters: torch.optim.SGD(parameters, lr=0.02)),
+        task("Adam", SimpleNN, adam),
+        task("convert", converted_nn, adam),
     ]
 
 
@@ -249,134 +259,7 @@ def join(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [torch.cat([w, b[:, None]], 1) for w, b in zip(parameters[::2], parameters[1::2], strict=True)]
 
 
-# What rounding may do to one step in float64.
-
-
-def gamma(roundings: int) -> float:
-    """The largest relative error of so many roundings in a row (Higham 2002, section 3.1)."""
-    unit = 2.0**-53
-    return roundings * unit / (1 - roundings * unit)
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """Computed numbers, and bounds on their distances from the exact ones."""
-
-    value: Tensor
-    error: Tensor
-
-    def __matmul__(self, other: "Rounded") -> "Rounded":
-        """Sums of n products, in any order: n roundings at most to each of them."""
-        a, b = self.value.abs(), other.value.abs()
-        error = (gamma(a.shape[1]) * a + self.error) @ b + (a + self.error) @ other.error
-        return Rounded(self.value @ other.value, error)
-
-    def __mul__(self, other: "Rounded") -> "Rounded":
-        """Elementwise, with one rounding."""
-        a, b = self.value.abs(), other.value.abs()
-        error = gamma(1) * a * b + self.error * b + (a + self.error) * other.error
-        return Rounded(self.value * other.value, error)
-
-    def t(self) -> "Rounded":
-        """The transposed matrix."""
-        return Rounded(self.value.t(), self.error.t())
-
-
-def exact(value: Tensor) -> Rounded:
-    """Numbers that are what they should be: the data, and the parameters that a step starts from."""
-    return Rounded(value, torch.zeros_like(value))
-
-
-def with_ones(x: Rounded) -> Rounded:
-    """A column of ones, so that the bias is one more weight."""
-    return Rounded(F.pad(x.value, (0, 1), value=1.0), F.pad(x.error, (0, 1)))
-
-
-def relu(z: Rounded) -> tuple[Rounded, Rounded]:
-    """The activation and its slope, which is open between 0 and 1 where the sign of z is uncertain."""
-    uncertain = z.value.abs() <= z.error
-    return Rounded(z.value.relu(), z.error), Rounded((z.value > 0).double(), uncertain.double())
-
-
-def tanh(z: Rounded) -> tuple[Rounded, Rounded]:
-    """The activation and its slope 1 - h^2; 4 units in the last place are 8 roundings."""
-    h = z.value.tanh()
-    error = z.error + gamma(8) * h.abs()
-    return Rounded(h, error), Rounded(1 - h * h, (2 * h.abs() + error) * error + gamma(2))
-
-
-def sigmoid(z: Rounded) -> tuple[Rounded, Rounded]:
-    """The activation, nowhere steeper than 1/4, and its slope h (1 - h)."""
-    h = z.value.sigmoid()
-    error = z.error / 4 + gamma(8) * h
-    slope = h * (1 - h)
-    return Rounded(h, error), Rounded(slope, (1 + error) * error + gamma(3) * slope)
-
-
-def cross_entropy(logits: Rounded, y: Tensor) -> tuple[Rounded, Rounded]:
-    """The mean loss and its gradient.
-
-    The logarithm of a softmax moves by at most twice what the logits move by. Its evaluation errs
-    by `spread` (the largest difference of two logits) for each of three roundings of the differences
-    and exponents, and by the sum over classes and the logarithm of at most `classes`.
-    """
-    rows, classes = logits.value.shape
-    spread = logits.value.amax(1, keepdim=True) - logits.value.amin(1, keepdim=True)
-    error = 2 * logits.error.amax(1, keepdim=True) + gamma(2 * classes + 8) * (1 + spread)
-    loss = F.cross_entropy(logits.value, y)
-    softmax, target = logits.value.softmax(1), F.one_hot(y, classes)
-    gradient_error = softmax * (error + gamma(8)) + gamma(3) * (softmax + target)
-    gradient = Rounded((softmax - target) / rows, gradient_error / rows)
-    return Rounded(loss, error.mean() + gamma(rows) * loss), gradient
-
-
-def mean_squared_error(output: Rounded, y: Tensor) -> tuple[Rounded, Rounded]:
-    """The mean loss and its gradient."""
-    n = y.numel()
-    residual = output.value - y
-    error = output.error + gamma(1) * residual.abs()
-    loss = residual.square().mean()
-    loss_error = ((2 * residual.abs() + error) * error).mean() + gamma(n + 2) * loss
-    gradient = Rounded(2 * residual / n, 2 * error / n + gamma(3) * 2 * residual.abs() / n)
-    return Rounded(loss, loss_error), gradient
-
-
-ACTIVATIONS = {"relu": relu, "tanh": tanh, "sigmoid": sigmoid}
-
-
-def rounding_bounds(task: Task, layers: Sequence[Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
-    """How far float64 may take the loss and each layer's gradient from the exact ones.
-
-    A running error analysis: forward and backward are computed once more, each number with a bound
-    on its error. Exact are the batch and the parameters; a sum of n products gets n roundings in
-    whatever order it is formed, so the bound holds for any blocking, SIMD width and use of FMA;
-    activations pass errors on by their slope and add their own; the losses do as they say.
-    tanh and sigmoid are trusted to 4 units in the last place. Two implementations each stay within
-    the bound, so they differ by at most twice as much. (The bounds are computed in float64 as well,
-    which puts them wrong in about the 14th digit.)
-
-    Args:
-        task: for its activation and loss.
-        layers: the parameters, as `join` makes them.
-        x: inputs of the batch.
-        y: its targets.
-
-    Returns:
-        Bounds in the order and shapes of `Contender.loss_and_gradients`.
-    """
-    activate = ACTIVATIONS[task.activation]
-    inputs, slopes = [with_ones(exact(x))], []
-    for layer in layers[:-1]:
-        h, slope = activate(inputs[-1] @ exact(layer).t())
-        inputs.append(with_ones(h))
-        slopes.append(slope)
-    output = inputs[-1] @ exact(layers[-1]).t()
-    loss, gradient = (cross_entropy if task.classifies else mean_squared_error)(output, y)
-    bounds = [(gradient.t() @ inputs[-1]).error]
-    for layer, h, slope in zip(layers[:0:-1], inputs[-2::-1], reversed(slopes), strict=True):
-        gradient = (gradient @ exact(layer[:, :-1])) * slope
-        bounds.append((gradient.t() @ h).error)
-    return [loss.error, *reversed(bounds)]
+# How close it stays to PyTorch.
 
 
 @dataclass
@@ -421,7 +304,7 @@ def compare(task: Task, dtype: torch.dtype, epochs: int, seed: int, tick: Callab
             found.steps += 1
             found.loss = max(found.loss, differences[0].item())
             if dtype == torch.float64:
-                bounds = rounding_bounds(task, join(list(state.values())), x, y)
+                bounds = rounding_bounds(task.activation, join(list(state.values())), x, y)
                 found.share = max(found.share, assert_within(differences, bounds, f"{task.name}, step {found.steps}"))
             native.optimizer.step()
         native.schedule.step()
@@ -489,9 +372,10 @@ HEADERS = (
     "\nratio",
 )
 CAPTION = f"""
+convert: the network of nn.Linear and torch.relu, fused by fastmlp.convert, trained with Adam.
 diff.: the largest difference of two losses in steps from the same parameters.
 float64: asserted at every step: loss and all gradients differ by no more than rounding explains (a \
-running error analysis, see fastmlp/demo.py). "of bound": the largest share of that which was used.
+running error analysis, see fastmlp/demo_bounds.py). "of bound": the largest share of that which was used.
 float32: shown, not asserted.
 held out: digits read rightly, asserted to be at least {ACCURACY:.0%}; for diabetes the mean squared \
 error. Each of these trainings ran on its own, in float32.
@@ -510,7 +394,7 @@ class Result:
 
 
 def show_network(console: Console, seed: int) -> None:
-    """The tutorial's first steps: a network, its parameters, one forward pass."""
+    """The tutorial's first steps: a network, its parameters, one forward pass; and what converting one fuses."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SimpleNN()
@@ -525,8 +409,9 @@ def show_network(console: Console, seed: int) -> None:
         output = model(x[:1])
     console.print(
         f"Forward pass, untrained: x {tuple(x[:1].shape)} -> output {tuple(output.shape)} = {output.item():.3f}, "
-        f"target {y[0].item():.3f}\n"
+        f"target {y[0].item():.3f}"
     )
+    console.print(f"The same with nn.Linear, after fastmlp.convert: {fastmlp.fusion_report(converted_nn())}\n")
 
 
 def measure(tasks: Sequence[Task], epochs: int, seed: int, console: Console) -> list[Result]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmlp
-from fastmlp import _C, __main__
+from fastmlp import _C, __main__, fusion_report
 
 if TYPE_CHECKING:
     from fastmlp.demo import Race, Result, Task
@@ -54,11 +54,25 @@ def test_demo(tmp_path: Path) -> None:
     done = python("-W", "error", "-m", "fastmlp", "demo", "--output", "made/here", cwd=tmp_path)
     assert (tmp_path / "made/here/demo.png").read_bytes().startswith(PNG)
     assert done.stderr == ""
-    for text in ("fc1.weight  (50, 10)", "diabetes, SGD", "diabetes, Adam", "digits, ReLU", "digits, Tanh", "1 thread"):
+    for text in (
+        "fc1.weight  (50, 10)",
+        "convert: fused  fc1 + relu + fc2",
+        "digits, ReLU",
+        "digits, Tanh",
+        "1 thread",
+    ):
         assert text in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("Proved: in 3020 float64 steps fastmlp equals PyTorch")
+    for name in ("diabetes, SGD", "diabetes, Adam", "diabetes, convert"):
+        assert f"\n{name} " in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("Proved: in 3240 float64 steps fastmlp equals PyTorch")
     assert "\x1b" not in done.stdout
     assert "…" not in done.stdout, "the table is too wide for 80 columns"
+
+
+def test_the_converted_network_is_plain_and_fused(demo: Any, tasks: "list[Task]") -> None:
+    model = tasks[2].fast()
+    assert [type(layer) for layer in (model.fc1, model.fc2)] == [nn.Linear, nn.Linear]
+    assert [(entry.names, entry.reason) for entry in fusion_report(model)] == [(("fc1", "relu", "fc2"), "")]
 
 
 class Skewed(torch.autograd.Function):
@@ -95,7 +109,7 @@ def after(make: Callable[[], nn.Module], change: Callable[[Tensor], Tensor]) -> 
 @pytest.mark.parametrize(
     ("change", "what"), [(wrong_output, "loss"), (Skewed.apply, "gradient of layer 1"), (not_a_number, "loss")]
 )
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(6))
 def test_a_wrong_contender_is_found_out(
     demo: Any, tasks: "list[Task]", index: int, change: Callable[[Tensor], Tensor], what: str
 ) -> None:
@@ -118,15 +132,15 @@ def test_a_wrong_start_is_found_out(demo: Any, tasks: "list[Task]") -> None:
 
 
 def test_float32_differences_are_shown_and_not_asserted(demo: Any, tasks: "list[Task]") -> None:
-    found = demo.compare(tasks[2], torch.float32, 1, 0, lambda: None)
+    found = demo.compare(tasks[3], torch.float32, 1, 0, lambda: None)
     assert found.steps == 43
     assert 0 < found.loss < 1e-5
     assert found.share == 0
 
 
 def test_a_network_that_did_not_learn_is_found_out(demo: Any, tasks: "list[Task]") -> None:
-    race: Race = demo.race(tasks[4], 1, 0, lambda: None)
-    result: Result = demo.Result(tasks[4], demo.Agreement(), demo.Agreement(), race)
+    race: Race = demo.race(tasks[5], 1, 0, lambda: None)
+    result: Result = demo.Result(tasks[5], demo.Agreement(), demo.Agreement(), race)
     with pytest.raises(demo.DemoFailure, match=r"digits, Sigmoid: PyTorch reads \d+\.\d% of the held-out digits"):
         demo.assert_accuracy([result])
 
@@ -136,7 +150,7 @@ def test_bounds_hold_on_every_instruction_set(demo: Any, tasks: "list[Task]", is
         demo.compare(task, torch.float64, 1, 1, lambda: None)
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(6))
 @pytest.mark.parametrize("make", ["native", "fast"])
 def test_bounds_hold_against_true_errors(
     demo: Any, tasks: "list[Task]", index: int, make: str, monkeypatch: pytest.MonkeyPatch
@@ -147,8 +161,8 @@ def test_bounds_hold_against_true_errors(
     double = demo.Contender(task, task.native, torch.float64, 1, 0)
     # Rounded to float32 first, so that both see the same batch; the parameters were made in float32.
     x, y = demo.cast(next(demo.shuffled(task, torch.float32, 1, 0))[0], torch.float64)
-    monkeypatch.setattr(demo, "gamma", lambda n: n * 2.0**-24 / (1 - n * 2.0**-24))
-    bounds = demo.rounding_bounds(task, demo.join([p.detach() for p in double.model.parameters()]), x, y)
+    monkeypatch.setattr("fastmlp.demo_bounds.gamma", lambda n: n * 2.0**-24 / (1 - n * 2.0**-24))
+    bounds = demo.rounding_bounds(task.activation, demo.join([p.detach() for p in double.model.parameters()]), x, y)
     rounded = single.loss_and_gradients(*demo.cast((x, y), torch.float32))
     errors = [(a - b).abs() for a, b in zip(double.loss_and_gradients(x, y), rounded, strict=True)]
     share = demo.assert_within(errors, bounds, task.name)
