@@ -1,6 +1,6 @@
 // The macro-kernel: C = act(A B + bias) for strided A and B, where either may be formed on the fly
-// while it is packed. NT, NN and TN are strides. Called by network.cpp for every forward, dgrad and
-// wgrad. Owns blocking, packing order, scratch and threads; all arithmetic is behind the table.
+// while it is packed. NT, NN and TN are strides. Called by network.cpp for forward, dgrad and wgrad of wide
+// layers. Owns blocking, packing order, scratch and threads; all arithmetic is behind the table.
 #pragma once
 
 #include <cstdint>
