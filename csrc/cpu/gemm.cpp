@@ -28,7 +28,6 @@ constexpr int64_t most_gathered = int64_t(1) << 18;
 
 // Up to so many rows of C, or terms of its sums if these can be written as they are, B is streamed.
 template <class S> constexpr int64_t streamed_rows = in_itself<S> ? 64 : 24;  // 16 bits are converted again
-constexpr int64_t streamed_depth = 8;
 
 // What a block of B may take of an L2 cache, beside a block of A.
 constexpr int64_t l2_share = 300 << 10;

@@ -11,6 +11,9 @@
 
 namespace fastmlp::cpu {
 
+// Sums of so few terms cost less than packing B, and less than writing the result: it is written in long runs.
+constexpr int64_t streamed_depth = 8;
+
 // What is packed: the data itself, data * act'(saved), or act(data).
 enum class Form { plain, gradient, value };
 

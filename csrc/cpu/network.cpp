@@ -45,8 +45,10 @@ int64_t widest_hidden(const Network& network) {
 template <class S>
 void layers_forward(const KernelTable& table, const Network& network, const Layers& layers, const Matrix& input,
                     int64_t rows, const Place<S>* places, int threads) {
+  const bool alone = layers.end - layers.first == 1;
   if constexpr (in_itself<S>) {
-    if (layers.narrow) return forward_blocks(table, network, layers, input, rows, places, threads);
+    if (layers.narrow && !(alone && network.layers[layers.first].in_features <= streamed_depth))
+      return forward_blocks(table, network, layers, input, rows, places, threads);
   }
   const Place<S>& place = places[layers.first];
   Product<S> p;
