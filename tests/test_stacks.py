@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -248,12 +249,14 @@ def test_stack(drawn: Drawn) -> None:
             assert _C.last_isa() == isa
 
 
-def signed_permutations(n: int, k: int, terms: int, dtype: torch.dtype) -> Tensor:
+def signed_permutations(like: Tensor, terms: int) -> Tensor:
     """Whole numbers, few in each row and column, so that sums stay small from layer to layer."""
-    weight = torch.zeros(n, k, dtype=dtype)
-    size = min(n, k)
+    weight = torch.zeros(like.shape, dtype=like.dtype)
+    (n, k), size = like.shape, min(like.shape)
     for _ in range(terms):
-        weight[torch.randperm(n)[:size], torch.randperm(k)[:size]] += torch.randint(0, 2, (size,)).to(dtype) * 2 - 1
+        weight[torch.randperm(n)[:size], torch.randperm(k)[:size]] += (
+            torch.randint(0, 2, (size,)).to(like.dtype) * 2 - 1
+        )
     return weight
 
 
@@ -292,7 +295,7 @@ def test_whole_numbers_are_exact(drawn: Drawn) -> None:
     drawn = replace(drawn, activations=tuple(random_.choice(EXACT) for _ in drawn.activations))
     n = numbers(drawn, lambda *shape, dtype: torch.randint(-2, 3, shape).to(dtype))
     terms = 2 if drawn.dtype.itemsize > 2 and len(n.weights) <= 6 else 1
-    n.weights = [signed_permutations(*w.shape, terms, drawn.dtype) for w in n.weights]
+    n.weights = [signed_permutations(w, terms) for w in n.weights]
     exact = derived(specified(drawn), [t.double() for t in (n.input, *n.parameters)], n.grad.double())
     # 24 bits hold every sum; and 8, those of 16-bit dtypes, every element that is stored on the way.
     assert all(t.abs().max() < 1 << 24 for t in exact if t.numel())
@@ -361,3 +364,103 @@ def test_same_bits_for_any_number_of_threads(
         results.append([output, _C.infer(stack.native, n.input, n.parameters), *hidden, *gradients])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rows", [5, 200])
+@pytest.mark.parametrize("widths", [(9, 33, 5, 17), (7, 64, 700, 3)], ids=str)
+def test_every_subset_of_gradients(isa: str, widths: tuple[int, ...], rows: int) -> None:
+    """Of narrow layers, and of a wide one between them."""
+    for dtype in (torch.float32, torch.bfloat16):
+        drawn = plain(1, dtype, rows, widths, "silu", bias=True)
+        n, stack = numbers(drawn), drawn.stack
+        expected = network(n.input_rows, n.weights, n.biases, drawn.activations, n.grad_rows)
+        _, hidden = _C.forward(stack.native, n.input, n.parameters)
+        for needs in itertools.product([False, True], repeat=1 + len(n.parameters)):
+            gradients = _C.backward(stack.native, n.grad, n.input, hidden, n.parameters, needs)
+            compare(gradients, expected, needs, drawn)
+
+
+SPECIAL = [float("nan"), float("inf"), float("-inf")]
+
+
+# None that is zero in one precision and tiny in another: infinity would tell.
+@pytest.mark.parametrize("name", ["relu", "tanh", "softplus", "silu", "leaky_relu", "elu", "identity"])
+@pytest.mark.parametrize("widths", [(9, 33, 5, 17, 40, 3), (7, 64, 700, 3, 50, 50)], ids=str)
+def test_special_values_go_where_torch_s_go(
+    isa: str, dtype: torch.dtype, widths: tuple[int, ...], name: str, without_onednn: None
+) -> None:
+    """From one row to no other, and from a parameter to what it is part of: nothing is padded with them."""
+    drawn, seen = plain(2, dtype, 31, widths, name, bias=True), 0
+    for place in ("input", "weight", "bias", "grad"):
+        for value in SPECIAL:
+            n = numbers(drawn)
+            where = {"input": n.input, "weight": n.weights[2], "bias": n.biases[1], "grad": n.grad}[place]
+            assert where is not None
+            where[0] = value  # not in the last elements, which torch computes by other code
+            found = computed(drawn, n)
+            wanted = derived(specified(drawn), [n.input, *n.parameters], n.grad)
+            seen += sum(not bool(t.isfinite().all()) for t in wanted)
+            for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
+                infinite = a.isinf() | b.isinf()
+                assert torch.equal(a.isnan(), b.isnan()), f"{place} {value}: {i}"
+                assert torch.equal(a[infinite], b[infinite]), f"{place} {value}: {i}"
+    assert seen > 30
+
+
+WRONG: dict[str, tuple[Callable[[list[Tensor], list[Tensor | None]], Any], str]] = {
+    "weight": (
+        lambda weights, biases: weights.__setitem__(3, torch.zeros(7, 5)),
+        r"weights\[3\] has shape \[7, 5\], expected 6 in the last dimension, the out_features of the layer before",
+    ),
+    "bias": (
+        lambda weights, biases: biases.__setitem__(4, torch.zeros(9)),
+        r"biases\[4\] has shape \[9\], expected \[8\], the out_features of weights\[4\]",
+    ),
+    "dtype": (
+        lambda weights, biases: weights.__setitem__(2, weights[2].double()),
+        r"weights\[2\] has dtype Double, expected the dtype of input, Float",
+    ),
+    "dimensions": (
+        lambda weights, biases: weights.__setitem__(5, torch.zeros(8)),
+        r"weights\[5\] has shape \[8\], expected two dimensions",
+    ),
+    "device": (
+        lambda weights, biases: weights.__setitem__(1, weights[1].to("meta")),
+        r"weights\[1\] is on meta, expected the device of input, cpu",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_errors_name_the_layer_and_come_first(name: str, gradients: bool) -> None:
+    change, message = WRONG[name]
+    widths = [3, 4, 5, 6, 7, 8, 9]
+    weights = [torch.randn(n, k) for k, n in pairwise(widths)]
+    biases: list[Tensor | None] = [torch.randn(n) for n in widths[1:]]
+    input = torch.randn(5, 3, requires_grad=gradients)
+    change(weights, biases)
+    versions = [t._version for t in (input, *weights, *biases) if t is not None]
+    before = _C.last_isa()
+    fastmlp.set_isa(next(isa for isa in ISAS if isa != before) if len(ISAS) > 1 else before)
+    with pytest.raises(RuntimeError, match=f"fastmlp: {message}"):
+        fastmlp.functional.mlp(input, weights, biases, ["tanh"] * 6)
+    assert versions == [t._version for t in (input, *weights, *biases) if t is not None]
+    assert _C.last_isa() == before, "a kernel has run"
+
+
+def test_backward_names_what_does_not_fit() -> None:
+    drawn = plain(0, torch.float32, 6, (3, 4, 5, 6, 7), "gelu", bias=True)
+    n, stack = numbers(drawn), drawn.stack
+    _, hidden = _C.forward(stack.native, n.input, n.parameters)
+    needs = [True] * (1 + len(n.parameters))
+    before = [t.clone() for t in (n.grad, n.input, *hidden, *n.parameters)]
+    for saved, grad, message in (
+        ([hidden[0], hidden[1], hidden[2][:3]], n.grad, r"saved\[2\] has shape \[3, 6\], expected leading dimensions"),
+        (hidden[:2], n.grad, "saved has 2 tensors, expected 3"),
+        ([hidden[0], hidden[1].double(), hidden[2]], n.grad, r"saved\[1\] has dtype Double"),
+        (hidden, n.grad[:, :6], r"grad has shape \[6, 6\], expected leading dimensions \[6\] and last dimension 7"),
+    ):
+        with pytest.raises(RuntimeError, match=f"fastmlp: {message}"):
+            _C.backward(stack.native, grad, n.input, saved, n.parameters, needs)
+    assert all(torch.equal(a, b) for a, b in zip(before, (n.grad, n.input, *hidden, *n.parameters), strict=True))
