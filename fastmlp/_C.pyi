@@ -33,7 +33,7 @@ def backward_into(
     input: Tensor,
     saved: Sequence[Tensor],
     parameters: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
     /,
 ) -> None: ...
 def check_forward(stack: Stack, input: Tensor, parameters: Sequence[Tensor], same_dtype: bool, /) -> None: ...

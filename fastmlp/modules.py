@@ -240,7 +240,7 @@ def parts(children: Mapping[str, nn.Module | None]) -> list[Run | Alone]:
             found.append(Alone(name, child, reason))
             run = None
             continue
-        if run is None:
+        if run is None or _is_of_another_kind(run, child):
             run = Run()
             found.append(run)
         _take(run, name, child)
@@ -261,8 +261,14 @@ def _why_called(child: nn.Module) -> str | None:
         return "its forward was replaced"
     if child.__dict__.get("_compiled_call_impl") is not None:
         return "it was compiled by itself"
-    if kind is nn.Dropout and child.training:
+    if kind is nn.Dropout and child.training is not False:
         return "Dropout is in training mode"
+    # As some leave them: tensors, or a form that only torch knows how to refuse.
+    names = DEFAULTS[reference.MODULES[kind]] if kind in reference.MODULES else ()
+    if not all(isinstance(getattr(child, name), (int, float)) for name in names):
+        return "its attributes are not numbers"
+    if isinstance(child, nn.GELU) and child.approximate not in ("none", "tanh"):
+        return f"its form is {child.approximate!r}"
     return None
 
 
@@ -272,14 +278,16 @@ def _why_not_in(run: Run | None, child: nn.Module) -> str | None:
         # Attributes in place of parameters, as in replicas: the child knows where they are.
         if weight is None or "bias" not in child._parameters:
             return "its parameters are not where torch.nn.Linear keeps them"
-        first = weight if run is None else run.parameters[0]
-        if weight.dtype != first.dtype or weight.device != first.device:
-            return f"its weight is {weight.dtype} on {weight.device}, unlike that of the layers before"
     elif run is None:
         return "no layer that is fused precedes it"
     elif type(child) is not nn.Dropout and type(child) is not nn.Identity and run.activations[-1] != IDENTITY:
         return "the layer before it has an activation already"
     return None
+
+
+def _is_of_another_kind(run: Run, child: nn.Module) -> bool:
+    weight, first = child._parameters.get("weight"), run.parameters[0]
+    return weight is not None and (weight.dtype != first.dtype or weight.device != first.device)
 
 
 def _take(run: Run, name: str, child: nn.Module) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch import nn
 
 import fastmlp
 from fastmlp import Activation, reference
@@ -171,74 +170,6 @@ def test_autocast() -> None:
         ours, torchs = mlp(x), native(x)
     assert ours.dtype == torchs.dtype == torch.bfloat16
     assert torch.equal(ours, torchs)
-
-
-class Recorder:
-    """A hook that counts its calls."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, *_: Any) -> None:
-        self.calls += 1
-
-
-def test_hooks_on_children_of_mlp_run() -> None:
-    mlp, x = fastmlp.MLP(4, [5], 3), torch.randn(2, 4, requires_grad=True)
-    expected = mlp(x)
-    for child in (mlp[0], mlp[1], mlp[2]):
-        for register in (
-            child.register_forward_hook,
-            child.register_forward_pre_hook,
-            child.register_full_backward_hook,
-        ):
-            recorder = Recorder()
-            handle = register(recorder)
-            found = mlp(x)
-            found.sum().backward()
-            handle.remove()
-            assert recorder.calls == 1
-            torch.testing.assert_close(found, expected)
-    recorder = Recorder()
-    handle = nn.modules.module.register_module_forward_hook(recorder)
-    mlp(x)
-    handle.remove()
-    assert recorder.calls == 4
-
-
-def test_edits_of_mlp_are_seen() -> None:
-    mlp, x = fastmlp.MLP(4, [5], 3), torch.randn(2, 4)
-
-    def native() -> Tensor:
-        return nn.Sequential.forward(mlp, x)
-
-    edits: list[Callable[[], Any]] = [
-        lambda: mlp.__setitem__(1, nn.Tanh()),
-        lambda: mlp.append(nn.Softmax(-1)),
-        lambda: mlp.__delitem__(3),
-        lambda: mlp.insert(1, nn.Dropout(0.0)),
-        lambda: mlp.__delitem__(1),
-        lambda: parametrizations.weight_norm(mlp[0]),
-        lambda: prune.l1_unstructured(mlp[2], "weight", 0.5),
-        lambda: setattr(mlp[1], "forward", lambda t: t * 0),
-        lambda: delattr(mlp[1], "forward"),
-        lambda: mlp.__setitem__(1, nn.LayerNorm(5)),
-        lambda: setattr(mlp[2], "bias", None),
-    ]
-    for edit in edits:
-        edit()
-        torch.testing.assert_close(mlp(x), native())
-
-
-def test_weight_as_an_attribute() -> None:
-    """As in the replicas of DataParallel, and as meta-learning code leaves it."""
-    x = torch.randn(2, 4)
-    mlp: Any = fastmlp.MLP(4, [5], 3)
-    weight = mlp[0].weight * 2
-    del mlp[0].weight
-    mlp[0].weight = weight
-    torch.testing.assert_close(mlp(x), nn.Sequential.forward(mlp, x))
-    assert fastmlp.explain(mlp, x).name == "children"
 
 
 def test_activation_may_be_assigned() -> None:
