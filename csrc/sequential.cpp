@@ -22,9 +22,10 @@ enum class Role { linear, fused_linear, activation, dropout };
 
 // A class that may be part of a run, while it computes by the forward that it came with.
 struct Class {
-  PyTypeObject* type;
-  PyObject* forward;
-  Role role;
+  PyTypeObject* type = nullptr;
+  PyObject* forward = nullptr;
+  PyObject* call = nullptr;  // null for that of torch.nn.Module
+  Role role = Role::linear;
   int kind = identity_kind;               // of an activation
   std::array<PyObject*, 2> attributes{};  // of its parameters
 };
@@ -79,7 +80,11 @@ py::object attributes_of(PyObject* module) {
 const Class* class_of(PyObject* module) {
   for (const Class& candidate : known.classes) {
     if (Py_TYPE(module) == candidate.type) {
-      return _PyType_Lookup(candidate.type, names().forward) == candidate.forward ? &candidate : nullptr;
+      // Patches of all modules at once are for the container's own call to see.
+      PyObject* call = candidate.call ? candidate.call : _PyType_Lookup(known.module, names().call);
+      const bool original = _PyType_Lookup(candidate.type, names().forward) == candidate.forward &&
+                            _PyType_Lookup(candidate.type, names().call) == call;
+      return original ? &candidate : nullptr;
     }
   }
   return nullptr;
@@ -167,7 +172,7 @@ std::optional<ActivationSpec> own_activation(PyObject* attributes) {
 }
 
 // Adds a layer whose weight is of the kind of those before it; false if this one is not.
-bool add_layer(Run& run, const Class& c, PyObject* attributes) {
+bool add_layer(Run& run, Role role, PyObject* attributes) {
   PyObject* parameters = item(attributes, names().parameters);
   if (!parameters || !PyDict_Check(parameters)) return false;
   // Attributes in place of parameters, as in replicas and parametrized layers: the module knows where they are.
@@ -181,7 +186,7 @@ bool add_layer(Run& run, const Class& c, PyObject* attributes) {
     if (own.scalar_type() != first.scalar_type() || own.device() != first.device()) return false;
   }
   std::optional<ActivationSpec> spec = ActivationSpec{};
-  if (c.role == Role::fused_linear) spec = own_activation(attributes);
+  if (role == Role::fused_linear) spec = own_activation(attributes);
   if (!spec) return false;
   run.add_layer(weight, bias);
   run.set_activation(*spec);
@@ -198,7 +203,7 @@ bool extend(Run& run, PyObject* child) {
   switch (c->role) {
     case Role::linear:
     case Role::fused_linear:
-      return add_layer(run, *c, attributes.ptr());
+      return add_layer(run, c->role, attributes.ptr());
     case Role::dropout:
       return item(attributes.ptr(), names().training) == Py_False;
     case Role::activation: {
@@ -256,11 +261,18 @@ void register_modules(const py::object& linear, const py::object& fused_linear, 
                       const py::object& sequential, const py::dict& activations, const py::dict& kinds,
                       const py::dict& forwards, const py::tuple& watchers, const py::function& composed) {
   const auto forever = [](py::handle object) { return object.inc_ref().ptr(); };
+  const auto type_of = [&](py::handle type) { return reinterpret_cast<PyTypeObject*>(forever(type)); };
+  known.module = type_of(py::module_::import("torch.nn").attr("Module"));
+  known.module_call = _PyType_Lookup(known.module, names().call);
   const auto add = [&](py::handle type, Role role) -> Class& {
     PyObject* forward = item(forwards.ptr(), type.ptr());
-    known.classes.push_back(
-        {reinterpret_cast<PyTypeObject*>(forever(type)), forward ? forever(forward) : nullptr, role});
-    return known.classes.back();
+    Class& c = known.classes.emplace_back();
+    c.type = type_of(type);
+    c.forward = forward ? forever(forward) : nullptr;
+    PyObject* call = _PyType_Lookup(c.type, names().call);
+    c.call = call == known.module_call ? nullptr : call;
+    c.role = role;
+    return c;
   };
   add(linear, Role::linear);
   add(fused_linear, Role::fused_linear);
@@ -272,9 +284,6 @@ void register_modules(const py::object& linear, const py::object& fused_linear, 
     if (name == "gelu") known.gelu = c.type;
   }
   add(dropout, Role::dropout);
-  const auto type_of = [&](py::handle type) { return reinterpret_cast<PyTypeObject*>(forever(type)); };
-  known.module = type_of(py::module_::import("torch.nn").attr("Module"));
-  known.module_call = _PyType_Lookup(known.module, names().call);
   known.layer_forward = _PyType_Lookup(type_of(fused_linear), names().forward);
   known.sequential_forward = _PyType_Lookup(type_of(sequential), names().forward);
   known.gelu_tanh_kind = kinds["gelu_tanh"].cast<int>();
@@ -285,9 +294,14 @@ void register_modules(const py::object& linear, const py::object& fused_linear, 
 py::object run_children(const py::dict& children, py::object input) {
   // Children may change the dictionary, and drop themselves, while they run.
   c10::SmallVector<py::object, 16> modules;
-  PyObject *key = nullptr, *child = nullptr;
-  for (Py_ssize_t at = 0; PyDict_Next(children.ptr(), &at, &key, &child);) {
-    modules.push_back(py::reinterpret_borrow<py::object>(child));
+  if (PyDict_CheckExact(children.ptr())) {
+    PyObject *key = nullptr, *child = nullptr;
+    for (Py_ssize_t at = 0; PyDict_Next(children.ptr(), &at, &key, &child);) {
+      modules.push_back(py::reinterpret_borrow<py::object>(child));
+    }
+  } else {  // an OrderedDict, whose order is its own
+    for (const py::handle child : children.attr("values")())
+      modules.push_back(py::reinterpret_borrow<py::object>(child));
   }
   const bool watched = is_watched();
   for (size_t i = 0; i < modules.size();) {
@@ -306,7 +320,7 @@ py::object run_children(const py::dict& children, py::object input) {
 py::object run_layer(const py::handle& layer, const py::object& input) {
   Run run;
   const py::object attributes = attributes_of(layer.ptr());
-  const bool own = attributes && add_layer(run, {nullptr, nullptr, Role::fused_linear}, attributes.ptr());
+  const bool own = attributes && add_layer(run, Role::fused_linear, attributes.ptr());
   return own && THPVariable_Check(input.ptr()) ? execute(run, input) : py::none();
 }
 

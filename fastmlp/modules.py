@@ -251,7 +251,7 @@ def _why_called(child: nn.Module) -> str | None:
     kind = type(child)
     if kind not in _FORWARDS:
         return f"{kind.__name__} is not a module that is fused"
-    if kind.forward is not _FORWARDS[kind]:
+    if kind.forward is not _FORWARDS[kind] or kind.__call__ is not _call_of(kind):
         return f"the forward of {kind.__name__} was replaced"
     if any(_GLOBAL_HOOKS):
         return "there are hooks on all modules"
@@ -270,6 +270,10 @@ def _why_called(child: nn.Module) -> str | None:
     if isinstance(child, nn.GELU) and child.approximate not in ("none", "tanh"):
         return f"its form is {child.approximate!r}"
     return None
+
+
+def _call_of(kind: type[nn.Module]) -> Any:
+    return _Called.__call__ if kind is Linear else nn.Module.__call__
 
 
 def _why_not_in(run: Run | None, child: nn.Module) -> str | None:

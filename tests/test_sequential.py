@@ -497,7 +497,7 @@ def test_dtypes_that_do_not_belong_together_raise() -> None:
 
 
 def test_autocast_brings_dtypes_together() -> None:
-    """Runs of weights of two dtypes, which autocast casts to one: those of the lower one already are what they become."""
+    """Runs of weights of two dtypes, which autocast casts to the lower one."""
     model, x = make().float(), torch.randn(7, 4)
     model[2].bfloat16()
     assert plan(model) == "0+1 2+3 4"

@@ -18,6 +18,10 @@ template <class S> struct Leaf {
   static constexpr int nr = vectors * lanes;
   static_assert(size.mc % mr == 0 && size.nc % nr == 0);
 
+  // Terms of a sum of rows or columns that are added one after another: errors grow with the longest chain, and the
+  // sums of torch are cascades of short ones.
+  static constexpr int sum_chain = 32;
+
   // The group-th group of a panel, of which from + rows lanes are filled so far. What a whole vector
   // writes too much is overwritten by the next group.
   template <int width, int from> static void store_group(C* panel, int64_t group, int64_t groups, V v) {
@@ -305,15 +309,13 @@ template <class S> struct Leaf {
   static void column_sums(int64_t rows, int64_t columns, const S* x, C* sums, bool add) {
     for (int64_t j = 0; j < columns; j += lanes) {
       const int64_t left = columns - j;
-      V even = {}, odd = {};
-      int64_t i = 0;
-      for (; i + 2 <= rows; i += 2) {
-        even += load_up_to(x + i * columns + j, left);
-        odd += load_up_to(x + (i + 1) * columns + j, left);
+      V total = {};
+      for (int64_t from = 0; from < rows; from += sum_chain) {
+        V part = {};
+        for (int64_t i = from; i < from + sum_chain && i < rows; i++) part += load_up_to(x + i * columns + j, left);
+        total += part;
       }
-      if (i < rows) even += load_up_to(x + i * columns + j, left);
-      even += odd;
-      store_up_to(sums + j, add ? load_up_to(sums + j, left) + even : even, left);
+      store_up_to(sums + j, add ? load_up_to(sums + j, left) + total : total, left);
     }
   }
 
@@ -382,15 +384,16 @@ template <class S> struct Leaf {
   static void panel_sums(int64_t units, const C* panel, C* sums) {
     const V ones = F::ones();
     for (int i = 0; i < mr; i += lanes) {
-      V even = {}, odd = {};
-      int64_t u = 0;
-      for (; u + 2 <= units; u += 2) {
-        even = F::multiply_add(even, M::load(panel + u * mr + i), ones);
-        odd = F::multiply_add(odd, M::load(panel + (u + 1) * mr + i), ones);
+      V total = {};
+      for (int64_t from = 0; from < units; from += sum_chain) {
+        V part = {};
+        for (int64_t u = from; u < from + sum_chain && u < units; u++) {
+          part = F::multiply_add(part, M::load(panel + u * mr + i), ones);
+        }
+        total += part;
       }
-      if (u < units) even = F::multiply_add(even, M::load(panel + u * mr + i), ones);
       // Lanes past mr hold values of the next group; the caller ignores them.
-      M::store(sums + i, M::load(sums + i) + (even + odd));
+      M::store(sums + i, M::load(sums + i) + total);
     }
   }
 
