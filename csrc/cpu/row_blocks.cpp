@@ -15,7 +15,7 @@ namespace fastmlp::cpu {
 namespace {
 
 // Weights of layers that go together, beside a block of rows in the L2 cache.
-constexpr int64_t layer_bytes = 128 << 10, group_bytes = 256 << 10;
+constexpr int64_t layer_bytes = 128 << 10, group_bytes = 256 << 10, most_features = 2048;
 // What a block of rows may take in each of its layers.
 constexpr int64_t block_bytes = 32 << 10;
 constexpr int64_t fewest_rows = 56, most_rows = 192;
@@ -23,7 +23,8 @@ constexpr int64_t fewest_rows = 56, most_rows = 192;
 constexpr int64_t near_bytes = 20 << 10;
 
 template <class S> bool is_narrow(const Layer& layer) {
-  return in_itself<S> && layer.in_features * layer.out_features * int64_t(sizeof(S)) <= layer_bytes;
+  const int64_t bytes = layer.in_features * layer.out_features * int64_t(sizeof(S));
+  return in_itself<S> && bytes <= layer_bytes && std::max(layer.in_features, layer.out_features) <= most_features;
 }
 
 // C = act(A B + bias), or C += A B, where B has `n` columns in panels of NR.
@@ -333,13 +334,17 @@ template <class S> class Backward {
     const Shared shared = carve_shared(carver);
     char* const shares = workspace.data() + shared_size.used();
     char* const owns = shares + size_t(chunks) * share;
+    std::vector<Sums> sums;  // of each chunk; here, since threads must not allocate
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+      Carver share_carver(shares + size_t(chunk) * share);
+      sums.push_back(chunks > 1 ? carve_sums(share_carver) : results());
+    }
     pack_weights(shared);
     run_tasks(chunks, threads, [&](int64_t chunk, int slot) {
       Carver own_carver(owns + size_t(slot) * own_size.used());
       const Own own = carve_own(own_carver);
-      Carver share_carver(shares + size_t(chunk) * share);
       table.mark();
-      run_chunk(part_of(rows, 1, chunk, chunks), shared, own, chunks > 1 ? carve_sums(share_carver) : results());
+      run_chunk(part_of(rows, 1, chunk, chunks), shared, own, sums[size_t(chunk)]);
     });
     if (chunks > 1) reduce(shares, share);
   }
