@@ -4,9 +4,8 @@
 // masks for `?:`. Must not include a standard header, nor hold a function that is emitted without
 // M as a template argument: two instruction sets would share its symbol.
 //
-// `gradient(g, s, p)` returns g * act'(z). Its s is the layer's output where keeps_output(p) says
-// so, the pre-activation z otherwise, rounded to the dtype of the tensor that it was stored in; as_stored rounds a
-// constant alike, so that a difference which should vanish does. Values at kinks, NaN and infinity are torch's.
+// `gradient(g, s, p)` returns g * act'(z). Its s is the layer's output where keeps_output says so, the pre-activation z
+// otherwise, rounded to the dtype of the tensor that it was stored in. Values at kinks, NaN and infinity are torch's.
 #pragma once
 
 #include "problem.h"
@@ -21,7 +20,7 @@ struct ParameterInfo {
 struct Identity {
   static constexpr const char* name = "identity";
   static constexpr ParameterInfo parameters[2] = {};
-  static constexpr bool keeps_output(Scalars) { return true; }
+  static constexpr bool keeps_output = true;
   template <class M> static typename M::V value(typename M::V z, Scalars) { return z; }
   template <class M> static typename M::V gradient(typename M::V g, typename M::V, Scalars) { return g; }
 };
@@ -29,7 +28,7 @@ struct Identity {
 struct Relu {
   static constexpr const char* name = "relu";
   static constexpr ParameterInfo parameters[2] = {};
-  static constexpr bool keeps_output(Scalars) { return true; }
+  static constexpr bool keeps_output = true;
   template <class M> static typename M::V value(typename M::V z, Scalars) {
     const auto zero = M::fill(0);
     return z < zero ? zero : z;
@@ -40,11 +39,12 @@ struct Relu {
   }
 };
 
-// A negative slope gives outputs that no longer tell the sign of z.
+// Torch keeps z of these three, so that their output may be changed in place; and an output near its limit, rounded to
+// 16 bits, no longer tells the derivative.
 struct LeakyRelu {
   static constexpr const char* name = "leaky_relu";
   static constexpr ParameterInfo parameters[2] = {{"negative_slope", 0.01}};
-  static constexpr bool keeps_output(Scalars p) { return p.a >= 0; }
+  static constexpr bool keeps_output = false;
   template <class M> static typename M::V value(typename M::V z, Scalars p) {
     return z > M::fill(0) ? z : z * M::fill(p.a);
   }
@@ -56,20 +56,19 @@ struct LeakyRelu {
 struct Elu {
   static constexpr const char* name = "elu";
   static constexpr ParameterInfo parameters[2] = {{"alpha", 1.0}};
-  static constexpr bool keeps_output(Scalars p) { return p.a > 0; }
+  static constexpr bool keeps_output = false;
   template <class M> static typename M::V value(typename M::V z, Scalars p) {
     return z < M::fill(0) ? M::fill(p.a) * M::expm1_of_negative(z) : z;
   }
   template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
-    const auto slope = keeps_output(p) ? s + M::as_stored(M::fill(p.a)) : M::fill(p.a) * M::exp(s);
-    return s > M::fill(0) ? g : g * slope;
+    return s > M::fill(0) ? g : g * (M::fill(p.a) * M::exp(s));
   }
 };
 
 struct Selu {
   static constexpr const char* name = "selu";
   static constexpr ParameterInfo parameters[2] = {};
-  static constexpr bool keeps_output(Scalars) { return true; }
+  static constexpr bool keeps_output = false;
   // Klambauer et al., Self-Normalizing Neural Networks, 2017, equation 14.
   static constexpr double alpha = 1.6732632423543772848170429916717;
   static constexpr double scale = 1.0507009873554804934193349852946;
@@ -77,14 +76,14 @@ struct Selu {
     return z < M::fill(0) ? M::fill(alpha * scale) * M::expm1_of_negative(z) : M::fill(scale) * z;
   }
   template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
-    return g * (s > M::fill(0) ? M::fill(scale) : s + M::as_stored(M::fill(alpha * scale)));
+    return g * (s > M::fill(0) ? M::fill(scale) : M::fill(alpha * scale) * M::exp(s));
   }
 };
 
 struct Sigmoid {
   static constexpr const char* name = "sigmoid";
   static constexpr ParameterInfo parameters[2] = {};
-  static constexpr bool keeps_output(Scalars) { return true; }
+  static constexpr bool keeps_output = true;
   template <class M> static typename M::V value(typename M::V z, Scalars) { return M::sigmoid(z); }
   template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     return g * (s * (M::fill(1) - s));
@@ -94,7 +93,7 @@ struct Sigmoid {
 struct Tanh {
   static constexpr const char* name = "tanh";
   static constexpr ParameterInfo parameters[2] = {};
-  static constexpr bool keeps_output(Scalars) { return true; }
+  static constexpr bool keeps_output = true;
   template <class M> static typename M::V value(typename M::V z, Scalars) { return M::tanh(z); }
   template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     return g * (M::fill(1) - s * s);
@@ -105,7 +104,7 @@ struct Tanh {
 struct Gelu {
   static constexpr const char* name = "gelu";
   static constexpr ParameterInfo parameters[2] = {};
-  static constexpr bool keeps_output(Scalars) { return false; }
+  static constexpr bool keeps_output = false;
   static constexpr double inverse_sqrt_2pi = 0.39894228040143267794;
   template <class M> static typename M::V value(typename M::V z, Scalars) {
     return z * cumulative<M>(z, M::exp(M::fill(-0.5) * z * z));
@@ -124,7 +123,7 @@ struct Gelu {
 struct GeluTanh {
   static constexpr const char* name = "gelu_tanh";
   static constexpr ParameterInfo parameters[2] = {};
-  static constexpr bool keeps_output(Scalars) { return false; }
+  static constexpr bool keeps_output = false;
   static constexpr double twice_sqrt_2_over_pi = 1.5957691216057307117598;
   static constexpr double cubic = 0.044715;
   template <class M> static typename M::V value(typename M::V z, Scalars) {
@@ -143,7 +142,7 @@ struct GeluTanh {
 struct Silu {
   static constexpr const char* name = "silu";
   static constexpr ParameterInfo parameters[2] = {};
-  static constexpr bool keeps_output(Scalars) { return false; }
+  static constexpr bool keeps_output = false;
   template <class M> static typename M::V value(typename M::V z, Scalars) { return z * M::sigmoid(z); }
   template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     const auto one = M::fill(1);
@@ -157,7 +156,7 @@ struct Silu {
 struct Mish {
   static constexpr const char* name = "mish";
   static constexpr ParameterInfo parameters[2] = {};
-  static constexpr bool keeps_output(Scalars) { return false; }
+  static constexpr bool keeps_output = false;
   template <class M> static typename M::V value(typename M::V z, Scalars) {
     const auto e = exp_below_20<M>(z);
     const auto n = e * (e + M::fill(2));
@@ -181,7 +180,7 @@ struct Mish {
 struct Hardswish {
   static constexpr const char* name = "hardswish";
   static constexpr ParameterInfo parameters[2] = {};
-  static constexpr bool keeps_output(Scalars) { return false; }
+  static constexpr bool keeps_output = false;
   template <class M> static typename M::V value(typename M::V z, Scalars) {
     const auto zero = M::fill(0);
     const auto six = M::fill(6);
@@ -201,7 +200,7 @@ struct Hardswish {
 struct Softplus {
   static constexpr const char* name = "softplus";
   static constexpr ParameterInfo parameters[2] = {{"beta", 1.0}, {"threshold", 20.0}};
-  static constexpr bool keeps_output(Scalars) { return false; }
+  static constexpr bool keeps_output = false;
   template <class M> static typename M::V value(typename M::V z, Scalars p) {
     const auto x = z * M::fill(p.a);
     const auto zero = M::fill(0);
@@ -217,7 +216,7 @@ struct Softplus {
 struct Sin {
   static constexpr const char* name = "sin";
   static constexpr ParameterInfo parameters[2] = {};
-  static constexpr bool keeps_output(Scalars) { return false; }
+  static constexpr bool keeps_output = false;
   template <class M> static typename M::V value(typename M::V z, Scalars) { return M::sin(z); }
   template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) { return g * M::cos(s); }
 };

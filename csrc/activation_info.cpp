@@ -8,7 +8,7 @@ namespace {
 template <class List> struct Table;
 
 template <class... A> struct Table<ActivationList<A...>> {
-  static constexpr ActivationInfo rows[] = {{A::name, A::parameters, &A::keeps_output}...};
+  static constexpr ActivationInfo rows[] = {{A::name, A::parameters, A::keeps_output}...};
 };
 
 }  // namespace

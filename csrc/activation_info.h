@@ -11,7 +11,7 @@ namespace fastmlp {
 struct ActivationInfo {
   const char* name;
   const ParameterInfo* parameters;  // two; unused ones have no name
-  bool (*keeps_output)(Scalars);    // backward reads the output; otherwise the pre-activation
+  bool keeps_output;                // backward reads the output; otherwise the pre-activation
 };
 
 template <class A, class... Others> constexpr int kind_in(ActivationList<Others...>) {
@@ -26,6 +26,6 @@ constexpr int relu_kind = kind_in<Relu>(Activations{});
 
 const ActivationInfo& activation_info(int kind);
 
-inline bool keeps_output(const ActivationSpec& spec) { return activation_info(spec.kind).keeps_output(spec.scalars); }
+inline bool keeps_output(const ActivationSpec& spec) { return activation_info(spec.kind).keeps_output; }
 
 }  // namespace fastmlp

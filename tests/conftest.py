@@ -20,8 +20,7 @@ ISAS = [
 ]
 DTYPES: list[torch.dtype] = [getattr(torch, name) for name in _C.dtypes()]
 
-#: Every activation with its defaults, and those with parameters also with others: the values on
-#: either side of the point where the derivative no longer follows from the output.
+#: Every activation with its defaults, and those with parameters also with others, of either sign.
 ACTIVATIONS = [Activation(name) for name in DEFAULTS] + [
     Activation("leaky_relu", negative_slope=0.0),
     Activation("leaky_relu", negative_slope=-0.5),

@@ -15,7 +15,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastmlp
-from fastmlp import Sin
+from fastmlp import Sin, reference
 from fastmlp.modules import Alone, Run, parts
 from tests.test_autograd import assert_same
 
@@ -772,3 +772,21 @@ def test_the_rule_in_c_is_the_rule_in_python() -> None:
     assert seen["runs"] > 400
     assert seen["alone"] > 800
     assert seen["layers in one run"] >= 5
+
+
+@pytest.mark.parametrize("kind", [kind for kind in reference.MODULES if kind is not nn.Identity])
+def test_dropout_in_place_after_an_activation(kind: type[nn.Module]) -> None:
+    """Where torch's activation keeps what it was given, its output may be changed; here too."""
+    model = fastmlp.Sequential(nn.Linear(4, 5), kind(), nn.Dropout(0.5, inplace=True), nn.Linear(5, 2)).double()
+    x = torch.randn(6, 4, dtype=torch.float64)
+
+    def gradients(module: nn.Module) -> list[Tensor]:
+        torch.manual_seed(0)
+        return list(torch.autograd.grad(module(x).sum(), list(model.parameters())))
+
+    if kind in (nn.ReLU, nn.Sigmoid, nn.Tanh):
+        for module in (nn.Sequential(*model), model):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                gradients(module)
+    else:
+        assert_same(gradients(model), gradients(nn.Sequential(*model)))

@@ -55,16 +55,7 @@ template <> struct Storage<BFloat16> : Storage16<BFloat16> {};
 template <> struct Storage<Float16> : Storage16<Float16> {};
 
 // The operand type of activation.h for tensors of S.
-template <class S> struct Arithmetic : Math<Compute<S>> {
-  using V = typename Math<Compute<S>>::V;
-  static V as_stored(V v) { return v; }
-};
-template <> struct Arithmetic<BFloat16> : Math<float> {
-  static V as_stored(V v) { return Storage<BFloat16>::widen(BFloat16{}, Storage<BFloat16>::narrow(BFloat16{}, v)); }
-};
-template <> struct Arithmetic<Float16> : Math<float> {
-  static V as_stored(V v) { return Storage<Float16>::widen(Float16{}, Storage<Float16>::narrow(Float16{}, v)); }
-};
+template <class S> using Arithmetic = Math<Compute<S>>;
 
 template <class S> typename Storage<S>::V load_up_to(const S* p, int64_t n) {
   return n < Math<Compute<S>>::lanes ? Storage<S>::load_first(p, n) : Storage<S>::load(p);
