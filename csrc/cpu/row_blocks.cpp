@@ -72,9 +72,11 @@ void multiply_tile(const Kernels<S>& kernels, const RowProduct<S>& p, S* scratch
   t.bias = p.bias ? p.bias + column : nullptr;
   t.relu = p.activation.kind == relu_kind;
   const auto kernel = kernels.row_kernel(rows.size(), t.columns);
+  // Chains of equal length: the longest one sets the error.
+  const int64_t step = ceil_divide(p.k, std::max<int64_t>(1, ceil_divide(p.k, kernels.chain)));
   int64_t from = 0;
   do {
-    t.k = std::min(kernels.chain, p.k - from);
+    t.k = std::min(step, p.k - from);
     t.a = p.a + rows.begin * p.a_step + from * p.a_k_step;
     t.b = p.b + panel * p.b_panel + from * p.b_step;
     t.add = from > 0 || p.add;
