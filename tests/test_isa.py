@@ -37,15 +37,18 @@ def test_backward_runs_the_forced_one(isa: str) -> None:
 
 @pytest.mark.skipif("avx2" not in ISAS, reason="the processor has no FMA to tell apart")
 def test_portable_does_not_use_fma() -> None:
-    """(1 + e)(1 - e) - 1 is -e^2 with one rounding and 0 with two: the code that ran, not its label."""
+    """(1 + e)(1 - e) - 1 is -e^2 with one rounding and 0 with two: the code that ran, not its label.
+
+    Three rows, since those of a smaller product are summed in lanes, each of which rounds by itself.
+    """
     e = 2.0**-13
-    x, w = torch.tensor([[1.0, 1 + e]]), torch.tensor([[-1.0, 1 - e]])
+    x, w = torch.tensor([[1.0, 1 + e]] * 3), torch.tensor([[-1.0, 1 - e]])
     before = fastmlp.get_isa()
     try:
         fastmlp.set_isa("portable")
-        assert fastmlp.functional.linear(x, w).item() == 0
+        assert fastmlp.functional.linear(x, w).flatten().tolist() == [0.0] * 3
         fastmlp.set_isa("avx2")
-        assert fastmlp.functional.linear(x, w).item() == -(e**2)
+        assert fastmlp.functional.linear(x, w).flatten().tolist() == [-(e**2)] * 3
     finally:
         fastmlp.set_isa(before)
 
