@@ -9,6 +9,7 @@
 #include "autograd.h"
 #include "checks.h"
 #include "cpu/dispatch.h"
+#include "modules.h"
 #include "operators.h"
 #include "route.h"
 #include "sequential.h"
@@ -96,6 +97,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_composed_backward", [](const py::function& function) { set_composed_backward(function.ptr()); });
   m.def("obstacle", &obstacle_of);
   m.def("register_modules", &register_modules);
+  m.def("set_composed_forward", &set_composed_forward);
   m.def("run_children", &run_children);
   m.def("run_layer", &run_layer);
   m.def("call_module", &call_module);

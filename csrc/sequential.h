@@ -1,25 +1,15 @@
 // Runs the children of a Sequential: each longest run of layers and activations as one operation, every other child
-// by its own call. Nothing is remembered between calls, since hooks, parametrizations and swapped parameters come
-// unannounced: what a child is, is read from it each time. Called by bindings.cpp with the GIL; fastmlp/modules.py
-// holds the same rule for Dynamo, which cannot see into this one.
+// by its own call. Nothing is remembered between calls: what a child is, modules.h reads from it each time. Called by
+// bindings.cpp with the GIL.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>
 
 namespace fastmlp {
 
-// What fastmlp/modules.py knows and this file is told once: the exact classes of torch.nn and of ours that may be part
-// of a run.
-//   linear, fused_linear: classes of layers; dropout: one that does nothing outside of training
-//   sequential: the class whose forward is run_children
-//   activations: {class: (name, (attribute of each parameter, ...))}
-//   kinds: {name: kind}
-//   forwards: {class: how it computes}; a class that is not in it, or computes otherwise by now, is called
-//   watchers: dictionaries of hooks on all modules; while one holds anything every child is called
-//   composed: function(has_bias, kinds, scalars, input, parameters) -> output, for tensors that are not plain
-void register_modules(const py::object& linear, const py::object& fused_linear, const py::object& dropout,
-                      const py::object& sequential, const py::dict& activations, const py::dict& kinds,
-                      const py::dict& forwards, const py::tuple& watchers, const py::function& composed);
+// function(has_bias, kinds, scalars, input, parameters) -> output, for tensors that are not plain. Held for the life of
+// the process.
+void set_composed_forward(const py::function& function);
 
 // `children`: the dictionary of modules. Raises what children raise.
 py::object run_children(const py::dict& children, py::object input);

@@ -228,7 +228,7 @@ class Alone(NamedTuple):
 def parts(children: Mapping[str, nn.Module | None]) -> list[Run | Alone]:
     """What a `Sequential` of these children executes, one after the other.
 
-    The rule of csrc/sequential.cpp once more, for Dynamo, which cannot see into that, and for explanations.
+    The rule of csrc/modules.cpp once more, for Dynamo, which cannot see into that, and for explanations.
     """
     found: list[Run | Alone] = []
     run: Run | None = None
@@ -332,5 +332,5 @@ _C.register_modules(
     {name: kind for kind, name in enumerate(DEFAULTS)},
     _FORWARDS,
     _GLOBAL_HOOKS,
-    composed_forward,
 )
+_C.set_composed_forward(composed_forward)
