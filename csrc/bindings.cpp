@@ -11,6 +11,7 @@
 #include "cpu/dispatch.h"
 #include "modules.h"
 #include "operators.h"
+#include "optimizer.h"
 #include "route.h"
 #include "sequential.h"
 
@@ -101,6 +102,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("run_children", &run_children);
   m.def("run_layer", &run_layer);
   m.def("call_module", &call_module);
+  m.def("rules", [] { return py::dict(py::arg("sgd") = int(Rule::sgd), py::arg("adam") = int(Rule::adam)); });
+  m.def("step_optimizer", [](const py::handle& optimizer, int rule, bool partly) {
+    return step_optimizer(optimizer, Rule(rule), partly);
+  });
+  m.def("drop_grads", &drop_grads);
+  m.def("is_step_watched", &is_step_watched);
+  m.def("register_optimizer_hooks", &register_optimizer_hooks);
   m.def("activations", &activations);
   m.def("instruction_sets", &instruction_sets);
   m.def("dtypes", [] { return std::vector<std::string>{"float32", "float64", "bfloat16", "float16"}; });

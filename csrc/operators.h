@@ -5,10 +5,13 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
+#include "loss.h"
 #include "stack.h"
+#include "update.h"
 
 namespace fastmlp {
 
@@ -30,8 +33,15 @@ void forward_into(const Stack& stack, const at::Tensor& input, at::TensorList pa
 void backward_into(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
                    at::TensorList parameters, const Tensors& grads);
 
-// Whether the kernels of this device take the dtype.
-bool has_kernels_for(at::ScalarType dtype);
+// The loss of an output, whose gradient is written; both gapless. `classes` holds int64; of `target` and `classes` the
+// one that the loss does not take is undefined, and so is `weight` where there is none.
+double loss_into(const LossSpec& spec, const at::Tensor& output, const at::Tensor& target, const at::Tensor& classes,
+                 const at::Tensor& weight, const at::Tensor& grad);
+
+void update(const std::vector<Update>& updates);
+
+// What the kernels of this device call the dtype; none if they do not take it.
+std::optional<DType> dtype_of(at::ScalarType dtype);
 
 }  // namespace cpu
 }  // namespace fastmlp

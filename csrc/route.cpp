@@ -74,12 +74,18 @@ const char* obstacle(PyObject* input, c10::ArrayRef<PyObject*> parameters) {
   if (forward_mode_is_open()) return "a level of forward-mode AD is open";
   if (const char* why = mode_obstacle()) return why;
   if (const char* why = tensor_obstacle(input)) return why;
-  if (!cpu::has_kernels_for(THPVariable_Unpack(input).scalar_type())) return "there are no kernels for the dtype";
+  if (!cpu::dtype_of(THPVariable_Unpack(input).scalar_type())) return "there are no kernels for the dtype";
   for (PyObject* parameter : parameters) {
     if (const char* why = tensor_obstacle(parameter)) return why;
   }
   return nullptr;
 }
+
+bool is_plain(PyObject* object) { return !tensor_obstacle(object); }
+
+bool is_plain(const at::Tensor& tensor) { return !key_obstacle(tensor); }
+
+bool no_mode_is_active() { return !mode_obstacle(); }
 
 bool are_plain(at::TensorList incoming, at::TensorList saved) {
   const auto plain = [](const at::Tensor& tensor) { return !key_obstacle(tensor); };

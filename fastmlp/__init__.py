@@ -1,6 +1,6 @@
 """Fused multilayer perceptrons for PyTorch: the same modules, the same numbers, faster."""
 
-from fastmlp import functional, reference
+from fastmlp import functional, optim, reference
 from fastmlp.activations import Activation
 from fastmlp.config import Route, explain, get_isa, set_isa, show_config
 from fastmlp.convert import convert, fusion_report, revert
@@ -22,6 +22,7 @@ __all__ = [
     "functional",
     "fusion_report",
     "get_isa",
+    "optim",
     "reference",
     "revert",
     "set_isa",

@@ -11,7 +11,9 @@
 // A leaf function works on one panel, tile or run; it starts no thread and allocates nothing.
 #pragma once
 
+#include "../loss.h"
 #include "../problem.h"
+#include "../update.h"
 
 namespace fastmlp::cpu {
 
@@ -52,6 +54,11 @@ template <class S> struct ActivationKernels {
   // out[i] = act(pre[i]).
   void (*value)(int64_t n, const S* pre, S* out, Scalars);
 };
+
+// The sum of the losses of n elements; writes `scale` times their derivatives. weight: null, or n values.
+template <class S>
+using ElementLoss = double (*)(int64_t n, const S* output, const S* target, const S* weight, double scale, Scalars,
+                               S* grad);
 
 constexpr int64_t line_bytes = 64;  // that one prefetch brings
 
@@ -108,6 +115,12 @@ template <class S> struct Kernels {
   void (*widen)(int64_t n, const S* x, C* out);
   void (*narrow)(int64_t n, const C* x, S* out);
   const ActivationKernels<S>* activations;
+  const ElementLoss<S>* losses;
+  // That of one row and the class it belongs to; `weights` is the sum of the weights, or the number of classes.
+  double (*cross_entropy)(int64_t classes, const S* output, int64_t target, const S* weight, double weights,
+                          double smoothing, double scale, S* grad);
+  // Elements [begin, end) of a parameter, by Rule.
+  void (*update[2])(const Update&, int64_t begin, int64_t end);
 
   int64_t units(int64_t k) const { return (k + k_unit - 1) / k_unit; }
   Microkernel<S> microkernel(int64_t rows, int64_t columns) const {

@@ -5,6 +5,7 @@
 
 #include "math.inl"
 #include "storage.inl"
+#include "losses.inl"
 
 template <class S> struct Leaf {
   using C = Compute<S>;
@@ -468,6 +469,10 @@ template <class S> struct Leaf {
     k.widen = &widen;
     k.narrow = &narrow;
     k.activations = Activation<Activations>::rows;
+    k.losses = Loss<S>::template Table<Losses>::rows;
+    k.cross_entropy = &Loss<S>::cross_entropy;
+    k.update[int(Rule::sgd)] = &Step<S>::sgd;
+    k.update[int(Rule::adam)] = &Step<S>::adam;
     return k;
   }
 };

@@ -98,6 +98,7 @@ template <class T> struct Math {
   // Lane i becomes the sum of the lanes of rows[i]: a transposition that adds the halves it makes.
   static V sums(V (&rows)[lanes]) { return sums_from<1>(rows, typename Counting<lanes>::Type{}); }
 
+  static V sqrt(V x) { return V(Isa::sqrt(x)); }
   static V abs(V x) { return V(I(x) & R::magnitude); }
 
   // e^x. Values below and above the range of T become 0 and infinity.

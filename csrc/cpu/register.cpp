@@ -11,27 +11,13 @@
 #include "../checks.h"
 #include "../operators.h"
 #include "network.h"
+#include "step.h"
 #include "workspace.h"
 
 namespace fastmlp::cpu {
 namespace {
 
 int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
-
-std::optional<DType> dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return DType::float32;
-    case at::kDouble:
-      return DType::float64;
-    case at::kBFloat16:
-      return DType::bfloat16;
-    case at::kHalf:
-      return DType::float16;
-    default:
-      return std::nullopt;
-  }
-}
 
 Matrix matrix_of(const at::Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
 
@@ -84,7 +70,20 @@ int64_t rows_of(const at::Tensor& input) {
 
 }  // namespace
 
-bool has_kernels_for(at::ScalarType dtype) { return dtype_of(dtype).has_value(); }
+std::optional<DType> dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::float32;
+    case at::kDouble:
+      return DType::float64;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    case at::kHalf:
+      return DType::float16;
+    default:
+      return std::nullopt;
+  }
+}
 
 void forward_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters, const at::Tensor& output,
                   at::TensorList hidden) {
@@ -152,6 +151,23 @@ Tensors backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& i
   backward_into(stack, grad, input, saved, parameters, grads);
   return grads;
 }
+
+double loss_into(const LossSpec& spec, const at::Tensor& output, const at::Tensor& target, const at::Tensor& classes,
+                 const at::Tensor& weight, const at::Tensor& grad) {
+  LossPass pass;
+  pass.dtype = *dtype_of(output.scalar_type());
+  pass.spec = spec;
+  pass.columns = output.dim() > 0 ? output.size(-1) : 1;
+  pass.rows = rows_of(output);
+  pass.output = output.data_ptr();
+  pass.target = target.defined() ? target.data_ptr() : nullptr;
+  pass.classes = classes.defined() ? classes.const_data_ptr<int64_t>() : nullptr;
+  pass.weight = weight.defined() ? weight.data_ptr() : nullptr;
+  pass.grad = grad.data_ptr();
+  return loss(pass);
+}
+
+void update(const std::vector<Update>& updates) { update(updates, threads()); }
 
 namespace {
 

@@ -34,6 +34,9 @@ struct Isa {
     for (int64_t i = 0; i < n; i++) p[i] = v[i];
   }
 
+  static __m256 sqrt(__m256 v) { return _mm256_sqrt_ps(v); }
+  static __m256d sqrt(__m256d v) { return _mm256_sqrt_pd(v); }
+
   template <class H> static __m256 widen_float16(H h) { return _mm256_cvtph_ps(__m128i(h)); }
   template <class V> static __m128i narrow_float16(V v) {
     return _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT);

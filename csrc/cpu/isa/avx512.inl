@@ -14,6 +14,9 @@ struct Avx512 {
     _mm256_mask_storeu_epi16(p, first(n), __m256i(v));
   }
 
+  static __m512 sqrt(__m512 v) { return _mm512_maskz_sqrt_ps(__mmask16(-1), v); }
+  static __m512d sqrt(__m512d v) { return _mm512_maskz_sqrt_pd(__mmask8(-1), v); }
+
   // The forms with a mask, though it is full: GCC takes the others to read an uninitialised register.
   template <class H> static __m512 widen_float16(H h) { return _mm512_maskz_cvtph_ps(__mmask16(-1), __m256i(h)); }
   template <class V> static __m256i narrow_float16(V v) {

@@ -23,6 +23,13 @@ struct Isa {
     for (int64_t i = 0; i < n; i++) p[i] = v[i];
   }
 
+  static float sqrt(float x) { return __builtin_sqrtf(x); }
+  static double sqrt(double x) { return __builtin_sqrt(x); }
+  template <class V> static V sqrt(V v) {
+    for (size_t i = 0; i < sizeof v / sizeof v[0]; i++) v[i] = sqrt(v[i]);
+    return v;
+  }
+
   // Exponents 1 to 30 move by 112, the difference of the biases, as subnormals do when they are multiplied.
   static Floats widen_float16(Halves h) {
     const Bits bits = __builtin_convertvector(h, Bits);

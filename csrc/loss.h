@@ -1,0 +1,90 @@
+// The losses that compare an output with a target element by element, each once: value and derivative with respect to
+// the output. Included by every ISA file inside its target region, where M is that ISA's vector arithmetic; the rules
+// of activation.h hold here too. Cross entropy, which sees a row at once, stands in cpu/losses.inl.
+//
+// y is the output, t the target, w the weight of positive targets (1 where there is none).
+#pragma once
+
+#include "problem.h"
+
+namespace fastmlp {
+
+struct MeanSquaredError {
+  template <class M> static typename M::V value(typename M::V y, typename M::V t, typename M::V, Scalars) {
+    const auto d = y - t;
+    return d * d;
+  }
+  template <class M> static typename M::V gradient(typename M::V y, typename M::V t, typename M::V, Scalars) {
+    return M::fill(2) * (y - t);
+  }
+};
+
+struct MeanAbsoluteError {
+  template <class M> static typename M::V value(typename M::V y, typename M::V t, typename M::V, Scalars) {
+    return M::abs(y - t);
+  }
+  template <class M> static typename M::V gradient(typename M::V y, typename M::V t, typename M::V, Scalars) {
+    const auto zero = M::fill(0), one = M::fill(1);
+    const auto d = y - t;
+    return d > zero ? one : (d < zero ? -one : zero);
+  }
+};
+
+// Huber, Robust estimation of a location parameter, 1964. The parameter is delta.
+struct Huber {
+  template <class M> static typename M::V value(typename M::V y, typename M::V t, typename M::V, Scalars p) {
+    const auto half = M::fill(0.5), delta = M::fill(p.a);
+    const auto d = M::abs(y - t);
+    return d < delta ? half * d * d : delta * (d - half * delta);
+  }
+  template <class M> static typename M::V gradient(typename M::V y, typename M::V t, typename M::V, Scalars p) {
+    const auto delta = M::fill(p.a);
+    const auto d = y - t;
+    return d <= -delta ? -delta : (d >= delta ? delta : d);
+  }
+};
+
+// Binary cross entropy of the sigmoid: (1 - t) y + (1 + (w - 1) t) log(1 + e^-y).
+struct BinaryCrossEntropy {
+  template <class M> static typename M::V value(typename M::V y, typename M::V t, typename M::V w, Scalars) {
+    const auto one = M::fill(1), zero = M::fill(0);
+    const auto soft = M::log1p_of_unit(M::exp(-M::abs(y))) + (y < zero ? -y : zero);
+    return (one - t) * y + (one + (w - one) * t) * soft;
+  }
+  template <class M> static typename M::V gradient(typename M::V y, typename M::V t, typename M::V w, Scalars) {
+    const auto one = M::fill(1);
+    return (one + (w - one) * t) * M::sigmoid(y) - w * t;
+  }
+};
+
+template <class... L> struct LossList {
+  static constexpr int size = sizeof...(L);
+};
+
+// The order is the numbering that LossSpec::kind uses; cross entropy comes after them.
+using Losses = LossList<MeanSquaredError, MeanAbsoluteError, Huber, BinaryCrossEntropy>;
+constexpr int cross_entropy_kind = Losses::size;
+
+// As torch's module has it. The sum over the batch, or its mean, is divided by `divisor` too.
+struct LossSpec {
+  int kind = 0;
+  bool mean = true;
+  double delta = 1;            // Huber
+  int64_t ignore_index = 0;    // cross entropy
+  double label_smoothing = 0;  // cross entropy
+  double divisor = 1;
+};
+
+// A batch of outputs and what they are compared with; all gapless.
+struct LossPass {
+  DType dtype = DType::float32;
+  LossSpec spec;
+  int64_t rows = 0, columns = 0;
+  const void* output = nullptr;      // [rows, columns]
+  const void* target = nullptr;      // [rows, columns], or null
+  const int64_t* classes = nullptr;  // [rows], of cross entropy
+  const void* weight = nullptr;      // null, or [columns]: of classes, or of positive targets
+  void* grad = nullptr;              // [rows, columns], written
+};
+
+}  // namespace fastmlp

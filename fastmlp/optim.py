@@ -1,0 +1,131 @@
+"""PyTorch's optimizers, each step one call into the extension.
+
+Subclasses of those of `torch.optim`, with the same arguments and the same `state_dict`: a checkpoint of one loads into
+the other. They move the parameters of any model. What the kernels do not take (parameters that are complex, not on the
+CPU, of a subclass of `torch.Tensor` or not dense, sparse gradients, and groups with `capturable` or `differentiable`) is
+moved by PyTorch's own step, in the same call. So is everything while a hook, a profiler or `torch.compile` watches.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
+
+from fastmlp._load import _C
+
+__all__ = ["SGD", "Adam", "AdamW"]
+
+_C.register_optimizer_hooks(
+    (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
+)
+
+
+def _step(base: type[torch.optim.Optimizer], rule: int) -> Callable[..., Any]:
+    """The method `step` of a subclass of `base`."""
+    # As the base class has it, with its hooks and its record for profilers.
+    base_step: Any = base.step
+    watched = base_step if hasattr(base_step, "hooked") else torch.optim.Optimizer.profile_hook_step(base_step)
+
+    def step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        """As the `step` of the class in `torch.optim`."""
+        if torch.compiler.is_compiling():
+            return watched(self, closure)
+        loss = None
+        if closure is not None:
+            if _C.is_step_watched(self):
+                return watched(self, closure)
+            with torch.enable_grad():
+                loss = closure()
+        left = _C.step_optimizer(self, rule, False)
+        if left is None:
+            watched(self)
+        elif left:
+            _step_of_others(self, watched, left)
+            _C.step_optimizer(self, rule, True)
+        return loss
+
+    # Or torch would wrap it, to call hooks.
+    step.hooked = True  # type: ignore[attr-defined]
+    return step
+
+
+def _step_of_others(optimizer: torch.optim.Optimizer, step: Callable[..., Any], left: list[Tensor]) -> None:
+    """PyTorch's step for these parameters alone: it passes over what has no gradient."""
+    others = {id(parameter) for parameter in left}
+    hidden = [
+        (parameter, parameter.grad)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if id(parameter) not in others
+    ]
+    try:
+        for parameter, _ in hidden:
+            parameter.grad = None
+        step(optimizer)
+    finally:
+        for parameter, grad in hidden:
+            parameter.grad = grad
+
+
+class _Fast(torch.optim.Optimizer):
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `torch.optim.Optimizer.zero_grad`."""
+        if set_to_none and not torch.compiler.is_compiling() and not _C.is_step_watched(self):
+            _C.drop_grads(self)
+        else:
+            super().zero_grad(set_to_none)
+
+
+class SGD(_Fast, torch.optim.SGD):
+    """`torch.optim.SGD`, faster.
+
+    Arguments, `state_dict` and results (within rounding) are those of `torch.optim.SGD`, which see.
+
+    Example:
+        >>> parameter = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = SGD([parameter], lr=0.5)
+        >>> parameter.sum().backward()
+        >>> optimizer.step()
+        >>> parameter.data
+        tensor([0.5000, 0.5000])
+    """
+
+    step = _step(torch.optim.SGD, _C.rules()["sgd"])
+
+
+class Adam(_Fast, torch.optim.Adam):
+    """`torch.optim.Adam` (Kingma and Ba, 2015), faster.
+
+    Arguments, `state_dict` and results (within rounding) are those of `torch.optim.Adam`, which see.
+
+    Example:
+        >>> parameter = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = Adam([parameter], lr=0.25)
+        >>> parameter.sum().backward()
+        >>> optimizer.step()
+        >>> parameter.data
+        tensor([0.7500, 0.7500])
+        >>> list(optimizer.state[parameter])
+        ['step', 'exp_avg', 'exp_avg_sq']
+    """
+
+    step = _step(torch.optim.Adam, _C.rules()["adam"])
+
+
+class AdamW(_Fast, torch.optim.AdamW):
+    """`torch.optim.AdamW` (Loshchilov and Hutter, 2019), faster.
+
+    Arguments, `state_dict` and results (within rounding) are those of `torch.optim.AdamW`, which see.
+
+    Example:
+        >>> parameter = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = AdamW([parameter], lr=0.25, weight_decay=1.0)
+        >>> parameter.sum().backward()
+        >>> optimizer.step()
+        >>> parameter.data
+        tensor([0.5000, 0.5000])
+    """
+
+    step = _step(torch.optim.AdamW, _C.rules()["adam"])
