@@ -242,7 +242,7 @@ def _found_in_graph(module: fx.GraphModule) -> Iterator[_Found]:
             yield from _found_in_children({key: module.get_submodule(name) for key, name in names.items()}, names)
         elif node.op == "call_module" and type(module.get_submodule(node.target)) in reference.MODULES:
             yield [node.target], [module.get_submodule(node.target)], _why_not_in_a_chain(node)
-        elif _activation_of(node) is not None:
+        elif activation_of(node) is not None:
             yield [node.name], [], _why_not_in_a_chain(node)
 
 
@@ -299,7 +299,7 @@ _FUNCTIONS = {**_functions(), torch.special.expit: "sigmoid"}
 _METHODS = {name + end: name for name in DEFAULTS for end in ("", "_") if hasattr(Tensor, name + end)}
 
 
-def _activation_of(node: fx.Node) -> Activation | None:
+def activation_of(node: fx.Node) -> Activation | None:
     """The activation that a call of a function or method computes, if it has numbers for parameters."""
     table: Mapping[Any, str] = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(node.op, {})
     name = table.get(node.target)
@@ -326,7 +326,7 @@ def _member(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     if node.op == "call_module":
         called = module.get_submodule(str(node.target))
         return called if type(called) in (nn.Linear, Linear, nn.Dropout, *reference.MODULES) else None
-    activation = _activation_of(node)
+    activation = activation_of(node)
     return None if activation is None else module_of(activation)
 
 

@@ -253,22 +253,38 @@ def _why_called(child: nn.Module) -> str | None:
         return f"{kind.__name__} is not a module that is fused"
     if kind.forward is not _FORWARDS[kind] or kind.__call__ is not _call_of(kind):
         return f"the forward of {kind.__name__} was replaced"
+    reason = watched_obstacle(child)
+    if reason is None and kind is nn.Dropout and child.training is not False:
+        reason = "Dropout is in training mode"
+    return reason or form_obstacle(child)
+
+
+def watched_obstacle(module: nn.Module) -> str | None:
+    """Why a module has to be called itself, if something such as a hook wants to see that."""
     if any(_GLOBAL_HOOKS):
         return "there are hooks on all modules"
-    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks"
-    if "forward" in child.__dict__:
+    if "forward" in module.__dict__:
         return "its forward was replaced"
-    if child.__dict__.get("_compiled_call_impl") is not None:
+    if module.__dict__.get("_compiled_call_impl") is not None:
         return "it was compiled by itself"
-    if kind is nn.Dropout and child.training is not False:
-        return "Dropout is in training mode"
+    return None
+
+
+def form_obstacle(module: nn.Module) -> str | None:
+    """Why a layer or an activation has no fused form, if its class has one."""
+    kind = type(module)
     # As some leave them: tensors, or a form that only torch knows how to refuse.
     names = DEFAULTS[reference.MODULES[kind]] if kind in reference.MODULES else ()
-    if not all(isinstance(getattr(child, name), (int, float)) for name in names):
+    if not all(isinstance(getattr(module, name), (int, float)) for name in names):
         return "its attributes are not numbers"
-    if isinstance(child, nn.GELU) and child.approximate not in ("none", "tanh"):
-        return f"its form is {child.approximate!r}"
+    if isinstance(module, nn.GELU) and module.approximate not in ("none", "tanh"):
+        return f"its form is {module.approximate!r}"
+    # Attributes in place of parameters, as in replicas: the layer knows where they are.
+    own = module._parameters
+    if kind in (nn.Linear, Linear) and (own.get("weight") is None or "bias" not in own):
+        return "its parameters are not where torch.nn.Linear keeps them"
     return None
 
 
@@ -278,13 +294,10 @@ def _call_of(kind: type[nn.Module]) -> Any:
 
 def _why_not_in(run: Run | None, child: nn.Module) -> str | None:
     if type(child) is nn.Linear or type(child) is Linear:
-        weight = child._parameters.get("weight")
-        # Attributes in place of parameters, as in replicas: the child knows where they are.
-        if weight is None or "bias" not in child._parameters:
-            return "its parameters are not where torch.nn.Linear keeps them"
-    elif run is None:
+        return None
+    if run is None:
         return "no layer that is fused precedes it"
-    elif type(child) is not nn.Dropout and type(child) is not nn.Identity and run.activations[-1] != IDENTITY:
+    if type(child) is not nn.Dropout and type(child) is not nn.Identity and run.activations[-1] != IDENTITY:
         return "the layer before it has an activation already"
     return None
 

@@ -1,0 +1,143 @@
+"""A model as the flat list of modules that its input passes through, one after another.
+
+Private: `fastmlp.freeze` and `fastmlp.TrainStep` begin with it. It says what a model is made of; which of the modules
+can be frozen or trained is for them to say.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, NoReturn
+
+from torch import fx, nn
+
+from fastmlp import reference
+from fastmlp.activations import module_of
+from fastmlp.convert import activation_of, convert, run_chain
+from fastmlp.modules import Linear, Sequential, form_obstacle, watched_obstacle
+
+__all__ = ["Link", "links"]
+
+#: What a chain is made of.
+_KINDS: tuple[type[nn.Module], ...] = (
+    *(nn.Linear, Linear, nn.Dropout, nn.AlphaDropout, nn.BatchNorm1d),
+    *reference.MODULES,
+)
+
+#: How these compute, unless somebody has replaced that.
+_LEAVES: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for kind in _KINDS}
+
+#: Forwards of containers that call one child after another.
+_CONTAINERS = (nn.Sequential.forward, Sequential.forward)
+
+
+class Link(NamedTuple):
+    """A module of a chain.
+
+    Attributes:
+        name: where it is in the model, as `named_modules` has it; for an activation that the forward calls as a
+            function, the name of the call.
+        module: the module itself, or a new one for such an activation.
+    """
+
+    name: str
+    module: nn.Module
+
+
+def links(model: nn.Module) -> list[Link]:
+    """The modules through which `model(input)` passes one after another, with containers dissolved.
+
+    The leaves are layers (exactly `torch.nn.Linear` and `fastmlp.Linear`), the activations that have a fused form,
+    `torch.nn.Identity`, `Dropout`, `AlphaDropout` and `BatchNorm1d`, in whatever mode they are. Modules other than
+    containers are recorded as `convert(model, trace=True)` does.
+
+    Args:
+        model: any module.
+
+    Raises:
+        TypeError: naming the module and the reason, if the model is not one chain of such modules: hooks, replaced
+            forwards, parametrizations, other classes, or a forward that uses a result twice or does something else.
+
+    Example:
+        >>> [name for name, _ in links(nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 1))))]
+        ['0', '1.0', '1.1']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fastmlp: model must be a torch.nn.Module, got {type(model).__name__}")
+    return list(_links("", model))
+
+
+def _links(name: str, module: nn.Module) -> Iterator[Link]:
+    kind = type(module)
+    if kind in _LEAVES:
+        reason = _replaced(module, _LEAVES[kind]) or watched_obstacle(module) or form_obstacle(module)
+        if reason is not None:
+            _refuse(name, module, reason)
+        yield Link(name, module)
+    elif kind.forward in _CONTAINERS:
+        reason = _replaced(module, kind.forward) or watched_obstacle(module)
+        if reason is not None:
+            _refuse(name, module, reason)
+        for key, child in module._modules.items():
+            if child is None:
+                raise TypeError(f"fastmlp: child {_join(name, key)!r} is None, expected a module")
+            yield from _links(_join(name, key), child)
+    elif isinstance(module, _KINDS) or (
+        kind.__module__.startswith("torch.") and not isinstance(module, fx.GraphModule)
+    ):
+        _refuse(name, module, f"{kind.__name__} is not a module that is fused")
+    else:
+        yield from _recorded(name, module)
+
+
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> str | None:
+    kind = type(module)
+    own = kind.forward is not forward or kind.__call__ not in (nn.Module.__call__, Linear.__call__)
+    return f"the forward of {kind.__name__} was replaced" if own else None
+
+
+def _recorded(name: str, module: nn.Module) -> Iterator[Link]:
+    reason = watched_obstacle(module)
+    if reason is not None:
+        _refuse(name, module, reason)
+    try:
+        traced = convert(module, trace=True)
+    except RuntimeError as error:
+        raise TypeError(f"{error}") from error
+    source, *others = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    if others:
+        _refuse(name, module, f"its forward has {1 + len(others)} inputs")
+    while True:
+        if len(source.users) != 1:
+            _refuse(name, module, f"its forward uses {source.name} {len(source.users)} times, where a chain does once")
+        (node,) = source.users
+        if node.op == "output":
+            break
+        yield from _links_of(name, module, traced, node, source)
+        source = node
+    if node.args != (source,):
+        _refuse(name, module, "its forward returns something else than one tensor")
+
+
+def _links_of(name: str, module: nn.Module, traced: fx.GraphModule, node: fx.Node, source: fx.Node) -> Iterator[Link]:
+    activation = activation_of(node)
+    if node.op == "call_function" and node.target is run_chain:
+        layers: dict[str, fx.Node] = node.args[1]  # type: ignore[assignment]
+        targets = [str(layer.target) for layer in layers.values()]
+    elif node.op == "call_module" and node.args == (source,) and not node.kwargs:
+        targets = [str(node.target)]
+    elif activation is not None and node.all_input_nodes == [source]:
+        yield Link(_join(name, node.name), module_of(activation))
+        return
+    else:
+        _refuse(name, module, f"its forward calls {node.name}, which is not part of a chain of layers")
+    for target in targets:
+        yield from _links(_join(name, target), traced.get_submodule(target))
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _refuse(name: str, module: nn.Module, reason: str) -> NoReturn:
+    raise TypeError(
+        f"fastmlp: {name or 'model'} ({type(module).__name__}) cannot be part of a chain of layers: {reason}"
+    )
