@@ -14,6 +14,7 @@
 #include "optimizer.h"
 #include "route.h"
 #include "sequential.h"
+#include "train_step.h"
 
 namespace fastmlp {
 namespace {
@@ -109,6 +110,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("drop_grads", &drop_grads);
   m.def("is_step_watched", &is_step_watched);
   m.def("register_optimizer_hooks", &register_optimizer_hooks);
+  m.def("losses", [] {
+    return py::dict(py::arg("mse") = loss_kind<MeanSquaredError>, py::arg("l1") = loss_kind<MeanAbsoluteError>,
+                    py::arg("huber") = loss_kind<Huber>, py::arg("bce_with_logits") = loss_kind<BinaryCrossEntropy>,
+                    py::arg("cross_entropy") = cross_entropy_kind);
+  });
+  py::class_<TrainStep>(m, "TrainStep")
+      .def(py::init([](py::tuple links, py::dict holders, py::object loss, int kind, py::object optimizer, int rule,
+                       py::object step, std::optional<double> max_norm, std::optional<double> clip_value,
+                       int64_t accumulate, bool keep_grads) {
+        return std::make_unique<TrainStep>(links, holders, loss, kind, optimizer, rule, step,
+                                           TrainOptions{max_norm, clip_value, accumulate, keep_grads});
+      }))
+      .def("run", &TrainStep::run)
+      .def_readwrite("waiting", &TrainStep::waiting);
   m.def("activations", &activations);
   m.def("instruction_sets", &instruction_sets);
   m.def("dtypes", [] { return std::vector<std::string>{"float32", "float64", "bfloat16", "float16"}; });

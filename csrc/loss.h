@@ -65,6 +65,14 @@ template <class... L> struct LossList {
 using Losses = LossList<MeanSquaredError, MeanAbsoluteError, Huber, BinaryCrossEntropy>;
 constexpr int cross_entropy_kind = Losses::size;
 
+template <class L, class... Others> constexpr int position_in(LossList<Others...>) {
+  const bool same[] = {__is_same(L, Others)...};
+  int position = 0;
+  while (!same[position]) position++;
+  return position;
+}
+template <class L> constexpr int loss_kind = position_in<L>(Losses{});
+
 // As torch's module has it. The sum over the batch, or its mean, is divided by `divisor` too.
 struct LossSpec {
   int kind = 0;

@@ -63,6 +63,7 @@ struct Names {
   PyObject* scalars = intern("scalars");
   PyObject* approximate = intern("approximate");
   PyObject* training = intern("training");
+  PyObject* p = intern("p");
   PyObject* compiled = intern("_compiled_call_impl");
   std::array<PyObject*, 4> hooks = {intern("_forward_hooks"), intern("_forward_pre_hooks"), intern("_backward_hooks"),
                                     intern("_backward_pre_hooks")};
@@ -193,7 +194,8 @@ bool Run::extend(PyObject* module) {
     case Role::fused_linear:
       return add_fused_layer(attributes.ptr());
     case Role::dropout:
-      return item(attributes.ptr(), names().training) == Py_False;
+      return item(attributes.ptr(), names().training) == Py_False ||
+             number(item(attributes.ptr(), names().p)).value_or(1) == 0;
     case Role::activation: {
       const std::optional<ActivationSpec> activation = activation_of(*c, attributes.ptr());
       if (!activation || (activated_ && activation->kind != identity_kind)) return false;

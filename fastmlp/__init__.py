@@ -6,6 +6,7 @@ from fastmlp.config import Route, explain, get_isa, set_isa, show_config
 from fastmlp.convert import convert, fusion_report, revert
 from fastmlp.modules import MLP, Linear, Sequential
 from fastmlp.reference import Sin
+from fastmlp.training import TrainStep
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,7 @@ __all__ = [
     "Route",
     "Sequential",
     "Sin",
+    "TrainStep",
     "__version__",
     "convert",
     "explain",

@@ -254,7 +254,7 @@ def _why_called(child: nn.Module) -> str | None:
     if kind.forward is not _FORWARDS[kind] or kind.__call__ is not _call_of(kind):
         return f"the forward of {kind.__name__} was replaced"
     reason = watched_obstacle(child)
-    if reason is None and kind is nn.Dropout and child.training is not False:
+    if reason is None and kind is nn.Dropout and child.training is not False and child.p != 0:
         reason = "Dropout is in training mode"
     return reason or form_obstacle(child)
 

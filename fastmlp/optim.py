@@ -17,9 +17,7 @@ from fastmlp._load import _C
 
 __all__ = ["SGD", "Adam", "AdamW"]
 
-_C.register_optimizer_hooks(
-    (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
-)
+_C.register_optimizer_hooks((torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks))
 
 
 def _step(base: type[torch.optim.Optimizer], rule: int) -> Callable[..., Any]:

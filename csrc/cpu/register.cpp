@@ -24,19 +24,6 @@ Matrix matrix_of(const at::Tensor& x) { return {x.data_ptr(), x.stride(0), x.str
 // All leading dimensions as rows: a view where strides allow it, a copy where they do not.
 at::Tensor as_rows(const at::Tensor& x, int64_t rows) { return x.dim() == 2 ? x : x.reshape({rows, x.size(-1)}); }
 
-at::Tensor result(at::IntArrayRef sizes, const at::Tensor& like) {
-  // Past the dispatcher, which would find the same.
-  at::Tensor tensor = at::detail::empty_cpu(sizes, like.scalar_type());
-  prefer_huge_pages(tensor.data_ptr(), tensor.nbytes());
-  return tensor;
-}
-
-at::Tensor row_major(const at::Tensor& input, int64_t features) {
-  c10::SmallVector<int64_t, 5> sizes(input.sizes().begin(), input.sizes().end());
-  sizes.back() = features;
-  return result(sizes, input);
-}
-
 // `input` is the two-dimensional form, which the caller keeps alive.
 Network network_of(const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
   Network network;
@@ -83,6 +70,19 @@ std::optional<DType> dtype_of(at::ScalarType type) {
     default:
       return std::nullopt;
   }
+}
+
+at::Tensor uninitialised(at::IntArrayRef sizes, const at::Tensor& like) {
+  // Past the dispatcher, which would find the same.
+  at::Tensor tensor = at::detail::empty_cpu(sizes, like.scalar_type());
+  prefer_huge_pages(tensor.data_ptr(), tensor.nbytes());
+  return tensor;
+}
+
+at::Tensor row_major(const at::Tensor& input, int64_t features) {
+  c10::SmallVector<int64_t, 5> sizes(input.sizes().begin(), input.sizes().end());
+  sizes.back() = features;
+  return uninitialised(sizes, input);
 }
 
 void forward_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters, const at::Tensor& output,
@@ -146,7 +146,7 @@ Tensors backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& i
   for (size_t i = 0; i < grads.size(); i++) {
     if (!needs[i]) continue;
     const at::Tensor& like = i == 0 ? input : parameters[i - 1];
-    grads[i] = result(like.sizes(), input);
+    grads[i] = uninitialised(like.sizes(), input);
   }
   backward_into(stack, grad, input, saved, parameters, grads);
   return grads;
