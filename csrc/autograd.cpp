@@ -128,8 +128,13 @@ at::Tensor run(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, 
     graph = graph || parameter.requires_grad();
     weights += double(parameter.numel());
   }
+  Tensors owned;
   std::optional<py::gil_scoped_release> release;
-  if (weights * double(input.numel()) > worth_releasing) release.emplace();
+  if (weights * double(input.numel()) > worth_releasing) {
+    owned = parameters.vec();
+    parameters = owned;
+    release.emplace();
+  }
   if (graph && at::GradMode::is_enabled()) return FusedNetwork::apply(input, parameters, stack, nullptr);
   const at::AutoDispatchBelowADInplaceOrView guard;
   return cpu::infer(*stack, input, parameters);

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "autograd.h"
+#include "borrowed.h"
 #include "checks.h"
 #include "cpu/dispatch.h"
 #include "modules.h"
@@ -60,8 +61,7 @@ std::optional<std::string> obstacle_of(py::handle input, const py::tuple& parame
 std::optional<at::Tensor> try_run(const c10::intrusive_ptr<Stack>& stack, py::handle input,
                                   const py::tuple& parameters) {
   if (obstacle(input.ptr(), items_of(parameters))) return std::nullopt;
-  Tensors unpacked;
-  unpacked.reserve(parameters.size());
+  Borrowed unpacked;
   for (const py::handle parameter : parameters) unpacked.push_back(THPVariable_Unpack(parameter.ptr()));
   return run(stack, THPVariable_Unpack(input.ptr()), unpacked);
 }

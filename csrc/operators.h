@@ -31,17 +31,17 @@ Tensors backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& i
 void forward_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters, const at::Tensor& output,
                   at::TensorList hidden);
 void backward_into(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
-                   at::TensorList parameters, const Tensors& grads);
+                   at::TensorList parameters, at::TensorList grads);
 
 // Memory for a result: not initialised, row-major without gaps, of the dtype and device of `like`.
 at::Tensor uninitialised(at::IntArrayRef sizes, const at::Tensor& like);
 // That of a layer: the leading dimensions of the input, and its features.
 at::Tensor row_major(const at::Tensor& input, int64_t features);
 
-// The loss of an output, whose gradient is written; both gapless. `classes` holds int64; of `target` and `classes` the
-// one that the loss does not take is undefined, and so is `weight` where there is none.
-double loss_into(const LossSpec& spec, const at::Tensor& output, const at::Tensor& target, const at::Tensor& classes,
-                 const at::Tensor& weight, const at::Tensor& grad);
+// The loss of an output, whose gradient is written; all gapless. The target of cross entropy holds classes, in int64;
+// `weight` is undefined where there is none.
+double loss_into(const LossSpec& spec, const at::Tensor& output, const at::Tensor& target, const at::Tensor& weight,
+                 const at::Tensor& grad);
 
 void update(const std::vector<Update>& updates);
 

@@ -186,18 +186,16 @@ OptimizerStep::OptimizerStep(const py::handle& optimizer, Rule rule, GradOf grad
   }
 }
 
-// That of the parameter's state, or a new one; undefined if it does not lie like the parameter.
-at::Tensor OptimizerStep::state_tensor(PyObject* parameter, PyObject* state, PyObject* name, const at::Tensor& like,
-                                       bool zero) {
+// That of the parameter's state, or a new one; null if it does not lie like the parameter.
+const at::Tensor* OptimizerStep::state_tensor(PyObject* parameter, PyObject* state, PyObject* name,
+                                              const at::Tensor& like, bool zero) {
   PyObject* found = state ? item(state, name) : nullptr;
   if (!found || found == Py_None) {
-    at::Tensor made = zero ? at::zeros_like(like) : at::empty_like(like);
-    missing_.push_back({parameter, name, made});
-    return made;
+    return &missing_.emplace_back(parameter, name, zero ? at::zeros_like(like) : at::empty_like(like)).tensor;
   }
-  if (!THPVariable_Check(found) || !is_plain(found)) return {};
+  if (!THPVariable_Check(found) || !is_plain(found)) return nullptr;
   const at::Tensor& tensor = THPVariable_Unpack(found);
-  return lies_like(tensor, like) ? tensor : at::Tensor();
+  return lies_like(tensor, like) ? &tensor : nullptr;
 }
 
 // False, and nothing added, if the kernels cannot take it.
@@ -215,9 +213,10 @@ bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tenso
   update.spec = group.spec;
   const size_t missing = missing_.size(), written = written_.size();
   const auto take = [&](int i, PyObject* name, bool zero) {
-    written_.push_back(state_tensor(parameter, state, name, p, zero));
-    if (!written_.back().defined()) return false;
-    update.state[i] = written_.back().data_ptr();
+    const at::Tensor* const tensor = state_tensor(parameter, state, name, p, zero);
+    if (!tensor) return false;
+    written_.push_back(*tensor);
+    update.state[i] = tensor->data_ptr();
     return true;
   };
   const at::AutoDispatchBelowADInplaceOrView guard;
@@ -231,15 +230,15 @@ bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tenso
     // Torch makes all of a parameter's state at once, and misses what is gone later.
     const bool fresh = !state || PyDict_GET_SIZE(state) == 0;
     if (fresh) state = nullptr;
-    at::Tensor counter;
+    const at::Tensor* counter = nullptr;
     if (fresh) {
       const bool wide = !group.fused && at::typeMetaToScalarType(at::get_default_dtype()) == at::kDouble;
-      counter = at::zeros({}, at::TensorOptions(wide ? at::kDouble : at::kFloat).device(at::kCPU));
-      missing_.push_back({parameter, names().step, counter});
+      const auto options = at::TensorOptions(wide ? at::kDouble : at::kFloat).device(at::kCPU);
+      counter = &missing_.emplace_back(parameter, names().step, at::zeros({}, options)).tensor;
     } else {
       PyObject* step = entry(state, names().step);
       fits = is_counter(step);
-      if (fits) counter = THPVariable_Unpack(step);
+      if (fits) counter = &THPVariable_Unpack(step);
       entry(state, names().exp_avg);
       entry(state, names().exp_avg_sq);
       if (group.amsgrad) entry(state, names().max_exp_avg_sq);
@@ -247,15 +246,15 @@ bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tenso
     fits = fits && take(0, names().exp_avg, true) && take(1, names().exp_avg_sq, true) &&
            (!group.amsgrad || take(2, names().max_exp_avg_sq, true));
     if (fits) {
-      const double step = read_counter(counter) + 1;
+      const double step = read_counter(*counter) + 1;
       update.spec.step_size = group.spec.lr / (1 - std::pow(group.spec.beta1, step));
       update.spec.root = std::sqrt(1 - std::pow(group.spec.beta2, step));
-      counters_.push_back(counter);
+      counters_.push_back(*counter);
     }
   }
   if (!fits) {
-    missing_.resize(missing);
-    written_.resize(written);
+    written_.shrink(written);
+    missing_.erase(missing_.begin() + std::ptrdiff_t(missing), missing_.end());
     return false;
   }
   written_.push_back(p);
@@ -268,17 +267,24 @@ void OptimizerStep::apply() {
     const auto parameter = py::reinterpret_borrow<py::object>(one.parameter);
     state_[parameter][py::reinterpret_borrow<py::object>(one.name)] = py::cast(one.tensor);
   }
-  for (const at::Tensor& counter : counters_) write_counter(counter, read_counter(counter) + 1);
+  for (const at::Tensor& counter : at::TensorList(counters_)) {
+    write_counter(counter, read_counter(counter) + 1);
+    counter.unsafeGetTensorImpl()->bump_version();
+  }
   {
     constexpr int64_t worth_releasing = 1 << 14;  // elements: some microseconds
     int64_t elements = 0;
     for (const Update& update : updates_) elements += update.n;
+    Tensors owned;
     std::optional<py::gil_scoped_release> release;
-    if (elements > worth_releasing) release.emplace();
+    if (elements > worth_releasing) {
+      owned = at::TensorList(written_).vec();
+      release.emplace();
+    }
     cpu::update(updates_);
+    release.reset();
+    for (const at::Tensor& tensor : at::TensorList(written_)) tensor.unsafeGetTensorImpl()->bump_version();
   }
-  for (const at::Tensor& tensor : counters_) tensor.unsafeGetTensorImpl()->bump_version();
-  for (const at::Tensor& tensor : written_) tensor.unsafeGetTensorImpl()->bump_version();
 }
 
 void for_each_parameter(const py::handle& optimizer, c10::function_ref<void(PyObject*)> visit) {

@@ -7,9 +7,10 @@
 #include <c10/util/FunctionRef.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <array>
+#include <deque>
 #include <vector>
 
+#include "borrowed.h"
 #include "update.h"
 
 namespace fastmlp {
@@ -37,13 +38,13 @@ class OptimizerStep {
   };
 
   bool add(const Group& group, PyObject* parameter, const at::Tensor& grad, PyObject* state);
-  at::Tensor state_tensor(PyObject* parameter, PyObject* state, PyObject* name, const at::Tensor& like, bool zero);
+  const at::Tensor* state_tensor(PyObject* parameter, PyObject* state, PyObject* name, const at::Tensor& like,
+                                 bool zero);
 
   py::object state_;
   std::vector<Update> updates_;
-  std::vector<at::Tensor> written_;  // kept alive, and their versions counted
-  std::vector<at::Tensor> counters_;
-  std::vector<Missing> missing_;
+  Borrowed written_, counters_;  // whose versions count
+  std::deque<Missing> missing_;
   std::vector<PyObject*> left_;
 };
 

@@ -7,8 +7,8 @@
 #include <algorithm>
 
 #include "autograd.h"
+#include "borrowed.h"
 #include "modules.h"
-#include "operators.h"
 #include "route.h"
 
 namespace fastmlp {
@@ -18,8 +18,7 @@ PyObject* composed_forward = nullptr;
 
 py::object execute(const Run& run, const py::object& input) {
   if (!obstacle(input.ptr(), run.parameters())) {
-    Tensors parameters;
-    parameters.reserve(run.parameters().size());
+    Borrowed parameters;
     for (PyObject* parameter : run.parameters()) parameters.push_back(THPVariable_Unpack(parameter));
     return py::cast(fastmlp::run(run.stack(), THPVariable_Unpack(input.ptr()), parameters));
   }

@@ -141,8 +141,8 @@ bool TrainStep::read_loss(LossSpec& spec, at::Tensor& weight) const {
 }
 
 // As the loss takes it, gapless.
-at::Tensor TrainStep::check_target(const LossSpec& spec, const at::Tensor& output, const py::object& target,
-                                   at::Tensor& weight) const {
+c10::MaybeOwned<at::Tensor> TrainStep::check_target(const LossSpec& spec, const at::Tensor& output,
+                                                    const py::object& target, at::Tensor& weight) const {
   TORCH_CHECK_TYPE(THPVariable_Check(target.ptr()), "fastmlp: target must be a torch.Tensor, got ",
                    Py_TYPE(target.ptr())->tp_name);
   TORCH_CHECK(is_plain(target.ptr()), "fastmlp: target is not a plain tensor of the CPU");
@@ -166,7 +166,7 @@ at::Tensor TrainStep::check_target(const LossSpec& spec, const at::Tensor& outpu
                 output.sizes(), ", the shape of the output");
     TORCH_CHECK(given.scalar_type() == output.scalar_type(), "fastmlp: target has dtype ", given.scalar_type(),
                 ", expected the dtype of the output, ", output.scalar_type());
-    return given.contiguous();
+    return given.expect_contiguous();
   }
   TORCH_CHECK(output.dim() <= 2, "fastmlp: CrossEntropyLoss got an output of shape ", output.sizes(),
               ", expected (N, C) or (C)");
@@ -174,9 +174,9 @@ at::Tensor TrainStep::check_target(const LossSpec& spec, const at::Tensor& outpu
               ", expected class indices of dtype ", at::kLong);
   TORCH_CHECK(given.sizes() == output.sizes().slice(0, output.dim() - 1), "fastmlp: target has shape ", given.sizes(),
               ", expected ", output.sizes().slice(0, output.dim() - 1), ", a class for each row of the output");
-  at::Tensor classes = given.contiguous();
-  const int64_t* const all = classes.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < classes.numel(); i++) {
+  c10::MaybeOwned<at::Tensor> classes = given.expect_contiguous();
+  const int64_t* const all = classes->const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < classes->numel(); i++) {
     TORCH_CHECK_INDEX(all[i] == spec.ignore_index || (all[i] >= 0 && all[i] < columns), "fastmlp: target holds class ",
                       all[i], ", expected 0 to ", columns - 1, ", or the loss's ignore_index, ", spec.ignore_index);
   }
@@ -224,13 +224,12 @@ void TrainStep::place_grads(bool keep) {
 
 double TrainStep::compute(const Stack& stack, const at::Tensor& input, const LossSpec& spec, const at::Tensor& target,
                           const at::Tensor& weight) {
-  const bool classes = spec.kind == cross_entropy_kind;
   cpu::forward_into(stack, input, parameters_, output_, hidden_);
-  const double loss = cpu::loss_into(spec, output_, classes ? at::Tensor() : target, classes ? target : at::Tensor(),
-                                     weight, grad_output_);
-  Tensors saved = hidden_;
+  const double loss = cpu::loss_into(spec, output_, target, weight, grad_output_);
+  Borrowed saved, grads;
+  for (const at::Tensor& hidden : hidden_) saved.push_back(hidden);
   if (saved.size() < stack.saved()) saved.push_back(output_);
-  Tensors grads(1);
+  grads.push_back(at::Tensor());
   for (const Slot& slot : slots_) grads.push_back(slot.grad);
   cpu::backward_into(stack, grad_output_, input, saved, parameters_, grads);
   return loss;
@@ -241,7 +240,7 @@ void TrainStep::finish_grads(bool keep) {
   const at::NoGradGuard guard;
   for (size_t i = 0; i < slots_.size(); i++) {
     Slot& slot = slots_[i];
-    at::Tensor& grad = parameters_[i].mutable_grad();
+    at::Tensor& grad = THPVariable_Unpack(slot.object).mutable_grad();
     if (!slot.needed || (slot.stepped && !keep)) {
       if (slot.stepped && waiting == 0) grad.reset();
     } else if (slot.added) {
@@ -309,7 +308,7 @@ py::object TrainStep::run(const py::object& given, const py::object& target) {
   }
   kept(output_, sizes, input);
   kept(grad_output_, sizes, input);
-  const at::Tensor checked = check_target(spec, output_, target, weight);
+  const c10::MaybeOwned<at::Tensor> checked = check_target(spec, output_, target, weight);
 
   std::vector<PyObject*> others;
   size_t next = 0;
@@ -344,11 +343,15 @@ py::object TrainStep::run(const py::object& given, const py::object& target) {
   {
     constexpr double worth_releasing = 1 << 16;  // multiply-adds: some microseconds
     double work = 0;
-    for (const at::Tensor& parameter : parameters_) work += double(parameter.numel());
+    for (const at::Tensor& parameter : at::TensorList(parameters_)) work += double(parameter.numel());
+    Tensors owned;
     std::optional<py::gil_scoped_release> release;
-    if (work * double(input.numel()) > worth_releasing) release.emplace();
+    if (work * double(input.numel()) > worth_releasing) {
+      owned = at::TensorList(parameters_).vec();
+      release.emplace();
+    }
     const at::AutoDispatchBelowADInplaceOrView guard;
-    loss = compute(*stack, input, spec, checked, weight);
+    loss = compute(*stack, input, spec, *checked, weight);
   }
   if (waiting == 0) {
     for (PyObject* parameter : others) THPVariable_Unpack(parameter).mutable_grad().reset();

@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "borrowed.h"
 #include "loss.h"
 #include "modules.h"
 #include "operators.h"
@@ -48,8 +49,8 @@ class TrainStep {
 
   bool read_model(Run& run) const;
   bool read_loss(LossSpec& spec, at::Tensor& weight) const;
-  at::Tensor check_target(const LossSpec& spec, const at::Tensor& output, const py::object& target,
-                          at::Tensor& weight) const;
+  c10::MaybeOwned<at::Tensor> check_target(const LossSpec& spec, const at::Tensor& output, const py::object& target,
+                                           at::Tensor& weight) const;
   void take_slots(const Run& run);
   void place_grads(bool keep);
   double compute(const Stack& stack, const at::Tensor& input, const LossSpec& spec, const at::Tensor& target,
@@ -69,7 +70,7 @@ class TrainStep {
 
   bool running_ = false;
   std::vector<Slot> slots_;
-  Tensors parameters_;
+  Borrowed parameters_;
   // Between calls they hold nothing that is needed, only memory.
   Tensors hidden_, scratch_;
   at::Tensor output_, grad_output_;

@@ -22,7 +22,10 @@ int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 Matrix matrix_of(const at::Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
 
 // All leading dimensions as rows: a view where strides allow it, a copy where they do not.
-at::Tensor as_rows(const at::Tensor& x, int64_t rows) { return x.dim() == 2 ? x : x.reshape({rows, x.size(-1)}); }
+c10::MaybeOwned<at::Tensor> as_rows(const at::Tensor& x, int64_t rows) {
+  using Rows = c10::MaybeOwned<at::Tensor>;
+  return x.dim() == 2 ? Rows::borrowed(x) : Rows::owned(x.reshape({rows, x.size(-1)}));
+}
 
 // `input` is the two-dimensional form, which the caller keeps alive.
 Network network_of(const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
@@ -87,9 +90,9 @@ at::Tensor row_major(const at::Tensor& input, int64_t features) {
 
 void forward_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters, const at::Tensor& output,
                   at::TensorList hidden) {
-  const at::Tensor rows = as_rows(input, rows_of(input));
+  const auto rows = as_rows(input, rows_of(input));
   ForwardPass pass;
-  pass.network = network_of(stack, rows, parameters);
+  pass.network = network_of(stack, *rows, parameters);
   if (!hidden.empty()) pass.kept.resize(stack.layers(), nullptr);
   for (size_t l = 0; l < hidden.size(); l++) pass.kept[l] = hidden[l].data_ptr();
   pass.output = output.data_ptr();
@@ -116,19 +119,17 @@ at::Tensor infer(const Stack& stack, const at::Tensor& input, at::TensorList par
 }
 
 void backward_into(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
-                   at::TensorList parameters, const Tensors& grads) {
+                   at::TensorList parameters, at::TensorList grads) {
   const int64_t rows = rows_of(input);
-  const at::Tensor flat_input = as_rows(input, rows);
-  const at::Tensor flat_grad = as_rows(grad, rows);
-  Tensors flat_saved;
-  flat_saved.reserve(saved.size());
+  const auto flat_input = as_rows(input, rows), flat_grad = as_rows(grad, rows);
+  c10::SmallVector<c10::MaybeOwned<at::Tensor>, 8> flat_saved;
   BackwardPass pass;
-  pass.network = network_of(stack, flat_input, parameters);
-  pass.grad_output = matrix_of(flat_grad);
+  pass.network = network_of(stack, *flat_input, parameters);
+  pass.grad_output = matrix_of(*flat_grad);
   pass.saved.resize(stack.layers());
   for (size_t l = 0; l < saved.size(); l++) {
     flat_saved.push_back(as_rows(saved[l], rows));
-    pass.saved[l] = matrix_of(flat_saved.back());
+    pass.saved[l] = matrix_of(*flat_saved.back());
   }
   const auto data_of = [&](size_t i) { return grads[i].defined() ? grads[i].data_ptr() : nullptr; };
   pass.grad_input = data_of(0);
@@ -152,16 +153,19 @@ Tensors backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& i
   return grads;
 }
 
-double loss_into(const LossSpec& spec, const at::Tensor& output, const at::Tensor& target, const at::Tensor& classes,
-                 const at::Tensor& weight, const at::Tensor& grad) {
+double loss_into(const LossSpec& spec, const at::Tensor& output, const at::Tensor& target, const at::Tensor& weight,
+                 const at::Tensor& grad) {
   LossPass pass;
   pass.dtype = *dtype_of(output.scalar_type());
   pass.spec = spec;
   pass.columns = output.dim() > 0 ? output.size(-1) : 1;
   pass.rows = rows_of(output);
   pass.output = output.data_ptr();
-  pass.target = target.defined() ? target.data_ptr() : nullptr;
-  pass.classes = classes.defined() ? classes.const_data_ptr<int64_t>() : nullptr;
+  if (spec.kind == cross_entropy_kind) {
+    pass.classes = target.const_data_ptr<int64_t>();
+  } else {
+    pass.target = target.data_ptr();
+  }
   pass.weight = weight.defined() ? weight.data_ptr() : nullptr;
   pass.grad = grad.data_ptr();
   return loss(pass);
