@@ -83,16 +83,18 @@ struct LossSpec {
   double divisor = 1;
 };
 
-// A batch of outputs and what they are compared with; all gapless.
-struct LossPass {
-  DType dtype = DType::float32;
+// What the outputs of a batch are compared with; all gapless.
+struct Targets {
   LossSpec spec;
-  int64_t rows = 0, columns = 0;
-  const void* output = nullptr;      // [rows, columns]
   const void* target = nullptr;      // [rows, columns], or null
-  const int64_t* classes = nullptr;  // [rows], of cross entropy
+  const int64_t* classes = nullptr;  // [rows], of cross entropy, in range or ignore_index
   const void* weight = nullptr;      // null, or [columns]: of classes, or of positive targets
-  void* grad = nullptr;              // [rows, columns], written
+};
+
+// Forward, loss and backward at once.
+struct StepPass {
+  BackwardPass backward;  // without grad_output, saved and grad_input
+  Targets targets;
 };
 
 }  // namespace fastmlp

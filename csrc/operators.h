@@ -35,13 +35,11 @@ void backward_into(const Stack& stack, const at::Tensor& grad, const at::Tensor&
 
 // Memory for a result: not initialised, row-major without gaps, of the dtype and device of `like`.
 at::Tensor uninitialised(at::IntArrayRef sizes, const at::Tensor& like);
-// That of a layer: the leading dimensions of the input, and its features.
-at::Tensor row_major(const at::Tensor& input, int64_t features);
 
-// The loss of an output, whose gradient is written; all gapless. The target of cross entropy holds classes, in int64;
-// `weight` is undefined where there is none.
-double loss_into(const LossSpec& spec, const at::Tensor& output, const at::Tensor& target, const at::Tensor& weight,
-                 const at::Tensor& grad);
+// Forward, loss and backward at once; the gradients that are defined are written. The target of cross entropy holds
+// classes, in int64; `weight` is undefined where there is none. `memory` is kept by the caller for the next call.
+double train_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters, const LossSpec& spec,
+                  const at::Tensor& target, const at::Tensor& weight, at::TensorList grads, at::Tensor& memory);
 
 void update(const std::vector<Update>& updates);
 

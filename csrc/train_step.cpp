@@ -141,39 +141,42 @@ bool TrainStep::read_loss(LossSpec& spec, at::Tensor& weight) const {
 }
 
 // As the loss takes it, gapless.
-c10::MaybeOwned<at::Tensor> TrainStep::check_target(const LossSpec& spec, const at::Tensor& output,
+c10::MaybeOwned<at::Tensor> TrainStep::check_target(const LossSpec& spec, const Stack& stack, const at::Tensor& input,
                                                     const py::object& target, at::Tensor& weight) const {
   TORCH_CHECK_TYPE(THPVariable_Check(target.ptr()), "fastmlp: target must be a torch.Tensor, got ",
                    Py_TYPE(target.ptr())->tp_name);
   TORCH_CHECK(is_plain(target.ptr()), "fastmlp: target is not a plain tensor of the CPU");
   const at::Tensor& given = THPVariable_Unpack(target.ptr());
   TORCH_CHECK(!given.requires_grad(), "fastmlp: target requires a gradient, which TrainStep does not compute");
-  const int64_t columns = output.size(-1);
+  const int64_t columns = parameters_[stack.weight(stack.layers() - 1)].size(0);
+  at::DimVector output(input.sizes());
+  output.back() = columns;
   if (weight.defined()) {
     const bool fits = weight.dim() == 1 && weight.size(0) == columns;
     const bool one = spec.kind != cross_entropy_kind && weight.numel() == 1;
     const char* const name = spec.kind == cross_entropy_kind ? "weight" : "pos_weight";
     TORCH_CHECK(fits || one, "fastmlp: ", name, " of the loss has shape ", weight.sizes(), ", expected [", columns,
                 "], one for each column of the output");
-    TORCH_CHECK(weight.scalar_type() == output.scalar_type(), "fastmlp: ", name, " of the loss has dtype ",
-                weight.scalar_type(), ", expected the dtype of the output, ", output.scalar_type());
+    TORCH_CHECK(weight.scalar_type() == input.scalar_type(), "fastmlp: ", name, " of the loss has dtype ",
+                weight.scalar_type(), ", expected the dtype of the output, ", input.scalar_type());
     TORCH_CHECK(!weight.requires_grad(), "fastmlp: ", name,
                 " of the loss requires a gradient, which TrainStep does not compute");
     weight = weight.reshape({-1}).expand({columns}).contiguous();
   }
   if (spec.kind != cross_entropy_kind) {
-    TORCH_CHECK(given.sizes() == output.sizes(), "fastmlp: target has shape ", given.sizes(), ", expected ",
-                output.sizes(), ", the shape of the output");
-    TORCH_CHECK(given.scalar_type() == output.scalar_type(), "fastmlp: target has dtype ", given.scalar_type(),
-                ", expected the dtype of the output, ", output.scalar_type());
+    TORCH_CHECK(given.sizes() == at::IntArrayRef(output), "fastmlp: target has shape ", given.sizes(), ", expected ",
+                at::IntArrayRef(output), ", the shape of the output");
+    TORCH_CHECK(given.scalar_type() == input.scalar_type(), "fastmlp: target has dtype ", given.scalar_type(),
+                ", expected the dtype of the output, ", input.scalar_type());
     return given.expect_contiguous();
   }
-  TORCH_CHECK(output.dim() <= 2, "fastmlp: CrossEntropyLoss got an output of shape ", output.sizes(),
+  const at::IntArrayRef leading(output.data(), output.size() - 1);
+  TORCH_CHECK(output.size() <= 2, "fastmlp: CrossEntropyLoss got an output of shape ", at::IntArrayRef(output),
               ", expected (N, C) or (C)");
   TORCH_CHECK(given.scalar_type() == at::kLong, "fastmlp: target has dtype ", given.scalar_type(),
               ", expected class indices of dtype ", at::kLong);
-  TORCH_CHECK(given.sizes() == output.sizes().slice(0, output.dim() - 1), "fastmlp: target has shape ", given.sizes(),
-              ", expected ", output.sizes().slice(0, output.dim() - 1), ", a class for each row of the output");
+  TORCH_CHECK(given.sizes() == leading, "fastmlp: target has shape ", given.sizes(), ", expected ", leading,
+              ", a class for each row of the output");
   c10::MaybeOwned<at::Tensor> classes = given.expect_contiguous();
   const int64_t* const all = classes->const_data_ptr<int64_t>();
   for (int64_t i = 0; i < classes->numel(); i++) {
@@ -220,19 +223,6 @@ void TrainStep::place_grads(bool keep) {
       slot.grad = is_private(grad, parameter) ? grad : cpu::uninitialised(parameter.sizes(), parameter);
     }
   }
-}
-
-double TrainStep::compute(const Stack& stack, const at::Tensor& input, const LossSpec& spec, const at::Tensor& target,
-                          const at::Tensor& weight) {
-  cpu::forward_into(stack, input, parameters_, output_, hidden_);
-  const double loss = cpu::loss_into(spec, output_, target, weight, grad_output_);
-  Borrowed saved, grads;
-  for (const at::Tensor& hidden : hidden_) saved.push_back(hidden);
-  if (saved.size() < stack.saved()) saved.push_back(output_);
-  grads.push_back(at::Tensor());
-  for (const Slot& slot : slots_) grads.push_back(slot.grad);
-  cpu::backward_into(stack, grad_output_, input, saved, parameters_, grads);
-  return loss;
 }
 
 // What the loop leaves in .grad before the step.
@@ -300,15 +290,7 @@ py::object TrainStep::run(const py::object& given, const py::object& target) {
   const c10::intrusive_ptr<Stack> stack = run.stack();
   check_forward(*stack, input, parameters_);
 
-  at::DimVector sizes(input.sizes().begin(), input.sizes().end());
-  hidden_.resize(stack->hidden());
-  for (size_t l = 0; l < stack->layers(); l++) {
-    sizes.back() = parameters_[stack->weight(l)].size(0);
-    if (l < stack->hidden()) kept(hidden_[l], sizes, input);
-  }
-  kept(output_, sizes, input);
-  kept(grad_output_, sizes, input);
-  const c10::MaybeOwned<at::Tensor> checked = check_target(spec, output_, target, weight);
+  const c10::MaybeOwned<at::Tensor> checked = check_target(spec, *stack, input, target, weight);
 
   std::vector<PyObject*> others;
   size_t next = 0;
@@ -351,7 +333,9 @@ py::object TrainStep::run(const py::object& given, const py::object& target) {
       release.emplace();
     }
     const at::AutoDispatchBelowADInplaceOrView guard;
-    loss = compute(*stack, input, spec, *checked, weight);
+    Borrowed grads;
+    for (const Slot& slot : slots_) grads.push_back(slot.grad);
+    loss = cpu::train_into(*stack, input, parameters_, spec, *checked, weight, grads, memory_);
   }
   if (waiting == 0) {
     for (PyObject* parameter : others) THPVariable_Unpack(parameter).mutable_grad().reset();

@@ -49,12 +49,10 @@ class TrainStep {
 
   bool read_model(Run& run) const;
   bool read_loss(LossSpec& spec, at::Tensor& weight) const;
-  c10::MaybeOwned<at::Tensor> check_target(const LossSpec& spec, const at::Tensor& output, const py::object& target,
-                                           at::Tensor& weight) const;
+  c10::MaybeOwned<at::Tensor> check_target(const LossSpec& spec, const Stack& stack, const at::Tensor& input,
+                                           const py::object& target, at::Tensor& weight) const;
   void take_slots(const Run& run);
   void place_grads(bool keep);
-  double compute(const Stack& stack, const at::Tensor& input, const LossSpec& spec, const at::Tensor& target,
-                 const at::Tensor& weight);
   void finish_grads(bool keep);
   void clip() const;
   bool steps_itself() const;
@@ -72,8 +70,8 @@ class TrainStep {
   std::vector<Slot> slots_;
   Borrowed parameters_;
   // Between calls they hold nothing that is needed, only memory.
-  Tensors hidden_, scratch_;
-  at::Tensor output_, grad_output_;
+  Tensors scratch_;
+  at::Tensor memory_;
 };
 
 }  // namespace fastmlp

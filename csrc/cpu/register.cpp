@@ -27,6 +27,12 @@ c10::MaybeOwned<at::Tensor> as_rows(const at::Tensor& x, int64_t rows) {
   return x.dim() == 2 ? Rows::borrowed(x) : Rows::owned(x.reshape({rows, x.size(-1)}));
 }
 
+at::Tensor row_major(const at::Tensor& input, int64_t features) {
+  c10::SmallVector<int64_t, 5> sizes(input.sizes().begin(), input.sizes().end());
+  sizes.back() = features;
+  return uninitialised(sizes, input);
+}
+
 // `input` is the two-dimensional form, which the caller keeps alive.
 Network network_of(const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
   Network network;
@@ -50,6 +56,17 @@ Network network_of(const Stack& stack, const at::Tensor& input, at::TensorList p
     layer.activation = stack.activation(l);
   }
   return network;
+}
+
+// Where those of the parameters go.
+void set_gradients(BackwardPass& pass, const Stack& stack, at::TensorList grads) {
+  const auto data_of = [&](size_t i) { return grads[i].defined() ? grads[i].data_ptr() : nullptr; };
+  pass.grad_weights.reserve(stack.layers());
+  pass.grad_biases.reserve(stack.layers());
+  for (size_t l = 0; l < stack.layers(); l++) {
+    pass.grad_weights.push_back(data_of(stack.weight(l)));
+    pass.grad_biases.push_back(stack.has_bias(l) ? data_of(stack.bias(l)) : nullptr);
+  }
 }
 
 int64_t rows_of(const at::Tensor& input) {
@@ -80,12 +97,6 @@ at::Tensor uninitialised(at::IntArrayRef sizes, const at::Tensor& like) {
   at::Tensor tensor = at::detail::empty_cpu(sizes, like.scalar_type());
   prefer_huge_pages(tensor.data_ptr(), tensor.nbytes());
   return tensor;
-}
-
-at::Tensor row_major(const at::Tensor& input, int64_t features) {
-  c10::SmallVector<int64_t, 5> sizes(input.sizes().begin(), input.sizes().end());
-  sizes.back() = features;
-  return uninitialised(sizes, input);
 }
 
 void forward_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters, const at::Tensor& output,
@@ -131,12 +142,8 @@ void backward_into(const Stack& stack, const at::Tensor& grad, const at::Tensor&
     flat_saved.push_back(as_rows(saved[l], rows));
     pass.saved[l] = matrix_of(*flat_saved.back());
   }
-  const auto data_of = [&](size_t i) { return grads[i].defined() ? grads[i].data_ptr() : nullptr; };
-  pass.grad_input = data_of(0);
-  for (size_t l = 0; l < stack.layers(); l++) {
-    pass.grad_weights.push_back(data_of(1 + stack.weight(l)));
-    pass.grad_biases.push_back(stack.has_bias(l) ? data_of(1 + stack.bias(l)) : nullptr);
-  }
+  pass.grad_input = grads[0].defined() ? grads[0].data_ptr() : nullptr;
+  set_gradients(pass, stack, grads.slice(1));
   backward(pass, threads());
 }
 
@@ -153,22 +160,25 @@ Tensors backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& i
   return grads;
 }
 
-double loss_into(const LossSpec& spec, const at::Tensor& output, const at::Tensor& target, const at::Tensor& weight,
-                 const at::Tensor& grad) {
-  LossPass pass;
-  pass.dtype = *dtype_of(output.scalar_type());
-  pass.spec = spec;
-  pass.columns = output.dim() > 0 ? output.size(-1) : 1;
-  pass.rows = rows_of(output);
-  pass.output = output.data_ptr();
+double train_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters, const LossSpec& spec,
+                  const at::Tensor& target, const at::Tensor& weight, at::TensorList grads, at::Tensor& memory) {
+  const auto rows = as_rows(input, rows_of(input));
+  StepPass pass;
+  pass.backward.network = network_of(stack, *rows, parameters);
+  set_gradients(pass.backward, stack, grads);
+  pass.targets.spec = spec;
   if (spec.kind == cross_entropy_kind) {
-    pass.classes = target.const_data_ptr<int64_t>();
+    pass.targets.classes = target.const_data_ptr<int64_t>();
   } else {
-    pass.target = target.data_ptr();
+    pass.targets.target = target.data_ptr();
   }
-  pass.weight = weight.defined() ? weight.data_ptr() : nullptr;
-  pass.grad = grad.data_ptr();
-  return loss(pass);
+  pass.targets.weight = weight.defined() ? weight.data_ptr() : nullptr;
+  const int64_t bytes = int64_t(train_bytes(pass));
+  if (bytes > 0 && (!memory.defined() || memory.numel() < bytes)) {
+    memory = at::detail::empty_cpu({bytes}, at::kByte);
+    prefer_huge_pages(memory.data_ptr(), memory.nbytes());
+  }
+  return train(pass, bytes > 0 ? memory.data_ptr() : nullptr, threads());
 }
 
 void update(const std::vector<Update>& updates) { update(updates, threads()); }

@@ -6,9 +6,8 @@
 
 #include <algorithm>
 
-#include "../activation_info.h"
 #include "gemm.h"
-#include "parallel.h"
+#include "row_product.h"
 #include "workspace.h"
 
 namespace fastmlp::cpu {
@@ -19,115 +18,10 @@ constexpr int64_t layer_bytes = 128 << 10, group_bytes = 256 << 10, most_feature
 // What a block of rows may take in each of its layers.
 constexpr int64_t block_bytes = 32 << 10;
 constexpr int64_t fewest_rows = 56, most_rows = 192;
-// A block of B that is read again for each tile of rows comes from the L1 cache.
-constexpr int64_t near_bytes = 20 << 10;
 
 template <class S> bool is_narrow(const Layer& layer) {
   const int64_t bytes = layer.in_features * layer.out_features * int64_t(sizeof(S));
   return in_itself<S> && bytes <= layer_bytes && std::max(layer.in_features, layer.out_features) <= most_features;
-}
-
-// C = act(A B + bias), or C += A B, where B has `n` columns in panels of NR.
-template <class S> struct RowProduct {
-  int64_t m, n, k;
-  const S* a;
-  int64_t a_step, a_k_step;  // from one row of A to the next, and along k
-  const S* b;
-  int64_t b_panel, b_step;  // from one panel of B to the next, and along k
-  bool b_padded;
-  S* output;
-  int64_t output_step;
-  S* pre_activation = nullptr;  // like output
-  const S* bias = nullptr;      // padded to a vector
-  ActivationSpec activation;
-  // Memory that nobody has touched yet, gapless: its lines are asked for a tile ahead.
-  bool fresh_a = false, fresh_output = false;
-  bool sums = false, add = false;  // the output is a sum: of this product alone, or added to
-};
-
-template <class S>
-void multiply_tile(const Kernels<S>& kernels, const RowProduct<S>& p, S* scratch, Range rows, int64_t panel) {
-  const int64_t column = panel * kernels.nr;
-  const int64_t at = rows.begin * p.output_step + column;
-  const bool simple = p.activation.kind == identity_kind || p.activation.kind == relu_kind;
-  const bool complete = simple && !p.pre_activation && !p.sums;
-  Tile<S> t;
-  t.columns = std::min(kernels.nr, p.n - column);
-  t.a_step = p.a_step;
-  t.a_k_step = p.a_k_step;
-  t.b_step = p.b_step;
-  t.b_padded = p.b_padded;
-  // One line with each k.
-  const int64_t asked = panel * p.k * (line_bytes / int64_t(sizeof(S)));
-  const auto ahead = [&](bool fresh, const S* data, int64_t step) {
-    const int64_t next = rows.end * step + asked;
-    return fresh && next < p.m * step ? data + next : nullptr;
-  };
-  t.input_ahead = ahead(p.fresh_a, p.a, p.a_step);
-  t.output_ahead = ahead(p.fresh_output, p.output, p.output_step);
-  t.sums = p.sums ? p.output + at : scratch;
-  t.sums_step = p.sums ? p.output_step : kernels.nr;
-  t.output = nullptr;
-  t.leading_dimension = p.output_step;
-  t.bias = p.bias ? p.bias + column : nullptr;
-  t.relu = p.activation.kind == relu_kind;
-  const auto kernel = kernels.row_kernel(rows.size(), t.columns);
-  // Chains of equal length: the longest one sets the error.
-  const int64_t step = ceil_divide(p.k, std::max<int64_t>(1, ceil_divide(p.k, kernels.chain)));
-  int64_t from = 0;
-  do {
-    t.k = std::min(step, p.k - from);
-    t.a = p.a + rows.begin * p.a_step + from * p.a_k_step;
-    t.b = p.b + panel * p.b_panel + from * p.b_step;
-    t.add = from > 0 || p.add;
-    from += t.k;
-    if (from >= p.k && complete) t.output = p.output + at;
-    kernel(t);
-  } while (from < p.k);
-  if (complete || p.sums) return;
-  Epilogue<S> e;
-  e.tile = scratch;
-  e.tile_step = kernels.nr;
-  e.rows = rows.size();
-  e.columns = t.columns;
-  e.sums = nullptr;
-  e.sums_step = 0;
-  e.output = p.output + at;
-  e.pre_activation = p.pre_activation ? p.pre_activation + at : nullptr;
-  e.leading_dimension = p.output_step;
-  e.bias = t.bias;
-  e.scalars = p.activation.scalars;
-  kernels.activations[p.activation.kind].epilogue(e);
-}
-
-// `scratch` holds a tile.
-template <class S> void multiply_rows(const Kernels<S>& kernels, const RowProduct<S>& p, S* scratch) {
-  // Tiles of equal height: a short last one would leave registers empty.
-  const int64_t tiles = ceil_divide(p.m, kernels.mr), panels = ceil_divide(p.n, kernels.nr);
-  if (p.k * p.n * int64_t(sizeof(S)) <= near_bytes) {
-    for (int64_t i = 0; i < tiles; i++) {
-      for (int64_t j = 0; j < panels; j++) multiply_tile(kernels, p, scratch, part_of(p.m, 1, i, tiles), j);
-    }
-  } else {
-    for (int64_t j = 0; j < panels; j++) {
-      for (int64_t i = 0; i < tiles; i++) multiply_tile(kernels, p, scratch, part_of(p.m, 1, i, tiles), j);
-    }
-  }
-}
-
-// Panels of B from a matrix of k rows or, as `transposed`, k columns.
-template <class S>
-void pack_panels(const Kernels<S>& kernels, const Matrix& x, int64_t n, int64_t k, bool transposed, S* panels) {
-  const int64_t stride = transposed ? x.row_stride : x.column_stride;
-  const int64_t k_stride = transposed ? x.column_stride : x.row_stride;
-  for (int64_t j = 0; j < n; j += kernels.nr) {
-    kernels.pack_b(static_cast<const S*>(x.data) + j * stride, stride, k_stride, std::min(kernels.nr, n - j), k,
-                   panels + j * k);
-  }
-}
-
-template <class S> int64_t panels_size(const Kernels<S>& kernels, int64_t n, int64_t k) {
-  return round_up(n, kernels.nr) * k;
 }
 
 int64_t widest(const Network& network, const Layers& layers) {
@@ -211,15 +105,11 @@ template <class S> class Forward {
     });
   }
 
- private:
-  struct Step {
-    bool dots;
-    S* panels;
-    S* bias;
-  };
+  // For who runs blocks himself: memory for all threads, memory of each, and what has to be done once.
   struct Own {
     S *tile, *dot_bias, *input;
     S* hidden[2];
+    Place<S>* places;  // of the block, by layer
   };
 
   void carve_shared(Carver& carver) {
@@ -237,6 +127,7 @@ template <class S> class Forward {
     own.dot_bias = carver.take<S>(dot_bias_size(kernels));
     own.input = copies_input ? carver.take<S>(block * network.layers[layers.first].in_features) : nullptr;
     for (S*& hidden : own.hidden) hidden = layers.end - layers.first > 1 ? carver.take<S>(block * width) : nullptr;
+    own.places = carver.take<Place<S>>(int64_t(layers.end));
     return own;
   }
 
@@ -251,26 +142,47 @@ template <class S> class Forward {
     }
   }
 
-  void run_block(Range range, const Own& own) const {
+  // Rows of the input as the kernels read them.
+  Matrix input_of(Range range, const Own& own) const {
+    if (copies_input) return copied(input, range, network.layers[layers.first].in_features, own.input);
     Matrix x = input;
     x.data = static_cast<S*>(input.data) + range.begin * input.row_stride;
-    if (copies_input) x = copied(input, range, network.layers[layers.first].in_features, own.input);
+    return x;
+  }
+
+  int64_t rows_of_block() const { return block; }
+
+  // `m` rows through all layers, to own.places.
+  void run_rows(Matrix x, int64_t m, const Own& own) const {
     for (size_t l = layers.first; l < layers.end; l++) {
-      const Layer& layer = network.layers[l];
-      const auto here = [&](S* place) { return place ? place + range.begin * layer.out_features : nullptr; };
-      S* const kept = here(places[l].output);
-      S* const output = kept ? kept : own.hidden[l % 2];
-      run_layer(layer, steps[l - layers.first], range.size(), x, output, kept != nullptr,
-                here(places[l].pre_activation), own);
-      x = {output, layer.out_features, 1};
+      const Place<S>& place = own.places[l];
+      S* const output = place.output ? place.output : own.hidden[l % 2];
+      run_layer(network.layers[l], steps[l - layers.first], m, x, output, place, own);
+      x = {output, network.layers[l].out_features, 1};
     }
   }
 
-  void run_layer(const Layer& layer, const Step& step, int64_t m, const Matrix& x, S* output, bool kept,
-                 S* pre_activation, const Own& own) const {
+ private:
+  struct Step {
+    bool dots;
+    S* panels;
+    S* bias;
+  };
+
+  void run_block(Range range, const Own& own) const {
+    for (size_t l = layers.first; l < layers.end; l++) {
+      const int64_t at = range.begin * network.layers[l].out_features;
+      const auto here = [&](S* place) { return place ? place + at : nullptr; };
+      own.places[l] = {here(places[l].output), here(places[l].pre_activation)};
+    }
+    run_rows(input_of(range, own), range.size(), own);
+  }
+
+  void run_layer(const Layer& layer, const Step& step, int64_t m, const Matrix& x, S* output, const Place<S>& place,
+                 const Own& own) const {
     if (step.dots) {
       Product<S> p;
-      set_forward(p, layer, m, x, output, pre_activation);
+      set_forward(p, layer, m, x, output, place.pre_activation);
       return multiply_by_dots(kernels, p, {0, m}, {0, p.n}, p.a, p.b, own.tile, own.dot_bias);
     }
     RowProduct<S> p;
@@ -286,10 +198,10 @@ template <class S> class Forward {
     p.b_padded = true;
     p.output = output;
     p.output_step = layer.out_features;
-    p.pre_activation = pre_activation;
+    p.pre_activation = place.pre_activation;
     p.bias = step.bias;
     p.fresh_a = &layer == &network.layers[layers.first] && x.row_stride == layer.in_features;
-    p.fresh_output = kept;
+    p.fresh_output = place.output != nullptr;
     p.activation = layer.activation;
     multiply_rows(kernels, p, own.tile);
   }
@@ -325,33 +237,9 @@ template <class S> class Backward {
         copies_grad(!is_gapless(grad_output, rows, network.layers[layers.end - 1].out_features)) {}
 
   void run(int threads) {
-    Carver shared_size, own_size, share_size;
-    carve_shared(shared_size);
-    carve_own(own_size);
-    carve_sums(share_size);
-    const size_t share = chunks > 1 ? share_size.used() : 0;
-    threads = int(std::min<int64_t>(useful_threads(2 * multiply_adds(network, layers, rows), threads), chunks));
-    const Workspace workspace(shared_size.used() + size_t(chunks) * share + size_t(threads) * own_size.used());
-    Carver carver(workspace.data());
-    const Shared shared = carve_shared(carver);
-    char* const shares = workspace.data() + shared_size.used();
-    char* const owns = shares + size_t(chunks) * share;
-    std::vector<Sums> sums;  // of each chunk; here, since threads must not allocate
-    for (int64_t chunk = 0; chunk < chunks; chunk++) {
-      Carver share_carver(shares + size_t(chunk) * share);
-      sums.push_back(chunks > 1 ? carve_sums(share_carver) : results());
-    }
-    pack_weights(shared);
-    run_tasks(chunks, threads, [&](int64_t chunk, int slot) {
-      Carver own_carver(owns + size_t(slot) * own_size.used());
-      const Own own = carve_own(own_carver);
-      table.mark();
-      run_chunk(part_of(rows, 1, chunk, chunks), shared, own, sums[size_t(chunk)]);
-    });
-    if (chunks > 1) reduce(shares, share);
+    run_blocks(threads, 0, [&](Range range, int64_t, const Own& own, char*) { return block_of(range, own); });
   }
 
- private:
   // Gradients of one layer, over some of the rows.
   struct Sum {
     S* weight = nullptr;
@@ -360,15 +248,61 @@ template <class S> class Backward {
   using Sums = std::vector<Sum>;
   using Shared = std::vector<S*>;  // packed weights of each layer; null where they are read as they are
   struct Own {
-    S *tile, *layer_input;
+    S *tile, *input, *layer_input;
     S* grad[2];
+    const S** saved;  // of the block, by layer
   };
 
-  bool in_place(size_t l) const { return network.layers[l].weight.column_stride == 1; }
-  bool needs_dgrad(size_t l) const { return l > layers.first || grad_input; }
+  // The input of a block's first layer, and the gradient of its last one's output.
+  struct Block {
+    Matrix input;
+    const S* grad;
+  };
 
+  // Block after block: prepare(rows, chunk, own, memory) says what block it is and fills own.saved. `memory` is the
+  // thread's own, of so many bytes.
+  template <class Prepare> void run_blocks(int threads, size_t bytes, const Prepare& prepare) const {
+    Carver shared_size, own_size, share_size;
+    carve_shared(shared_size);
+    carve_own(own_size);
+    carve_sums(share_size);
+    const size_t share = chunks > 1 ? share_size.used() : 0;
+    threads = int(std::min<int64_t>(useful_threads(2 * multiply_adds(network, layers, rows), threads), chunks));
+    const size_t own_bytes = own_size.used() + bytes;
+    const Workspace workspace(shared_size.used() + size_t(chunks) * share + size_t(threads) * own_bytes);
+    Carver carver(workspace.data());
+    const Shared shared = carve_shared(carver);
+    char* const shares = workspace.data() + shared_size.used();
+    char* const owns = shares + size_t(chunks) * share;
+    std::vector<Sums> sums;  // of each chunk; here, since threads must not allocate
+    sums.reserve(size_t(chunks));
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+      Carver share_carver(shares + size_t(chunk) * share);
+      sums.push_back(chunks > 1 ? carve_sums(share_carver) : results());
+    }
+    pack_weights(shared);
+    run_tasks(chunks, threads, [&](int64_t chunk, int slot) {
+      Carver own_carver(owns + size_t(slot) * own_bytes);
+      const Own own = carve_own(own_carver);
+      char* const memory = owns + size_t(slot) * own_bytes + own_size.used();
+      table.mark();
+      const Range range = part_of(rows, 1, chunk, chunks);
+      const int64_t blocks = std::max<int64_t>(1, ceil_divide(range.size(), block));
+      for (int64_t b = 0; b < blocks; b++) {
+        const Range part = part_of(range.size(), 1, b, blocks);
+        const Range here{range.begin + part.begin, range.begin + part.end};
+        run_rows(here, prepare(here, chunk, own, memory), b > 0, shared, own, sums[size_t(chunk)]);
+      }
+    });
+    if (chunks > 1) reduce(shares, share);
+  }
+
+  int64_t chunk_count() const { return chunks; }
+
+ private:
   Shared carve_shared(Carver& carver) const {
     Shared shared;
+    shared.reserve(layers.end - layers.first);
     for (size_t l = layers.first; l < layers.end; l++) {
       const Layer& layer = network.layers[l];
       const bool packed = needs_dgrad(l) && !in_place(l);
@@ -380,12 +314,15 @@ template <class S> class Backward {
   Own carve_own(Carver& carver) const {
     Own own;
     own.tile = carver.take<S>(kernels.mr * kernels.nr);
+    own.input = copies_input ? carver.take<S>(block * network.layers[0].in_features) : nullptr;
     own.layer_input = carver.take<S>(block * width);
     for (S*& grad : own.grad) grad = carver.take<S>(block * width);
+    own.saved = carver.take<const S*>(int64_t(layers.end));
     return own;
   }
   Sums carve_sums(Carver& carver) const {
     Sums sums;
+    sums.reserve(layers.end - layers.first);
     for (size_t l = layers.first; l < layers.end; l++) {
       const Layer& layer = network.layers[l];
       Sum& sum = sums.emplace_back();
@@ -396,6 +333,7 @@ template <class S> class Backward {
   }
   Sums results() const {
     Sums sums;
+    sums.reserve(layers.end - layers.first);
     for (size_t l = layers.first; l < layers.end; l++) {
       sums.push_back({static_cast<S*>(pass.grad_weights[l]), static_cast<S*>(pass.grad_biases[l])});
     }
@@ -421,32 +359,42 @@ template <class S> class Backward {
     }
   }
 
-  void run_chunk(Range chunk, const Shared& shared, const Own& own, const Sums& sums) const {
-    const int64_t blocks = std::max<int64_t>(1, ceil_divide(chunk.size(), block));
-    for (int64_t b = 0; b < blocks; b++) {
-      const Range part = part_of(chunk.size(), 1, b, blocks);
-      run_block({chunk.begin + part.begin, chunk.begin + part.end}, b > 0, shared, own, sums);
+  bool in_place(size_t l) const { return network.layers[l].weight.column_stride == 1; }
+  bool needs_dgrad(size_t l) const { return l > layers.first || grad_input; }
+
+  Block block_of(Range range, const Own& own) const {
+    const size_t last = layers.end - 1;
+    const int64_t outputs = network.layers[last].out_features;
+    Block found{network.input, static_cast<const S*>(grad_output.data) + range.begin * outputs};
+    if (copies_grad) found.grad = static_cast<const S*>(copied(grad_output, range, outputs, own.grad[last % 2]).data);
+    for (size_t l = layers.first == 0 ? 0 : layers.first - 1; l < layers.end; l++) {
+      const S* const saved = static_cast<const S*>(pass.saved[l].data);
+      own.saved[l] = saved ? saved + range.begin * network.layers[l].out_features : nullptr;
     }
+    if (copies_input) {
+      found.input = copied(network.input, range, network.layers[0].in_features, own.input);
+    } else {
+      found.input.data = static_cast<S*>(network.input.data) + range.begin * network.input.row_stride;
+    }
+    return found;
   }
 
   // Adds the block's share to the sums, or begins them with it.
-  void run_block(Range range, bool add, const Shared& shared, const Own& own, const Sums& sums) const {
+  void run_rows(Range range, const Block& rows, bool add, const Shared& shared, const Own& own,
+                const Sums& sums) const {
     const int64_t m = range.size();
-    const size_t last = layers.end - 1;
-    const int64_t outputs = network.layers[last].out_features;
-    const S* grad = static_cast<const S*>(grad_output.data) + range.begin * outputs;
-    if (copies_grad) grad = static_cast<const S*>(copied(grad_output, range, outputs, own.grad[last % 2]).data);
+    const S* grad = rows.grad;
     for (size_t l = layers.end; l-- > layers.first;) {
       const Layer& layer = network.layers[l];
       S* const own_grad = own.grad[l % 2];
       if (layer.activation.kind != identity_kind) {
-        kernels.activations[layer.activation.kind].gradient(m * layer.out_features, grad, saved(l, range.begin),
-                                                            own_grad, layer.activation.scalars);
+        kernels.activations[layer.activation.kind].gradient(m * layer.out_features, grad, own.saved[l], own_grad,
+                                                            layer.activation.scalars);
         grad = own_grad;
       }
       const Sum& sum = sums[l - layers.first];
       if (sum.bias) kernels.column_sums(m, layer.out_features, grad, sum.bias, add);
-      if (sum.weight) multiply_rows(kernels, wgrad(l, range, grad, own, sum.weight, add), own.tile);
+      if (sum.weight) multiply_rows(kernels, wgrad(l, rows.input, m, grad, own, sum.weight, add), own.tile);
       if (!needs_dgrad(l)) break;
       S* const output = l == layers.first ? grad_input + range.begin * layer.in_features : own.grad[(l + 1) % 2];
       multiply_rows(kernels, dgrad(l, m, grad, shared[l - layers.first], output), own.tile);
@@ -454,31 +402,24 @@ template <class S> class Backward {
     }
   }
 
-  const S* saved(size_t l, int64_t row) const {
-    return static_cast<const S*>(pass.saved[l].data) + row * network.layers[l].out_features;
-  }
-
-  RowProduct<S> wgrad(size_t l, Range range, const S* grad, const Own& own, S* sum, bool add) const {
+  RowProduct<S> wgrad(size_t l, const Matrix& input, int64_t m, const S* grad, const Own& own, S* sum, bool add) const {
     const Layer& layer = network.layers[l];
     RowProduct<S> p;
     p.m = layer.out_features;
     p.n = layer.in_features;
-    p.k = range.size();
+    p.k = m;
     p.a = grad;
     p.a_step = 1;
     p.a_k_step = layer.out_features;
     p.b_step = layer.in_features;
     if (l == 0) {
-      Matrix x = network.input;
-      x.data = static_cast<S*>(x.data) + range.begin * x.row_stride;
-      if (copies_input) x = copied(network.input, range, layer.in_features, own.layer_input);
-      p.b = static_cast<const S*>(x.data);
-      p.b_step = x.row_stride;
+      p.b = static_cast<const S*>(input.data);
+      p.b_step = input.row_stride;
     } else if (keeps_output(network.layers[l - 1].activation)) {
-      p.b = saved(l - 1, range.begin);
+      p.b = own.saved[l - 1];
     } else {
       const ActivationSpec& below = network.layers[l - 1].activation;
-      kernels.activations[below.kind].value(p.k * p.n, saved(l - 1, range.begin), own.layer_input, below.scalars);
+      kernels.activations[below.kind].value(p.k * p.n, own.saved[l - 1], own.layer_input, below.scalars);
       p.b = own.layer_input;
     }
     p.b_panel = kernels.nr;
@@ -520,6 +461,54 @@ template <class S> class Backward {
 };
 
 }  // namespace
+
+template <class S>
+double train_blocks(const KernelTable& table, const StepPass& pass, const BatchLoss<S>& loss, int threads) {
+  const Network& network = pass.backward.network;
+  const Layers layers{0, network.layers.size(), true};
+  const int64_t outputs = network.layers.back().out_features;
+  Forward<S> forward(table, network, layers, network.input, network.rows, nullptr);
+  const Backward<S> backward(table, pass.backward, layers, {nullptr, outputs, 1}, nullptr);
+  Carver shared_size;
+  forward.carve_shared(shared_size);
+  const Workspace workspace(shared_size.used());
+  Carver shared(workspace.data());
+  forward.carve_shared(shared);
+  forward.prepare();
+
+  struct Own {
+    typename Forward<S>::Own forward;
+    S *output, *grad;
+  };
+  const int64_t block = forward.rows_of_block();
+  // Fills `saved` with memory for what backward reads.
+  const auto carve = [&](Carver& carver, const S** saved) {
+    Own own{forward.carve_own(carver), carver.take<S>(block * outputs), carver.take<S>(block * outputs)};
+    for (size_t l = 0; l < layers.end; l++) {
+      const Layer& layer = network.layers[l];
+      const bool last = l + 1 == layers.end, keeps = keeps_output(layer.activation);
+      S* const kept = last && keeps ? own.output : carver.take<S>(block * layer.out_features);
+      if (!saved) continue;
+      saved[l] = kept;
+      own.forward.places[l] = {last ? own.output : keeps ? kept : nullptr, keeps ? nullptr : kept};
+    }
+    return own;
+  };
+  Carver own_size;
+  carve(own_size, nullptr);
+  std::vector<double> losses(size_t(backward.chunk_count()), 0.0);
+  backward.run_blocks(threads, own_size.used(), [&](Range range, int64_t chunk, const auto& rows, char* memory) {
+    Carver carver(memory);
+    const Own own = carve(carver, rows.saved);
+    const Matrix input = forward.input_of(range, own.forward);
+    forward.run_rows(input, range.size(), own.forward);
+    losses[size_t(chunk)] += loss.rows(range, own.output, own.grad);
+    return typename Backward<S>::Block{input, own.grad};
+  });
+  double sum = 0;
+  for (const double part : losses) sum += part;
+  return sum;
+}
 
 template <class S> std::vector<Layers> divide(const Network& network) {
   std::vector<Layers> all;
@@ -569,5 +558,7 @@ template void forward_blocks(const KernelTable&, const Network&, const Layers&, 
                              const Place<double>*, int);
 template void backward_blocks(const KernelTable&, const BackwardPass&, const Layers&, const Matrix&, float*, int);
 template void backward_blocks(const KernelTable&, const BackwardPass&, const Layers&, const Matrix&, double*, int);
+template double train_blocks(const KernelTable&, const StepPass&, const BatchLoss<float>&, int);
+template double train_blocks(const KernelTable&, const StepPass&, const BatchLoss<double>&, int);
 
 }  // namespace fastmlp::cpu

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../problem.h"
+#include "batch_loss.h"
 #include "kernel_table.h"
 
 namespace fastmlp::cpu {
@@ -42,5 +43,10 @@ bool gapless_for_blocks(const BackwardPass& pass, const Layers& layers);
 template <class S>
 void backward_blocks(const KernelTable& table, const BackwardPass& pass, const Layers& layers,
                      const Matrix& grad_output, S* grad_input, int threads);
+
+// Forward, loss and backward, if all layers are narrow; what lies between them stays in a cache, and only gradients are
+// written. Returns the sum of the losses.
+template <class S>
+double train_blocks(const KernelTable& table, const StepPass& pass, const BatchLoss<S>& loss, int threads);
 
 }  // namespace fastmlp::cpu

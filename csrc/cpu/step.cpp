@@ -3,8 +3,13 @@
 
 #include <algorithm>
 
+#include "../activation_info.h"
+#include "batch_loss.h"
 #include "dispatch.h"
+#include "network.h"
 #include "parallel.h"
+#include "row_blocks.h"
+#include "workspace.h"
 
 namespace fastmlp::cpu {
 namespace {
@@ -24,66 +29,65 @@ void update_part(const KernelTable& table, const Part& part) {
   });
 }
 
-template <class S> double weight_of(const Kernels<S>& kernels, const S* weight, int64_t column) {
-  Compute<S> one = 1;
-  if (weight) kernels.widen(1, weight + column, &one);
-  return double(one);
+template <class S> bool is_narrow_throughout(const Network& network) {
+  const std::vector<Layers> parts = divide<S>(network);
+  return parts.size() == 1 && parts.front().narrow;
 }
 
-template <class S> double loss_of_elements(const Kernels<S>& kernels, const LossPass& pass) {
-  const int64_t n = pass.rows * pass.columns;
-  const double by = pass.spec.mean ? 1 / double(n) : 1;
-  const auto* output = static_cast<const S*>(pass.output);
-  const auto* target = static_cast<const S*>(pass.target);
-  const auto* weight = static_cast<const S*>(pass.weight);
-  auto* grad = static_cast<S*>(pass.grad);
-  const Scalars scalars{pass.spec.delta, 0};
-  const auto kernel = kernels.losses[pass.spec.kind];
-  double sum = 0;
-  if (!weight) {
-    sum = kernel(n, output, target, nullptr, by / pass.spec.divisor, scalars, grad);
-  } else {
-    for (int64_t i = 0; i < n; i += pass.columns) {
-      sum += kernel(pass.columns, output + i, target + i, weight, by / pass.spec.divisor, scalars, grad + i);
-    }
-  }
-  return pass.spec.mean ? sum / double(n) : sum;
-}
+// What the two passes keep, layer by layer.
+template <class S> struct Kept {
+  std::vector<S*> layers;
+  S *output, *grad;
 
-template <class S> double cross_entropy(const Kernels<S>& kernels, const LossPass& pass) {
-  const auto* weight = static_cast<const S*>(pass.weight);
-  double all = double(pass.columns), taken = 0;
-  if (weight) {
-    all = 0;
-    for (int64_t c = 0; c < pass.columns; c++) all += weight_of(kernels, weight, c);
+  Kept(const Network& network, Carver& carver) {
+    layers.reserve(network.layers.size());
+    for (const Layer& layer : network.layers) layers.push_back(carver.take<S>(network.rows * layer.out_features));
+    const int64_t outputs = network.layers.back().out_features;
+    output = keeps_output(network.layers.back().activation) ? layers.back() : carver.take<S>(network.rows * outputs);
+    grad = carver.take<S>(network.rows * outputs);
   }
-  for (int64_t i = 0; i < pass.rows; i++) {
-    if (pass.classes[i] != pass.spec.ignore_index) taken += weight_of(kernels, weight, pass.classes[i]);
+};
+
+template <class S> double train_layers(const StepPass& pass, const BatchLoss<S>& loss, char* memory, int threads) {
+  const Network& network = pass.backward.network;
+  Carver carver(memory);
+  const Kept<S> kept(network, carver);
+  ForwardPass forward_pass{network, {kept.layers.begin(), kept.layers.end()}, kept.output};
+  // The last one's entry is for its pre-activation.
+  if (kept.output == kept.layers.back()) forward_pass.kept.back() = nullptr;
+  forward(forward_pass, threads);
+  const double sum = loss.rows({0, network.rows}, kept.output, kept.grad);
+  BackwardPass backward_pass = pass.backward;
+  backward_pass.saved.clear();
+  for (size_t l = 0; l < network.layers.size(); l++) {
+    backward_pass.saved.push_back({kept.layers[l], network.layers[l].out_features, 1});
   }
-  const double scale = (pass.spec.mean ? 1 / taken : 1) / pass.spec.divisor;
-  double sum = 0;
-  for (int64_t i = 0; i < pass.rows; i++) {
-    const auto* output = static_cast<const S*>(pass.output) + i * pass.columns;
-    auto* grad = static_cast<S*>(pass.grad) + i * pass.columns;
-    if (pass.classes[i] == pass.spec.ignore_index) {
-      std::fill_n(grad, pass.columns, S{});
-    } else {
-      sum += kernels.cross_entropy(pass.columns, output, pass.classes[i], weight, all, pass.spec.label_smoothing, scale,
-                                   grad);
-    }
-  }
-  return pass.spec.mean ? sum / taken : sum;
+  backward_pass.grad_output = {kept.grad, network.layers.back().out_features, 1};
+  backward(backward_pass, threads);
+  return sum;
 }
 
 }  // namespace
 
-double loss(const LossPass& pass) {
-  const KernelTable& table = active();
-  table.mark();
-  return with_storage(pass.dtype, [&](auto storage) {
-    const auto& kernels = kernels_of<decltype(storage)>(table);
-    return pass.spec.kind == cross_entropy_kind ? cross_entropy(kernels, pass) : loss_of_elements(kernels, pass);
+size_t train_bytes(const StepPass& pass) {
+  return with_storage(pass.backward.network.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    Carver measure;
+    if (!is_narrow_throughout<S>(pass.backward.network)) Kept<S>(pass.backward.network, measure);
+    return measure.used();
   });
+}
+
+double train(const StepPass& pass, void* memory, int threads) {
+  const KernelTable& table = active();
+  const Network& network = pass.backward.network;
+  const auto of = [&](auto storage) {
+    using S = decltype(storage);
+    const BatchLoss<S> loss(kernels_of<S>(table), pass.targets, network.rows, network.layers.back().out_features);
+    return loss.of(memory ? train_layers(pass, loss, static_cast<char*>(memory), threads)
+                          : train_blocks(table, pass, loss, threads));
+  };
+  return network.dtype == DType::float64 ? of(double{}) : of(float{});
 }
 
 void update(const std::vector<Update>& updates, int threads) {

@@ -1,7 +1,8 @@
-// What a training step does besides its two passes: the loss and its gradient, and the update of parameters. Called by
-// register.cpp with pointers; owns the division of work, knows neither tensors nor instruction sets.
+// A step of training: forward, loss and backward at once, and the update of parameters. Called by register.cpp with
+// pointers; decides which layers run how, knows neither tensors nor instruction sets.
 #pragma once
 
+#include <cstddef>
 #include <vector>
 
 #include "../loss.h"
@@ -9,10 +10,13 @@
 
 namespace fastmlp::cpu {
 
-// The loss of a batch; writes its gradient. `classes` are in range or ignore_index.
-double loss(const LossPass& pass);
+// What `train` needs of the caller's memory, besides its own scratch: outputs of wide layers for the batch.
+size_t train_bytes(const StepPass& pass);
 
-// All updates; the parts do not depend on each other, so the bits do not depend on the number of threads.
+// Returns the loss and writes the gradients of the pass. float32 and float64.
+double train(const StepPass& pass, void* memory, int threads);
+
+// All updates; their parts do not depend on each other, so the bits do not depend on the number of threads.
 void update(const std::vector<Update>& updates, int threads);
 
 }  // namespace fastmlp::cpu

@@ -1,0 +1,82 @@
+// The loss of a batch, a block of rows at a time, and its gradient. Used by step.cpp and row_blocks.cpp. Baseline code;
+// arithmetic is behind the table.
+#pragma once
+
+#include <algorithm>
+
+#include "../loss.h"
+#include "kernel_table.h"
+#include "parallel.h"
+
+namespace fastmlp::cpu {
+
+template <class S> class BatchLoss {
+ public:
+  BatchLoss(const Kernels<S>& kernels, const Targets& targets, int64_t rows, int64_t columns)
+      : kernels(kernels),
+        targets(targets),
+        spec(targets.spec),
+        columns(columns),
+        weight(static_cast<const S*>(targets.weight)) {
+    count = double(rows * columns);
+    if (spec.kind == cross_entropy_kind) {
+      weights = double(columns);
+      if (weight) {
+        weights = 0;
+        for (int64_t c = 0; c < columns; c++) weights += weight_of(c);
+      }
+      count = 0;
+      for (int64_t i = 0; i < rows; i++) count += is_ignored(i) ? 0 : weight_of(targets.classes[i]);
+    }
+    scale = (spec.mean ? 1 / count : 1) / spec.divisor;
+  }
+
+  // The sum over some rows, whose outputs are given, gapless like the gradient that is written.
+  double rows(Range range, const S* output, S* grad) const {
+    if (spec.kind == cross_entropy_kind) return cross_entropy(range, output, grad);
+    const Scalars scalars{spec.delta, 0};
+    const auto kernel = kernels.losses[spec.kind];
+    const S* target = static_cast<const S*>(targets.target) + range.begin * columns;
+    if (!weight) return kernel(range.size() * columns, output, target, nullptr, scale, scalars, grad);
+    double sum = 0;
+    for (int64_t i = 0; i < range.size() * columns; i += columns) {
+      sum += kernel(columns, output + i, target + i, weight, scale, scalars, grad + i);
+    }
+    return sum;
+  }
+
+  // The loss, from the sum over all rows.
+  double of(double sum) const { return spec.mean ? sum / count : sum; }
+
+ private:
+  bool is_ignored(int64_t row) const { return targets.classes[row] == spec.ignore_index; }
+  double weight_of(int64_t column) const {
+    Compute<S> one = 1;
+    if (weight) kernels.widen(1, weight + column, &one);
+    return double(one);
+  }
+
+  double cross_entropy(Range range, const S* output, S* grad) const {
+    double sum = 0;
+    for (int64_t i = range.begin; i < range.end; i++, output += columns, grad += columns) {
+      if (is_ignored(i)) {
+        std::fill_n(grad, columns, S{});
+      } else {
+        sum += kernels.cross_entropy(columns, output, targets.classes[i], weight, weights, spec.label_smoothing, scale,
+                                     grad);
+      }
+    }
+    return sum;
+  }
+
+  const Kernels<S>& kernels;
+  const Targets& targets;
+  const LossSpec& spec;
+  const int64_t columns;
+  const S* const weight;
+  double weights = 0;  // of all classes
+  double count = 0;    // what a mean divides by
+  double scale = 1;    // of the gradient
+};
+
+}  // namespace fastmlp::cpu
