@@ -235,7 +235,10 @@ class Network:
     has_bias: tuple[bool, ...]
 
     def layers(self, dtype: torch.dtype) -> list[nn.Module]:
-        return [nn.Linear(k, n, bias, dtype=dtype) for (k, n), bias in zip(pairwise(self.widths), self.has_bias, strict=True)]
+        return [
+            nn.Linear(k, n, bias, dtype=dtype)
+            for (k, n), bias in zip(pairwise(self.widths), self.has_bias, strict=True)
+        ]
 
     def torchs(self, dtype: torch.dtype) -> nn.Sequential:
         """Of torch.nn alone."""
@@ -261,7 +264,9 @@ class Network:
             plain = self.torchs(dtype)
             made = plain if form == "nn" else fastmlp.Sequential(*plain)
             if form == "nested":
-                made = nn.Sequential(fastmlp.Sequential(*plain[:2]), plain[2:]) if len(plain) > 2 else nn.Sequential(plain)
+                made = (
+                    nn.Sequential(fastmlp.Sequential(*plain[:2]), plain[2:]) if len(plain) > 2 else nn.Sequential(plain)
+                )
         with torch.no_grad():
             for p, q in zip(made.parameters(), model.parameters(), strict=True):
                 p.copy_(q)
@@ -378,11 +383,15 @@ def clipped(loop: Loop, gradients: list[Interval], arithmetic: Arithmetic) -> li
     if loop.clip_value is not None:
         limit = loop.clip_value
         # The limit is rounded to the dtype.
-        return [arithmetic.rounded(Interval(g.low.clamp(-limit, limit), g.high.clamp(-limit, limit)), 1) for g in gradients]
+        return [
+            arithmetic.rounded(Interval(g.low.clamp(-limit, limit), g.high.clamp(-limit, limit)), 1) for g in gradients
+        ]
     if loop.max_norm is None:
         return gradients
     squares = [g.squared() for g in gradients]
-    total = Interval(*(torch.stack([s.sum() for s in ends]).sum() for ends in ([s.low for s in squares], [s.high for s in squares])))
+    total = Interval(
+        *(torch.stack([s.sum() for s in ends]).sum() for ends in ([s.low for s in squares], [s.high for s in squares]))
+    )
     norm = arithmetic.rounded(Interval(total.low.sqrt(), total.high.sqrt()), sum(g.low.numel() for g in gradients) + 8)
     factors = [(loop.max_norm / (end + 1e-6)).clamp(max=1) for end in (norm.high, norm.low.clamp(min=0))]
     scaled = []
@@ -395,10 +404,13 @@ def clipped(loop: Loop, gradients: list[Interval], arithmetic: Arithmetic) -> li
 # What is drawn.
 
 
-def draw_loss(random_: random.Random, classes: int, dtype: torch.dtype) -> nn.Module:
-    """Any of the losses that TrainStep takes."""
+LOSSES = ("mse", "l1", "huber", "bce", "ce", "ce")
+OPTIMIZERS = ("SGD", "Adam", "AdamW")
+
+
+def draw_loss(random_: random.Random, name: str, classes: int, dtype: torch.dtype) -> nn.Module:
+    """One of the losses that TrainStep takes."""
     reduction = random_.choice(["mean", "sum"])
-    name = random_.choice(["mse", "l1", "huber", "bce", "ce", "ce"])
     if name == "ce":
         return nn.CrossEntropyLoss(
             weight=torch.rand(classes, dtype=dtype) + 0.5 if random_.random() < 0.5 else None,
@@ -428,14 +440,14 @@ def targets(loss_fn: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> Ten
     return torch.randn(*shape, dtype=dtype)
 
 
-def draw_optimizer(random_: random.Random) -> tuple[str, dict[str, Any]]:
-    """The name of a class, and its arguments."""
+def draw_optimizer(random_: random.Random, name: str) -> dict[str, Any]:
+    """Arguments of one of the optimizers that TrainStep takes."""
     maximize = random_.random() < 0.15
     decay = random_.choice([0.0, 0.0, 0.01, 0.1])
-    if random_.random() < 0.4:
+    if name == "SGD":
         momentum = random_.choice([0.0, 0.9, 0.5])
         nesterov = momentum > 0 and random_.random() < 0.5
-        return "SGD", {
+        return {
             "lr": random_.choice([0.1, 0.01]) * (0.03 if maximize else 1),
             "momentum": momentum,
             "dampening": 0.0 if nesterov else random_.choice([0.0, 0.3]),
@@ -443,8 +455,7 @@ def draw_optimizer(random_: random.Random) -> tuple[str, dict[str, Any]]:
             "nesterov": nesterov,
             "maximize": maximize,
         }
-    name = random_.choice(["Adam", "AdamW"])
-    return name, {
+    return {
         "lr": random_.choice([1e-3, 1e-2]),
         "betas": random_.choice([(0.9, 0.999), (0.5, 0.9), (0.0, 0.99), (0.0, 0.0)]),
         "eps": random_.choice([1e-8, 1e-8, 1e-3]),
