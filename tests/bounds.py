@@ -139,7 +139,10 @@ def network(
     activations: Sequence[Activation],
     grad: Tensor | Callable[[Bounded], Bounded],
 ) -> Expected:
-    """Bounds for two-dimensional arguments, whose dtype is the one computed in; a gradient may follow from the output."""
+    """Bounds for two-dimensional arguments, whose dtype is the one computed in.
+
+    The gradient with respect to the output is given, or follows from the output.
+    """
     dtype = input.dtype
     output = Bounded.exact(input)
     # What backward sees: pre-activations as they are stored, and outputs computed from those again.
