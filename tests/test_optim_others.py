@@ -1,6 +1,7 @@
 """fastmlp.optim with what only torch's own step can update, alone and beside parameters that ours can."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_differentiable(name: str) -> None:
 
 def test_capturable(name: str) -> None:
     """On the CPU as torch has it: an error when it steps, of the optimizers that know the argument."""
-    outcomes = []
+    outcomes: list[Any] = []
     for module in (torch.optim, optim):
         try:
             params = parameters()
@@ -122,7 +123,7 @@ def test_meta(name: str) -> None:
 @pytest.mark.parametrize("case", ["shape", "dtype", "smaller state", "dtype of state", "step without dimension"])
 def test_what_does_not_fit(name: str, case: str) -> None:
     """An error where torch has one; otherwise the same shapes and dtypes; never memory that is not theirs."""
-    outcomes = []
+    outcomes: list[Any] = []
     for module in (torch.optim, optim):
         torch.manual_seed(0)
         p = nn.Parameter(torch.randn(8, 4))
@@ -155,7 +156,7 @@ def test_gradient_scaler(name: str, fused: bool) -> None:
     """Fused optimizers undo the scale themselves, and skip a step where a gradient is not finite."""
     params = parameters()
     optimizer = made(name, params, fused=fused)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # type: ignore[attr-defined]
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for call in range(4):
         optimizer.zero_grad()
         overflow = call == 1

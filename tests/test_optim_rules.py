@@ -90,7 +90,7 @@ def test_classes(name: str) -> None:
     ids=str,
 )
 def test_errors_are_those_of_torch(name: str, arguments: dict[str, Any]) -> None:
-    outcomes = []
+    outcomes: list[Any] = []
     for module in (torch.optim, optim):
         try:
             getattr(module, name)(parameters(), **arguments)
@@ -257,7 +257,7 @@ def test_closures(name: str, grad: bool) -> None:
     optimizer = made(name, params)
     losses: list[Tensor] = []
 
-    def closure() -> Tensor:
+    def closure() -> Any:
         assert torch.is_grad_enabled()
         optimizer.zero_grad()
         losses.append(torch.stack([p.square().sum() for p in params]).sum())
@@ -372,9 +372,10 @@ def test_under_the_profiler(name: str) -> None:
 
 
 def test_a_convolutional_network(name: str, isa: str) -> None:
-    model = nn.Sequential(
+    model: Any = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LayerNorm(4 * 36), nn.Linear(4 * 36, 3)
-    ).to(memory_format=torch.channels_last)
+    )
+    model = model.to(memory_format=torch.channels_last)
     optimizer = made(name, model.parameters())
     for _ in range(3):
         optimizer.zero_grad()

@@ -37,7 +37,7 @@ class Doubled(nn.Module):
         return self.fc2(y) + y
 
 
-def network(*more: nn.Module) -> nn.Sequential:
+def network(*more: nn.Module) -> Any:
     return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), *more, nn.Linear(5, 3))
 
 
@@ -45,7 +45,7 @@ def sgd(model: nn.Module, **arguments: Any) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), **({"lr": 0.1, "momentum": 0.9} | arguments))
 
 
-def with_hook(register: Callable[[nn.Sequential], Any]) -> nn.Sequential:
+def with_hook(register: Callable[[Any], Any]) -> Any:
     model = network()
     register(model)
     return model
@@ -252,7 +252,7 @@ ARGUMENTS: dict[str, tuple[nn.Module, Any, Any, str]] = {
 def test_arguments(case: str, options: dict[str, Any]) -> None:
     """Also in the middle of an accumulation, which goes on as if there had been no such call."""
     loss_fn, input, target, text = ARGUMENTS[case]
-    right = classes if isinstance(loss_fn, nn.CrossEntropyLoss) else y
+    right: Tensor | None = classes if isinstance(loss_fn, nn.CrossEntropyLoss) else y
     if text == "weight":
         right = None
     torch.manual_seed(1)
@@ -273,7 +273,7 @@ def test_arguments(case: str, options: dict[str, Any]) -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), same.parameters(), strict=True))
 
 
-CHANGES: dict[str, tuple[Callable[[nn.Sequential], Any], str]] = {
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "forward hook": (lambda m: m[1].register_forward_hook(nothing), "hook"),
     "backward hook": (lambda m: m[2].register_full_backward_hook(nothing), "hook"),
     "hook of the model": (lambda m: m.register_forward_pre_hook(nothing), "hook"),

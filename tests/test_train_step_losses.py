@@ -46,7 +46,7 @@ def as_before() -> Iterator[None]:
     fastmlp.set_isa(isa)
 
 
-def network(dtype: torch.dtype) -> nn.Sequential:
+def network(dtype: torch.dtype) -> Any:
     return nn.Sequential(nn.Linear(4, 7, dtype=dtype), nn.Tanh(), nn.Linear(7, CLASSES, dtype=dtype))
 
 
@@ -71,7 +71,7 @@ def same_kinds(
     loss_fn: nn.Module,
     x: Tensor,
     y: Tensor,
-    change: Callable[[nn.Sequential], None] = lambda model: None,
+    change: Callable[[Any], None] = lambda model: None,
     options: dict[str, Any] | None = None,
 ) -> Results:
     """NaN and infinities of either sign where the loop has them, on every instruction set."""
@@ -147,7 +147,7 @@ def test_not_finite_outputs(name: str, reduction: str, value: float, dtype: torc
     """One logit, or one residual, of all rows."""
     loss_fn = LOSSES[name](dtype, reduction)
 
-    def change(model: nn.Sequential) -> None:
+    def change(model: Any) -> None:
         model[2].bias[3] = value
 
     same_kinds(loss_fn, torch.randn(6, 4, dtype=dtype), target_of(loss_fn, (6,), dtype), change)
@@ -169,7 +169,7 @@ def test_large_outputs(name: str, reduction: str, value: float, dtype: torch.dty
     """Exponentials of differences do not overflow; squares do, where torch's do."""
     loss_fn = LOSSES[name](dtype, reduction)
 
-    def change(model: nn.Sequential) -> None:
+    def change(model: Any) -> None:
         model[2].bias[1] = value
 
     found = same_kinds(loss_fn, torch.randn(6, 4, dtype=dtype), target_of(loss_fn, (6,), dtype), change)
@@ -191,7 +191,7 @@ def test_kinks(reduction: str) -> None:
             fastmlp.set_isa(isa)
             gradients = []
             for make in (Loop, fastmlp.TrainStep):
-                model = nn.Sequential(nn.Linear(1, 5, dtype=F64))
+                model: Any = nn.Sequential(nn.Linear(1, 5, dtype=F64))
                 with torch.no_grad():
                     model[0].weight.fill_(0)
                     model[0].bias.fill_(0)

@@ -28,7 +28,7 @@ def as_before() -> Iterator[None]:
     fastmlp.set_isa(isa)
 
 
-def network(dtype: torch.dtype = F64) -> nn.Sequential:
+def network(dtype: torch.dtype = F64) -> Any:
     layers = [nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5), nn.GELU(), nn.Linear(5, 3)]
     return nn.Sequential(*layers).to(dtype)
 
@@ -125,98 +125,98 @@ def test_how_torch_would_step(kind: str, arguments: dict[str, bool]) -> None:
 # What is changed between calls.
 
 
-def replace_parameter(model: nn.Sequential, optimizer: Optimizer) -> None:
+def replace_parameter(model: Any, optimizer: Optimizer) -> None:
     """The optimizer keeps the old one, which has no gradient any more."""
     model[2].weight = nn.Parameter(torch.randn(5, 9, dtype=F64))
 
 
-def replace_child(model: nn.Sequential, optimizer: Optimizer) -> None:
+def replace_child(model: Any, optimizer: Optimizer) -> None:
     model[4] = nn.Linear(5, 3, dtype=F64)
     optimizer.add_param_group({"params": model[4].parameters(), "lr": 0.2, "weight_decay": 0.1})
 
 
-def other_width(model: nn.Sequential, optimizer: Optimizer) -> None:
+def other_width(model: Any, optimizer: Optimizer) -> None:
     model[0], model[2] = nn.Linear(6, 17, dtype=F64), nn.Linear(17, 5, bias=False, dtype=F64)
     optimizer.add_param_group({"params": [*model[0].parameters(), *model[2].parameters()]})
 
 
-def more_children(model: nn.Sequential, optimizer: Optimizer) -> None:
+def more_children(model: Any, optimizer: Optimizer) -> None:
     model.append(nn.Sigmoid())
     model.append(nn.Linear(3, 3, dtype=F64))
 
 
-def other_activation(model: nn.Sequential, optimizer: Optimizer) -> None:
+def other_activation(model: Any, optimizer: Optimizer) -> None:
     model[1] = nn.SiLU()
 
 
-def load(model: nn.Sequential, optimizer: Optimizer) -> None:
+def load(model: Any, optimizer: Optimizer) -> None:
     model.load_state_dict(network().state_dict())
 
 
-def load_by_assignment(model: nn.Sequential, optimizer: Optimizer) -> None:
+def load_by_assignment(model: Any, optimizer: Optimizer) -> None:
     """New parameters, which the optimizer does not have."""
     model.load_state_dict(network().state_dict(), assign=True)
 
 
-def load_optimizer(model: nn.Sequential, optimizer: Optimizer) -> None:
+def load_optimizer(model: Any, optimizer: Optimizer) -> None:
     state = copy.deepcopy(optimizer.state_dict())
     state["param_groups"][0]["lr"] = 0.02
     state["state"][1]["momentum_buffer"] *= 2
     optimizer.load_state_dict(state)
 
 
-def other_memory(model: nn.Sequential, optimizer: Optimizer) -> None:
+def other_memory(model: Any, optimizer: Optimizer) -> None:
     for p in model.parameters():
         p.data = p.data * 1.5
 
 
-def transposed_memory(model: nn.Sequential, optimizer: Optimizer) -> None:
+def transposed_memory(model: Any, optimizer: Optimizer) -> None:
     model[2].weight.data = model[2].weight.data.t().contiguous().t()
 
 
-def without_state(model: nn.Sequential, optimizer: Optimizer) -> None:
+def without_state(model: Any, optimizer: Optimizer) -> None:
     optimizer.state.clear()
 
 
-def some_without_state(model: nn.Sequential, optimizer: Optimizer) -> None:
+def some_without_state(model: Any, optimizer: Optimizer) -> None:
     del optimizer.state[model[2].weight]
 
 
-def freeze(model: nn.Sequential, optimizer: Optimizer) -> None:
+def freeze(model: Any, optimizer: Optimizer) -> None:
     for p in (model[0].weight, model[0].bias, model[2].bias):
         p.requires_grad_(False)
 
 
-def freeze_all_but_one(model: nn.Sequential, optimizer: Optimizer) -> None:
+def freeze_all_but_one(model: Any, optimizer: Optimizer) -> None:
     model.requires_grad_(False)
     model[2].weight.requires_grad_()
 
 
-def other_options(model: nn.Sequential, optimizer: Optimizer) -> None:
+def other_options(model: Any, optimizer: Optimizer) -> None:
     optimizer.param_groups[0].update(momentum=0.5, weight_decay=0.1, nesterov=True, lr=0.01)
 
 
-def no_momentum(model: nn.Sequential, optimizer: Optimizer) -> None:
+def no_momentum(model: Any, optimizer: Optimizer) -> None:
     optimizer.param_groups[0].update(momentum=0, maximize=True)
 
 
-def new_group(model: nn.Sequential, optimizer: Optimizer) -> None:
+def new_group(model: Any, optimizer: Optimizer) -> None:
     """One parameter goes to a group of its own."""
     (bias,) = (p for p in optimizer.param_groups[0]["params"] if p is model[4].bias)
     optimizer.param_groups[0]["params"] = [p for p in optimizer.param_groups[0]["params"] if p is not bias]
     optimizer.add_param_group({"params": [bias], "lr": 0.001, "momentum": 0.3})
 
 
-def gradients_left_behind(model: nn.Sequential, optimizer: Optimizer) -> None:
+def gradients_left_behind(model: Any, optimizer: Optimizer) -> None:
     for p in model.parameters():
         p.grad = torch.ones_like(p)
 
 
-def evaluation(model: nn.Sequential, optimizer: Optimizer) -> None:
+def evaluation(model: Any, optimizer: Optimizer) -> None:
     model.eval()
 
 
-CHANGES: list[Callable[[nn.Sequential, Optimizer], None]] = [
+CHANGES: list[Callable[[Any, Optimizer], None]] = [
     replace_parameter,
     replace_child,
     other_width,
@@ -241,7 +241,7 @@ CHANGES: list[Callable[[nn.Sequential, Optimizer], None]] = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("options", [{}, {"max_norm": 0.1}], ids=str)
-def test_changes_between_calls(change: Callable[[nn.Sequential, Optimizer], None], options: dict[str, Any]) -> None:
+def test_changes_between_calls(change: Callable[[Any, Optimizer], None], options: dict[str, Any]) -> None:
     def scenario(make: Maker) -> Results:
         model = network()
         optimizer = module_of(make).SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -331,7 +331,7 @@ def test_a_parameter_that_the_model_lacks_with_a_gradient() -> None:
 
 def test_tied_weights() -> None:
     def scenario(make: Maker) -> Results:
-        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        model: Any = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
         model[2].weight = model[0].weight
         optimizer = sgd(model.parameters())
         return {"losses": losses(make(model, nn.MSELoss(), optimizer))} | everything(model, optimizer)
@@ -461,7 +461,7 @@ def test_accumulation(options: dict[str, Any]) -> None:
         model = network()
         optimizer = module_of(make).AdamW(model.parameters())
         step = make(model, nn.MSELoss(), optimizer, accumulate=3, **options)
-        found = {}
+        found: dict[str, Tensor] = {}
         for call, rows in enumerate([8, 3, 1, 5, 5, 2, 4]):
             found |= {f"{call} loss": step(*batch(rows=rows))}
             found |= {f"{call} {name}": x for name, x in everything(model, optimizer).items()}
