@@ -137,9 +137,12 @@ def network(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     activations: Sequence[Activation],
-    grad: Tensor,
+    grad: Tensor | Callable[[Bounded], Bounded],
 ) -> Expected:
-    """Bounds for two-dimensional arguments, whose dtype is the one computed in."""
+    """Bounds for two-dimensional arguments, whose dtype is the one computed in.
+
+    The gradient with respect to the output is given, or follows from the output.
+    """
     dtype = input.dtype
     output = Bounded.exact(input)
     # What backward sees: pre-activations as they are stored, and outputs computed from those again.
@@ -153,7 +156,7 @@ def network(
             output = stored(output, dtype)
         zs.append(stored(z, dtype))
         xs.append(stored(activated(zs[-1], act, dtype), dtype))
-    g = Bounded.exact(grad)
+    g = Bounded.exact(grad) if isinstance(grad, Tensor) else grad(output)
     backwards: list[Bounded] = []
     for layer in reversed(range(len(weights))):
         dz = differentiated(g, zs[layer], activations[layer], dtype)

@@ -1,9 +1,9 @@
 """How far rounding may take what a model computes, found by running the model.
 
-A converted model differs from the one that it was made of in its products, sums and activations only: all else,
-losses and optimizers among it, is the same code. So the unconverted model is run again with each of those results
-moved by as much as rounding may move it, in directions drawn at random, forward, backward and through every
-step. How far that moves a result is how far rounding may. There are no tolerances to tune.
+A converted model differs from the one that it was made of in its products, sums and activations only, a training
+step in losses and optimizers too. So the model is run again by PyTorch with each of those results moved by as much as
+rounding may move it, in directions drawn at random, forward, backward and through every step. How far that moves a
+result is how far rounding may. There are no tolerances to tune.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,11 +32,21 @@ class Rounding(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        error = ERRORS.get(func)
-        if error is None or not output.is_floating_point():
+        if func in UPDATES:
+            for moved in args[0] if isinstance(args[0], list) else [args[0]]:
+                # The count of steps, which optimizers keep as a float32 without dimensions, is exact.
+                if moved.is_floating_point() and moved.dim() > 0:
+                    torch.ops.aten.add_(moved, self.signs(moved) * _relative(moved))
             return output
-        sign = torch.randint(0, 2, output.shape, generator=self.generator) * 2 - 1
-        return output + sign * error(output, *args)
+        error = ERRORS.get(func)
+        if error is None:
+            return output
+        if isinstance(output, tuple):
+            return output[0] + self.signs(output[0]) * error(output[0], *args), *output[1:]
+        return output + self.signs(output) * error(output, *args) if output.is_floating_point() else output
+
+    def signs(self, like: Tensor) -> Tensor:
+        return torch.randint(0, 2, like.shape, generator=self.generator) * 2 - 1
 
 
 def _product(output: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -60,7 +70,50 @@ def _relative_to_the_first(output: Tensor, x: Tensor, *args: Any) -> Tensor:
     return ULPS * torch.finfo(output.dtype).eps * x.abs()
 
 
+def _sum(output: Tensor, x: Tensor, *args: Any) -> Tensor:
+    return gamma(x.numel() + ULPS, output.dtype) * x.abs().sum()
+
+
+def _mean(output: Tensor, x: Tensor, *args: Any) -> Tensor:
+    return _sum(output, x) / x.numel()
+
+
+def _relative_and_sum(output: Tensor, x: Tensor, *args: Any) -> Tensor:
+    """Of a mean or sum of numbers that have one sign and lose some units in the last place."""
+    return gamma(x.numel() + 2 * ULPS, output.dtype) * output.abs()
+
+
+def _log_softmax(output: Tensor, x: Tensor, dim: int, *args: Any) -> Tensor:
+    """The largest logit is subtracted from each, which rounds by the largest of them."""
+    return gamma(x.shape[dim] + 2 * ULPS, output.dtype) * (output.abs() + x.abs().amax(dim, keepdim=True))
+
+
+def _log_softmax_backward(output: Tensor, grad: Tensor, logarithms: Tensor, dim: int, *args: Any) -> Tensor:
+    sums = grad.abs().sum(dim, keepdim=True)
+    return gamma(grad.shape[dim] + 2 * ULPS, output.dtype) * (grad.abs() + logarithms.exp() * sums)
+
+
 _aten = torch.ops.aten
+
+#: Operations on the tensors that are their first argument: what optimizers are made of.
+UPDATES: frozenset[Any] = frozenset(
+    getattr(getattr(_aten, name), overload)
+    for name, overloads in {
+        "add_": ("Tensor",),
+        "mul_": ("Tensor",),
+        "lerp_": ("Scalar",),
+        "addcmul_": ("default",),
+        "addcdiv_": ("default",),
+        "_foreach_add_": ("List", "Scalar"),
+        "_foreach_mul_": ("Scalar", "Tensor"),
+        "_foreach_div_": ("ScalarList",),
+        "_foreach_lerp_": ("Scalar",),
+        "_foreach_addcmul_": ("Scalar",),
+        "_foreach_addcdiv_": ("ScalarList",),
+        "_foreach_sqrt_": ("default",),
+    }.items()
+    for overload in overloads
+)
 
 ERRORS: Mapping[Any, Callable[..., Tensor]] = {
     _aten.mm.default: _product,
@@ -70,8 +123,29 @@ ERRORS: Mapping[Any, Callable[..., Tensor]] = {
     _aten.gelu.default: _relative_to_the_first,
     _aten.tanh_backward.default: _relative_to_the_first,
     _aten.gelu_backward.default: _relative_to_the_first,
-    # Second derivatives are made of these.
+    _aten.sigmoid.default: _relative,
+    _aten.sigmoid_backward.default: _relative_to_the_first,
+    _aten.silu.default: _relative_to_the_first,
+    _aten.silu_backward.default: _relative_to_the_first,
+    _aten.elu.default: _relative_to_the_first,
+    _aten.elu_backward.default: _relative_to_the_first,
+    # Second derivatives, and gradients of losses, are made of these.
     _aten.mul.Tensor: _relative,
+    _aten.div.Tensor: _relative,
+    _aten.sub.Tensor: _relative,
+    _aten.add.Tensor: _relative,
+    # Losses and norms.
+    _aten.sum.default: _sum,
+    _aten.mean.default: _mean,
+    _aten.mse_loss.default: _relative_and_sum,
+    _aten.huber_loss.default: _relative_and_sum,
+    _aten.binary_cross_entropy_with_logits.default: _relative_and_sum,
+    _aten.mse_loss_backward.default: _relative,
+    _aten.huber_loss_backward.default: _relative,
+    _aten._log_softmax.default: _log_softmax,
+    _aten._log_softmax_backward_data.default: _log_softmax_backward,
+    _aten.nll_loss_forward.default: _relative_and_sum,
+    _aten.linalg_vector_norm.default: _relative_and_sum,
 }
 
 

@@ -1,0 +1,172 @@
+"""What TrainStep leaves behind besides numbers: whose memory gradients are in, version counters, the state's form."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastmlp
+from tests.test_train_step_rules import F64, batch, gradients_left_behind, network, sgd
+from tests.training import Loop, Optimizer
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(found) == len(list(model.parameters()))
+    return found
+
+
+def test_gradients_are_those_of_the_loop() -> None:
+    model = network()
+    step = fastmlp.TrainStep(model, nn.MSELoss(), sgd(model.parameters()))
+    step(*batch())
+    for p, grad in zip(model.parameters(), gradients(model), strict=True):
+        assert (grad.shape, grad.dtype, grad.stride()) == (p.shape, p.dtype, p.stride())
+        assert type(grad) is Tensor
+        assert not grad.requires_grad
+        assert grad.is_leaf
+
+
+#: Ways to hold on to a gradient.
+HOLDS: dict[str, Callable[[Tensor], Any]] = {
+    "itself": lambda grad: grad,
+    "a view": lambda grad: grad.view(-1),
+    "detached": lambda grad: grad.detach(),
+    "a part": lambda grad: grad[:1],
+    "its storage": lambda grad: grad.untyped_storage(),
+    "an array": lambda grad: grad.numpy(),
+    "an array by dlpack": lambda grad: np.from_dlpack(grad),
+}
+
+
+def bits(held: Any) -> list[Any]:
+    return list(held) if isinstance(held, torch.UntypedStorage) else held.tolist()
+
+
+@pytest.mark.parametrize("how", HOLDS)
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.01}, {"clip_value": 1e-3}, {"accumulate": 2}], ids=str)
+def test_a_gradient_that_somebody_holds_is_not_overwritten(how: str, options: dict[str, Any]) -> None:
+    model = network()
+    step = fastmlp.TrainStep(model, nn.MSELoss(), sgd(model.parameters()), **options)
+    for _ in range(options.get("accumulate", 1)):
+        step(*batch())
+    held = [HOLDS[how](grad) for grad in gradients(model)]
+    before = [bits(x) for x in held]
+    for _ in range(3):
+        step(*batch())
+        assert [bits(x) for x in held] == before
+
+
+def test_gradients_that_the_user_set_are_not_overwritten() -> None:
+    model = network()
+    step = fastmlp.TrainStep(model, nn.MSELoss(), sgd(model.parameters()))
+    mine = [torch.full_like(p, 3) for p in model.parameters()]
+    for p, grad in zip(model.parameters(), mine, strict=True):
+        p.grad = grad
+    step(*batch())
+    assert all(bool((grad == 3).all()) for grad in mine)
+    assert all(p.grad is not grad for p, grad in zip(model.parameters(), mine, strict=True))
+
+
+def test_losses_are_not_overwritten() -> None:
+    model = network()
+    step = fastmlp.TrainStep(model, nn.MSELoss(), sgd(model.parameters()))
+    first = step(*batch())
+    value = first.item()
+    second = step(*batch())
+    assert first.item() == value != second.item()
+    assert first.data_ptr() != second.data_ptr()
+
+
+def test_gradients_that_are_not_kept() -> None:
+    model, other = network(), nn.Parameter(torch.zeros(2))
+    gradients_left_behind(model, sgd([other]))
+    optimizer = torch.optim.AdamW(model.parameters())
+    step = fastmlp.TrainStep(model, nn.MSELoss(), optimizer, keep_grads=False)
+    step(*batch())
+    assert [p.grad for p in model.parameters()] == [None] * 6
+    assert len(optimizer.state) == 6
+
+
+def versions(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
+    found = {name: p._version for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        found |= {f"{name}.{key}": x._version for key, x in optimizer.state[p].items()}
+    return found
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["torch", "fastmlp"])
+@pytest.mark.parametrize(
+    ("kind", "arguments"), [("SGD", {"momentum": 0.9}), ("Adam", {"amsgrad": True}), ("AdamW", {})], ids=str
+)
+def test_version_counters_grow(kind: str, arguments: dict[str, Any], ours: bool) -> None:
+    model = network()
+    optimizer = getattr(fastmlp.optim if ours else torch.optim, kind)(model.parameters(), lr=0.01, **arguments)
+    step = fastmlp.TrainStep(model, nn.MSELoss(), optimizer)
+    step(*batch())
+    before = versions(model, optimizer)
+    step(*batch())
+    after = versions(model, optimizer)
+    assert [name for name, version in after.items() if version <= before[name]] == []
+
+
+@pytest.mark.parametrize("what", ["parameter", "state"])
+def test_autograd_notices_a_step(what: str) -> None:
+    """A graph that has saved what a step has changed since then does not run backward."""
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters())
+    step = fastmlp.TrainStep(model, nn.MSELoss(), optimizer)
+    step(*batch())
+    weight = model[2].weight
+    saved = weight if what == "parameter" else optimizer.state[weight]["exp_avg_sq"]
+    output = (torch.ones(5, 9, dtype=F64, requires_grad=True) * saved).sum()
+    step(*batch())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+
+
+def test_parameters_and_state_stay_where_they_are() -> None:
+    """The same tensors, of whom others may have views."""
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), amsgrad=True)
+    step = fastmlp.TrainStep(model, nn.MSELoss(), optimizer)
+    step(*batch())
+    tensors = [*model.parameters(), *(x for state in optimizer.state.values() for x in state.values())]
+    before = [(id(x), x.data_ptr(), x.detach().clone()) for x in tensors]
+    step(*batch())
+    after = [*model.parameters(), *(x for state in optimizer.state.values() for x in state.values())]
+    assert [(id(x), x.data_ptr()) for x in after] == [pair[:2] for pair in before]
+    assert [i for i, x in enumerate(after) if torch.equal(x, before[i][2])] == []
+
+
+def test_state_is_made_as_torch_makes_it() -> None:
+    """Also its order, and of parameters with gradients only."""
+    states = []
+    for make in (Loop, fastmlp.TrainStep):
+        model = network(torch.float32)
+        model[2].weight.data = model[2].weight.data.t().contiguous().t()
+        model[4].bias.requires_grad_(False)
+        optimizer = torch.optim.Adam(model.parameters(), amsgrad=True)
+        make(model, nn.MSELoss(), optimizer)(*batch(torch.float32))
+        state = optimizer.state_dict()["state"]
+        states.append(
+            {i: [(key, x.dtype, x.shape, x.stride(), type(x)) for key, x in kept.items()] for i, kept in state.items()}
+        )
+    assert states[0] == states[1]
+    assert list(states[0]) == list(states[1])
+
+
+def test_nothing_is_changed_before_the_last_call() -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    step = fastmlp.TrainStep(model, nn.MSELoss(), optimizer, accumulate=2)
+    before = [(p.detach().clone(), p._version) for p in model.parameters()]
+    step(*batch())
+    assert len(optimizer.state) == 0
+    assert all(torch.equal(p, value) for p, (value, _) in zip(model.parameters(), before, strict=True))
+    assert [p._version for p in model.parameters()] == [version for _, version in before]
+    step(*batch())
+    assert len(optimizer.state) == 6
