@@ -231,8 +231,8 @@ def test_targets_name_workloads() -> None:
 
 
 def row(workload: str, speedup: float, share: float, contender: str = OURS, **ratios: float) -> Row:
-    own = ("layers", workload, "float32", contender, 1.0, 1.0, 1.0)
-    return Row(*own, share, speedup, speedup, speedup, {YARDSTICK: speedup, **ratios})
+    found = {YARDSTICK: speedup, **ratios}
+    return Row("layers", workload, "float32", contender, 1.0, 1.0, 1.0, share, speedup, speedup, speedup, found)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_the_worst_workload_decides(
     speedups: tuple[float, float], shares: tuple[float, float], met: bool, where: str
 ) -> None:
     claim = Claim("P0", "two", 1.2, f"x {YARDSTICK}", lambda row: row.ratios[YARDSTICK], ("a", "b"))
-    rows = {name: row(name, *values) for name, *values in zip("ab", speedups, shares, strict=True)}
+    rows = {name: row(name, *values) for name, values in zip("ab", zip(speedups, shares, strict=True), strict=True)}
     outcome = claim.outcome(rows)
     assert (outcome.met, outcome.where) == (met, where)
 
