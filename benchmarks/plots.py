@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import matplotlib
 
@@ -9,6 +10,7 @@ matplotlib.use("Agg")  # no window
 
 from matplotlib import pyplot as plt
 from matplotlib.axis import Axis
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.contenders import CONTENDERS, OWN, YARDSTICK
@@ -89,5 +91,46 @@ def histogram(speedups: Mapping[str, Sequence[float]], path: Path) -> None:
     axes.set(xscale="log", xlabel=f"x {YARDSTICK}, the outermost bars with all beyond", ylabel="cases")
     _plain(axes.xaxis)
     axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+class Account(Protocol):
+    """A way to do something, with its parts in seconds."""
+
+    @property
+    def way(self) -> str: ...
+
+    @property
+    def parts(self) -> Mapping[str, float]: ...
+
+
+def stacked(accounts: Mapping[str, Sequence[Account]], enlarged: str, path: Path) -> None:
+    """Draw the parts of each way one after the other, and one way once more, enlarged.
+
+    Args:
+        accounts: by workload.
+        enlarged: the way that is too short to be seen beside the others.
+        path: where to write.
+    """
+    found = [(f"{account.way}\n{workload}", account) for workload, own in accounts.items() for account in own]
+    few = [(label, account) for label, account in found if account.way == enlarged]
+    names = list(dict.fromkeys(name for _, account in found for name in account.parts))
+    colors = dict(zip(names, plt.get_cmap("tab10").colors, strict=False))
+    heights = [len(found), len(few) + 1]
+    figure, panels = plt.subplots(2, figsize=(10, 2 + 0.5 * sum(heights)), height_ratios=heights, layout="constrained")
+    for axes, shown in zip(panels, (found, few), strict=True):
+        for place, (_, account) in enumerate(shown):
+            left = 0.0
+            for name, seconds in account.parts.items():
+                width = max(seconds, 0) * 1e6  # a difference of two times may be off by more than it is
+                axes.barh(place, width, left=left, color=colors[name])
+                left += width
+        axes.set_yticks(range(len(shown)), [label for label, _ in shown], fontsize=8)
+        axes.invert_yaxis()
+        axes.grid(axis="x", lw=0.3)
+    panels[0].set(title="where a step goes")
+    panels[1].set(xlabel="us", title=f"{enlarged}, enlarged: forward includes the loss")
+    panels[0].legend(handles=[Patch(color=color, label=name) for name, color in colors.items()])
     figure.savefig(path, dpi=120)
     plt.close(figure)
