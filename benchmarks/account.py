@@ -145,7 +145,8 @@ def take_apart(workload: Workload, effort: Effort) -> tuple[list[Account], list[
         verify(kind(workload))
     clocked = {way: Clocked(kind(workload)) for way, kind in LOOPS.items()}
     calls: dict[str, Callable[[], Any]] = {way: kind(workload).call for way, kind in LOOPS.items()}
-    calls |= {f"{way}, clocked": call for way, call in clocked.items()}
+    for way, loop in clocked.items():
+        calls[f"{way}, clocked"] = loop
     samples = race(calls | _steps(workload), effort)
 
     accounts = []

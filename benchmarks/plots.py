@@ -116,7 +116,7 @@ def stacked(accounts: Mapping[str, Sequence[Account]], enlarged: str, path: Path
     found = [(f"{account.way}\n{workload}", account) for workload, own in accounts.items() for account in own]
     few = [(label, account) for label, account in found if account.way == enlarged]
     names = list(dict.fromkeys(name for _, account in found for name in account.parts))
-    colors = dict(zip(names, plt.get_cmap("tab10").colors, strict=False))
+    colors = {name: f"C{i}" for i, name in enumerate(names)}
     heights = [len(found), len(few) + 1]
     figure, panels = plt.subplots(2, figsize=(10, 2 + 0.5 * sum(heights)), height_ratios=heights, layout="constrained")
     for axes, shown in zip(panels, (found, few), strict=True):
