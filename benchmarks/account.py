@@ -141,7 +141,8 @@ def take_apart(workload: Workload, effort: Effort) -> tuple[list[Account], list[
     Raises:
         AssertionError: if a result is wrong.
     """
-    for kind in (*LOOPS.values(), TrainStep):
+    kinds: list[type[ModuleContender]] = [*LOOPS.values(), TrainStep]
+    for kind in kinds:
         verify(kind(workload))
     clocked = {way: Clocked(kind(workload)) for way, kind in LOOPS.items()}
     calls: dict[str, Callable[[], Any]] = {way: kind(workload).call for way, kind in LOOPS.items()}
