@@ -124,7 +124,8 @@ def test_a_wrong_contender_is_found_out(
 ) -> None:
     task = tasks[index]
     right = demo.compare(task, torch.float64, 1, 0, lambda: None)
-    assert all(0 < part.share <= 1 for part in (right.loop, right.step, right.frozen))
+    assert all(0 < part.share <= 1 for part in (right.loop, right.step))
+    assert 0 <= right.frozen.share <= 1  # of few rows and columns, whose sums may come in the same order
     wrong = replace(task, fast=after(task.fast, change))
     with pytest.raises(demo.DemoFailure, match=rf"^{task.name}, step 1: {what} differs from PyTorch's by .* at most"):
         demo.compare(wrong, torch.float64, 1, 0, lambda: None)
@@ -188,9 +189,10 @@ def test_a_wrong_start_is_found_out(demo: Any, tasks: "list[Task]") -> None:
 def test_float32_differences_are_shown_and_not_asserted(demo: Any, tasks: "list[Task]") -> None:
     found = demo.compare(tasks[3], torch.float32, 1, 0, lambda: None)
     assert found.steps == 43
-    for part in (found.loop, found.step, found.frozen):
-        assert 0 < part.difference < 1e-4
-        assert part.share == 0
+    assert 0 < found.loop.difference < 1e-5
+    assert 0 < found.step.difference < 1e-5
+    assert 0 <= found.frozen.difference < 1e-4
+    assert found.loop.share == found.step.share == found.frozen.share == 0
 
 
 def test_a_network_that_did_not_learn_is_found_out(demo: Any, tasks: "list[Task]") -> None:
