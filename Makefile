@@ -4,6 +4,7 @@
 #   make demo PYTHON=python3.12         with another Python
 #   make demo VENV=/path                with the environment elsewhere
 #   make bench BENCH=--quick            with options of `python -m benchmarks.report`
+#   make account                        where the time of a training step goes
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ export MAX_JOBS ?= $(JOBS)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 SANITIZED := build/sanitized
 
-.PHONY: demo test build lint pytest other-isas sanitize bench models tiles format clean
+.PHONY: demo test build lint pytest other-isas sanitize bench account models tiles format clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -81,6 +82,9 @@ $(VENV)/bench $(VENV)/models: $(VENV)/built
 
 bench: $(VENV)/bench
 	python -m benchmarks.report $(BENCH)
+
+account: $(VENV)/bench
+	python -m benchmarks.account $(ACCOUNT)
 
 models: $(VENV)/models
 	python -m benchmarks.models

@@ -231,7 +231,7 @@ def _update(workload: Workload, parameters: Collection[Tensor], grads: Sequence[
     """Yield the parameters after a first step, in which each optimizer is monotonic in the gradient."""
 
     def updated(sign: int) -> list[Tensor]:
-        stepped = [p.double() for p in parameters]
+        stepped = [p.to(torch.float64, copy=True) for p in parameters]
         for p, (value, error, _) in zip(stepped, grads, strict=True):
             p.grad = value + sign * error
         workload.optimize(stepped).step()

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/bench"), metavar="FOLDER", help="for files (out/bench)")
     options = parser.parse_args()
 
-    effort = Effort(rounds=9, patience=0.5) if options.quick else Effort(rounds=21, patience=3.0)
+    effort = Effort(rounds=9, patience=0.5, fewest=3) if options.quick else Effort(rounds=21, patience=3.0)
     measures: dict[str, Callable[[], Iterator[Outcome]]] = {
         "P12": lambda: costs.threads(effort),
         "P13": costs.memory,

@@ -6,7 +6,7 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders import CONTENDERS, OURS, YARDSTICK
+from benchmarks.contenders import CONTENDERS, OWN, YARDSTICK
 from benchmarks.machine import Machine
 from benchmarks.timing import Row
 from benchmarks.workloads import Suite
@@ -30,23 +30,27 @@ def tables(rows: Sequence[Row], machine: Machine) -> Iterator[Table]:
 
 def _table(rows: Sequence[Row], title: str, caption: str) -> Table:
     """Write eager and ours in full, and of the others their speed."""
-    peers = [kind.name for kind in CONTENDERS if kind.name not in (YARDSTICK, OURS)]
-    peers = [name for name in peers if any(row.contender == name for row in rows)]
+    present = [kind.name for kind in CONTENDERS if any(row.contender == kind.name for row in rows)]
+    own = [name for name in present if name in OWN]
+    peers = [name for name in present if name not in (YARDSTICK, *OWN)]
     table = Table("workload", title=title, caption=f"{caption}; in brackets: share of that peak")
-    for name in (
-        *(f"{YARDSTICK}, us", "GFLOP/s"),
-        *(f"{OURS}, us", "GFLOP/s", f"x {YARDSTICK} (quartiles)"),
-        *(["x best peer"] if peers else []),
-        *(f"{name}, x {YARDSTICK}" for name in peers),
-    ):
-        table.add_column(name, justify="right")
+    for name in (YARDSTICK, *own):
+        table.add_column(f"{name}, us", justify="right")
+        table.add_column("GFLOP/s", justify="right")
+        if name in own:
+            table.add_column(f"x {YARDSTICK} (quartiles)", justify="right")
+        if name in own and peers:
+            table.add_column("x best peer", justify="right")
+    for name in peers:
+        table.add_column(f"{name}, x {YARDSTICK}", justify="right")
     for workload in dict.fromkeys(row.workload for row in rows):
         found = {row.contender: row for row in rows if row.workload == workload}
-        ours = found[OURS]
-        cells = [*_rate(found[YARDSTICK]), *_rate(ours), _speedup(ours)]
-        if peers:
-            best = min((ratio for name, ratio in ours.ratios.items() if name in peers), default=None)
-            cells.append("" if best is None else f"[{'green' if best >= 1 else 'red'}]{best:.2f}[/]")
+        cells = [*_rate(found[YARDSTICK])]
+        for name in own:
+            row = found.get(name)
+            cells += [*_rate(row), _speedup(row)] if row else [""] * 3
+            if peers:
+                cells.append(_best(row, peers) if row else "")
         others = (found.get(name) for name in peers)
         cells += [f"{row.speedup:.2f} ({row.share:.0%})" if row else "" for row in others]
         table.add_row(workload, *cells)
@@ -55,6 +59,11 @@ def _table(rows: Sequence[Row], title: str, caption: str) -> Table:
 
 def _rate(row: Row) -> tuple[str, str]:
     return f"{row.seconds * 1e6:.1f}", f"{row.gflops:.1f} ({row.share:.0%})"
+
+
+def _best(row: Row, peers: Sequence[str]) -> str:
+    best = min((ratio for name, ratio in row.ratios.items() if name in peers), default=None)
+    return "" if best is None else f"[{'green' if best >= 1 else 'red'}]{best:.2f}[/]"
 
 
 def _speedup(row: Row) -> str:

@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product as combinations
 
-from benchmarks.contenders import OURS, YARDSTICK
+from benchmarks.contenders import OURS, OWN, YARDSTICK
+from benchmarks.contenders.pytorch import FastmlpOptim, Frozen, TrainStep
 from benchmarks.timing import Row
 from benchmarks.workloads import Tier, Workload, select
 
 #: The share of the peak that no target goes beyond.
 CEILING = 0.95
+
+#: What a claim looks at; None if a contender that it takes was absent.
+Value = Callable[[Row], float | None]
 
 
 @dataclass(frozen=True)
@@ -39,29 +43,31 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Claim:
-    """A target that is a value of our row on each of some workloads.
+    """A target that is a value of one of our rows on each of some workloads.
 
     Attributes:
         id: of the target.
         what: the workloads in words.
         goal: what the value is to be at least.
         unit: of the value.
-        value: of our row; None if a contender that it takes was absent.
+        value: of the row.
         workloads: by name.
+        contender: which of ours it is about.
     """
 
     id: str
     what: str
     goal: float
     unit: str
-    value: Callable[[Row], float | None]
+    value: Value
     workloads: tuple[str, ...]
+    contender: str = OURS
 
     def outcome(self, rows: Mapping[str, Row]) -> Outcome:
         """Judge the worst of the workloads.
 
         Args:
-            rows: ours, by workload.
+            rows: the contender's, by workload.
         """
         goal = f">= {self.goal:.0%} {self.unit}" if self.unit == PEAK else f">= {self.goal:.2f} {self.unit}"
         values = {name: self.value(rows[name]) for name in self.workloads if name in rows}
@@ -86,11 +92,12 @@ def _share(row: Row) -> float:
     return row.share
 
 
-def _over(*others: str) -> Callable[[Row], float | None]:
-    """Return the function that compares a row with the best of some contenders, or of all if none is named."""
+def _over(*others: str) -> Value:
+    """Return the function that compares a row with the best of some contenders, or of all but ours if none is named."""
 
     def value(row: Row) -> float | None:
-        return min((ratio for other, ratio in row.ratios.items() if not others or other in others), default=None)
+        peers = others or [other for other in row.ratios if other not in OWN]
+        return min((row.ratios[peer] for peer in peers if peer in row.ratios), default=None)
 
     return value
 
@@ -103,8 +110,22 @@ def _layers(*sizes: str) -> tuple[str, ...]:
     return tuple(f"{size} infer" for size in sizes)
 
 
+def _nets(names: str, batches: Sequence[int], *tasks: str) -> tuple[str, ...]:
+    return tuple(f"{net} b{batch} {task}" for net in names.split() for batch in batches for task in tasks)
+
+
 def _small(task: str, *batches: int) -> tuple[str, ...]:
-    return tuple(f"{net} b{batch} {task}" for net in ("tutorial", "policy", "narrow") for batch in batches)
+    return _nets("tutorial policy narrow", batches, task)
+
+
+def _frozen(nets: str, batches: Sequence[int], goal: float, unit: str, value: Value) -> Claim:
+    what = f"frozen {', '.join(nets.split())}, batch {', '.join(map(str, batches))}"
+    return Claim("P5", what, goal, unit, value, _nets(nets, batches, "infer"), Frozen.name)
+
+
+def _stepped(nets: str, batch: int, goal: float, unit: str, value: Value) -> Claim:
+    what = f"TrainStep, {', '.join(nets.split())}, batch {batch}, SGD and Adam"
+    return Claim("P8", what, goal, unit, value, _nets(nets, [batch], "step sgd", "step adam"), TrainStep.name)
 
 
 _LARGE = (512, 1024, 2048)
@@ -113,6 +134,8 @@ _AWKWARD = ("100x1000x3", "33x257x129", "7x13x17", "65536x3x64", "65536x64x64")
 _NARROW, _WIDE = "narrow b65536", "wide b1024"
 _FUSED = ("onednn", "openvino", "onnxruntime")
 _EAGER, _OVER_EAGER = f"x {YARDSTICK}", _over(YARDSTICK)
+_ORT, _OVER_ORT = "x onnxruntime", _over("onnxruntime")
+_JAX, _OVER_JAX = "x jax", _over("jax")
 _PHYSICS = tuple(f"burgers b{batch} physics adam" for batch in (128, 1024))
 _BFLOAT16 = tuple(f"{net} b1024 forward_backward bfloat16" for net in ("mnist", "dlrm", "wide"))
 
@@ -128,10 +151,47 @@ CLAIMS = (
         "P3", "layer, inference, 256 to 2048", 1.0, f"x best of {', '.join(_FUSED)}", _over(*_FUSED), _layers(*_SQUARE)
     ),
     Claim("P4", "awkward layers, inference", 1.0, "x best peer", _over(), _layers(*_AWKWARD)),
+    _frozen("tutorial policy narrow", [1], 2.5, _ORT, _OVER_ORT),
+    _frozen("mnist dlrm", [1], 1.5, _ORT, _OVER_ORT),
+    _frozen("wide", [1], 1.25, _ORT, _OVER_ORT),
+    _frozen("tutorial", [32], 1.5, _ORT, _OVER_ORT),
+    _frozen("policy", [32], 1.3, _ORT, _OVER_ORT),
+    _frozen("mnist dlrm wide narrow", [32], 0.88, PEAK, _share),
+    _frozen("mnist dlrm wide", [256, 4096], 0.92, PEAK, _share),
+    _frozen("policy", [256, 4096], 0.85, PEAK, _share),
+    _frozen("narrow", [256, 4096, 65536], 0.85, PEAK, _share),
+    _frozen("tutorial", [256, 4096], 2.0, "x best peer", _over()),
+    _frozen("tutorial", [65536], 5.0, _EAGER, _OVER_EAGER),
+    _frozen("tutorial", [65536], 1.9, _JAX, _OVER_JAX),
     Claim("P6", "small networks, inference, batch 1", 4.0, _EAGER, _OVER_EAGER, _small("infer", 1)),
     Claim("P6", "small networks, inference, batch 32", 3.0, _EAGER, _OVER_EAGER, _small("infer", 32)),
     Claim("P7", "small networks, step with SGD", 1.35, _EAGER, _OVER_EAGER, _small("step sgd", 32, 128)),
     Claim("P7", "small networks, step with Adam", 1.2, _EAGER, _OVER_EAGER, _small("step adam", 32, 128)),
+    Claim(
+        "P7",
+        "small networks, step with our SGD",
+        1.9,
+        _EAGER,
+        _OVER_EAGER,
+        _small("step sgd", 32, 128),
+        FastmlpOptim.name,
+    ),
+    Claim(
+        "P7",
+        "small networks, step with our Adam",
+        2.7,
+        _EAGER,
+        _OVER_EAGER,
+        _small("step adam", 32, 128),
+        FastmlpOptim.name,
+    ),
+    _stepped("tutorial", 32, 6.0, _JAX, _OVER_JAX),
+    _stepped("tutorial", 32, 50.0, _EAGER, _OVER_EAGER),
+    _stepped("policy", 128, 1.5, _JAX, _OVER_JAX),
+    _stepped("policy", 128, 5.0, _EAGER, _OVER_EAGER),
+    _stepped("mnist", 128, 1.15, _JAX, _OVER_JAX),
+    _stepped("dlrm wide", 1024, 1.1, _JAX, _OVER_JAX),
+    _stepped("dlrm wide", 1024, 1.2, _EAGER, _OVER_EAGER),
     Claim("P9", "narrow network, inference", 1.9, _EAGER, _OVER_EAGER, (f"{_NARROW} infer",)),
     Claim("P9", "narrow network, inference", 1.15, "x openvino", _over("openvino"), (f"{_NARROW} infer",)),
     Claim("P9", "narrow network, both passes", 2.1, _EAGER, _OVER_EAGER, (f"{_NARROW} forward_backward",)),
@@ -165,5 +225,6 @@ def find(names: Sequence[str]) -> list[Workload]:
 
 def judge(rows: Sequence[Row], ids: Sequence[str]) -> Iterator[Outcome]:
     """Yield the outcomes of the claims with these ids."""
-    ours = {row.workload: row for row in rows if row.contender == OURS}
-    yield from (claim.outcome(ours) for claim in CLAIMS if claim.id in ids)
+    for claim in CLAIMS:
+        if claim.id in ids:
+            yield claim.outcome({row.workload: row for row in rows if row.contender == claim.contender})

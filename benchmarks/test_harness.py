@@ -1,6 +1,6 @@
 """The harness itself: wrong results are found, absent contenders left out, targets judged as they say."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.check import verify
-from benchmarks.contenders import CONTENDERS, OURS, YARDSTICK, absent, base, contenders
-from benchmarks.contenders.pytorch import Eager, Fastmlp, OneDnn
+from benchmarks.contenders import CONTENDERS, OURS, OWN, YARDSTICK, Contender, absent, base, contenders
+from benchmarks.contenders.pytorch import Eager, Fastmlp, FastmlpOptim, Frozen, OneDnn, TrainStep
 from benchmarks.random_shapes import LARGEST, MOST, Case, Layers, draw
-from benchmarks.targets import CLAIMS, PARALLEL, PEAK, Claim, find
+from benchmarks.targets import CLAIMS, PARALLEL, PEAK, Claim, find, judge
 from benchmarks.timing import Effort, Row, measure, race, ratio
 from benchmarks.workloads import Tier, burgers, product, select
 
@@ -46,6 +46,50 @@ def test_one_wrong_element_is_found(name: str, dtype: torch.dtype) -> None:
     verify(Eager(workload))
     with pytest.raises(AssertionError, match=r"1 of \d+ elements"):
         verify(Spoiled(workload))
+
+
+class SpoiledFrozen(Frozen):
+    """A frozen network, wrong in one element."""
+
+    def infer(self) -> Tensor:
+        return spoiled(super().infer())
+
+
+class SpoiledTrainStep(TrainStep):
+    """A step that leaves one wrong weight."""
+
+    def parameters(self) -> Sequence[Tensor]:
+        *others, last = super().parameters()
+        return [*others, spoiled(last)]
+
+
+class SpoiledOptimizer(FastmlpOptim):
+    """Steps of a loop that leave one wrong weight."""
+
+    def parameters(self) -> Sequence[Tensor]:
+        first, *others = super().parameters()
+        return [spoiled(first), *others]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=machine.dtype_name)
+@pytest.mark.parametrize(
+    ("right", "wrong", "name"),
+    [
+        (Frozen, SpoiledFrozen, "policy b32 infer"),
+        (TrainStep, SpoiledTrainStep, "policy b32 step sgd"),
+        (TrainStep, SpoiledTrainStep, "mnist b32 step adam"),
+        (FastmlpOptim, SpoiledOptimizer, "policy b32 step sgd"),
+        (FastmlpOptim, SpoiledOptimizer, "policy b32 step adam"),
+    ],
+)
+def test_one_wrong_element_of_our_other_ways_is_found(
+    right: type[Contender], wrong: type[Contender], name: str, dtype: torch.dtype
+) -> None:
+    (workload,) = find([name])
+    workload = replace(workload, dtype=dtype)
+    verify(right(workload))
+    with pytest.raises(AssertionError, match=rf"of {right.name} is wrong in 1 of \d+ elements"):
+        verify(wrong(workload))
 
 
 class SpoiledGradient(Eager):
@@ -186,10 +230,9 @@ def test_targets_name_workloads() -> None:
         find(["no such workload"])
 
 
-def row(workload: str, speedup: float, share: float) -> Row:
-    return Row(
-        "layers", workload, "float32", OURS, 1.0, 1.0, 1.0, share, speedup, speedup, speedup, {YARDSTICK: speedup}
-    )
+def row(workload: str, speedup: float, share: float, contender: str = OURS, **ratios: float) -> Row:
+    found = {YARDSTICK: speedup, **ratios}
+    return Row("layers", workload, "float32", contender, 1.0, 1.0, 1.0, share, speedup, speedup, speedup, found)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +248,7 @@ def test_the_worst_workload_decides(
     speedups: tuple[float, float], shares: tuple[float, float], met: bool, where: str
 ) -> None:
     claim = Claim("P0", "two", 1.2, f"x {YARDSTICK}", lambda row: row.ratios[YARDSTICK], ("a", "b"))
-    rows = {name: row(name, *values) for name, *values in zip("ab", speedups, shares, strict=True)}
+    rows = {name: row(name, *values) for name, values in zip("ab", zip(speedups, shares, strict=True), strict=True)}
     outcome = claim.outcome(rows)
     assert (outcome.met, outcome.where) == (met, where)
 
@@ -214,3 +257,19 @@ def test_what_was_not_measured_is_open() -> None:
     claim = Claim("P0", "two", 0.9, PEAK, lambda row: None, ("a", "b"))
     assert claim.outcome({"a": row("a", 1.0, 1.0)}).met is None
     assert claim.outcome({}).measured == "not measured"
+
+
+def test_our_ways_are_not_each_others_peers() -> None:
+    (claim,) = (claim for claim in CLAIMS if claim.id == "P4")
+    name = claim.workloads[0]
+    ahead = {OURS: row(name, 3.0, 0.5, onednn=1.5, frozen=0.5, train_step=0.5, fastmlp_optim=0.5)}
+    assert claim.value(ahead[OURS]) == 1.5
+    assert set(OWN) == {OURS, Frozen.name, TrainStep.name, FastmlpOptim.name}
+
+
+def test_a_claim_looks_at_the_rows_of_its_contender() -> None:
+    """Where ours keeps a promise that was made for frozen networks, it is not kept."""
+    name = "wide b1 infer"
+    rows = [row(name, 2.0, 0.5, onnxruntime=1.3), row(name, 2.0, 0.5, Frozen.name, onnxruntime=1.2)]
+    (found,) = (outcome for outcome in judge(rows, ["P5"]) if outcome.where == name)
+    assert (found.met, found.measured) == (False, "1.20 (50% of peak)")

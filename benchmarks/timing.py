@@ -26,8 +26,8 @@ SAMPLE = 1e-3
 #: Seconds to warm up before it is found how many calls make a sample.
 WARM_UP = 20e-3
 
-#: Rounds after which time counts.
-FEWEST = 5
+#: Seconds of a call beside which it does not count what is in the caches when it begins.
+COLD = 50e-3
 
 #: How often a sample is taken, until the process ran for `AWAKE` of it.
 TRIES = 4
@@ -44,11 +44,13 @@ class Effort:
 
     Attributes:
         rounds: at most.
-        patience: seconds for a workload, after which `FEWEST` rounds are enough.
+        patience: seconds for a workload, after which `fewest` rounds are enough.
+        fewest: rounds after which time counts.
     """
 
     rounds: int = 31
     patience: float = 5.0
+    fewest: int = 5
 
 
 @dataclass(frozen=True)
@@ -123,31 +125,35 @@ def ratio(others: Sequence[float], own: Sequence[float]) -> float:
 
 def race(calls: Mapping[str, Call], effort: Effort) -> dict[str, list[float]]:
     """Return the seconds that a call took in each round, by contender."""
-    loops = {name: _loops(call) for name, call in calls.items()}
+    loops, slow = {}, {}
+    for name, call in calls.items():
+        loops[name], seconds = _loops(call)
+        slow[name] = seconds > COLD
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     end = perf_counter() + effort.patience
     with _no_garbage_collection():
         for i in range(effort.rounds):
-            if i >= FEWEST and perf_counter() > end:
+            if i >= effort.fewest and perf_counter() > end:
                 break
             first = i % len(names)
             for name in names[first:] + names[:first]:
-                calls[name]()  # so that the caches hold what is its own
+                if not slow[name]:
+                    calls[name]()  # so that the caches hold what is its own
                 samples[name].append(_sample(calls[name], loops[name]))
     return samples
 
 
-def _loops(call: Call) -> int:
-    """Warm up, and find how many calls make a sample."""
+def _loops(call: Call) -> tuple[int, float]:
+    """Warm up, and find how many calls make a sample and how many seconds they take."""
     end = perf_counter() + WARM_UP
     call()
     while perf_counter() < end:
         call()
     loops = 1
-    while _time(call, loops) < SAMPLE:
+    while (seconds := _time(call, loops)) < SAMPLE:
         loops *= 2
-    return loops
+    return loops, seconds
 
 
 def _sample(call: Call, loops: int) -> float:

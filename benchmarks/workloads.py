@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
 from math import pi
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -182,11 +183,11 @@ class Workload:
             return Data(input, torch.randint(shape[1], shape[:1], generator=generator), grad)
         return Data(input, torch.randn(shape, generator=generator).to(self.dtype), grad)
 
-    def optimize(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-        """PyTorch's optimizer for these parameters."""
+    def optimize(self, parameters: Iterable[Tensor], package: ModuleType = torch.optim) -> torch.optim.Optimizer:
+        """Make the optimizer of these parameters, PyTorch's or that of a package with the same classes."""
         if self.optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=1e-2)
-        return torch.optim.Adam(parameters, lr=1e-3)
+            return package.SGD(parameters, lr=1e-2)
+        return package.Adam(parameters, lr=1e-3)
 
 
 #: Of Burgers' equation, as physics-informed networks are commonly tried on it.

@@ -8,14 +8,15 @@ differ by at most twice as much. (The bounds are computed in float64 as well, wh
 digit.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["rounding_bounds"]
+__all__ = ["output_bounds", "rounding_bounds", "update_bounds"]
 
 
 def gamma(roundings: int) -> float:
@@ -110,6 +111,32 @@ def mean_squared_error(output: Rounded, y: Tensor) -> tuple[Rounded, Rounded]:
 ACTIVATIONS = {"relu": relu, "tanh": tanh, "sigmoid": sigmoid}
 
 
+def forward(activation: str, layers: Sequence[Tensor], x: Tensor) -> tuple[list[Rounded], list[Rounded], Rounded]:
+    """The inputs of all layers, with their ones, the slopes of all but the last, and the output."""
+    activate = ACTIVATIONS[activation]
+    inputs, slopes = [with_ones(exact(x))], []
+    for layer in layers[:-1]:
+        h, slope = activate(inputs[-1] @ exact(layer).t())
+        inputs.append(with_ones(h))
+        slopes.append(slope)
+    return inputs, slopes, inputs[-1] @ exact(layers[-1]).t()
+
+
+def output_bounds(activation: str, layers: Sequence[Tensor], x: Tensor) -> Tensor:
+    """How far float64 may take the output from the exact one.
+
+    Args:
+        activation: of the hidden layers.
+        layers: the parameters, one matrix a layer, with the bias as its last column.
+        x: inputs of the batch.
+
+    Returns:
+        Bounds in the shape of the output.
+    """
+    _, _, output = forward(activation, layers, x)
+    return output.error
+
+
 def rounding_bounds(activation: str, layers: Sequence[Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
     """How far float64 may take the loss and each layer's gradient from the exact ones.
 
@@ -122,16 +149,61 @@ def rounding_bounds(activation: str, layers: Sequence[Tensor], x: Tensor, y: Ten
     Returns:
         Bounds on the loss and on the gradient of each layer, in the shape of the layer.
     """
-    activate = ACTIVATIONS[activation]
-    inputs, slopes = [with_ones(exact(x))], []
-    for layer in layers[:-1]:
-        h, slope = activate(inputs[-1] @ exact(layer).t())
-        inputs.append(with_ones(h))
-        slopes.append(slope)
-    output = inputs[-1] @ exact(layers[-1]).t()
+    inputs, slopes, output = forward(activation, layers, x)
     loss, gradient = (mean_squared_error if y.is_floating_point() else cross_entropy)(output, y)
     bounds = [(gradient.t() @ inputs[-1]).error]
     for layer, h, slope in zip(layers[:0:-1], inputs[-2::-1], reversed(slopes), strict=True):
         gradient = (gradient @ exact(layer[:, :-1])) * slope
         bounds.append((gradient.t() @ h).error)
     return [loss.error, *reversed(bounds)]
+
+
+def update_bounds(
+    group: Mapping[str, Any], step: int, layer: Tensor, gradient: Tensor, error: Tensor, state: Mapping[str, Tensor]
+) -> Tensor:
+    """How far float64 may take a layer's parameters after a step of SGD or Adam, both without further options.
+
+    Both are computed with intervals: the exact gradient is within `error` of the one given, and another's within
+    `error` of the exact one. Adam (Kingma and Ba 2015, algorithm 1) divides the mean of gradients by the root of the
+    mean of their squares; both means move with the gradient, which the quotient of the intervals takes into account
+    as if they moved independently.
+
+    Args:
+        group: of the optimizer: "lr" and, of Adam, "betas" and "eps".
+        step: its number, 1 for the first.
+        layer: the parameters before the step.
+        gradient: computed by one contender.
+        error: bound on its distance from the exact gradient.
+        state: before the step, of Adam: "exp_avg" and "exp_avg_sq", or nothing before the first.
+
+    Returns:
+        Half of the most by which two contenders may differ, in the shape of the layer.
+    """
+    rate, low, high = group["lr"], gradient - 2 * error, gradient + 2 * error
+    if "betas" not in group:
+        rounding = gamma(2) * (layer.abs() + rate * torch.maximum(low.abs(), high.abs()))
+        return rate * (high - low) / 2 + rounding
+
+    beta1, beta2 = group["betas"]
+    mean = state.get("exp_avg", torch.zeros_like(layer))
+    square = state.get("exp_avg_sq", torch.zeros_like(layer))
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    largest = torch.maximum(low.abs(), high.abs())
+    smallest = torch.where(low * high > 0, torch.minimum(low.abs(), high.abs()), 0.0)
+
+    rounding = gamma(4) * (mean.abs() + largest)
+    means = [beta1 * mean + (1 - beta1) * end + sign * rounding for end, sign in ((low, -1), (high, 1))]
+    # 1 - beta**step cancels: a rounding of the power is 1 / (1 - beta**step) of the difference.
+    relative = gamma(8) + gamma(2) / correction2
+    squares = [beta2 * square + (1 - beta2) * end.square() for end in (smallest, largest)]
+    roots = [
+        (end / correction2).sqrt() * (1 + sign * relative) + group["eps"]
+        for end, sign in zip(squares, (-1, 1), strict=True)
+    ]
+    least = torch.minimum(means[0] / roots[0], means[0] / roots[1])
+    most = torch.maximum(means[1] / roots[0], means[1] / roots[1])
+    size = rate / correction1
+    rounding = (gamma(4) + gamma(2) / correction1) * size * torch.maximum(least.abs(), most.abs())
+    return (
+        size * (most - least) / 2 + rounding + gamma(1) * (layer.abs() + size * torch.maximum(least.abs(), most.abs()))
+    )

@@ -16,7 +16,9 @@ import fastmlp
 from fastmlp import _C, __main__, fusion_report
 
 if TYPE_CHECKING:
-    from fastmlp.demo import Race, Result, Task
+    from fastmlp.demo import Result
+    from fastmlp.demo_tasks import Task
+    from fastmlp.demo_training import Contender, Race
 
 ROOT = Path(fastmlp.__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -45,6 +47,13 @@ def demo() -> Iterator[Any]:
 
 
 @pytest.fixture
+def training(demo: Any) -> Any:
+    from fastmlp import demo_training
+
+    return demo_training
+
+
+@pytest.fixture
 def tasks(demo: Any) -> "list[Task]":
     return [*demo.regression_tasks(), *demo.digits_tasks()]
 
@@ -63,7 +72,7 @@ def test_demo(tmp_path: Path) -> None:
     ):
         assert text in done.stdout
     for name in ("diabetes, SGD", "diabetes, Adam", "diabetes, convert"):
-        assert f"\n{name} " in done.stdout
+        assert done.stdout.count(f"\n{name} ") == 3  # tables
     assert done.stdout.splitlines()[-1].startswith("Proved: in 3240 float64 steps fastmlp equals PyTorch")
     assert "\x1b" not in done.stdout
     assert "…" not in done.stdout, "the table is too wide for 80 columns"
@@ -115,10 +124,56 @@ def test_a_wrong_contender_is_found_out(
 ) -> None:
     task = tasks[index]
     right = demo.compare(task, torch.float64, 1, 0, lambda: None)
-    assert 0 < right.share <= 1
+    assert all(0 < part.share <= 1 for part in (right.loop, right.step))
+    assert 0 <= right.frozen.share <= 1  # of few rows and columns, whose sums may come in the same order
     wrong = replace(task, fast=after(task.fast, change))
     with pytest.raises(demo.DemoFailure, match=rf"^{task.name}, step 1: {what} differs from PyTorch's by .* at most"):
         demo.compare(wrong, torch.float64, 1, 0, lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [("loss", "loss"), ("gradient", "gradient of layer 1"), ("parameter", "layer 1 after the step")],
+)
+@pytest.mark.parametrize("index", range(6))
+def test_a_wrong_step_is_found_out(
+    demo: Any, tasks: "list[Task]", index: int, part: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = fastmlp.TrainStep
+
+    def wrong(model: nn.Module, loss_fn: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[..., Tensor]:
+        step, first = right(model, loss_fn, optimizer), next(model.parameters())
+
+        def spoiled(x: Tensor, y: Tensor) -> Tensor:
+            loss = step(x, y)
+            assert first.grad is not None
+            with torch.no_grad():
+                {"loss": loss, "gradient": first.grad, "parameter": first}[part].mul_(1 + 1e-10)
+            return loss
+
+        return spoiled
+
+    monkeypatch.setattr(fastmlp, "TrainStep", wrong)
+    with pytest.raises(
+        demo.DemoFailure, match=rf"^{tasks[index].name}, TrainStep, step 1: {what} differs from .* at most"
+    ):
+        demo.compare(tasks[index], torch.float64, 1, 0, lambda: None)
+
+
+def test_a_wrong_frozen_network_is_found_out(demo: Any, tasks: "list[Task]", monkeypatch: pytest.MonkeyPatch) -> None:
+    right = fastmlp.freeze
+
+    class Wrong:
+        def __init__(self, model: nn.Module) -> None:
+            self.frozen = right(model)
+            self.refresh = self.frozen.refresh
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return self.frozen(x) * (1 + 1e-10)
+
+    monkeypatch.setattr(fastmlp, "freeze", Wrong)
+    with pytest.raises(demo.DemoFailure, match=r"^digits, Tanh, frozen, epoch 1: output differs from .* at most"):
+        demo.compare(tasks[4], torch.float64, 1, 0, lambda: None)
 
 
 def test_a_wrong_start_is_found_out(demo: Any, tasks: "list[Task]") -> None:
@@ -134,8 +189,10 @@ def test_a_wrong_start_is_found_out(demo: Any, tasks: "list[Task]") -> None:
 def test_float32_differences_are_shown_and_not_asserted(demo: Any, tasks: "list[Task]") -> None:
     found = demo.compare(tasks[3], torch.float32, 1, 0, lambda: None)
     assert found.steps == 43
-    assert 0 < found.loss < 1e-5
-    assert found.share == 0
+    assert 0 < found.loop.difference < 1e-5
+    assert 0 < found.step.difference < 1e-5
+    assert 0 <= found.frozen.difference < 1e-4
+    assert found.loop.share == found.step.share == found.frozen.share == 0
 
 
 def test_a_network_that_did_not_learn_is_found_out(demo: Any, tasks: "list[Task]") -> None:
@@ -150,24 +207,73 @@ def test_bounds_hold_on_every_instruction_set(demo: Any, tasks: "list[Task]", is
         demo.compare(task, torch.float64, 1, 1, lambda: None)
 
 
+def with_float32s_roundoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its errors float64 can see."""
+    monkeypatch.setattr("fastmlp.demo_bounds.gamma", lambda n: n * 2.0**-24 / (1 - n * 2.0**-24))
+
+
 @pytest.mark.parametrize("index", range(6))
 @pytest.mark.parametrize("make", ["native", "fast"])
 def test_bounds_hold_against_true_errors(
-    demo: Any, tasks: "list[Task]", index: int, make: str, monkeypatch: pytest.MonkeyPatch
+    training: Any, tasks: "list[Task]", index: int, make: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the unit roundoff of float32, whose errors float64 can see."""
     task = tasks[index]
-    single = demo.Contender(task, getattr(task, make), torch.float32, 1, 0)
-    double = demo.Contender(task, task.native, torch.float64, 1, 0)
+    single = training.Contender(task, getattr(task, make), torch.float32, 1, 0)
+    double = training.Contender(task, task.native, torch.float64, 1, 0)
     # Rounded to float32 first, so that both see the same batch; the parameters were made in float32.
-    x, y = demo.cast(next(demo.shuffled(task, torch.float32, 1, 0))[0], torch.float64)
-    monkeypatch.setattr("fastmlp.demo_bounds.gamma", lambda n: n * 2.0**-24 / (1 - n * 2.0**-24))
-    bounds = demo.rounding_bounds(task.activation, demo.join([p.detach() for p in double.model.parameters()]), x, y)
-    rounded = single.loss_and_gradients(*demo.cast((x, y), torch.float32))
-    errors = [(a - b).abs() for a, b in zip(double.loss_and_gradients(x, y), rounded, strict=True)]
-    share = demo.assert_within(errors, bounds, task.name)
+    x, y = training.cast(next(training.shuffled(task, torch.float32, 1, 0))[0], torch.float64)
+    with_float32s_roundoff(monkeypatch)
+    bounds = training.rounding_bounds(task.activation, double.layers(), x, y)
+    rounded = single.loss_and_gradients(*training.cast((x, y), torch.float32))
+    errors = training.named(training.distances(double.loss_and_gradients(x, y), rounded))
+    share = training.assert_within(errors, bounds, task.name)
     # assert_within allows twice the bound, for two contenders; here one of them is as good as exact.
     assert 1e-4 < share <= 0.5
+
+
+@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("make", ["native", "TrainStep"])
+def test_bounds_of_updates_hold_against_true_errors(
+    training: Any, tasks: "list[Task]", index: int, make: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = tasks[index]
+    single: Contender
+    if make == "native":
+        single = training.Contender(task, task.native, torch.float32, 1, 0)
+    else:
+        single = training.Stepped(task, torch.float32, 1, 0)
+    exact = training.Stepped(task, torch.float64, 1, 0)  # in which "start_from" is all that is used
+    (group,) = exact.optimizer.param_groups
+    with_float32s_roundoff(monkeypatch)
+    shares = []
+    for step, batch in enumerate(next(training.shuffled(task, torch.float32, 1, 0))[:8], 1):
+        exact.start_from(single)
+        before, state = exact.layers(), exact.state()
+        x, y = training.cast(batch, torch.float64)
+        single.steps([batch])
+        _, *gradients = exact.loss_and_gradients(x, y)
+        exact.optimizer.step()
+        _, *errors = training.rounding_bounds(task.activation, before, x, y)
+        updates = zip(before, gradients, errors, state, strict=True)
+        bounds = [training.update_bounds(group, step, *update) for update in updates]
+        found = dict(enumerate(training.distances(single.layers(), exact.layers())))
+        shares.append(training.assert_within(found, bounds, f"{task.name}, step {step}"))
+    assert 1e-4 < max(shares) <= 1
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_bounds_of_outputs_hold_against_true_errors(
+    training: Any, tasks: "list[Task]", index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = tasks[index]
+    exact = training.Contender(task, task.native, torch.float64, 1, 0)
+    x, _ = training.cast(training.cast(task.held_out, torch.float32), torch.float64)
+    frozen = fastmlp.freeze(training.Contender(task, task.native, torch.float32, 1, 0).model)
+    with_float32s_roundoff(monkeypatch)
+    bounds = [training.output_bounds(task.activation, exact.layers(), x)]
+    with torch.no_grad():
+        errors = {"output": (frozen(x.float()) - exact.model(x)).abs()}
+    assert 1e-4 < training.assert_within(errors, bounds, task.name) <= 0.5
 
 
 def test_info(tmp_path: Path) -> None:

@@ -5,16 +5,19 @@ from importlib.metadata import packages_distributions, version
 
 from benchmarks.contenders.base import Contender
 from benchmarks.contenders.numerical import Jax, ScikitLearn
-from benchmarks.contenders.pytorch import Compiled, Eager, Fastmlp, OneDnn
+from benchmarks.contenders.pytorch import Compiled, Eager, Fastmlp, FastmlpOptim, Frozen, OneDnn, TrainStep
 from benchmarks.contenders.runtimes import OnnxRuntime, OpenVino
 from benchmarks.workloads import Workload
 
-__all__ = ["CONTENDERS", "OURS", "YARDSTICK", "Contender", "absent", "contenders", "versions"]
+__all__ = ["CONTENDERS", "OURS", "OWN", "YARDSTICK", "Contender", "absent", "contenders", "versions"]
 
-#: Eager, the yardstick, first; all but it and ours are optional.
+#: Eager, the yardstick, first, then ours; all others are optional.
 CONTENDERS: tuple[type[Contender], ...] = (
     Eager,
     Fastmlp,
+    FastmlpOptim,
+    TrainStep,
+    Frozen,
     Compiled,
     OneDnn,
     OnnxRuntime,
@@ -23,6 +26,9 @@ CONTENDERS: tuple[type[Contender], ...] = (
     ScikitLearn,
 )
 YARDSTICK, OURS = Eager.name, Fastmlp.name
+
+#: All of our ways, of which `OURS` takes every workload.
+OWN = tuple(c.name for c in CONTENDERS if c.ours)
 
 
 def contenders(workload: Workload) -> list[type[Contender]]:

@@ -21,12 +21,14 @@ class Contender(ABC):
 
     Attributes:
         name: by which results are known.
+        ours: whether it is fastmlp, whose ways are not each other's peers.
         packages: without which it is left out.
         tasks: what it can do; by default all but "physics", for which gradients have to have gradients.
         dtypes: what it can do it with.
     """
 
     name: ClassVar[str]
+    ours: ClassVar[bool] = False
     packages: ClassVar[tuple[str, ...]] = ("torch",)
     tasks: ClassVar[tuple[Task, ...]] = ("product", "infer", "forward_backward", "step")
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)

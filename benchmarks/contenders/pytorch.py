@@ -30,6 +30,7 @@ class Fastmlp(ModuleContender):
     """`fastmlp.Linear` for a layer, `fastmlp.MLP` for a network."""
 
     name = "fastmlp"
+    ours = True
 
     def build(self, workload: Workload) -> nn.Module:
         fan_in, *hidden, fan_out = workload.net.widths
@@ -40,6 +41,47 @@ class Fastmlp(ModuleContender):
     def product(self) -> Tensor:
         with torch.no_grad():
             return fastmlp.functional.linear(*self.operands)
+
+
+class FastmlpOptim(Fastmlp):
+    """The same, with `fastmlp.optim` in place of `torch.optim`: the loop is unchanged."""
+
+    name = "fastmlp_optim"
+    tasks = ("step",)
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        self.optimizer = workload.optimize(self.model.parameters(), fastmlp.optim)
+
+
+class TrainStep(Fastmlp):
+    """`fastmlp.TrainStep` on the same network and PyTorch's optimizer, leaving the gradients that the loop leaves."""
+
+    name = "train_step"
+    tasks = ("step",)
+    dtypes = (torch.float32, torch.float64)
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        self.run = fastmlp.TrainStep(self.model, self.loss, self.optimizer)
+
+    def step(self) -> Tensor:
+        return self.run(self.input, self.target)
+
+
+class Frozen(Fastmlp):
+    """`fastmlp.freeze` of the same network or layer, called with a tensor."""
+
+    name = "frozen"
+    tasks = ("infer",)
+    dtypes = (torch.float32, torch.float64)
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        self.run = fastmlp.freeze(self.model)
+
+    def infer(self) -> Tensor:
+        return self.run(self.input)
 
 
 class Compiled(ModuleContender):
