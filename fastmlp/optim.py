@@ -52,12 +52,15 @@ def _step(base: type[torch.optim.Optimizer], rule: int) -> Callable[..., Any]:
 def _step_of_others(optimizer: torch.optim.Optimizer, step: Callable[..., Any], left: list[Tensor]) -> None:
     """PyTorch's step for these parameters alone: it passes over what has no gradient."""
     others = {id(parameter) for parameter in left}
-    hidden = [
-        (parameter, parameter.grad)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if id(parameter) not in others
-    ]
+    hidden = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            if group.get("momentum") != 0:
+                optimizer.state[parameter]  # empty, so that states come in the order in which torch would make them
+            if id(parameter) not in others:
+                hidden.append((parameter, parameter.grad))
     try:
         for parameter, _ in hidden:
             parameter.grad = None

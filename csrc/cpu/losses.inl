@@ -154,9 +154,9 @@ template <class S> struct Step {
     S* const first = static_cast<S*>(update.state[0]);
     S* const second = static_cast<S*>(update.state[1]);
     S* const most = static_cast<S*>(update.state[2]);
-    const V decay = M::fill(u.weight_decay), kept = M::fill(1 - u.lr * u.weight_decay), rest1 = M::fill(1 - u.beta1),
-            beta2 = M::fill(u.beta2), rest2 = M::fill(1 - u.beta2), eps = M::fill(u.eps), root = M::fill(u.root),
-            step_size = M::fill(u.step_size);
+    const V decay = M::fill(u.weight_decay), kept = M::fill(1 - u.lr * u.weight_decay), beta1 = M::fill(u.beta1),
+            rest1 = M::fill(1 - u.beta1), beta2 = M::fill(u.beta2), rest2 = M::fill(1 - u.beta2), eps = M::fill(u.eps),
+            root = M::fill(u.root), step_size = M::fill(u.step_size);
     for (int64_t i = begin; i < end; i += lanes) {
       const int64_t left = end - i;
       V p = load_up_to(parameter + i, left), g = load_up_to(grad + i, left);
@@ -169,7 +169,8 @@ template <class S> struct Step {
         }
       }
       V m = load_up_to(first + i, left), v = load_up_to(second + i, left);
-      m += rest1 * (g - m);
+      // Exact at either end, as torch.lerp.
+      m = u.beta1 > 0.5 ? m + rest1 * (g - m) : g - beta1 * (g - m);
       v = beta2 * v + rest2 * (g * g);
       store_up_to(first + i, m, left);
       store_up_to(second + i, v, left);
