@@ -2,7 +2,8 @@
 // the output. Included by every ISA file inside its target region, where M is that ISA's vector arithmetic; the rules
 // of activation.h hold here too. Cross entropy, which sees a row at once, stands in cpu/losses.inl.
 //
-// y is the output, t the target, w the weight of positive targets (1 where there is none).
+// y is the output, t the target, w the weight of positive targets (1 where there is none). `gradient` returns g times
+// the derivative; g, which is small where the loss is a mean, comes first, so that products overflow where torch's do.
 #pragma once
 
 #include "problem.h"
@@ -14,8 +15,9 @@ struct MeanSquaredError {
     const auto d = y - t;
     return d * d;
   }
-  template <class M> static typename M::V gradient(typename M::V y, typename M::V t, typename M::V, Scalars) {
-    return M::fill(2) * (y - t);
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V y, typename M::V t, typename M::V, Scalars) {
+    return M::fill(2) * g * (y - t);
   }
 };
 
@@ -23,10 +25,11 @@ struct MeanAbsoluteError {
   template <class M> static typename M::V value(typename M::V y, typename M::V t, typename M::V, Scalars) {
     return M::abs(y - t);
   }
-  template <class M> static typename M::V gradient(typename M::V y, typename M::V t, typename M::V, Scalars) {
-    const auto zero = M::fill(0), one = M::fill(1);
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V y, typename M::V t, typename M::V, Scalars) {
+    const auto zero = M::fill(0);
     const auto d = y - t;
-    return d > zero ? one : (d < zero ? -one : zero);
+    return d > zero ? g : (d < zero ? -g : zero);
   }
 };
 
@@ -37,10 +40,11 @@ struct Huber {
     const auto d = M::abs(y - t);
     return d < delta ? half * d * d : delta * (d - half * delta);
   }
-  template <class M> static typename M::V gradient(typename M::V y, typename M::V t, typename M::V, Scalars p) {
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V y, typename M::V t, typename M::V, Scalars p) {
     const auto delta = M::fill(p.a);
     const auto d = y - t;
-    return d <= -delta ? -delta : (d >= delta ? delta : d);
+    return g * (d <= -delta ? -delta : (d >= delta ? delta : d));
   }
 };
 
@@ -49,11 +53,16 @@ struct BinaryCrossEntropy {
   template <class M> static typename M::V value(typename M::V y, typename M::V t, typename M::V w, Scalars) {
     const auto one = M::fill(1), zero = M::fill(0);
     const auto soft = M::log1p_of_unit(M::exp(-M::abs(y))) + (y < zero ? -y : zero);
-    return (one - t) * y + (one + (w - one) * t) * soft;
+    return (one - t) * y + positive<M>(t, w) * soft;
   }
-  template <class M> static typename M::V gradient(typename M::V y, typename M::V t, typename M::V w, Scalars) {
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V y, typename M::V t, typename M::V w, Scalars) {
+    return g * (positive<M>(t, w) * M::sigmoid(y) - w * t);
+  }
+  // 1 + (w - 1) t, which is 1 without a weight, whatever t.
+  template <class M> static typename M::V positive(typename M::V t, typename M::V w) {
     const auto one = M::fill(1);
-    return (one + (w - one) * t) * M::sigmoid(y) - w * t;
+    return w == one ? one : one + (w - one) * t;
   }
 };
 

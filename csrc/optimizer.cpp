@@ -195,6 +195,8 @@ const at::Tensor* OptimizerStep::state_tensor(PyObject* parameter, PyObject* sta
   }
   if (!THPVariable_Check(found) || !is_plain(found)) return nullptr;
   const at::Tensor& tensor = THPVariable_Unpack(found);
+  TORCH_CHECK(tensor.sizes() == like.sizes(), "fastmlp: the optimizer's state ", py::str(name).cast<std::string>(),
+              " has shape ", tensor.sizes(), ", expected that of its parameter, ", like.sizes());
   return lies_like(tensor, like) ? &tensor : nullptr;
 }
 
@@ -237,6 +239,8 @@ bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tenso
       counter = &missing_.emplace_back(parameter, names().step, at::zeros({}, options)).tensor;
     } else {
       PyObject* step = entry(state, names().step);
+      TORCH_CHECK(!THPVariable_Check(step) || THPVariable_Unpack(step).numel() == 1,
+                  "fastmlp: the optimizer's state step has more than one element");
       fits = is_counter(step);
       if (fits) counter = &THPVariable_Unpack(step);
       entry(state, names().exp_avg);

@@ -83,6 +83,15 @@ const char* obstacle(PyObject* input, c10::ArrayRef<PyObject*> parameters) {
 
 bool is_plain(PyObject* object) { return !tensor_obstacle(object); }
 
+void check_plain(const char* name, PyObject* object) {
+  TORCH_CHECK_TYPE(THPVariable_Check(object), "fastmlp: ", name, " must be a torch.Tensor, got ",
+                   Py_TYPE(object)->tp_name);
+  const at::Tensor& tensor = THPVariable_Unpack(object);
+  TORCH_CHECK(tensor.device().is_cpu(), "fastmlp: ", name, " is on ", tensor.device(), ", expected the CPU");
+  const char* const why = tensor_obstacle(object);
+  TORCH_CHECK(!why, "fastmlp: ", name, " must be a plain tensor: ", why);
+}
+
 bool is_plain(const at::Tensor& tensor) { return !key_obstacle(tensor); }
 
 bool no_mode_is_active() { return !mode_obstacle(); }

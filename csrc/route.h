@@ -18,6 +18,8 @@ const char* obstacle(PyObject* input, c10::ArrayRef<PyObject*> parameters);
 
 // Parts of that: whether an object is a tensor of the CPU and nothing else, and whether nothing watches operations.
 bool is_plain(PyObject* object);
+// Raises TypeError or RuntimeError, which name the argument, if it is not.
+void check_plain(const char* name, PyObject* object);
 bool is_plain(const at::Tensor& tensor);
 bool no_mode_is_active();
 

@@ -143,9 +143,7 @@ bool TrainStep::read_loss(LossSpec& spec, at::Tensor& weight) const {
 // As the loss takes it, gapless.
 c10::MaybeOwned<at::Tensor> TrainStep::check_target(const LossSpec& spec, const Stack& stack, const at::Tensor& input,
                                                     const py::object& target, at::Tensor& weight) const {
-  TORCH_CHECK_TYPE(THPVariable_Check(target.ptr()), "fastmlp: target must be a torch.Tensor, got ",
-                   Py_TYPE(target.ptr())->tp_name);
-  TORCH_CHECK(is_plain(target.ptr()), "fastmlp: target is not a plain tensor of the CPU");
+  check_plain("target", target.ptr());
   const at::Tensor& given = THPVariable_Unpack(target.ptr());
   TORCH_CHECK(!given.requires_grad(), "fastmlp: target requires a gradient, which TrainStep does not compute");
   const int64_t columns = parameters_[stack.weight(stack.layers() - 1)].size(0);
@@ -277,14 +275,15 @@ py::object TrainStep::run(const py::object& given, const py::object& target) {
   LossSpec spec;
   at::Tensor weight;
   if (!read_model(run) || !read_loss(spec, weight)) return py::none();
-  TORCH_CHECK_TYPE(THPVariable_Check(given.ptr()), "fastmlp: input must be a torch.Tensor, got ",
-                   Py_TYPE(given.ptr())->tp_name);
+  check_plain("input", given.ptr());
+  for (PyObject* parameter : run.parameters()) check_plain("a parameter", parameter);
+  const at::Tensor& input = THPVariable_Unpack(given.ptr());
+  const auto dtype = input.scalar_type(), expected = THPVariable_Unpack(run.parameters()[0]).scalar_type();
+  TORCH_CHECK(expected == at::kFloat || expected == at::kDouble, "fastmlp: parameters have dtype ", expected,
+              ", expected float32 or float64");
+  TORCH_CHECK(dtype == expected, "fastmlp: input has dtype ", dtype, ", expected that of the parameters, ", expected);
   const char* const why = obstacle(given.ptr(), run.parameters());
   TORCH_CHECK(!why, "fastmlp: TrainStep cannot run: ", why);
-  const at::Tensor& input = THPVariable_Unpack(given.ptr());
-  const auto dtype = input.scalar_type();
-  TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble, "fastmlp: input has dtype ", dtype,
-              ", expected float32 or float64");
   TORCH_CHECK(!input.requires_grad(), "fastmlp: input requires a gradient, which TrainStep does not compute");
   take_slots(run);
   const c10::intrusive_ptr<Stack> stack = run.stack();

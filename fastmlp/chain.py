@@ -42,7 +42,7 @@ class Link(NamedTuple):
     module: nn.Module
 
 
-def links(model: nn.Module) -> list[Link]:
+def links(model: nn.Module, name: str = "") -> list[Link]:
     """The modules through which `model(input)` passes one after another, with containers dissolved.
 
     The leaves are layers (exactly `torch.nn.Linear` and `fastmlp.Linear`), the activations that have a fused form,
@@ -51,6 +51,7 @@ def links(model: nn.Module) -> list[Link]:
 
     Args:
         model: any module.
+        name: where it is, if it is a part of another one.
 
     Raises:
         TypeError: naming the module and the reason, if the model is not one chain of such modules: hooks, replaced
@@ -62,7 +63,7 @@ def links(model: nn.Module) -> list[Link]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastmlp: model must be a torch.nn.Module, got {type(model).__name__}")
-    return list(_links("", model))
+    return list(_links(name, model))
 
 
 def _links(name: str, module: nn.Module) -> Iterator[Link]:

@@ -235,7 +235,7 @@ def parts(children: Mapping[str, nn.Module | None]) -> list[Run | Alone]:
     for name, child in children.items():
         if child is None:
             raise TypeError(f"child {name!r} is None, expected a module")
-        reason = _why_called(child) or _why_not_in(run, child)
+        reason = why_called(child) or _why_not_in(run, child)
         if reason is not None:
             found.append(Alone(name, child, reason))
             run = None
@@ -247,7 +247,8 @@ def parts(children: Mapping[str, nn.Module | None]) -> list[Run | Alone]:
     return found
 
 
-def _why_called(child: nn.Module) -> str | None:
+def why_called(child: nn.Module) -> str | None:
+    """Why a child cannot be part of any run, or None."""
     kind = type(child)
     if kind not in _FORWARDS:
         return f"{kind.__name__} is not a module that is fused"

@@ -10,7 +10,7 @@ from torch.nn.modules.loss import _Loss
 from fastmlp import optim
 from fastmlp._load import _C
 from fastmlp.chain import Link, links
-from fastmlp.modules import Alone, parts
+from fastmlp.modules import Alone, parts, why_called
 
 __all__ = ["TrainStep"]
 
@@ -125,11 +125,7 @@ class TrainStep:
             IndexError: for a class index out of range.
         """
         loss = self._native.run(input, target)
-        if loss is None:
-            problems = self.explain(self.model, self.loss_fn, self.optimizer)
-            changed = "modules of the model were exchanged since this TrainStep was made; make a new one"
-            raise RuntimeError("fastmlp: TrainStep cannot do this step: " + ("; ".join(problems) or changed))
-        return loss
+        return self._run_changed(input, target) if loss is None else loss
 
     @staticmethod
     def explain(model: nn.Module, loss_fn: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
@@ -165,6 +161,19 @@ is a Rprop, expected exactly an SGD, Adam or AdamW of torch.optim or fastmlp.opt
         names = (type(part).__name__ for part in (self.model, self.loss_fn, self.optimizer))
         return f"{type(self).__name__}({', '.join(names)})"
 
+    def _run_changed(self, input: Tensor, target: Tensor) -> Tensor:
+        problems = self.explain(self.model, self.loss_fn, self.optimizer)
+        if not problems:
+            # Modules were exchanged for others.
+            waiting = self._native.waiting
+            self._build()
+            self._native.waiting = waiting
+            loss = self._native.run(input, target)
+            if loss is not None:
+                return loss
+            problems = ("something watches the calls of all modules",)
+        raise RuntimeError("fastmlp: TrainStep cannot do this step: " + "; ".join(problems))
+
     def _build(self) -> None:
         chain = links(self.model)
         leaves = {link.module for link in chain}
@@ -185,8 +194,21 @@ def _model_problems(model: nn.Module) -> list[str]:
     try:
         chain = links(model)
     except TypeError as error:
-        return [str(error).removeprefix("fastmlp: ")]
+        found = [problem for name, module in model.named_children() for problem in _child_problems(name, module)]
+        text = str(error).removeprefix("fastmlp: ")
+        return found if text in found else [text, *found]
     return _chain_problems(chain) or _parameter_problems(chain)
+
+
+def _child_problems(name: str, module: nn.Module) -> list[str]:
+    try:
+        return [
+            f"{link.name} ({type(link.module).__name__}) cannot run with the others: {reason}"
+            for link in links(module, name)
+            if (reason := why_called(link.module)) is not None
+        ]
+    except TypeError as error:
+        return [str(error).removeprefix("fastmlp: ")]
 
 
 def _chain_problems(chain: Sequence[Link]) -> list[str]:
@@ -211,6 +233,10 @@ def _parameter_problems(chain: Sequence[Link]) -> list[str]:
             if parameter in seen:
                 found.append(f"{name} is {seen[parameter]} once more, whose gradients would have to be added up")
             seen.setdefault(parameter, name)
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                found.append(f"{name} has hooks")
+            if not parameter.is_leaf:
+                found.append(f"{name} is computed from other tensors")
             if parameter.device.type != "cpu":
                 found.append(f"{name} is on {parameter.device}, expected the CPU")
             if parameter.dtype not in _DTYPES:
@@ -244,6 +270,11 @@ def _loss_problems(loss_fn: nn.Module) -> list[str]:
 
 def _optimizer_problems(optimizer: torch.optim.Optimizer) -> list[str]:
     if type(optimizer) in _OPTIMIZERS:
-        return []
+        return [
+            f"group {i} of optimizer is {name}"
+            for i, group in enumerate(optimizer.param_groups)
+            for name in ("differentiable", "capturable")
+            if group.get(name)
+        ]
     expected = "exactly an SGD, Adam or AdamW of torch.optim or fastmlp.optim"
     return [f"optimizer is a {type(optimizer).__name__}, expected {expected}"]

@@ -2,8 +2,6 @@
 // arithmetic is behind the table.
 #pragma once
 
-#include <algorithm>
-
 #include "../loss.h"
 #include "kernel_table.h"
 #include "parallel.h"
@@ -45,8 +43,8 @@ template <class S> class BatchLoss {
     return sum;
   }
 
-  // The loss, from the sum over all rows.
-  double of(double sum) const { return spec.mean ? sum / count : sum; }
+  // The loss, from the sum over all rows. The mean of nothing is no number.
+  double of(double sum) const { return !spec.mean ? sum : (count == 0 ? 0.0 : sum) / count; }
 
  private:
   bool is_ignored(int64_t row) const { return targets.classes[row] == spec.ignore_index; }
@@ -59,12 +57,11 @@ template <class S> class BatchLoss {
   double cross_entropy(Range range, const S* output, S* grad) const {
     double sum = 0;
     for (int64_t i = range.begin; i < range.end; i++, output += columns, grad += columns) {
-      if (is_ignored(i)) {
-        std::fill_n(grad, columns, S{});
-      } else {
-        sum += kernels.cross_entropy(columns, output, targets.classes[i], weight, weights, spec.label_smoothing, scale,
-                                     grad);
-      }
+      // An ignored row has a gradient of zero times its softmax: NaN where that is, as torch has it.
+      const bool ignored = is_ignored(i);
+      const double loss = kernels.cross_entropy(columns, output, ignored ? 0 : targets.classes[i], weight, weights,
+                                                spec.label_smoothing, ignored ? 0 : scale, grad);
+      if (!ignored) sum += loss;
     }
     return sum;
   }

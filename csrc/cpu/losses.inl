@@ -46,7 +46,7 @@ template <class S> struct Loss {
       const V w = weight ? load_up_to(weight + i, left) : M::fill(1);
       const V value = L::template value<M>(y, t, w, p);
       left < lanes ? total.add_first(value, left) : total.add(value);
-      store_up_to(grad + i, by * L::template gradient<M>(y, t, w, p), left);
+      store_up_to(grad + i, L::template gradient<M>(by, y, t, w, p), left);
     }
     total.flush();
     return total.sum;
