@@ -218,10 +218,6 @@ def evaluation(model: Any, optimizer: Optimizer) -> None:
 
 CHANGES: list[Callable[[Any, Optimizer], None]] = [
     replace_parameter,
-    replace_child,
-    other_width,
-    more_children,
-    other_activation,
     load,
     load_by_assignment,
     load_optimizer,
@@ -239,7 +235,11 @@ CHANGES: list[Callable[[Any, Optimizer], None]] = [
 ]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+#: Other modules in place of those that the step was made of.
+EXCHANGES = [replace_child, other_width, more_children, other_activation]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *EXCHANGES], ids=lambda change: change.__name__)
 @pytest.mark.parametrize("options", [{}, {"max_norm": 0.1}], ids=str)
 def test_changes_between_calls(change: Callable[[Any, Optimizer], None], options: dict[str, Any]) -> None:
     def scenario(make: Maker) -> Results:
@@ -250,7 +250,10 @@ def test_changes_between_calls(change: Callable[[Any, Optimizer], None], options
         change(model, optimizer)
         return {"first": first, "second": losses(step)} | everything(model, optimizer)
 
-    assert_equal_to_rounding(scenario, ISAS[-1:])
+    if change in EXCHANGES:
+        right_or_refused(scenario, "modules")
+    else:
+        assert_equal_to_rounding(scenario, ISAS[-1:])
 
 
 def test_a_loss_that_is_changed() -> None:
