@@ -1,7 +1,6 @@
 """What TrainStep does as the loop does: schedulers, hooks, gradients, and changes between calls."""
 
 import copy
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -471,29 +470,6 @@ def test_accumulation(options: dict[str, Any]) -> None:
         return found
 
     assert_equal_to_rounding(scenario, ISAS)
-
-
-# Copies.
-
-
-@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps], ids=["copy", "deepcopy", "pickle"])
-def test_copies_of_a_step(way: Callable[[Any], Any]) -> None:
-    """Either a step of copies that goes on, or an error that names TrainStep."""
-    model = network()
-    step = fastmlp.TrainStep(model, nn.MSELoss(), sgd(model.parameters()))
-    step(*batch())
-    try:
-        copied = way(step)
-    except TypeError as error:
-        assert "TrainStep" in str(error)  # noqa: PT017
-        return
-    made = pickle.loads(copied) if isinstance(copied, bytes) else copied
-    x, y = batch()
-    before = [p.detach().clone() for p in model.parameters()]
-    loss = made(x, y)
-    if way is not copy.copy:
-        assert all(torch.equal(p, value) for p, value in zip(model.parameters(), before, strict=True))
-        assert torch.equal(step(x, y), loss)
 
 
 def test_leading_dimensions_and_layouts() -> None:
