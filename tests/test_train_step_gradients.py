@@ -1,6 +1,8 @@
 """What TrainStep leaves behind besides numbers: whose memory gradients are in, version counters, the state's form."""
 
-from collections.abc import Callable
+import copy
+import pickle
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,14 @@ from torch import Tensor, nn
 import fastmlp
 from tests.test_train_step_rules import F64, batch, gradients_left_behind, network, sgd
 from tests.training import Loop, Optimizer
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
@@ -170,3 +180,39 @@ def test_nothing_is_changed_before_the_last_call() -> None:
     assert [p._version for p in model.parameters()] == [version for _, version in before]
     step(*batch())
     assert len(optimizer.state) == 6
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+@pytest.mark.parametrize("loss_fn", [nn.MSELoss(), nn.BCEWithLogitsLoss(), nn.CrossEntropyLoss()], ids=repr)
+def test_the_same_bits_for_any_number_of_threads(loss_fn: nn.Module, kind: str, isa: str) -> None:
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 300), nn.ReLU(), nn.Linear(300, 40), nn.Tanh(), nn.Linear(40, 30))
+        optimizer = getattr(fastmlp.optim, kind)(model.parameters(), lr=0.01)
+        step = fastmlp.TrainStep(model, loss_fn, optimizer, max_norm=1.0)
+        x, y = torch.randn(3000, 20), torch.rand(3000, 30)
+        losses = [step(x, y.argmax(1) if isinstance(loss_fn, nn.CrossEntropyLoss) else y) for _ in range(2)]
+        results.append([*losses, *(p.detach() for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps], ids=["copy", "deepcopy", "pickle"])
+def test_copies_of_a_step(way: Callable[[Any], Any]) -> None:
+    """Either a step of copies that goes on, or an error that names TrainStep."""
+    model = network()
+    step = fastmlp.TrainStep(model, nn.MSELoss(), sgd(model.parameters()))
+    step(*batch())
+    try:
+        copied = way(step)
+    except TypeError as error:
+        assert "TrainStep" in str(error)  # noqa: PT017
+        return
+    made = pickle.loads(copied) if isinstance(copied, bytes) else copied
+    x, y = batch()
+    before = [p.detach().clone() for p in model.parameters()]
+    loss = made(x, y)
+    if way is not copy.copy:
+        assert all(torch.equal(p, value) for p, value in zip(model.parameters(), before, strict=True))
+        assert torch.equal(step(x, y), loss)

@@ -163,7 +163,7 @@ def test_not_finite_targets(name: str, reduction: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("value", [1e3, 1e30, -1e30, 3e38], ids=str)
+@pytest.mark.parametrize("value", [1e3, 1e30, -1e30, 1e37], ids=str)
 @pytest.mark.parametrize(("name", "reduction"), CASES)
 def test_large_outputs(name: str, reduction: str, value: float, dtype: torch.dtype) -> None:
     """Exponentials of differences do not overflow; squares do, where torch's do."""

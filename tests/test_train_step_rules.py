@@ -1,7 +1,6 @@
 """What TrainStep does as the loop does: schedulers, hooks, gradients, and changes between calls."""
 
 import copy
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -218,10 +217,6 @@ def evaluation(model: Any, optimizer: Optimizer) -> None:
 
 CHANGES: list[Callable[[Any, Optimizer], None]] = [
     replace_parameter,
-    replace_child,
-    other_width,
-    more_children,
-    other_activation,
     load,
     load_by_assignment,
     load_optimizer,
@@ -239,7 +234,11 @@ CHANGES: list[Callable[[Any, Optimizer], None]] = [
 ]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+#: Other modules in place of those that the step was made of.
+EXCHANGES = [replace_child, other_width, more_children, other_activation]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *EXCHANGES], ids=lambda change: change.__name__)
 @pytest.mark.parametrize("options", [{}, {"max_norm": 0.1}], ids=str)
 def test_changes_between_calls(change: Callable[[Any, Optimizer], None], options: dict[str, Any]) -> None:
     def scenario(make: Maker) -> Results:
@@ -250,7 +249,10 @@ def test_changes_between_calls(change: Callable[[Any, Optimizer], None], options
         change(model, optimizer)
         return {"first": first, "second": losses(step)} | everything(model, optimizer)
 
-    assert_equal_to_rounding(scenario, ISAS[-1:])
+    if change in EXCHANGES:
+        right_or_refused(scenario, "modules")
+    else:
+        assert_equal_to_rounding(scenario, ISAS[-1:])
 
 
 def test_a_loss_that_is_changed() -> None:
@@ -468,29 +470,6 @@ def test_accumulation(options: dict[str, Any]) -> None:
         return found
 
     assert_equal_to_rounding(scenario, ISAS)
-
-
-# Copies.
-
-
-@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps], ids=["copy", "deepcopy", "pickle"])
-def test_copies_of_a_step(way: Callable[[Any], Any]) -> None:
-    """Either a step of copies that goes on, or an error that names TrainStep."""
-    model = network()
-    step = fastmlp.TrainStep(model, nn.MSELoss(), sgd(model.parameters()))
-    step(*batch())
-    try:
-        copied = way(step)
-    except TypeError as error:
-        assert "TrainStep" in str(error)  # noqa: PT017
-        return
-    made = pickle.loads(copied) if isinstance(copied, bytes) else copied
-    x, y = batch()
-    before = [p.detach().clone() for p in model.parameters()]
-    loss = made(x, y)
-    if way is not copy.copy:
-        assert all(torch.equal(p, value) for p, value in zip(model.parameters(), before, strict=True))
-        assert torch.equal(step(x, y), loss)
 
 
 def test_leading_dimensions_and_layouts() -> None:
