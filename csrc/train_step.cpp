@@ -2,6 +2,7 @@
 #include "train_step.h"
 
 #include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -55,9 +56,15 @@ template <class T> bool read_number(PyObject* attributes, PyObject* name, T& val
   return true;
 }
 
-bool has_hooks(const at::Tensor& parameter) {
-  const auto* meta = torch::autograd::impl::get_autograd_meta(parameter);
-  return meta && (!meta->hooks_.empty() || meta->post_acc_grad_hooks_);
+bool has_hooks(PyObject* parameter) {
+  const auto* meta = torch::autograd::impl::get_autograd_meta(THPVariable_Unpack(parameter));
+  if (!meta || (meta->hooks_.empty() && !meta->post_acc_grad_hooks_)) return false;
+  // Dictionaries of hooks, which may be empty.
+  const auto filled = [&](const char* name) {
+    const py::object hooks = py::handle(parameter).attr(name);
+    return !hooks.is_none() && py::len(hooks) > 0;
+  };
+  return filled("_backward_hooks") || filled("_post_accumulate_grad_hooks");
 }
 
 // Whether nobody but the parameter sees a gradient's memory, so that it may be written again where the loop would take
@@ -192,7 +199,7 @@ void TrainStep::take_slots(const Run& run) {
     Slot& slot = slots_.emplace_back();
     slot.object = object;
     slot.needed = parameter.requires_grad();
-    TORCH_CHECK(!slot.needed || (parameter.is_leaf() && !has_hooks(parameter)),
+    TORCH_CHECK(!slot.needed || (parameter.is_leaf() && !has_hooks(object)),
                 "fastmlp: a parameter has hooks, or is computed from another one, which TrainStep would not see");
     parameters_.push_back(parameter);
   }
@@ -284,6 +291,8 @@ py::object TrainStep::run(const py::object& given, const py::object& target) {
   TORCH_CHECK(dtype == expected, "fastmlp: input has dtype ", dtype, ", expected that of the parameters, ", expected);
   const char* const why = obstacle(given.ptr(), run.parameters());
   TORCH_CHECK(!why, "fastmlp: TrainStep cannot run: ", why);
+  TORCH_CHECK(!at::autocast::is_autocast_enabled(at::kCPU),
+              "fastmlp: TrainStep cannot run under autocast, which would change the dtype of the layers");
   TORCH_CHECK(!input.requires_grad(), "fastmlp: input requires a gradient, which TrainStep does not compute");
   take_slots(run);
   const c10::intrusive_ptr<Stack> stack = run.stack();

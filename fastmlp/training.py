@@ -194,7 +194,8 @@ def _model_problems(model: nn.Module) -> list[str]:
     try:
         chain = links(model)
     except TypeError as error:
-        found = [problem for name, module in model.named_children() for problem in _child_problems(name, module)]
+        children = model.named_children() if isinstance(model, nn.Module) else ()
+        found = [problem for name, module in children for problem in _child_problems(name, module)]
         text = str(error).removeprefix("fastmlp: ")
         return found if text in found else [text, *found]
     return _chain_problems(chain) or _parameter_problems(chain)

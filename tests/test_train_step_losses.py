@@ -73,8 +73,9 @@ def same_kinds(
     y: Tensor,
     change: Callable[[Any], None] = lambda model: None,
     options: dict[str, Any] | None = None,
+    exact_loss: Tensor | None = None,
 ) -> Results:
-    """NaN and infinities of either sign where the loop has them, on every instruction set."""
+    """NaN and infinities of either sign where the loop has them, or the exact loss, on every instruction set."""
     results: list[Results] = []
     for isa in (None, *ISAS):
         torch.manual_seed(3)
@@ -85,6 +86,8 @@ def same_kinds(
             fastmlp.set_isa(isa)
         make: Maker = Loop if isa is None else fastmlp.TrainStep
         results.append(after_one_step(make, model, loss_fn, x, y, **(options or {})))
+        if exact_loss is not None:
+            results[0]["loss"] = exact_loss
         for name, value in results[0].items():
             assert torch.equal(kinds(results[-1][name]), kinds(value)), f"{isa}: {name}"
     return results[0]
@@ -166,13 +169,25 @@ def test_not_finite_targets(name: str, reduction: str, value: float) -> None:
 @pytest.mark.parametrize("value", [1e3, 1e30, -1e30, 1e37], ids=str)
 @pytest.mark.parametrize(("name", "reduction"), CASES)
 def test_large_outputs(name: str, reduction: str, value: float, dtype: torch.dtype) -> None:
-    """Exponentials of differences do not overflow; squares do, where torch's do."""
+    """Exponentials of differences do not overflow; squares do, where torch's do.
+
+    A mean whose sum would overflow is a number: losses are added up in double precision.
+    """
     loss_fn = LOSSES[name](dtype, reduction)
 
     def change(model: Any) -> None:
         model[2].bias[1] = value
 
-    found = same_kinds(loss_fn, torch.randn(6, 4, dtype=dtype), target_of(loss_fn, (6,), dtype), change)
+    x, y = torch.randn(6, 4, dtype=dtype), target_of(loss_fn, (6,), dtype)
+    exact = None
+    if name != "MSE" and reduction == "mean":
+        torch.manual_seed(3)
+        model = network(dtype)
+        with torch.no_grad():
+            change(model)
+        exact = LOSSES[name](F64, reduction)(model.double()(x.double()), y if y.dtype == torch.int64 else y.double())
+        exact = exact.detach().to(dtype)
+    found = same_kinds(loss_fn, x, y, change, exact_loss=exact)
     if name != "MSE" and value == 1e3:
         assert bool(found["loss"].isfinite())
 
