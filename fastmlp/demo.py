@@ -238,8 +238,8 @@ def summary(results: Sequence[Result]) -> str:
     )
     return (
         f"Proved: in {steps} float64 steps fastmlp equals PyTorch within rounding, in its loop, by TrainStep and "
-        f"frozen, and reads {accuracy:.1%} of unseen digits or more; measured: {loop} times PyTorch's speed in the loop, "
-        f"{step} by TrainStep, {frozen} in predictions."
+        f"frozen, and reads {accuracy:.1%} of unseen digits or more; measured: {loop} times PyTorch's speed in the "
+        f"loop, {step} by TrainStep, {frozen} in predictions."
     )
 
 
