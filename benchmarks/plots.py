@@ -20,14 +20,12 @@ from benchmarks.timing import Row
 #: Whose peaks and points are drawn, in which color and with which marker.
 DTYPES = (("float32", "black", "o"), ("bfloat16", "tab:purple", "^"))
 
-#: Of each contender, those of eager and ours first.
-COLORS = dict(
-    zip(
-        (kind.name for kind in CONTENDERS),
-        [*(f"tab:{name}" for name in "gray red orange green blue purple brown pink olive cyan".split()), "black"],
-        strict=True,
-    )
+#: Of the contenders, in their order: those of eager and ours first.
+PALETTE = (
+    *("tab:gray", "tab:red", "tab:orange", "tab:green", "tab:blue"),
+    *("tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black"),
 )
+COLORS = dict(zip((kind.name for kind in CONTENDERS), PALETTE, strict=True))
 
 
 def roofline(rows: Sequence[Row], machine: Machine, path: Path) -> None:
