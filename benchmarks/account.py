@@ -13,7 +13,7 @@ from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 from rich.table import Table
@@ -27,7 +27,7 @@ from benchmarks.machine import describe, peak
 from benchmarks.plots import stacked
 from benchmarks.tables import console
 from benchmarks.targets import find
-from benchmarks.timing import Effort, race
+from benchmarks.timing import AWAKE, Effort, race
 from benchmarks.workloads import Workload
 from fastmlp import _C
 
@@ -95,14 +95,17 @@ class Clocked:
     def __init__(self, contender: ModuleContender) -> None:
         self.contender = contender
         self.means: list[list[float]] = []
+        self.disturbed: list[list[float]] = []
 
     def __call__(self) -> None:
         """Do `STEPS` steps after one that does not count, and note what each line took, and a reading, on average."""
         sums = [0.0] * (len(LINES) + 1)
+        began, ran = perf_counter(), process_time()
         for readings in islice(self._steps(), 1, STEPS + 1):
             for i, (start, end) in enumerate(pairwise(readings)):
                 sums[i] += end - start
-        self.means.append([total / STEPS for total in sums])
+        awake = process_time() - ran > AWAKE * (perf_counter() - began)
+        (self.means if awake else self.disturbed).append([total / STEPS for total in sums])
 
     def _steps(self) -> Iterator[tuple[float, ...]]:
         """Step, and yield the clock before each line, after the last, and once more for what a reading takes."""
@@ -123,8 +126,8 @@ class Clocked:
             yield start, zeroed, forward, compared, backward, stepped, perf_counter()
 
     def lines(self) -> dict[str, float]:
-        """Return the seconds of each line, less those of a reading."""
-        *lines, reading = (median(means) for means in zip(*self.means, strict=True))
+        """Return the seconds of each line, less those of a reading, from calls in which the process kept running."""
+        *lines, reading = (median(means) for means in zip(*(self.means or self.disturbed), strict=True))
         return {name: seconds - reading for name, seconds in zip(LINES, lines, strict=True)}
 
 
@@ -145,17 +148,23 @@ def take_apart(workload: Workload, effort: Effort) -> tuple[list[Account], list[
     for kind in kinds:
         verify(kind(workload))
     clocked = {way: Clocked(kind(workload)) for way, kind in LOOPS.items()}
-    calls: dict[str, Callable[[], Any]] = {way: kind(workload).call for way, kind in LOOPS.items()}
+    calls: dict[str, Callable[[], Any]] = {way: partial(_repeat, kind(workload).call) for way, kind in LOOPS.items()}
     for way, loop in clocked.items():
         calls[f"{way}, clocked"] = loop
     samples = race(calls | _steps(workload), effort)
 
     accounts = []
     for way, loop in clocked.items():
-        lines, total = loop.lines(), median(samples[way])
+        lines, total = loop.lines(), median(samples[way]) / (1 + STEPS)
         accounts.append(Account(workload.name, way, lines | {REST: total - sum(lines.values())}, total))
     parts = list(_parts(samples, workload.batch))
     return [*accounts, _account(workload, parts, median(samples[STEP]))], parts
+
+
+def _repeat(step: Callable[[], Any]) -> None:
+    """Step as often as `Clocked` does, so that caches are as warm."""
+    for _ in range(1 + STEPS):
+        step()
 
 
 def _steps(workload: Workload) -> dict[str, Callable[[], Any]]:
@@ -166,34 +175,48 @@ def _steps(workload: Workload) -> dict[str, Callable[[], Any]]:
     return {
         STEP: _step(workload),
         "no .grad": _step(workload, keep_grads=False),
-        "no update": _step(workload, update=False),
-        "no backward": _step(workload, update=False, backward=False),
-        "one row": _step(one_row, update=False, backward=False),
+        "update": _update(workload),
+        "update of one": _update(workload, most=False),
+        "no backward": _step(workload, most=False),
+        "one row": _step(one_row, most=False),
         "call": partial(_C.obstacle, whole.input, (whole.target,)),
         "frozen": partial(frozen, whole.input),
         "frozen, one row": partial(frozen_few, few.input),
     }
 
 
-def _step(workload: Workload, update: bool = True, backward: bool = True, keep_grads: bool = True) -> Callable[[], Any]:
-    """Return a step that updates nothing but the last bias, or in which nothing else even has a gradient."""
+def _step(workload: Workload, most: bool = True, keep_grads: bool = True) -> Callable[[], Any]:
+    """Return `TrainStep`'s call, in which all parameters require a gradient or, without most, the last bias only."""
     own = Fastmlp(workload)
-    *others, last = own.model.parameters()
+    *others, _ = own.model.parameters()
     for parameter in others:
-        parameter.requires_grad_(backward)
-    optimizer = own.optimizer if update else workload.optimize([last])
-    return partial(fastmlp.TrainStep(own.model, own.loss, optimizer, keep_grads=keep_grads), own.input, own.target)
+        parameter.requires_grad_(most)
+    step = fastmlp.TrainStep(own.model, own.loss, own.optimizer, keep_grads=keep_grads)
+    return partial(step, own.input, own.target)
+
+
+def _update(workload: Workload, most: bool = True) -> Callable[[], Any]:
+    """Return the step of our optimizer, which finds a gradient at all parameters or, without most, at the last bias."""
+    own = FastmlpOptim(workload)
+    own.step()
+    *others, _ = own.model.parameters()
+    for parameter in others:
+        parameter.grad = parameter.grad if most else None
+    return own.optimizer.step
 
 
 def _parts(samples: Mapping[str, Sequence[float]], rows: int) -> Iterator[Part]:
     def less(more: str, fewer: str) -> float:
         return median(a - b for a, b in zip(samples[more], samples[fewer], strict=True))
 
-    yield Part("optimizer", "all parameters in the optimizer, less the last bias only", less(STEP, "no update"))
+    both, update = less(STEP, "no backward"), less("update", "update of one")
+    yield Part(
+        "optimizer", "fastmlp.optim's step alone: all parameters have a gradient, less the last bias only", update
+    )
     yield Part(
         "backward",
-        "the optimizer has the last bias only: all parameters require a gradient, less the last bias only",
-        less("no update", "no backward"),
+        "all parameters require a gradient, less the last bias only; less the optimizer, as above",
+        both - update,
     )
     yield Part("  of it: .grad", "keep_grads=True, less keep_grads=False", less(STEP, "no .grad"))
     yield Part(

@@ -17,9 +17,15 @@ from benchmarks.contenders import CONTENDERS, OWN, YARDSTICK
 from benchmarks.machine import Machine
 from benchmarks.timing import Row
 
-#: Whose peaks and points are drawn, in which color and with which marker; the colors of points are eager's and ours.
+#: Whose peaks and points are drawn, in which color and with which marker.
 DTYPES = (("float32", "black", "o"), ("bfloat16", "tab:purple", "^"))
-COLORS = dict(zip((YARDSTICK, *OWN), ("tab:gray", "tab:red", "tab:orange", "tab:green", "tab:blue"), strict=True))
+
+#: Of the contenders, in their order: those of eager and ours first.
+PALETTE = (
+    *("tab:gray", "tab:red", "tab:orange", "tab:green", "tab:blue"),
+    *("tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black"),
+)
+COLORS = dict(zip((kind.name for kind in CONTENDERS), PALETTE, strict=True))
 
 
 def roofline(rows: Sequence[Row], machine: Machine, path: Path) -> None:
@@ -34,12 +40,12 @@ def roofline(rows: Sequence[Row], machine: Machine, path: Path) -> None:
         axes.plot((ends[0], corner, ends[1]), (ends[0] * read, corner * read, peak), color=color, lw=1)
         axes.annotate(f"{name}: {peak:.0f} GFLOP/s", (ends[1], peak), ha="right", va="bottom", color=color)
     axes.annotate(f"memory: {read:.1f} GB/s", (ends[0], ends[0] * read), rotation=35, va="bottom")
-    for contender, color in COLORS.items():
+    for contender in (YARDSTICK, *OWN):
         for dtype, _, marker in DTYPES:
             found = [row for row in rows if (row.contender, row.dtype) == (contender, dtype)]
             places = [row.intensity for row in found], [row.gflops for row in found]
             if found:
-                axes.scatter(*places, 18, color, marker=marker, label=f"{contender}, {dtype}")
+                axes.scatter(*places, 18, COLORS[contender], marker=marker, label=f"{contender}, {dtype}")
     axes.set(
         xscale="log", yscale="log", xlabel="operations for each byte in or out", ylabel="GFLOP/s", title=str(machine)
     )
@@ -64,8 +70,8 @@ def speedups(rows: Sequence[Row], machine: Machine, path: Path) -> None:
         if found:
             size, marker = (40, "D") if kind.ours else (16, "o")
             places = [workloads.index(row.workload) for row in found]
-            color = COLORS.get(kind.name)
-            axes.scatter([row.speedup for row in found], places, size, color, marker=marker, label=kind.name)
+            ratios = [row.speedup for row in found]
+            axes.scatter(ratios, places, size, COLORS[kind.name], marker=marker, label=kind.name)
     axes.axvline(1, color="black", lw=1)
     axes.set(xscale="log", xlabel=f"x {YARDSTICK}", title=str(machine), ylim=(len(workloads), -1))
     _plain(axes.xaxis)

@@ -161,8 +161,8 @@ def closeness_of(result: Result) -> list[str]:
 def speed_of(result: Result) -> list[str]:
     """How fast it was learnt."""
     names = (NATIVE, FAST, STEPPED)
-    times = [f"{1e3 * result.race.epoch(name):.1f}" for name in names]
-    return [*times, *(f"{result.race.speedup(name):#.2g}" for name in names[1:])]
+    times = [three_digits(1e3 * result.race.epoch(name)) for name in names]
+    return [*times, *(three_digits(result.race.speedup(name)) for name in names[1:])]
 
 
 def serving_of(result: Result) -> list[str]:
@@ -171,9 +171,14 @@ def serving_of(result: Result) -> list[str]:
     predictions = result.race.predictions
     return [
         *(score.format(contender.score()) for contender in result.race.contenders.values()),
-        *(f"{1e6 * predictions[name]:.1f}" for name in (NATIVE, FROZEN)),
-        f"{result.race.speedup(FROZEN):#.2g}",
+        *(three_digits(1e6 * predictions[name]) for name in (NATIVE, FROZEN)),
+        three_digits(result.race.speedup(FROZEN)),
     ]
+
+
+def three_digits(value: float) -> str:
+    """Three of a number from 1 to 999: 1.23, 12.3, 123."""
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def threads() -> str:
@@ -227,13 +232,14 @@ def summary(results: Sequence[Result]) -> str:
     steps = sum(result.float64.steps for result in results)
     classifiers = [result.race for result in results if result.task.classifies]
     accuracy = min(run.contenders[name].score() for run in classifiers for name in (FAST, STEPPED))
-    speedups = {
-        name: geometric_mean([result.race.speedup(name) for result in results]) for name in (FAST, STEPPED, FROZEN)
-    }
+    loop, step, frozen = (
+        three_digits(geometric_mean([result.race.speedup(name) for result in results]))
+        for name in (FAST, STEPPED, FROZEN)
+    )
     return (
         f"Proved: in {steps} float64 steps fastmlp equals PyTorch within rounding, in its loop, by TrainStep and "
-        f"frozen, and reads {accuracy:.1%} of unseen digits or more; measured: {speedups[FAST]:#.2g} times PyTorch's "
-        f"speed in the loop, {speedups[STEPPED]:#.2g} by TrainStep, {speedups[FROZEN]:#.2g} in predictions."
+        f"frozen, and reads {accuracy:.1%} of unseen digits or more; measured: {loop} times PyTorch's speed in the "
+        f"loop, {step} by TrainStep, {frozen} in predictions."
     )
 
 
