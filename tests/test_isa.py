@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,5 +107,8 @@ def test_best_is_the_default() -> None:
     code = "import fastmlp; print(fastmlp.get_isa())"
     environment = {k: v for k, v in os.environ.items() if k != "FASTMLP_ISA"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    supported = [str(i["name"]) for i in _C.instruction_sets() if i["supported"]]
+    # Intel's processors multiply pairs of bfloat16 at half the rate of float32.
+    cpuinfo = Path("/proc/cpuinfo")
+    slow = "avx512_bf16" if cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text(encoding="utf-8") else None
+    supported = [str(i["name"]) for i in _C.instruction_sets() if i["supported"] and i["name"] != slow]
     assert done.stdout.strip() == supported[-1]

@@ -26,7 +26,7 @@ unsigned decode_features(const CpuidWords& words);
 const std::vector<const KernelTable*>& tables();
 bool supported(const KernelTable& table);
 
-// The table in use: the last supported one unless set_active chose another.
+// The table in use: the fastest supported one unless set_active chose another.
 const KernelTable& active();
 // Throws std::invalid_argument for a name that is unknown, or not supported here.
 void set_active(const std::string& name);

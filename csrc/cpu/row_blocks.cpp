@@ -79,6 +79,7 @@ template <class S> class Forward {
         width(widest(network, layers)),
         block(block_rows<S>(network, layers, rows)),
         copies_input(must_be_copied<S>(input)) {
+    steps.reserve(layers.end - layers.first);
     for (size_t l = layers.first; l < layers.end; l++) {
       const Layer& layer = network.layers[l];
       const bool in_place = layer.weight.column_stride == 1;
@@ -512,6 +513,7 @@ double train_blocks(const KernelTable& table, const StepPass& pass, const BatchL
 
 template <class S> std::vector<Layers> divide(const Network& network) {
   std::vector<Layers> all;
+  all.reserve(network.layers.size());
   int64_t bytes = 0;
   for (size_t l = 0; l < network.layers.size(); l++) {
     const Layer& layer = network.layers[l];

@@ -70,12 +70,14 @@ template <class S> double train_layers(const StepPass& pass, const BatchLoss<S>&
 }  // namespace
 
 size_t train_bytes(const StepPass& pass) {
-  return with_storage(pass.backward.network.dtype, [&](auto storage) {
+  const Network& network = pass.backward.network;
+  const auto of = [&](auto storage) {
     using S = decltype(storage);
     Carver measure;
-    if (!is_narrow_throughout<S>(pass.backward.network)) Kept<S>(pass.backward.network, measure);
+    if (!is_narrow_throughout<S>(network)) Kept<S>(network, measure);
     return measure.used();
-  });
+  };
+  return network.dtype == DType::float64 ? of(double{}) : of(float{});
 }
 
 double train(const StepPass& pass, void* memory, int threads) {
