@@ -9,6 +9,7 @@
 #include "autograd.h"
 #include "checks.h"
 #include "cpu/dispatch.h"
+#include "frozen.h"
 #include "operators.h"
 #include "route.h"
 #include "sequential.h"
@@ -99,6 +100,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("run_children", &run_children);
   m.def("run_layer", &run_layer);
   m.def("call_module", &call_module);
+  add_frozen(m);
   m.def("activations", &activations);
   m.def("instruction_sets", &instruction_sets);
   m.def("dtypes", [] { return std::vector<std::string>{"float32", "float64", "bfloat16", "float16"}; });
