@@ -415,9 +415,10 @@ void load(const py::handle& self, const std::vector<at::Tensor>& weights,
     layer.activation = stack.activation(l);
     if (!biases[l]) continue;
     const at::Tensor& bias = *biases[l];
-    TORCH_CHECK(bias.dim() == 1 && bias.size(0) == layer.out_features && bias.scalar_type() == sums &&
-                    bias.device().is_cpu(),
-                "fastmlp: biases[", l, "] must be a vector on the CPU, of what is computed in");
+    TORCH_CHECK(bias.dim() == 1 && bias.size(0) == layer.out_features, "fastmlp: biases[", l, "] has shape ",
+                bias.sizes(), ", expected [", layer.out_features, "], the out_features of weights[", l, "]");
+    TORCH_CHECK(bias.scalar_type() == sums && bias.device().is_cpu(), "fastmlp: biases[", l, "] must be ", sums,
+                " on the CPU");
     layer.bias = {bias.data_ptr(), bias.stride(0)};
   }
   State& state = state_of(self.ptr());

@@ -74,8 +74,8 @@ class FrozenMLP(_C.Frozen):
       counters and data pointers) or replaced, or modules were exchanged, and then reads them again before it computes.
       Modes are only looked at where modules were exchanged. Writes through `.data`, to attributes of activations, and
       to tensors made in inference mode are not seen: call `refresh()`.
-    - It holds no strong reference to the model, and outlives it with the weights that it has. So does a copy or a pickle,
-      which holds the weights and not the model, and is packed for the instruction set where it is read.
+    - It holds no strong reference to the model, and outlives it with the weights that it has. A copy or a pickle holds
+      the weights and not the model, and is packed for the instruction set where it is read.
 
     Raises:
         TypeError: if the input is neither a tensor nor a `numpy.ndarray`, or `out` is not of its kind.
@@ -245,7 +245,7 @@ class _Stage:
             raise RuntimeError(
                 f"fastmlp: {self.name}.weight has dtype {dtype}, expected one of {', '.join(_C.dtypes())}"
             )
-        for norm in self.before:
+        for norm in reversed(self.before):
             scale, shift = _affine(_alive(norm), self.name)
             weight = weight.double()
             bias = weight @ shift if bias is None else bias.double() + weight @ shift
@@ -339,7 +339,9 @@ def _watched(model: nn.Module, chain: Sequence[Link]) -> list[_Watched]:
             parent, _, key = name.rpartition(".")
             above = add(parent, model.get_submodule(parent), False) if name else 0
             parameters = ("weight", "bias") if isinstance(module, (nn.Linear, nn.BatchNorm1d)) else ()
-            buffers = ("running_mean", "running_var") if isinstance(module, nn.BatchNorm1d) else ()
+            # Training changes the statistics without counting their versions, but counts its batches.
+            statistics = ("running_mean", "running_var", "num_batches_tracked")
+            buffers = statistics if isinstance(module, nn.BatchNorm1d) else ()
             places[name] = len(found)
             found.append((above, key, module, -1 if leaf else len(module._modules), parameters, buffers))
         return places[name]
