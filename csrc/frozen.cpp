@@ -38,17 +38,28 @@ struct State {
 };
 
 struct Frozen {
-  PyObject_HEAD
+  PyObject object;  // first, for Python
   State* state;
 };
 
-State& state_of(PyObject* self) { return *reinterpret_cast<Frozen*>(self)->state; }
+PyTypeObject* frozen_type = nullptr;
 
-const FrozenNetwork& network_of(PyObject* self) {
-  const auto& network = state_of(self).network;
-  TORCH_CHECK(network, "fastmlp: this FrozenMLP holds no network; fastmlp.freeze makes one that does");
-  return *network;
+State& state_of(PyObject* self) {
+  TORCH_CHECK_TYPE(PyObject_TypeCheck(self, frozen_type), "fastmlp: expected a FrozenMLP, got ",
+                   Py_TYPE(self)->tp_name);
+  return *reinterpret_cast<Frozen*>(self)->state;
 }
+
+const std::shared_ptr<const FrozenNetwork>& network_of(const State& state) {
+  TORCH_CHECK(state.network, "fastmlp: this FrozenMLP holds no network; fastmlp.freeze makes one that does");
+  return state.network;
+}
+
+// What one call works with: another thread may replace the network meanwhile.
+struct Call {
+  std::shared_ptr<const FrozenNetwork> network;
+  bool matrices_only;
+};
 
 struct Known {
   PyObject* input = PyUnicode_InternFromString("input");
@@ -99,12 +110,17 @@ void follow_isa(State& state) {
   if (&state.network->table() != &active) state.network = state.network->packed_for(active);
 }
 
-void run(const State& state, const InputRows& input, void* output) {
+void run(const Call& call, const InputRows& input, void* output) {
   const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  if (state.network->multiply_adds() * double(input.count()) < kept_gil) return state.network->run(input, output, threads);
-  const auto network = state.network;  // another thread may replace it
-  const py::gil_scoped_release release;
-  network->run(input, output, threads);
+  const bool tiny = call.network->multiply_adds() * double(input.count()) < kept_gil;
+  PyThreadState* const thread = tiny ? nullptr : PyEval_SaveThread();
+  try {
+    call.network->run(input, output, threads);
+  } catch (...) {
+    if (thread) PyEval_RestoreThread(thread);
+    throw;
+  }
+  if (thread) PyEval_RestoreThread(thread);
 }
 
 // Whether [a, a + bytes) and the elements of a strided input may share memory.
@@ -130,21 +146,21 @@ struct View {
   InputRows rows() const { return {data, dims - 1, sizes, steps, steps[dims - 1]}; }
 };
 
-void check_shape(const State& state, const View& x) {
-  const int64_t features = state.network->in_features();
+void check_shape(const Call& call, const View& x) {
+  const int64_t features = call.network->in_features();
   TORCH_CHECK(x.dims > 0, "fastmlp: input has no dimension, expected at least one, of size in_features");
   TORCH_CHECK(x.sizes[x.dims - 1] == features, "fastmlp: input has shape ", x.shape(), ", expected ", features,
               " in the last dimension, the in_features of the frozen network");
-  TORCH_CHECK(!state.matrices_only || x.dims == 2, "fastmlp: input has shape ", x.shape(),
+  TORCH_CHECK(!call.matrices_only || x.dims == 2, "fastmlp: input has shape ", x.shape(),
               ", expected two dimensions, since a BatchNorm1d takes its features from the second one");
 }
 
 // The shape of the output of x.
-View result_of(const State& state, const View& x) {
+View result_of(const Call& call, const View& x) {
   View result;
   result.dims = x.dims;
   std::copy_n(x.sizes, x.dims, result.sizes);
-  result.sizes[x.dims - 1] = state.network->out_features();
+  result.sizes[x.dims - 1] = call.network->out_features();
   return result;
 }
 
@@ -164,15 +180,15 @@ void check_plain(PyObject* object, const char* name, const PyObject* input) {
               "; call the model that it was made from");
 }
 
-void check_dtype(const State& state, const char* name, const at::Tensor& tensor) {
-  const at::ScalarType expected = scalar_type_of(state.network->end_dtype());
+void check_dtype(const Call& call, const char* name, const at::Tensor& tensor) {
+  const at::ScalarType expected = scalar_type_of(call.network->end_dtype());
   TORCH_CHECK(tensor.scalar_type() == expected, "fastmlp: ", name, " has dtype ", tensor.scalar_type(), ", expected ",
               expected, ", the dtype of the frozen network");
 }
 
-PyObject* call_tensor(const State& state, PyObject* object, PyObject* out) {
+PyObject* call_tensor(const Call& call, PyObject* object, PyObject* out) {
   const at::Tensor& input = THPVariable_Unpack(object);
-  check_dtype(state, "input", input);
+  check_dtype(call, "input", input);
   const bool plain = !obstacle(object, out ? c10::ArrayRef<PyObject*>(out) : c10::ArrayRef<PyObject*>());
   if (!plain) {
     check_plain(object, "input", object);
@@ -190,19 +206,19 @@ PyObject* call_tensor(const State& state, PyObject* object, PyObject* out) {
     x.sizes[d] = input.size(d);
     x.steps[d] = input.stride(d) * element;
   }
-  check_shape(state, x);
+  check_shape(call, x);
   x.data = static_cast<const char*>(input.const_data_ptr());
-  const View result = result_of(state, x);
+  const View result = result_of(call, x);
   if (!out) {
     // Past the dispatcher, which would find the same.
     at::Tensor output = at::detail::empty_cpu(result.shape(), input.scalar_type());
     void* const data = output.data_ptr();
     cpu::prefer_huge_pages(data, output.nbytes());
-    run(state, x.rows(), data);
+    run(call, x.rows(), data);
     return THPVariable_Wrap(std::move(output));
   }
   const at::Tensor& output = THPVariable_Unpack(out);
-  check_dtype(state, "out", output);
+  check_dtype(call, "out", output);
   TORCH_CHECK(output.sizes() == result.shape(), "fastmlp: out has shape ", output.sizes(), ", expected ",
               result.shape());
   TORCH_CHECK(output.is_contiguous(), "fastmlp: out has strides ", output.strides(), ", expected a contiguous tensor");
@@ -213,7 +229,7 @@ PyObject* call_tensor(const State& state, PyObject* object, PyObject* out) {
   void* const data = output.mutable_data_ptr();
   check_apart(x, static_cast<const char*>(data), int64_t(output.nbytes()), element);
   if (!output.is_inference()) output.unsafeGetTensorImpl()->bump_version();
-  run(state, x.rows(), data);
+  run(call, x.rows(), data);
   return Py_NewRef(out);
 }
 
@@ -243,8 +259,8 @@ bool is_array(PyObject* object) {
 
 constexpr int numpy_half = 23;  // NPY_HALF, which pybind11 does not list
 
-int numpy_type(const State& state) {
-  switch (state.network->end_dtype()) {
+int numpy_type(const Call& call) {
+  switch (call.network->end_dtype()) {
     case DType::float32:
       return py::detail::npy_api::NPY_FLOAT_;
     case DType::float64:
@@ -261,13 +277,14 @@ int numpy_type(const State& state) {
 
 const Array& array_of(PyObject* object) { return *reinterpret_cast<const Array*>(object); }
 
-void check_numpy_dtype(const State& state, const char* name, PyObject* object) {
+void check_numpy_dtype(const Call& call, const char* name, PyObject* object) {
   const auto* descr = reinterpret_cast<const py::detail::PyArrayDescr_Proxy*>(array_of(object).descr);
-  const int expected = numpy_type(state);
+  const int expected = numpy_type(call);
   if (descr->type_num == expected && (descr->byteorder == '=' || descr->byteorder == '|')) return;
   const auto own = py::reinterpret_borrow<py::object>(array_of(object).descr);
   TORCH_CHECK(false, "fastmlp: ", name, " has dtype ", py::str(own).cast<std::string>(), ", expected ",
-              py::str(py::dtype(expected)).cast<std::string>(), " in native byte order, the dtype of the frozen network");
+              py::str(py::dtype(expected)).cast<std::string>(),
+              " in native byte order, the dtype of the frozen network");
 }
 
 View view_of(PyObject* object) {
@@ -282,28 +299,28 @@ View view_of(PyObject* object) {
   return view;
 }
 
-PyObject* call_array(const State& state, PyObject* object, PyObject* out) {
+PyObject* call_array(const Call& call, PyObject* object, PyObject* out) {
   using py::detail::npy_api;
-  check_numpy_dtype(state, "input", object);
+  check_numpy_dtype(call, "input", object);
   TORCH_CHECK(array_of(object).nd <= most_dimensions, "fastmlp: input has ", array_of(object).nd,
               " dimensions, expected at most ", most_dimensions);
   const View x = view_of(object);
-  check_shape(state, x);
-  const View result = result_of(state, x);
-  const int64_t element = size_of(state.network->end_dtype());
+  check_shape(call, x);
+  const View result = result_of(call, x);
+  const int64_t element = size_of(call.network->end_dtype());
   py::object made;
   if (!out) {
     const npy_api& api = *numpy();
     Py_intptr_t sizes[most_dimensions];
     std::copy_n(result.sizes, result.dims, sizes);
-    made = py::reinterpret_steal<py::object>(api.PyArray_NewFromDescr_(api.PyArray_Type_,
-                                                                       api.PyArray_DescrFromType_(numpy_type(state)),
-                                                                       result.dims, sizes, nullptr, nullptr, 0, nullptr));
+    made = py::reinterpret_steal<py::object>(
+        api.PyArray_NewFromDescr_(api.PyArray_Type_, api.PyArray_DescrFromType_(numpy_type(call)), result.dims, sizes,
+                                  nullptr, nullptr, 0, nullptr));
     if (!made) throw py::error_already_set();
-    run(state, x.rows(), array_of(made.ptr()).data);
+    run(call, x.rows(), array_of(made.ptr()).data);
     return made.release().ptr();
   }
-  check_numpy_dtype(state, "out", out);
+  check_numpy_dtype(call, "out", out);
   const Array& array = array_of(out);
   const View y = view_of(out);
   TORCH_CHECK(y.shape() == result.shape(), "fastmlp: out has shape ", y.shape(), ", expected ", result.shape());
@@ -314,7 +331,7 @@ PyObject* call_array(const State& state, PyObject* object, PyObject* out) {
   needs(npy_api::NPY_ARRAY_ALIGNED_, "aligned");
   needs(npy_api::NPY_ARRAY_WRITEABLE_, "writeable");
   check_apart(x, array.data, c10::multiply_integers(y.shape()) * element, element);
-  run(state, x.rows(), array.data);
+  run(call, x.rows(), array.data);
   return Py_NewRef(out);
 }
 
@@ -335,22 +352,23 @@ PyObject* call_checked(PyObject* self, PyObject* args, PyObject* kwargs) {
   PyObject* const input = given[0];
   PyObject* const out = given[1] == Py_None ? nullptr : given[1];
   TORCH_CHECK_TYPE(input, "fastmlp: a frozen network takes an input, got none");
-  State& state = state_of(self);
-  network_of(self);
+  State& state = *reinterpret_cast<Frozen*>(self)->state;
+  network_of(state);
   follow_model(self, state);
   follow_isa(state);
+  const Call call{state.network, state.matrices_only};
   const auto of_same_kind = [&](bool same) {
     TORCH_CHECK_TYPE(!out || same, "fastmlp: out is a ", Py_TYPE(out)->tp_name, ", expected the kind of input, ",
                      Py_TYPE(input)->tp_name);
   };
   if (THPVariable_Check(input)) {
     of_same_kind(out && THPVariable_Check(out));
-    return call_tensor(state, input, out);
+    return call_tensor(call, input, out);
   }
   TORCH_CHECK_TYPE(is_array(input), "fastmlp: input must be a torch.Tensor or exactly a numpy.ndarray, got ",
                    Py_TYPE(input)->tp_name);
   of_same_kind(out && is_array(out));
-  return call_array(state, input, out);
+  return call_array(call, input, out);
 }
 
 // Errors of C++ as Python's.
@@ -428,7 +446,7 @@ void load(const py::handle& self, const std::vector<at::Tensor>& weights,
 }
 
 py::tuple unload(const py::handle& self) {
-  const FrozenNetwork& network = network_of(self.ptr());
+  const FrozenNetwork& network = *network_of(state_of(self.ptr()));
   const at::ScalarType type = scalar_type_of(network.dtype());
   std::vector<at::Tensor> weights;
   std::vector<std::optional<at::Tensor>> biases;
@@ -458,6 +476,7 @@ void add_frozen(py::module_& module) {
                              slots};
   const auto type = py::reinterpret_steal<py::object>(PyType_FromSpec(&spec));
   if (!type) throw py::error_already_set();
+  frozen_type = reinterpret_cast<PyTypeObject*>(type.ptr());
   module.attr("Frozen") = type;
   // Functions of the module and not methods: only calls have to be fast.
   module.def("load_frozen", &load);
@@ -466,7 +485,7 @@ void add_frozen(py::module_& module) {
     state_of(self.ptr()).watch = Watch(modules);
     state_of(self.ptr()).stale = true;
   });
-  module.def("frozen_bytes", [](const py::handle& self) { return network_of(self.ptr()).bytes(); });
+  module.def("frozen_bytes", [](const py::handle& self) { return network_of(state_of(self.ptr()))->bytes(); });
 }
 
 }  // namespace fastmlp

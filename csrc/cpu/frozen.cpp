@@ -16,8 +16,7 @@
 
 namespace fastmlp::cpu {
 
-InputRows::InputRows(const void* data, int dimensions, const int64_t* sizes, const int64_t* steps,
-                     int64_t element_step)
+InputRows::InputRows(const void* data, int dimensions, const int64_t* sizes, const int64_t* steps, int64_t element_step)
     : data_(static_cast<const char*>(data)), element_step_(element_step) {
   for (int d = dimensions; d-- > 0;) {
     count_ *= sizes[d];
@@ -59,7 +58,8 @@ template <class S> struct PackedLayer {
 class Ahead {
  public:
   Ahead() = default;
-  Ahead(const void* begin, const void* end) : next_(static_cast<const char*>(begin)), end_(static_cast<const char*>(end)) {}
+  Ahead(const void* begin, const void* end)
+      : next_(static_cast<const char*>(begin)), end_(static_cast<const char*>(end)) {}
   // The next so many lines, or null if they were all asked for.
   const void* next(int64_t lines) {
     if (next_ >= end_) return nullptr;
@@ -86,8 +86,9 @@ template <class S> class Packed final : public FrozenNetwork {
     Carver measure;
     for (const Layer& layer : network.layers) packed.push_back(place(layer, measure));
     bytes_ = int64_t(measure.used());
-    memory = Memory(measure.used());
-    Carver carver(memory.data());
+    memory.reset(static_cast<char*>(::operator new(std::max<size_t>(measure.used(), 1), alignment)));
+    prefer_huge_pages(memory.get(), measure.used());
+    Carver carver(memory.get());
     for (size_t l = 0; l < packed.size(); l++) {
       packed[l] = place(network.layers[l], carver);
       fill(network.layers[l], packed[l]);
@@ -137,27 +138,11 @@ template <class S> class Packed final : public FrozenNetwork {
   }
 
  private:
-  class Memory {
-   public:
-    Memory() = default;
-    explicit Memory(size_t bytes)
-        : data_(static_cast<char*>(::operator new(std::max<size_t>(bytes, 1), alignment))), bytes_(bytes) {
-      prefer_huge_pages(data_, bytes);
-    }
-    Memory(Memory&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
-    Memory& operator=(Memory&& other) noexcept {
-      std::swap(data_, other.data_);
-      std::swap(bytes_, other.bytes_);
-      return *this;
-    }
-    ~Memory() { ::operator delete(data_, alignment); }
-    char* data() const { return data_; }
-
-   private:
-    static constexpr std::align_val_t alignment{size_t(4096)};
-    char* data_ = nullptr;
-    size_t bytes_ = 0;
+  struct Release {
+    void operator()(char* data) const { ::operator delete(data, alignment); }
   };
+  static constexpr std::align_val_t alignment{size_t(4096)};
+  using Memory = std::unique_ptr<char, Release>;
 
   struct Scratch {
     S *staging, *values[2];
@@ -181,7 +166,8 @@ template <class S> class Packed final : public FrozenNetwork {
   void fill(const Layer& layer, PackedLayer<S>& packed) const {
     for (int64_t j = 0; j < packed.n; j += nr) {
       kernels.pack_b(static_cast<const S*>(layer.weight.data) + j * layer.weight.row_stride, layer.weight.row_stride,
-                     layer.weight.column_stride, std::min(nr, packed.n - j), packed.k, packed.panels + j * packed.units);
+                     layer.weight.column_stride, std::min(nr, packed.n - j), packed.k,
+                     packed.panels + j * packed.units);
     }
     if (!packed.bias) return;
     std::fill_n(packed.bias, round_up(packed.n, nr), C(0));
@@ -192,9 +178,7 @@ template <class S> class Packed final : public FrozenNetwork {
   // Tiles of weights are less tall than those of rows; and turning input takes as long as so many products of vectors.
   static constexpr double tile_cost = 1.03, transposition_cost = 0.5;
   // By the products of vectors that either form takes for so many rows.
-  bool as_columns(int64_t rows) const {
-    return double(round_up(rows, nr)) * columns_cost < double(rows) * rows_cost;
-  }
+  bool as_columns(int64_t rows) const { return double(round_up(rows, nr)) * columns_cost < double(rows) * rows_cost; }
 
   int64_t block_rows(bool columns) const {
     const int64_t bytes = std::max<int64_t>(1, widest) * int64_t(sizeof(C));
@@ -211,7 +195,8 @@ template <class S> class Packed final : public FrozenNetwork {
     scratch.staging = carver.take<S>(columns ? nr * k : rows * values_step(k));
     const int64_t values = columns ? rows * round_up(widest, kernels.k_unit) : rows * values_step(widest);
     for (S*& place : scratch.values) place = carver.take<S>(values);
-    scratch.units = in_itself<S> ? nullptr : carver.take<C>(columns ? rows * kernels.units(widest) : rows * units_step(widest));
+    scratch.units =
+        in_itself<S> ? nullptr : carver.take<C>(columns ? rows * kernels.units(widest) : rows * units_step(widest));
     scratch.sums = carver.take<C>(std::max(rows, std::max(nr, most_panels * kernels.mr)) * nr);
     scratch.last = carver.take<C>(columns ? rows * kernels.lanes : 0);
     return scratch;
@@ -220,13 +205,14 @@ template <class S> class Packed final : public FrozenNetwork {
   // The input as it lies, if it can be read so: steps in elements.
   bool readable(const InputRows& input) const {
     constexpr int64_t size = sizeof(S);
-    return !float32_ends_ && input.even() && input.step() % size == 0 && input.element_step() % size == 0 &&
-           reinterpret_cast<uintptr_t>(input.row(0)) % size == 0;
+    return !float32_ends_ && in_features() > 0 && input.even() && input.step() % size == 0 &&
+           input.element_step() % size == 0 && reinterpret_cast<uintptr_t>(input.row(0)) % size == 0;
   }
 
   // Rows of the input without gaps, `step` apart.
   void stage(const InputRows& input, Range rows, int64_t step, S* out) const {
     const int64_t k = in_features();
+    if (k == 0) return;  // where there may be no memory
     for (int64_t i = rows.begin; i < rows.end; i++, out += step) {
       const char* from = input.row(i);
       if (float32_ends_) {
@@ -261,7 +247,7 @@ template <class S> class Packed final : public FrozenNetwork {
   Ahead weights_after(const C* panel, int64_t units) const {
     constexpr int64_t near_bytes = 512 << 10;
     if (bytes_ <= near_bytes) return {};
-    return {panel, std::min(panel + units * nr, reinterpret_cast<const C*>(memory.data() + bytes_))};
+    return {panel, std::min(panel + units * nr, reinterpret_cast<const C*>(memory.get() + bytes_))};
   }
 
   // Activations as rows.
@@ -431,7 +417,8 @@ template <class S> class Packed final : public FrozenNetwork {
   }
 
   // Back to rows: as the result of products, or, if that would leave most of a vector empty, by copying.
-  void last_layer(const PackedLayer<S>& layer, int64_t m, const C* x, char* out, const Scratch& scratch, Ahead& ahead) const {
+  void last_layer(const PackedLayer<S>& layer, int64_t m, const C* x, char* out, const Scratch& scratch,
+                  Ahead& ahead) const {
     if (layer.n >= kernels.lanes) {
       for (int64_t from = 0; from < m; from += nr) {
         const int64_t rows = std::min(nr, m - from);
@@ -441,7 +428,8 @@ template <class S> class Packed final : public FrozenNetwork {
     } else if (layer.n == 1) {
       columns_layer(layer, m, x, out, nr, float32_ends_, scratch.sums, ahead);
     } else {
-      columns_layer(layer, round_up(m, kernels.lanes), x, scratch.last, layer.n * nr, float32_ends_, scratch.sums, ahead);
+      columns_layer(layer, round_up(m, kernels.lanes), x, scratch.last, layer.n * nr, float32_ends_, scratch.sums,
+                    ahead);
       if (float32_ends_) {
         turn(scratch.last, layer.n, m, reinterpret_cast<C*>(out));
       } else {
@@ -460,8 +448,8 @@ template <class S> class Packed final : public FrozenNetwork {
   }
 
   // x: panels of [units, NR]; out: panels of [n, NR], out_panel apart, of which the first m columns are written.
-  void columns_layer(const PackedLayer<S>& layer, int64_t m, const C* x, void* out, int64_t out_panel,
-                     bool float32_out, C* sums, Ahead& input) const {
+  void columns_layer(const PackedLayer<S>& layer, int64_t m, const C* x, void* out, int64_t out_panel, bool float32_out,
+                     C* sums, Ahead& input) const {
     PanelTile<S> t;
     t.a_step = 1;
     t.a_unit = nr;

@@ -45,8 +45,8 @@ struct FrozenLayer {
 
 class FrozenNetwork {
  public:
-  // Packs the layers of a network, whose rows and input are ignored, for an instruction set. Biases are of the type that
-  // the dtype is computed in. With `float32_ends`, for bfloat16 alone, input and output are float32.
+  // Packs the layers of a network, whose rows and input are ignored, for an instruction set. Biases are of the type
+  // that the dtype is computed in. With `float32_ends`, for bfloat16 alone, input and output are float32.
   static std::shared_ptr<const FrozenNetwork> pack(const KernelTable& table, const Network& network, bool float32_ends);
   virtual ~FrozenNetwork() = default;
 
