@@ -10,6 +10,7 @@
 #include "borrowed.h"
 #include "checks.h"
 #include "cpu/dispatch.h"
+#include "frozen.h"
 #include "modules.h"
 #include "operators.h"
 #include "optimizer.h"
@@ -124,6 +125,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       }))
       .def("run", &TrainStep::run)
       .def_readwrite("waiting", &TrainStep::waiting);
+  add_frozen(m);
   m.def("activations", &activations);
   m.def("instruction_sets", &instruction_sets);
   m.def("dtypes", [] { return std::vector<std::string>{"float32", "float64", "bfloat16", "float16"}; });

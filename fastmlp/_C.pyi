@@ -1,8 +1,9 @@
 """What csrc/bindings.cpp exports. Private: arguments are described where Python calls them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -85,6 +86,31 @@ class TrainStep:
     ) -> None: ...
     def run(self, input: Tensor, target: Tensor, /) -> Tensor | None: ...
 
+class Frozen:
+    @overload
+    def __call__(self, input: Tensor, out: Tensor | None = None) -> Tensor: ...
+    @overload
+    def __call__(self, input: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]: ...
+
+def load_frozen(
+    frozen: Frozen,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[int],
+    scalars: Sequence[float],
+    float32_ends: bool,
+    matrices_only: bool,
+    /,
+) -> None: ...
+def unload_frozen(
+    frozen: Frozen, /
+) -> tuple[list[Tensor], list[Tensor | None], list[int], list[float], bool, bool]: ...
+def watch_frozen(
+    frozen: Frozen,
+    modules: Sequence[tuple[int, str, nn.Module, int, Sequence[str], Sequence[str]]],
+    /,
+) -> None: ...
+def frozen_bytes(frozen: Frozen, /) -> int: ...
 def activations() -> list[tuple[str, dict[str, float]]]: ...
 def instruction_sets() -> list[dict[str, object]]: ...
 def dtypes() -> list[str]: ...

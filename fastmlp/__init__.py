@@ -4,6 +4,7 @@ from fastmlp import functional, optim, reference
 from fastmlp.activations import Activation
 from fastmlp.config import Route, explain, get_isa, set_isa, show_config
 from fastmlp.convert import convert, fusion_report, revert
+from fastmlp.frozen import FrozenMLP, freeze
 from fastmlp.modules import MLP, Linear, Sequential
 from fastmlp.reference import Sin
 from fastmlp.training import TrainStep
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MLP",
     "Activation",
+    "FrozenMLP",
     "Linear",
     "Route",
     "Sequential",
@@ -21,6 +23,7 @@ __all__ = [
     "__version__",
     "convert",
     "explain",
+    "freeze",
     "functional",
     "fusion_report",
     "get_isa",

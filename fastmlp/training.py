@@ -48,8 +48,8 @@ class TrainStep:
 
     Loop and `TrainStep` may take turns. Everything is read afresh at each call: parameters, learning rates, the
     optimizer's state, modes; so checkpoints, `load_state_dict` and learning rate schedulers work as ever. Where hooks
-    want to see the optimizer's step, or some parameters are for PyTorch to move, `optimizer.step` is called. Memory of a
-    gradient is written again by the next call unless somebody else holds it; memory for activations stays with the
+    want to see the optimizer's step, or some parameters are for PyTorch to move, `optimizer.step` is called. Memory of
+    a gradient is written again by the next call unless somebody else holds it; memory for activations stays with the
     object.
 
     Args:

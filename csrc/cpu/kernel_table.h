@@ -88,6 +88,32 @@ template <class S> struct Tile {
 
 template <class S> using Microkernel = void (*)(const Tile<S>&);
 
+// A tile of C of a frozen network: rows of A times columns of B, which lie in several panels of NR.
+template <class S> struct PanelTile {
+  int64_t units;
+  const Compute<S>* a;
+  int64_t a_step, a_unit;  // from one row to the next, and along k
+  const Compute<S>* b;
+  int64_t b_panel;  // from one panel to the next; in a panel, units follow each other
+  // Null, or memory that is used soon: two and one lines of it are asked for with each unit by tiles of many rows.
+  const void* weights_ahead;
+  const void* input_ahead;
+  int64_t columns;  // nothing is written to the output past these
+  // Sums of earlier blocks of K, which these are added to, or the place for them if there is no output; whole vectors.
+  Compute<S>* sums;
+  int64_t sums_step;
+  bool add;
+  const Compute<S>* bias;      // null, or of the columns
+  const Compute<S>* row_bias;  // null, or of the rows
+  S* output;
+  int64_t output_step, output_panel;
+  bool relu;
+};
+
+template <class S> using PanelKernel = void (*)(const PanelTile<S>&);
+
+constexpr int most_panels = 4;  // side by side in a tile
+
 template <class S> struct Kernels {
   using C = Compute<S>;
   int64_t mr, nr;      // register tile
@@ -105,6 +131,9 @@ template <class S> struct Kernels {
   // Like microkernels, for an a that lies in memory as it is and stays in a cache; k is at most `chain`. Null for
   // the dtypes that are not computed in themselves.
   const Microkernel<S>* row_kernels;
+  // For frozen networks: one for each number of rows and vectors; null where registers do not suffice.
+  const PanelKernel<S>* panel_kernels;
+  const int64_t* panels_side_by_side;  // the most, for each number of rows
   // sums[j] (+)= the sum of column j over `rows` gapless rows.
   void (*column_sums)(int64_t rows, int64_t columns, const S* x, C* sums, bool add);
   // tile (+)= rows of A times columns of B, without packing: both are gapless along k.
@@ -128,6 +157,9 @@ template <class S> struct Kernels {
   }
   Microkernel<S> row_kernel(int64_t rows, int64_t columns) const {
     return row_kernels[(rows - 1) * (nr / lanes) + (columns - 1) / lanes];
+  }
+  PanelKernel<S> panel_kernel(int64_t rows, int64_t columns) const {
+    return panel_kernels[(rows - 1) * (most_panels * (nr / lanes)) + (columns - 1) / lanes];
   }
   Microkernel<S> stream_kernel(int64_t rows, int64_t columns) const {
     return stream_kernels[(rows - 1) * (stream_columns / lanes) + (columns - 1) / lanes];

@@ -6,6 +6,7 @@
 #include "math.inl"
 #include "storage.inl"
 #include "losses.inl"
+#include "panels.inl"
 
 template <class S> struct Leaf {
   using C = Compute<S>;
@@ -462,6 +463,8 @@ template <class S> struct Leaf {
     k.pack_b = &pack<nr>;
     k.microkernels = TablesOf<mr, vectors>::micro;
     if constexpr (in_itself<S>) k.row_kernels = TablesOf<mr, vectors>::row;
+    k.panel_kernels = Panels<S>::All::kernels;
+    k.panels_side_by_side = Panels<S>::AllWidths::widths;
     k.column_sums = &column_sums;
     k.stream_kernels = TablesOf<size.stream_rows, size.stream_vectors>::stream;
     k.dot_tile = &dot_tile;
