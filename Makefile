@@ -70,7 +70,8 @@ sanitize: $(SANITIZED)/done
 	cd $(SANITIZED) && \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=. \
-	  python -m pytest -q -p no:cacheprovider tests/test_kernels.py tests/test_errors.py
+	  python -m pytest -q -p no:cacheprovider tests/test_kernels.py tests/test_errors.py tests/test_optim.py tests/test_train_step_losses.py \
+	    tests/test_frozen.py
 
 # An extra's packages without the package itself, which would be built once more. With torch named, pip takes those
 # that go with it, and does not replace it.
