@@ -264,16 +264,20 @@ void TrainStep::clip() const {
   }
 }
 
-// Whether a step of the optimizer is nothing but its arithmetic.
+// Whether a step of the optimizer is nothing but its arithmetic. A scheduler replaces the instance's, to know that it
+// was called.
 bool TrainStep::steps_itself() const {
   if (is_step_watched(optimizer_) || _PyType_Lookup(Py_TYPE(optimizer_.ptr()), names().step) != step_.ptr())
     return false;
-  // A scheduler replaces the instance's, to know that it was called.
-  PyObject* own = item(attributes_of(optimizer_.ptr()).ptr(), names().step);
-  if (!own) return true;
-  if (!PyObject_HasAttr(own, names().wrapped)) return false;
-  if (PyObject_SetAttr(optimizer_.ptr(), names().called, Py_True) < 0) throw py::error_already_set();
-  return true;
+  PyObject* const own = item(attributes_of(optimizer_.ptr()).ptr(), names().step);
+  return !own || PyObject_HasAttr(own, names().wrapped);
+}
+
+// What such a scheduler looks at.
+void TrainStep::tell_scheduler() const {
+  const py::object attributes = attributes_of(optimizer_.ptr());
+  if (item(attributes.ptr(), names().step) && PyObject_SetAttr(optimizer_.ptr(), names().called, Py_True) < 0)
+    throw py::error_already_set();
 }
 
 py::object TrainStep::run(const py::object& given, const py::object& target) {
@@ -353,6 +357,7 @@ py::object TrainStep::run(const py::object& given, const py::object& target) {
   if (last) {
     clip();
     if (step) {
+      tell_scheduler();
       step->apply();
     } else {
       optimizer_.attr("step")();

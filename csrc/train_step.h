@@ -56,6 +56,7 @@ class TrainStep {
   void finish_grads(bool keep);
   void clip() const;
   bool steps_itself() const;
+  void tell_scheduler() const;
 
   py::tuple links_;
   py::dict holders_;

@@ -120,8 +120,8 @@ class TrainStep:
             The loss before the step, without a graph: a tensor without dimensions.
 
         Raises:
-            RuntimeError: for arguments that do not belong together, or if model, loss or optimizer can no longer be
-                run in one call. Nothing has been written then.
+            RuntimeError: for arguments that do not belong together, under autocast, or if model, loss or optimizer can
+                no longer be run in one call. Nothing has been written then.
             IndexError: for a class index out of range.
         """
         loss = self._native.run(input, target)
