@@ -6,7 +6,7 @@ import pickle
 import threading
 import tracemalloc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -618,8 +618,16 @@ def test_compile_breaks_its_graph() -> None:
 # Among threads, and over time.
 
 
-def test_concurrent_calls(dtype: torch.dtype) -> None:
+@pytest.fixture
+def one_thread_each() -> Iterator[None]:
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread_each")
+def test_concurrent_calls(dtype: torch.dtype) -> None:
     model = fastmlp.MLP(20, [100, 70], 5, dtype=dtype)
     frozen = freeze(model)
     inputs = [torch.randn(rows, 20).to(dtype) for rows in (1, 7, 40, 300)] * 2
@@ -639,9 +647,9 @@ def test_concurrent_calls(dtype: torch.dtype) -> None:
     assert not wrong
 
 
+@pytest.mark.usefixtures("one_thread_each")
 def test_changes_while_others_call() -> None:
     """Every result is of weights that the model had at one time, all of a layer from the same."""
-    torch.set_num_threads(1)
     model = nn.Linear(300, 200, bias=False)
     frozen = freeze(model)
     x = torch.ones(50, 300)

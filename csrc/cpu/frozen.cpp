@@ -42,7 +42,7 @@ namespace {
 
 // What activations of a block may take in a layer.
 constexpr int64_t block_bytes = 64 << 10, column_bytes = 28 << 10;
-constexpr int64_t fewest_rows = 56, most_rows = 192;
+constexpr int64_t fewest_rows = 112, most_rows = 192;
 
 template <class S> struct PackedLayer {
   using C = Compute<S>;
@@ -54,20 +54,27 @@ template <class S> struct PackedLayer {
   bool simple;  // the kernel itself does what follows the sums
 };
 
-// Memory that is used soon, of which tiles ask for lines while they compute.
+// Memory that is used soon. Tiles ask for it a little at a time, while they compute.
 class Ahead {
  public:
   Ahead() = default;
   Ahead(const void* begin, const void* end)
       : next_(static_cast<const char*>(begin)), end_(static_cast<const char*>(end)) {}
-  // The next so many lines, or null if they were all asked for.
-  const void* next(int64_t lines) {
+  // So that so many units of k suffice.
+  void spread(int64_t units) {
+    constexpr int64_t most = 2 * line_bytes;  // lines come in pairs
+    step_ = std::clamp<int64_t>(ceil_divide(end_ - next_, std::max<int64_t>(1, units)), 1, most);
+  }
+  int64_t step() const { return step_; }
+  // What a tile of so many units asks for, or null if all was asked for.
+  const void* next(int64_t units) {
     if (next_ >= end_) return nullptr;
-    return std::exchange(next_, next_ + lines * line_bytes);
+    return std::exchange(next_, next_ + units * step_);
   }
 
  private:
   const char *next_ = nullptr, *end_ = nullptr;
+  int64_t step_ = 0;
 };
 
 // Rows that lie a multiple of 4096 bytes apart fall into the same few lines of an L1 cache.
@@ -244,10 +251,12 @@ template <class S> class Packed final : public FrozenNetwork {
     const char* const begin = input.row(range.end);
     return {begin, begin + rows * bytes};
   }
-  Ahead weights_after(const C* panel, int64_t units) const {
+  Ahead weights_after(const C* panel, int64_t units, int64_t tiles) const {
     constexpr int64_t near_bytes = 512 << 10;
     if (bytes_ <= near_bytes) return {};
-    return {panel, std::min(panel + units * nr, reinterpret_cast<const C*>(memory.get() + bytes_))};
+    Ahead ahead(panel, std::min(panel + units * nr, reinterpret_cast<const C*>(memory.get() + bytes_)));
+    ahead.spread(units * tiles);
+    return ahead;
   }
 
   // Activations as rows.
@@ -309,6 +318,8 @@ template <class S> class Packed final : public FrozenNetwork {
     t.relu = layer.activation.kind == relu_kind;
     t.output_step = out_step;
     t.output_panel = nr;
+    input.spread(layer.units * tiles * ceil_divide(layer.n, wide));
+    t.input_step = input.step();
     for (int64_t j = 0; j < layer.n; j += wide) {
       t.columns = std::min(wide, layer.n - j);
       for (int64_t from = 0, end; from == 0 || from < layer.units; from = end) {
@@ -319,11 +330,12 @@ template <class S> class Packed final : public FrozenNetwork {
         const bool complete = end == layer.units;
         t.bias = complete && layer.bias ? layer.bias + j : nullptr;
         const bool direct = complete && layer.simple && !float32_out;
-        Ahead weights = weights_after(t.b + t.units * nr, t.units);
+        Ahead weights = weights_after(t.b + t.units * nr, t.units, tiles);
+        t.weights_step = weights.step();
         for (int64_t i = 0; i < tiles; i++) {
           const Range rows = part_of(m, 1, i, tiles);
           t.a = a + rows.begin * a_step + from * a_unit;
-          t.weights_ahead = weights.next(2 * t.units);
+          t.weights_ahead = weights.next(t.units);
           t.input_ahead = input.next(t.units);
           t.sums = sums + rows.begin * wide;
           const int64_t at = rows.begin * out_step + j;
@@ -459,6 +471,8 @@ template <class S> class Packed final : public FrozenNetwork {
     t.relu = layer.activation.kind == relu_kind;
     t.output_step = nr;
     t.output_panel = out_panel;
+    input.spread(layer.units * ceil_divide(layer.n, kernels.mr) * ceil_divide(m, nr));
+    t.input_step = input.step();
     for (int64_t j = 0; j < layer.n; j += nr) {
       const int64_t features = std::min(nr, layer.n - j), tiles = ceil_divide(features, kernels.mr);
       const int64_t wide = kernels.panels_side_by_side[ceil_divide(features, tiles) - 1] * nr;
@@ -468,7 +482,8 @@ template <class S> class Packed final : public FrozenNetwork {
         t.add = from > 0;
         const bool complete = end == layer.units;
         const bool direct = complete && layer.simple && !float32_out;
-        Ahead weights = weights_after(layer.panels + j * layer.units + end * nr, t.units);
+        Ahead weights = weights_after(layer.panels + j * layer.units + end * nr, t.units, tiles * ceil_divide(m, wide));
+        t.weights_step = weights.step();
         for (int64_t g = 0; g < m; g += wide) {
           t.columns = std::min(wide, m - g);
           t.b = x + g * layer.units + from * nr;
@@ -476,7 +491,7 @@ template <class S> class Packed final : public FrozenNetwork {
             const Range rows = part_of(features, 1, i, tiles);
             const int64_t feature = j + rows.begin, at = g / nr * out_panel + feature * nr;
             t.a = layer.panels + j * layer.units + from * nr + rows.begin;
-            t.weights_ahead = weights.next(2 * t.units);
+            t.weights_ahead = weights.next(t.units);
             t.input_ahead = input.next(t.units);
             t.row_bias = complete && layer.bias ? layer.bias + feature : nullptr;
             t.sums = sums + rows.begin * t.sums_step + g;

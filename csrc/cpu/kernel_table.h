@@ -95,9 +95,10 @@ template <class S> struct PanelTile {
   int64_t a_step, a_unit;  // from one row to the next, and along k
   const Compute<S>* b;
   int64_t b_panel;  // from one panel to the next; in a panel, units follow each other
-  // Null, or memory that is used soon: two and one lines of it are asked for with each unit by tiles of many rows.
-  const void* weights_ahead;
-  const void* input_ahead;
+  // Null, or memory that is used soon, and how many bytes on tiles of many rows ask for more of it with each unit.
+  // Spread evenly: lines that come from afar keep the core's queue full.
+  const void *weights_ahead, *input_ahead;
+  int64_t weights_step, input_step;
   int64_t columns;  // nothing is written to the output past these
   // Sums of earlier blocks of K, which these are added to, or the place for them if there is no output; whole vectors.
   Compute<S>* sums;

@@ -32,12 +32,11 @@ template <class S> struct Panels {
     // Where there is nothing to ask for, what is there already.
     const char* weights = static_cast<const char*>(t.weights_ahead ? t.weights_ahead : t.b);
     const char* input = static_cast<const char*>(t.input_ahead ? t.input_ahead : t.b);
-    const int64_t weights_step = t.weights_ahead ? 2 * line_bytes : 0, input_step = t.input_ahead ? line_bytes : 0;
+    const int64_t weights_step = t.weights_ahead ? t.weights_step : 0, input_step = t.input_ahead ? t.input_step : 0;
     for (int64_t u = 0; u < t.units; u++) {
       if constexpr (rows >= used) {
         constexpr int into_l2 = 2;
         __builtin_prefetch(weights, 0, into_l2);
-        __builtin_prefetch(weights + line_bytes, 0, into_l2);
         __builtin_prefetch(input, 0, into_l2);
         weights += weights_step;
         input += input_step;
