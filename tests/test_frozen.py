@@ -4,7 +4,6 @@ import copy
 import gc
 import pickle
 import threading
-import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -674,44 +673,3 @@ def test_changes_while_others_call() -> None:
         thread.join()
     assert not wrong
     assert (frozen(x) == 300 * 99).all()
-
-
-def test_memory_does_not_grow() -> None:
-    model = nn.Sequential(nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 8))
-    frozen = freeze(model)
-    x, wide = torch.randn(100, 64), torch.randn(100, 128)[:, ::2]
-    array, out = x.numpy(), torch.empty(100, 8)
-
-    def calls(count: int) -> None:
-        for _ in range(count):
-            frozen(x)
-            frozen(array)
-            frozen(x, out)
-            frozen(wide)
-            with pytest.raises(RuntimeError):
-                frozen(out)
-
-    def resident() -> int:
-        with open("/proc/self/statm", encoding="utf-8") as file:
-            return int(file.read().split()[1]) * 4096
-
-    def changes(count: int) -> None:
-        for value in range(count):
-            model[0].bias.data = torch.full((200,), float(value))
-            frozen(x)
-
-    tracemalloc.start()
-    # Once as often as later, so that what is remembered for reports of errors is remembered.
-    calls(1000)
-    changes(50)
-    gc.collect()
-    before, physical = tracemalloc.get_traced_memory()[0], resident()
-    calls(1000)
-    changes(50)
-    gc.collect()
-    grown = tracemalloc.get_traced_memory()[0] - before
-    tracemalloc.stop()
-    # Less than the smallest object of Python for each call of one kind.
-    assert grown < 1000 * 16
-    # A result of each call would be 3 MB, the weights of each reading 3 MB.
-    assert resident() - physical < 1 << 20

@@ -1,10 +1,12 @@
 """The library as a neighbour: threads, one OpenMP runtime, fork, memory, the guard at import."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,71 @@ for i in range(3000): once(i)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     assert int(in_process(code)) < 4096  # KiB; one leaked output a call would be 30 MiB
+
+
+def test_memory_of_a_frozen_network_does_not_grow() -> None:
+    model = nn.Sequential(nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 8))
+    frozen = fastmlp.freeze(model)
+    x, wide = torch.randn(100, 64), torch.randn(100, 128)[:, ::2]
+    array, out = x.numpy(), torch.empty(100, 8)
+
+    def calls(count: int) -> None:
+        for _ in range(count):
+            frozen(x)
+            frozen(array)
+            frozen(x, out)
+            frozen(wide)
+            with pytest.raises(RuntimeError):
+                frozen(out)
+
+    def resident() -> int:
+        with open("/proc/self/statm", encoding="utf-8") as file:
+            return int(file.read().split()[1]) * 4096
+
+    def changes(count: int) -> None:
+        for value in range(count):
+            model[0].bias.data = torch.full((200,), float(value))
+            frozen(x)
+
+    tracemalloc.start()
+    # Once as often as later, so that what is remembered for reports of errors is remembered.
+    calls(1000)
+    changes(50)
+    gc.collect()
+    before, physical = tracemalloc.get_traced_memory()[0], resident()
+    calls(1000)
+    changes(50)
+    gc.collect()
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    # Less than the smallest object of Python for each call of one kind.
+    assert grown < 1000 * 16
+    # A result of each call would be 3 MB, the weights of each reading 3 MB.
+    assert resident() - physical < 1 << 20
+
+
+def test_memory_of_a_step_does_not_grow() -> None:
+    code = """
+import gc, resource, torch, fastmlp
+from torch import nn
+torch.set_num_threads(1)
+model = fastmlp.MLP(64, [128, 96], 10, "gelu")
+optimizers = [fastmlp.optim.Adam(model.parameters()), torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)]
+steps = [fastmlp.TrainStep(model, nn.CrossEntropyLoss(), optimizer) for optimizer in optimizers]
+def once(i):
+    x, y = torch.randn(128 + i % 7, 64), torch.randint(0, 10, (128 + i % 7,))
+    for step in steps:
+        step(x, y)
+    made = fastmlp.TrainStep(model, nn.CrossEntropyLoss(), optimizers[i % 2], keep_grads=False)
+    made(x, y)
+    optimizers[0].step()
+for i in range(300): once(i)
+gc.collect()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for i in range(3000): once(i)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    assert int(in_process(code)) < 4096  # KiB; gradients of each call would be 260 MiB
 
 
 def test_offsets_beyond_32_bits() -> None:
