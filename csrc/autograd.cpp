@@ -11,6 +11,7 @@
 #include <optional>
 #include <tuple>
 
+#include "borrowed.h"
 #include "checks.h"
 #include "operators.h"
 #include "route.h"
@@ -128,11 +129,11 @@ at::Tensor run(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, 
     graph = graph || parameter.requires_grad();
     weights += double(parameter.numel());
   }
-  Tensors owned;
+  Held held;
   std::optional<py::gil_scoped_release> release;
   if (weights * double(input.numel()) > worth_releasing) {
-    owned = parameters.vec();
-    parameters = owned;
+    held.take(input);
+    held.take(parameters);
     release.emplace();
   }
   if (graph && at::GradMode::is_enabled()) return FusedNetwork::apply(input, parameters, stack, nullptr);

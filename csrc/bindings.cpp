@@ -67,6 +67,20 @@ std::optional<at::Tensor> try_run(const c10::intrusive_ptr<Stack>& stack, py::ha
   return run(stack, THPVariable_Unpack(input.ptr()), unpacked);
 }
 
+// A model may hold the step that trains it.
+void collect_train_steps(PyHeapTypeObject* heap_type) {
+  PyTypeObject& type = heap_type->ht_type;
+  type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    return py::detail::is_holder_constructed(self) ? py::cast<TrainStep&>(py::handle(self)).traverse(visit, arg) : 0;
+  };
+  type.tp_clear = [](PyObject* self) {
+    if (py::detail::is_holder_constructed(self)) py::cast<TrainStep&>(py::handle(self)).clear();
+    return 0;
+  };
+}
+
 // Below autograd, as inside a kernel that the dispatcher calls.
 template <auto function, class... Args> auto direct(const Args&... args) {
   const py::gil_scoped_release release;
@@ -116,7 +130,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                     py::arg("huber") = loss_kind<Huber>, py::arg("bce_with_logits") = loss_kind<BinaryCrossEntropy>,
                     py::arg("cross_entropy") = cross_entropy_kind);
   });
-  py::class_<TrainStep>(m, "TrainStep")
+  py::class_<TrainStep>(m, "TrainStep", py::custom_type_setup(&collect_train_steps))
       .def(py::init([](py::tuple links, py::dict holders, py::object loss, int kind, py::object optimizer, int rule,
                        py::object step, std::optional<double> max_norm, std::optional<double> clip_value,
                        int64_t accumulate, bool keep_grads) {

@@ -1,11 +1,13 @@
 // Tensors that somebody else keeps alive, as a list, without counting references: a count that goes from one to two and
 // back takes the GIL, for the object that wraps the tensor in Python, and a network has many of them. Used where
-// tensors come from Python. Whoever gives up the GIL meanwhile takes references first.
+// tensors come from Python. Whoever gives up the GIL meanwhile holds them first.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/MaybeOwned.h>
 #include <c10/util/SmallVector.h>
+
+#include <vector>
 
 namespace fastmlp {
 
@@ -30,6 +32,24 @@ class Borrowed {
  private:
   using Traits = c10::MaybeOwnedTraits<at::Tensor>;
   c10::SmallVector<at::Tensor, 16> tensors_;
+};
+
+// Tensors that must live, and their memory too, while the GIL is given up: another thread may put other memory into a
+// tensor (tensor.data = ...), or another tensor in its place.
+class Held {
+ public:
+  void take(const at::Tensor& tensor) {
+    if (!tensor.defined()) return;
+    tensors_.push_back(tensor);
+    storages_.push_back(tensor.storage());
+  }
+  void take(at::TensorList tensors) {
+    for (const at::Tensor& tensor : tensors) take(tensor);
+  }
+
+ private:
+  std::vector<at::Tensor> tensors_;
+  std::vector<c10::Storage> storages_;
 };
 
 }  // namespace fastmlp

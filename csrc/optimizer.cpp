@@ -205,13 +205,13 @@ bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tenso
   if (!is_plain(parameter)) return false;
   const at::Tensor& p = THPVariable_Unpack(parameter);
   const std::optional<DType> dtype = cpu::dtype_of(p.scalar_type());
-  if (!dtype || p.is_inference() || !p.is_non_overlapping_and_dense() || !is_plain(grad) || !lies_like(grad, p))
+  if (!dtype || p.is_inference() || !p.is_non_overlapping_and_dense() || !is_plain(grad) ||
+      grad.scalar_type() != p.scalar_type() || grad.sizes() != p.sizes())
     return false;
   Update update;
   update.dtype = *dtype;
   update.n = p.numel();
   update.parameter = p.data_ptr();
-  update.grad = grad.const_data_ptr();
   update.spec = group.spec;
   const size_t missing = missing_.size(), written = written_.size();
   const auto take = [&](int i, PyObject* name, bool zero) {
@@ -222,6 +222,8 @@ bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tenso
     return true;
   };
   const at::AutoDispatchBelowADInplaceOrView guard;
+  const at::Tensor& own = grads_.emplace_back(lies_like(grad, p) ? grad : at::empty_like(p).copy_(grad));
+  update.grad = own.const_data_ptr();
   bool fits = true;
   if (group.spec.rule == Rule::sgd) {
     if (group.spec.momentum != 0) {
@@ -258,12 +260,19 @@ bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tenso
   }
   if (!fits) {
     written_.shrink(written);
+    grads_.pop_back();
     missing_.erase(missing_.begin() + std::ptrdiff_t(missing), missing_.end());
     return false;
   }
   written_.push_back(p);
   updates_.push_back(update);
   return true;
+}
+
+void OptimizerStep::hold(Held& held) const {
+  held.take(written_);
+  held.take(counters_);
+  held.take(grads_);
 }
 
 void OptimizerStep::apply() {
@@ -279,10 +288,10 @@ void OptimizerStep::apply() {
     constexpr int64_t worth_releasing = 1 << 14;  // elements: some microseconds
     int64_t elements = 0;
     for (const Update& update : updates_) elements += update.n;
-    Tensors owned;
+    Held held;
     std::optional<py::gil_scoped_release> release;
     if (elements > worth_releasing) {
-      owned = at::TensorList(written_).vec();
+      hold(held);
       release.emplace();
     }
     cpu::update(updates_);

@@ -26,6 +26,9 @@ class OptimizerStep {
   // Parameters with a gradient that are for torch to move: sparse, complex, not on the CPU, and so on.
   const std::vector<PyObject*>& left() const { return left_; }
 
+  // What must live while the GIL is given up between reading and applying.
+  void hold(Held& held) const;
+
   // Creates missing state as torch's first step would, moves the parameters and counts the step.
   void apply();
 
@@ -44,6 +47,7 @@ class OptimizerStep {
   py::object state_;
   std::vector<Update> updates_;
   Borrowed written_, counters_;  // whose versions count
+  std::vector<at::Tensor> grads_;
   std::deque<Missing> missing_;
   std::vector<PyObject*> left_;
 };

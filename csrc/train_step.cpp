@@ -85,7 +85,7 @@ const at::Tensor& kept(at::Tensor& place, at::IntArrayRef sizes, const at::Tenso
 struct Running {
   bool& flag;
   explicit Running(bool& flag) : flag(flag) {
-    TORCH_CHECK(!flag, "fastmlp: this TrainStep is running already, in another thread");
+    TORCH_CHECK(!flag, "fastmlp: this TrainStep is running already");
     flag = true;
   }
   ~Running() { flag = false; }
@@ -103,6 +103,17 @@ TrainStep::TrainStep(py::tuple links, py::dict holders, py::object loss, int kin
       rule_(Rule(rule)),
       step_(std::move(step)),
       options_(options) {}
+
+int TrainStep::traverse(visitproc visit, void* arg) const {
+  for (PyObject* object : {links_.ptr(), holders_.ptr(), loss_.ptr(), optimizer_.ptr(), step_.ptr()}) Py_VISIT(object);
+  return 0;
+}
+
+void TrainStep::clear() {
+  links_ = py::tuple();
+  holders_ = py::dict();
+  loss_ = optimizer_ = step_ = py::none();
+}
 
 bool TrainStep::read_model(Run& run) const {
   if (is_watched()) return false;
@@ -333,15 +344,24 @@ py::object TrainStep::run(const py::object& given, const py::object& target) {
   const bool keep = options_.keep_grads || (last && !step);
   if (keep != options_.keep_grads) place_grads(keep);
 
+  Held held;
+  const auto hold = [&] {
+    held.take({input, *checked, weight});
+    held.take(parameters_);
+    for (const Slot& slot : slots_) held.take(slot.grad);
+    for (PyObject* parameter : others) held.take(THPVariable_Unpack(parameter));
+    if (step) step->hold(held);
+  };
+  // Hooks of the optimizer's step are code of Python, too.
+  if (last && !step) hold();
   double loss = 0;
   {
     constexpr double worth_releasing = 1 << 16;  // multiply-adds: some microseconds
     double work = 0;
     for (const at::Tensor& parameter : at::TensorList(parameters_)) work += double(parameter.numel());
-    Tensors owned;
     std::optional<py::gil_scoped_release> release;
     if (work * double(input.numel()) > worth_releasing) {
-      owned = at::TensorList(parameters_).vec();
+      hold();
       release.emplace();
     }
     const at::AutoDispatchBelowADInplaceOrView guard;
@@ -361,6 +381,10 @@ py::object TrainStep::run(const py::object& given, const py::object& target) {
       step->apply();
     } else {
       optimizer_.attr("step")();
+      // Which torch's fused kernels do not count.
+      for (const Slot& slot : slots_) {
+        if (slot.stepped) THPVariable_Unpack(slot.object).unsafeGetTensorImpl()->bump_version();
+      }
     }
     if (keep != options_.keep_grads) {
       for (Slot& slot : slots_) {

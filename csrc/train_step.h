@@ -34,6 +34,10 @@ class TrainStep {
   // operation now. Raises for arguments that do not belong together, before anything is written.
   py::object run(const py::object& input, const py::object& target);
 
+  // For Python's garbage collector.
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
+
   // Calls so far whose gradients wait for a step.
   int64_t waiting = 0;
 

@@ -72,15 +72,18 @@ class FrozenMLP(_C.Frozen):
       tensors, it raises: call the model. `torch.compile` breaks its graph at the call.
     - As long as the model exists, each call looks whether its parameters and buffers were changed (by version
       counters and data pointers) or replaced, or modules were exchanged, and then reads them again before it computes.
-      Modes are only looked at where modules were exchanged. Writes through `.data`, to attributes of activations, and
-      to tensors made in inference mode are not seen: call `refresh()`.
+      Modes are only looked at where modules were exchanged. What counts no version is not seen: writes through `.data`
+      or `detach().numpy()`, a step of a `torch.optim` optimizer with `fused=True`, writes to tensors made in inference
+      mode, to attributes of activations, and to whatever else a forward reads, which is recorded once: call
+      `refresh()`.
     - It holds no strong reference to the model, and outlives it with the weights that it has. A copy or a pickle holds
       the weights and not the model, and is packed for the instruction set where it is read.
 
     Raises:
-        TypeError: if the input is neither a tensor nor a `numpy.ndarray`, or `out` is not of its kind.
-        RuntimeError: for wrong shapes, dtypes and devices, for an `out` that cannot be written, and for a
-            model that has become one that cannot be frozen; before anything is written.
+        TypeError: if the input is neither a tensor nor a `numpy.ndarray`, `out` is not of its kind, or the model has
+            become one that cannot be frozen.
+        RuntimeError: for wrong shapes, dtypes and devices, and for an `out` that cannot be written; before anything is
+            written.
 
     Example:
         >>> import numpy as np
@@ -237,6 +240,8 @@ class _Stage:
     def layer(self) -> _Layer:
         """Weight and bias as they are now."""
         linear = _alive(self.linear)
+        if not {"weight", "bias"} <= linear._parameters.keys():
+            raise TypeError(f"fastmlp: the parameters of {self.name} are not where torch.nn.Linear keeps them")
         weight = _tensor(f"{self.name}.weight", linear._parameters["weight"])
         own = linear._parameters["bias"]
         bias = None if own is None else _tensor(f"{self.name}.bias", own)

@@ -33,12 +33,12 @@ def _step(base: type[torch.optim.Optimizer], rule: int) -> Callable[..., Any]:
         loss = None
         if closure is not None:
             if _C.is_step_watched(self):
-                return watched(self, closure)
+                return _step_of_torch(self, watched, closure)
             with torch.enable_grad():
                 loss = closure()
         left = _C.step_optimizer(self, rule, False)
         if left is None:
-            watched(self)
+            _step_of_torch(self, watched)
         elif left:
             _step_of_others(self, watched, left)
             _C.step_optimizer(self, rule, True)
@@ -47,6 +47,14 @@ def _step(base: type[torch.optim.Optimizer], rule: int) -> Callable[..., Any]:
     # Or torch would wrap it, to call hooks.
     step.hooked = True  # type: ignore[attr-defined]
     return step
+
+
+def _step_of_torch(optimizer: torch.optim.Optimizer, step: Callable[..., Any], *closure: Callable[[], Any]) -> Any:
+    result = step(optimizer, *closure)
+    # Torch's fused kernels do not count the versions of what they write.
+    moved = [p for group in optimizer.param_groups if group["fused"] for p in group["params"] if p.grad is not None]
+    torch.autograd.graph.increment_version(moved)
+    return result
 
 
 def _step_of_others(optimizer: torch.optim.Optimizer, step: Callable[..., Any], left: list[Tensor]) -> None:
@@ -64,7 +72,7 @@ def _step_of_others(optimizer: torch.optim.Optimizer, step: Callable[..., Any], 
     try:
         for parameter, _ in hidden:
             parameter.grad = None
-        step(optimizer)
+        _step_of_torch(optimizer, step)
     finally:
         for parameter, grad in hidden:
             parameter.grad = grad

@@ -1,6 +1,7 @@
 """A step of training in one call."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -47,10 +48,11 @@ class TrainStep:
         optimizer.step()
 
     Loop and `TrainStep` may take turns. Everything is read afresh at each call: parameters, learning rates, the
-    optimizer's state, modes; so checkpoints, `load_state_dict` and learning rate schedulers work as ever. Where hooks
-    want to see the optimizer's step, or some parameters are for PyTorch to move, `optimizer.step` is called. Memory of
-    a gradient is written again by the next call unless somebody else holds it; memory for activations stays with the
-    object.
+    optimizer's state, modes; so checkpoints, `load_state_dict` and learning rate schedulers work as ever. Only a
+    forward that is no container's is recorded once, as by `convert(model, trace=True)`: what it reads of Python
+    besides modules, such as `self.flag`, stays as it was. Where hooks want to see the optimizer's step, or some
+    parameters are for PyTorch to move, `optimizer.step` is called. Memory of a gradient is written again by the next
+    call unless somebody else holds it; memory for activations stays with the object.
 
     Args:
         model: a `fastmlp.Sequential`, `MLP` or `Linear`, their counterparts of `torch.nn`, or any module whose forward
@@ -94,6 +96,9 @@ class TrainStep:
         accumulate: int = 1,
         keep_grads: bool = True,
     ) -> None:
+        for name, value in (("max_norm", max_norm), ("clip_value", clip_value)):
+            if value is not None and not isinstance(value, Real):
+                raise TypeError(f"fastmlp: {name} must be a number, got {type(value).__name__}")
         if max_norm is not None and clip_value is not None:
             raise ValueError("fastmlp: max_norm and clip_value were both given, expected one of them")
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
@@ -264,6 +269,8 @@ def _loss_problems(loss_fn: nn.Module) -> list[str]:
         found.append("loss_fn has hooks")
     if loss_fn.reduction not in ("mean", "sum"):
         found.append(f"loss_fn has the reduction {loss_fn.reduction!r}, expected 'mean' or 'sum'")
+    if isinstance(loss_fn, nn.CrossEntropyLoss) and not 0 <= loss_fn.label_smoothing <= 1:
+        found.append(f"loss_fn has the label_smoothing {loss_fn.label_smoothing}, expected 0 to 1")
     if isinstance(loss_fn, nn.BCEWithLogitsLoss) and loss_fn.weight is not None:
         found.append("loss_fn has a weight for each element of a batch, expected None; pos_weight is taken")
     return found

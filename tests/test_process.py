@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -293,3 +294,76 @@ def test_large_results_and_scratch_take_huge_pages() -> None:
     small_pages = (64 << 20) // os.sysconf("SC_PAGESIZE")
     assert forward < small_pages / 4
     assert backward < small_pages / 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "model[0].weight.data = model[0].weight.detach().clone()",
+        "model.double(); model.float()",
+        "model[2].weight = nn.Parameter(torch.randn(4, 64))",
+        "optimizer.state[model[0].weight]['exp_avg'] = torch.zeros(64, 8)",
+    ],
+)
+def test_steps_while_another_thread_exchanges_tensors(change: str) -> None:
+    """The step that is running keeps the memory that it works on."""
+    code = f"""
+import threading, time, torch, fastmlp
+from torch import nn
+torch.set_num_threads(1)
+model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
+optimizer = torch.optim.Adam(model.parameters())
+step = fastmlp.TrainStep(model, nn.MSELoss(), optimizer)
+x, y = torch.randn(33, 8), torch.randn(33, 4)
+step(x, y)
+stop = threading.Event()
+def exchange():
+    while not stop.is_set():
+        {change}
+thread = threading.Thread(target=exchange)
+thread.start()
+end, steps = time.time() + 3, 0
+while time.time() < end or steps == 0:
+    try:
+        step(x, y)
+        steps += 1
+    except RuntimeError as error:
+        assert "dtype" in str(error), error
+stop.set()
+thread.join()
+print(steps)
+"""
+    assert int(in_process(code)) > 0
+
+
+def test_a_model_that_holds_its_step_is_freed() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            self.step = fastmlp.TrainStep(self, nn.MSELoss(), optimizer)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.layer(x))
+
+    reference = weakref.ref(Net())
+    gc.collect()
+    assert reference() is None
+
+
+def test_a_frozen_network_sees_steps_of_torch_that_count_no_version() -> None:
+    """Its fused kernels count none; ours calls them while a hook watches."""
+    model = nn.Linear(3, 3)
+    frozen = fastmlp.freeze(model)
+    optimizer = fastmlp.optim.Adam(model.parameters(), lr=0.1, fused=True)
+    step = fastmlp.TrainStep(model, nn.MSELoss(), optimizer)
+    optimizer.register_step_pre_hook(lambda *arguments: None)
+    x = torch.randn(4, 3)
+    before = frozen(x)
+    model(x).sum().backward()
+    optimizer.step()
+    after = frozen(x)
+    assert not torch.equal(after, before)
+    step(x, torch.zeros(4, 3))
+    assert not torch.equal(frozen(x), after)
