@@ -218,7 +218,9 @@ struct Sin {
   static constexpr ParameterInfo parameters[2] = {};
   static constexpr bool keeps_output = false;
   template <class M> static constexpr typename M::V value(typename M::V z, Scalars) { return M::sin(z); }
-  template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars) { return g * M::cos(s); }
+  template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+    return g * M::cos(s);
+  }
 };
 
 template <class... A> struct ActivationList {

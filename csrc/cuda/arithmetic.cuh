@@ -55,8 +55,7 @@ __device__ __forceinline__ void load4(Compute<S> (&to)[4], const S* from, int64_
   }
 }
 
-template <class S>
-__device__ __forceinline__ void store4(S* to, const Compute<S> (&from)[4], int valid, bool vectors) {
+template <class S> __device__ __forceinline__ void store4(S* to, const Compute<S> (&from)[4], int valid, bool vectors) {
   if (vectors) {
     Vec<S, 4> v;
 #pragma unroll

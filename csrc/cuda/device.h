@@ -42,7 +42,7 @@ const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
                                  int(shared_bytes));
   }
   if (error == cudaSuccess) {
-    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(P(a)...);
+    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)> > >(P(a)...);
     error = cudaGetLastError();
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -68,13 +68,11 @@ template <> struct Narrow<BFloat16> {
   static __device__ __forceinline__ BFloat16 from(float x) { return {__bfloat16_as_ushort(__float2bfloat16_rn(x))}; }
 };
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return uint32_t(__cvta_generic_to_shared(p));
-}
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// Copies `bytes` (0 to 16) from global to shared memory and fills up to 16 with zeros; both addresses are aligned to 16.
-// The thread sees them after the wait for their group, other threads after a barrier behind that. Before sm_80 the
-// copy goes through registers at once.
+// Copies `bytes` (0 to 16) from global to shared memory and fills up to 16 with zeros; both addresses are aligned
+// to 16. The thread sees them after the wait for their group, other threads after a barrier behind that. Before sm_80
+// the copy goes through registers at once.
 __device__ __forceinline__ void copy_async16(void* to, const void* from, int bytes) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
@@ -145,7 +143,8 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
 }
 
 // The same of bfloat16, which tensor cores know from sm_80 on; network.cu asks for it nowhere else.
-__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BFloat16) {
+__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                             BFloat16) {
 #if __CUDA_ARCH__ >= 800
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

@@ -1,6 +1,6 @@
-// What follows the sums of a tile, for the kernels of simt.cuh and mma.cuh. Sums go from registers through shared memory, a
-// slab of rows at a time: so each row is read and written in long runs, and the code of an activation stands in a
-// kernel once, in a loop, not once for each register.
+// What follows the sums of a tile, for the kernels of simt.cuh and mma.cuh. Sums go from registers through shared
+// memory, a slab of rows at a time: so each row is read and written in long runs, and the code of an activation stands
+// in a kernel once, in a loop, not once for each register.
 #pragma once
 
 #include "arithmetic.cuh"
@@ -26,7 +26,8 @@ template <class S, Epilogue kind, class Slab, int threads> class Finisher {
     valid = left < 0 ? 0 : left > 4 ? 4 : int(left);
     if constexpr (kind == Epilogue::forward) {
 #pragma unroll
-      for (int e = 0; e < 4; e++) bias[e] = p.bias && e < valid ? widen(p.bias[(first_column + e) * p.bias_stride]) : C(0);
+      for (int e = 0; e < 4; e++)
+        bias[e] = p.bias && e < valid ? widen(p.bias[(first_column + e) * p.bias_stride]) : C(0);
     }
   }
 
@@ -102,7 +103,8 @@ template <class S, Epilogue kind, class Slab, int threads> class Finisher {
       load4(saved, p.saved + row * p.saved_stride + first_column * p.saved_column_stride, p.saved_column_stride, valid,
             p.vectors);
 #pragma unroll
-      for (int e = 0; e < 4; e++) sums[e] = A::template gradient<ScalarMath<C>>(sums[e], saved[e], p.activation.scalars);
+      for (int e = 0; e < 4; e++)
+        sums[e] = A::template gradient<ScalarMath<C>>(sums[e], saved[e], p.activation.scalars);
     }
 #pragma unroll
     for (int e = 0; e < 4; e++) column_sums[e] += sums[e];

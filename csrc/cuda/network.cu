@@ -1,5 +1,5 @@
-// Strategy of the GPU: layer by layer. Backward goes down with the gradient of pre-activations: a layer's dgrad applies the
-// derivative of the layer below and sums its bias gradient, so that only the last layer needs a pass of its own.
+// Strategy of the GPU: layer by layer. Backward goes down with the gradient of pre-activations: a layer's dgrad applies
+// the derivative of the layer below and sums its bias gradient, so that only the last layer needs a pass of its own.
 #include "network.h"
 
 #include <algorithm>
@@ -65,7 +65,7 @@ void layer_forward(const Context& context, const Layer& layer, int64_t rows, con
   p.bias = static_cast<const S*>(layer.bias.data);
   p.bias_stride = layer.bias.stride;
   p.activation = layer.activation;
-  Kernels<S>::multiply(context, Kernels<S>::plan(context, Epilogue::forward, p.m, p.n, p.k), Epilogue::forward, p);
+  Kernels<S>::multiply(context, Kernels<S>::plan(context, Epilogue::forward, p), Epilogue::forward, p);
 }
 
 template <class S> void forward_of(const Context& context, const ForwardPass& pass) {
@@ -74,7 +74,8 @@ template <class S> void forward_of(const Context& context, const ForwardPass& pa
   with_memory(context, [&](Carver& carver, bool run) {
     // Outputs that nobody keeps, each until the next layer has read it.
     S* spare[2] = {};
-    for (size_t i = 0; i < std::min<size_t>(last, 2); i++) spare[i] = carver.take<S>(network.rows * widest_hidden(network));
+    for (size_t i = 0; i < std::min<size_t>(last, 2); i++)
+      spare[i] = carver.take<S>(network.rows * widest_hidden(network));
     if (!run) return;
     Matrix input = network.input;
     for (size_t l = 0; l <= last; l++) {
@@ -142,8 +143,8 @@ template <class S> class Backward {
     S* const output = identity ? nullptr : gradients_[last_ % 2];
     C* const sums = bias ? carver.take<C>(runs * features) : nullptr;
     if (launches_ && (output || bias)) {
-      Kernels<S>::apply_gradient(context_, network_.rows, features, pass_.grad_output, identity ? Matrix() : pass_.saved[last_],
-                        layer.activation, output, sums);
+      Kernels<S>::apply_gradient(context_, network_.rows, features, pass_.grad_output,
+                                 identity ? Matrix() : pass_.saved[last_], layer.activation, output, sums);
       if (bias) Kernels<S>::sum_partials(context_, sums, runs, features, bias);
     }
     return identity ? pass_.grad_output : gapless(output, features);
@@ -155,7 +156,8 @@ template <class S> class Backward {
     Matrix input = l == 0 ? network_.input : pass_.saved[l - 1];
     if (l > 0 && !kept_output(l - 1)) {
       if (launches_)
-        Kernels<S>::apply_activation(context_, network_.rows, layer.in_features, input, network_.layers[l - 1].activation, input_);
+        Kernels<S>::apply_activation(context_, network_.rows, layer.in_features, input,
+                                     network_.layers[l - 1].activation, input_);
       input = gapless(input_, layer.in_features);
     }
     Product<S> p;
@@ -165,7 +167,7 @@ template <class S> class Backward {
     p.a = columns_of<S>(grad);
     p.b = columns_of<S>(input);
     p.output = static_cast<S*>(pass_.grad_weights[l]);
-    const Plan found = Kernels<S>::plan(context_, Epilogue::wgrad, p.m, p.n, p.k);
+    const Plan found = Kernels<S>::plan(context_, Epilogue::wgrad, p);
     if (found.parts > 1) p.partials = carver.take<C>(found.parts * p.m * p.n);
     if (launches_) Kernels<S>::multiply(context_, found, Epilogue::wgrad, p);
   }
@@ -180,7 +182,7 @@ template <class S> class Backward {
     p.a = rows_of<S>(grad);
     p.b = columns_of<S>(layer.weight);
     p.output = l == 0 ? static_cast<S*>(pass_.grad_input) : gradients_[(l - 1) % 2];
-    const Plan found = Kernels<S>::plan(context_, Epilogue::dgrad, p.m, p.n, p.k);
+    const Plan found = Kernels<S>::plan(context_, Epilogue::dgrad, p);
     S* bias = nullptr;
     if (l > 0) {
       bias = static_cast<S*>(pass_.grad_biases[l - 1]);

@@ -1,5 +1,5 @@
-// How a GPU runs a network: which kernels, in which order, with which scratch memory. Called by register.cpp, and by the
-// tests' extension in the emulator, with pointers of the device; knows no tensors and never waits for the device.
+// How a GPU runs a network: which kernels, in which order, with which scratch memory. Called by register.cpp, and by
+// the tests' extension in the emulator, with pointers of the device; knows no tensors and never waits for the device.
 #pragma once
 
 #include "../problem.h"

@@ -9,7 +9,6 @@
 #include "products.h"
 #include "rows.cuh"
 #include "simt.cuh"
-#include "tiles.h"
 
 namespace fastmlp::cuda {
 namespace {
@@ -26,14 +25,17 @@ void check(const char* error, const char* kernel, int64_t m, int64_t n, int64_t 
 
 bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-template <class S> bool reads_along_k(const Operand<S>& x, int64_t k, int64_t part) {
-  constexpr int64_t vector = per_16_bytes<S>;
-  return x.k_stride == 1 && x.stride % vector == 0 && k % vector == 0 && part % vector == 0 && aligned(x.data, 16);
-}
+// Vectors of 16 bytes lie along k for both operands of forward (NT), for the first of dgrad (NN), for none of wgrad
+// (TN).
+constexpr Read read_of_a(Epilogue epilogue) { return epilogue == Epilogue::wgrad ? Read::along_rows : Read::along_k; }
+constexpr Read read_of_b(Epilogue epilogue) { return epilogue == Epilogue::forward ? Read::along_k : Read::along_rows; }
 
-template <class S> bool reads_along_rows(const Operand<S>& x, int64_t size) {
+// None may be half outside. Parts of k are multiples of a tile's.
+template <class S> bool can_read(Read read, const Operand<S>& x, int64_t size, int64_t k) {
   constexpr int64_t vector = per_16_bytes<S>;
-  return x.stride == 1 && x.k_stride % vector == 0 && size % vector == 0 && aligned(x.data, 16);
+  const bool along_k = read == Read::along_k;
+  return (along_k ? x.k_stride : x.stride) == 1 && (along_k ? x.stride : x.k_stride) % vector == 0 &&
+         (along_k ? k : size) % vector == 0 && aligned(x.data, 16);
 }
 
 // Whether the epilogue can take four elements at a time.
@@ -46,43 +48,38 @@ template <class S> bool takes_vectors(const Product<S>& p) {
 template <class S, class Tile, Read read_a, Read read_b, Epilogue epilogue>
 void launch_simt(const Context& context, const Plan& plan, const Product<S>& p) {
   const dim3 grid(unsigned(plan.row_tiles * plan.column_tiles), 1, unsigned(plan.parts));
-  const char* const error = launch(simt_product<S, Tile, read_a, read_b, epilogue>, grid, dim3(Tile::threads), 0,
-                                   context.stream, p);
+  const char* const error =
+      launch(simt_product<S, Tile, read_a, read_b, epilogue>, grid, dim3(Tile::threads), 0, context.stream, p);
   check(error, "simt_product", p.m, p.n, p.k);
 }
 
 template <class S> constexpr bool sixteen_bits = sizeof(S) == 2;
 
-// Vectors are along k for both operands of forward (NT), for the first of dgrad (NN), for none of wgrad (TN).
 template <class S, class Tile, Epilogue epilogue>
 void launch_simt_tile(const Context& context, const Plan& plan, const Product<S>& p) {
   if constexpr (!sixteen_bits<S>) {
-    constexpr Read read_a = epilogue == Epilogue::wgrad ? Read::along_rows : Read::along_k;
-    constexpr Read read_b = epilogue == Epilogue::forward ? Read::along_k : Read::along_rows;
-    const bool a_fits = read_a == Read::along_k ? reads_along_k(p.a, p.k, plan.part) : reads_along_rows(p.a, p.m);
-    const bool b_fits = read_b == Read::along_k ? reads_along_k(p.b, p.k, plan.part) : reads_along_rows(p.b, p.n);
-    if (a_fits && b_fits) return launch_simt<S, Tile, read_a, read_b, epilogue>(context, plan, p);
+    if (plan.vectors) return launch_simt<S, Tile, read_of_a(epilogue), read_of_b(epilogue), epilogue>(context, plan, p);
   }
   launch_simt<S, Tile, Read::elements, Read::elements, epilogue>(context, plan, p);
 }
 
-// The tiles behind the sizes of tiles.h; 128 x 128 is for float32 only.
+// The tiles behind the sizes of tiles.h. The large one is for float32 in vectors: nothing else has the registers for
+// it.
 template <class S> struct SimtTiles {
   using Large = SimtTile<128, 128, 8, 8, 8>;
   using Medium = SimtTile<64, 64, 16, 4, 4>;
   using Small = SimtTile<32, 32, 16, 4, 4>;
 };
-template <> struct SimtTiles<double> {
-  using Large = SimtTile<64, 64, 16, 4, 4>;
-  using Medium = Large;
-  using Small = SimtTile<32, 32, 16, 4, 4>;
-};
 
-template <class S, Epilogue epilogue> void launch_product(const Context& context, const Plan& plan, const Product<S>& p) {
+template <class S, Epilogue epilogue>
+void launch_product(const Context& context, const Plan& plan, const Product<S>& p) {
   using Tiles = SimtTiles<S>;
   switch (plan.tile) {
     case large_tile:
-      return launch_simt_tile<S, typename Tiles::Large, epilogue>(context, plan, p);
+      if constexpr (sizeof(S) == sizeof(float)) {
+        launch_simt<S, typename Tiles::Large, read_of_a(epilogue), read_of_b(epilogue), epilogue>(context, plan, p);
+      }
+      return;
     case medium_tile:
       return launch_simt_tile<S, typename Tiles::Medium, epilogue>(context, plan, p);
     default:
@@ -116,28 +113,35 @@ template <class S, Elementwise what> void launch_elementwise(const Context& cont
 
 }  // namespace
 
-template <class S> Plan Kernels<S>::plan(const Context& context, Epilogue epilogue, int64_t m, int64_t n, int64_t k) {
+template <class S> Plan Kernels<S>::plan(const Context& context, Epilogue epilogue, const Product<S>& p) {
   using Tiles = SimtTiles<S>;
   constexpr TileShape shapes[] = {shape_of<typename Tiles::Large>, shape_of<typename Tiles::Medium>,
                                   shape_of<typename Tiles::Small>};
+  Plan plan;
+  plan.vectors =
+      !sixteen_bits<S> && can_read(read_of_a(epilogue), p.a, p.m, p.k) && can_read(read_of_b(epilogue), p.b, p.n, p.k);
   const TileRow row = tile_row(context.architecture);
   // The most that cutting k may multiply the number of blocks by.
-  const int64_t cuts = epilogue == Epilogue::wgrad ? std::clamp<int64_t>(k / shortest_part, 1, most_parts) : 1;
-  const auto tiles = [&](int tile) { return ceil_div(m, shapes[tile].bm) * ceil_div(n, shapes[tile].bn); };
-  Plan plan;
-  plan.tile = tiles(large_tile) * cuts >= row.large_from     ? large_tile
-              : tiles(medium_tile) * cuts >= row.medium_from ? medium_tile
-                                                             : small_tile;
+  const int64_t cuts = epilogue == Epilogue::wgrad ? std::clamp<int64_t>(p.k / shortest_part, 1, most_parts) : 1;
+  const auto blocks = [&](int tile) { return ceil_div(p.m, shapes[tile].bm) * ceil_div(p.n, shapes[tile].bn); };
+  const bool has_large = sizeof(S) == sizeof(float) && plan.vectors;
+  if (context.tile) {
+    plan.tile = *context.tile == large_tile && !has_large ? medium_tile : *context.tile;
+  } else if (has_large && blocks(large_tile) * cuts >= row.large_from) {
+    plan.tile = large_tile;
+  } else if (blocks(medium_tile) * cuts >= row.medium_from) {
+    plan.tile = medium_tile;
+  }
   const TileShape& shape = shapes[plan.tile];
-  plan.row_tiles = ceil_div(m, shape.bm);
-  plan.column_tiles = ceil_div(n, shape.bn);
-  if (plan.row_tiles * plan.column_tiles > most_blocks)
-    throw std::runtime_error("fastmlp: a product of M = " + std::to_string(m) + " and N = " + std::to_string(n) +
+  plan.row_tiles = ceil_div(p.m, shape.bm);
+  plan.column_tiles = ceil_div(p.n, shape.bn);
+  if (blocks(plan.tile) > most_blocks)
+    throw std::runtime_error("fastmlp: a product of M = " + std::to_string(p.m) + " and N = " + std::to_string(p.n) +
                              " needs more blocks than a CUDA grid has");
-  const int64_t blocks = std::max<int64_t>(1, plan.row_tiles * plan.column_tiles);
-  const int64_t wanted = std::clamp<int64_t>(2 * row.multiprocessors / blocks, 1, cuts);
-  plan.part = std::max(ceil_div(ceil_div(k, wanted), shape.bk) * shape.bk, shape.bk);
-  plan.parts = std::max<int64_t>(1, ceil_div(k, plan.part));
+  const int64_t wanted =
+      std::clamp<int64_t>(2 * row.multiprocessors / std::max<int64_t>(1, blocks(plan.tile)), 1, cuts);
+  plan.part = std::max(ceil_div(ceil_div(p.k, wanted), shape.bk) * shape.bk, shape.bk);
+  plan.parts = std::max<int64_t>(1, ceil_div(p.k, plan.part));
   return plan;
 }
 
@@ -160,8 +164,8 @@ void Kernels<S>::multiply(const Context& context, const Plan& plan, Epilogue epi
 }
 
 template <class S>
-void Kernels<S>::apply_gradient(const Context& context, int64_t rows, int64_t columns, const Matrix& grad, const Matrix& saved,
-                    const ActivationSpec& activation, S* output, C* column_sums) {
+void Kernels<S>::apply_gradient(const Context& context, int64_t rows, int64_t columns, const Matrix& grad,
+                                const Matrix& saved, const ActivationSpec& activation, S* output, C* column_sums) {
   ElementwiseArguments<S> p;
   p.rows = rows;
   p.columns = columns;
@@ -175,7 +179,7 @@ void Kernels<S>::apply_gradient(const Context& context, int64_t rows, int64_t co
 
 template <class S>
 void Kernels<S>::apply_activation(const Context& context, int64_t rows, int64_t columns, const Matrix& saved,
-                      const ActivationSpec& activation, S* output) {
+                                  const ActivationSpec& activation, S* output) {
   ElementwiseArguments<S> p;
   p.rows = rows;
   p.columns = columns;

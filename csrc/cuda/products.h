@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <functional>
+#include <optional>
 
 #include "product.h"
+#include "tiles.h"
 
 namespace fastmlp::cuda {
 
@@ -14,15 +16,16 @@ namespace fastmlp::cuda {
 struct Context {
   int architecture = 0;  // 80 for compute capability 8.0
   void* stream = nullptr;
+  std::optional<TileSize> tile;                 // in place of the table's choice, where there is such a kernel
   std::function<void*(size_t bytes)> allocate;  // aligned to 256
 };
 
 // A product of the static table (tiles.h).
 struct Plan {
-  int tile = 0;
+  TileSize tile = small_tile;
   int64_t row_tiles = 0, column_tiles = 0;
   int64_t parts = 1, part = 0;  // k is cut into so many pieces of so many, for wgrad
-  bool tensor_cores = false;
+  bool vectors = false;         // operands can be read 16 bytes at a time
 };
 
 // How many rows one sum of apply_gradient covers, and how many such runs there are.
@@ -33,9 +36,10 @@ inline int64_t runs_of(int64_t rows) { return (rows + rows_of_run(rows) - 1) / r
 template <class S> struct Kernels {
   using C = Compute<S>;
 
-  static Plan plan(const Context& context, Epilogue epilogue, int64_t m, int64_t n, int64_t k);
+  // By the product's shape and operands alone.
+  static Plan plan(const Context& context, Epilogue epilogue, const Product<S>& product);
 
-  // `plan` is that of the product's shape. Room is needed for [parts, m, n] partials if there are several parts, and for
+  // `plan` is that of the product. Room is needed for [parts, m, n] partials if there are several parts, and for
   // [row_tiles, n] column sums if these are asked for.
   static void multiply(const Context& context, const Plan& plan, Epilogue epilogue, const Product<S>& product);
 

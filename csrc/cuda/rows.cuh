@@ -17,11 +17,11 @@ enum class Elementwise { gradient, value };
 
 template <class S> struct ElementwiseArguments {
   int64_t rows = 0, columns = 0;
-  int64_t run = 0;                     // rows of one block
-  ElementwiseOperand<S> grad, saved;   // [rows, columns]; saved is not read for the identity
+  int64_t run = 0;                    // rows of one block
+  ElementwiseOperand<S> grad, saved;  // [rows, columns]; saved is not read for the identity
   ActivationSpec activation;
-  S* output = nullptr;                 // [rows, columns] without gaps, or null
-  Compute<S>* column_sums = nullptr;   // [runs, columns], or null
+  S* output = nullptr;                // [rows, columns] without gaps, or null
+  Compute<S>* column_sums = nullptr;  // [runs, columns], or null
 };
 
 constexpr int pass_threads = 256;

@@ -82,8 +82,8 @@ template <class S, class Tile, int rows, Read read> class Loader {
 
  private:
   const S* from;
-  int64_t hop, step;       // from one vector of the thread to its next, and from tile to tile
-  int row, depth;          // of the thread's first vector in the tile
+  int64_t hop, step;  // from one vector of the thread to its next, and from tile to tile
+  int row, depth;     // of the thread's first vector in the tile
   int row_hop = 0, depth_hop;
   int rows_left;
   Vec<S, vector> staged[count];
@@ -138,7 +138,8 @@ __global__ void __launch_bounds__(Tile::threads, 512 / Tile::threads) simt_produ
 #pragma unroll
       for (int i = 0; i < TM; i += 4) load_group(rows + i, &memory.operands.a[stage][kk][i / 4 * group_rows + ty]);
 #pragma unroll
-      for (int j = 0; j < TN; j += 4) load_group(columns + j, &memory.operands.b[stage][kk][j / 4 * group_columns + tx]);
+      for (int j = 0; j < TN; j += 4)
+        load_group(columns + j, &memory.operands.b[stage][kk][j / 4 * group_columns + tx]);
 #pragma unroll
       for (int i = 0; i < TM; i++) {
 #pragma unroll
@@ -162,8 +163,7 @@ __global__ void __launch_bounds__(Tile::threads, 512 / Tile::threads) simt_produ
 #pragma unroll
     for (int i = 0; i < 4; i++) {
 #pragma unroll
-      for (int j = 0; j < TN; j++)
-        memory.slab.sums[ty + i][j / 4 * group_columns + tx + j % 4] = sums[pass * 4 + i][j];
+      for (int j = 0; j < TN; j++) memory.slab.sums[ty + i][j / 4 * group_columns + tx + j % 4] = sums[pass * 4 + i][j];
     }
     __syncthreads();
     finisher.finish(memory.slab, [&](int r) { return pass * group_rows + r; });

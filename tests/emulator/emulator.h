@@ -6,12 +6,12 @@
 // or a number, the seed of a random one.
 //
 // It finds by itself: diverging barriers, deadlocks, too much shared memory, wrong launches, unaligned copies. Shared
-// memory starts as NaN in every block and asynchronous copies land only at their wait, so that a read too early shows in
-// the result. Compiled with -fsanitize=address, accesses out of bounds of global memory and of shared objects; with
+// memory starts as NaN in every block and asynchronous copies land only at their wait, so that a read too early shows
+// in the result. Compiled with -fsanitize=address, accesses out of bounds of global memory and of shared objects; with
 // alignment, vectors at wrong addresses; with thread, missing barriers and races between blocks.
 //
-// Limits: x86-64, g++; full warps; no atomics, named barriers, clusters, TMA or wgmma; no weak memory order; mma sums in
-// ascending k in float32, where tensor cores round in their own way.
+// Limits: x86-64, g++; full warps; no atomics, named barriers, clusters, TMA or wgmma; no weak memory order; mma sums
+// in ascending k in float32, where tensor cores round in their own way.
 #pragma once
 
 #include <cmath>

@@ -51,7 +51,7 @@ struct Fiber {
   int line = 0;  // where it waits
   dim3 index;
   int lane = 0, warp = 0;
-  bool phase = false;  // of its warp functions, for ThreadSanitizer
+  bool phase = false;                     // of its warp functions, for ThreadSanitizer
   std::vector<Copy> open;                 // asynchronous copies of no group yet
   std::vector<std::vector<Copy>> groups;  // those on their way, oldest first
   void* address_sanitizer = nullptr;
@@ -160,8 +160,7 @@ __attribute__((noinline, no_sanitize("thread")))
 #else
 __attribute__((noinline))
 #endif
-inline void
-switch_to(Fiber* to, bool for_good = false) {
+inline void switch_to(Fiber* to, bool for_good = false) {
   Fiber* const from = current;
   current = to;
   threadIdx = to->index;
