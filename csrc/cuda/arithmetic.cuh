@@ -35,6 +35,9 @@ template <class F, class... A> __device__ void with_activation(int kind, Activat
   ((number++ == kind ? f(A{}) : void()), ...);
 }
 
+// How an operand is read: 16 bytes along k, 16 bytes along its rows (A) or columns (B), or element by element.
+enum class Read { along_k, along_rows, elements };
+
 // Elements that are loaded and stored at once.
 template <class S, int count> struct alignas(count * sizeof(S) < 16 ? count * sizeof(S) : 16) Vec {
   S element[count];

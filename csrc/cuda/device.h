@@ -41,10 +41,13 @@ const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
     error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  int(shared_bytes));
   }
-  if (error == cudaSuccess) {
-    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)> > >(P(a)...);
-    error = cudaGetLastError();
-  }
+  const auto start = [&](P... parameters) {
+    void* addresses[] = {&parameters...};
+    return cudaLaunchKernel(kernel, grid, block, addresses, shared_bytes, static_cast<cudaStream_t>(stream));
+  };
+  if (error == cudaSuccess) error = start(P(a)...);
+  // Forgotten there, since it is told here.
+  if (error != cudaSuccess) cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

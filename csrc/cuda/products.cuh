@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
+#include "mma.cuh"
 #include "products.h"
 #include "rows.cuh"
 #include "simt.cuh"
@@ -14,6 +16,7 @@ namespace fastmlp::cuda {
 namespace {
 
 constexpr int64_t most_blocks = 0x7fffffff;
+constexpr int64_t longest_part = 1 << 30;  // of k, which a kernel counts in 32 bits
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -45,52 +48,73 @@ template <class S> bool takes_vectors(const Product<S>& p) {
          (!p.saved || (p.saved_column_stride == 1 && p.saved_stride % 4 == 0 && aligned(p.saved, bytes)));
 }
 
-template <class S, class Tile, Read read_a, Read read_b, Epilogue epilogue>
-void launch_simt(const Context& context, const Plan& plan, const Product<S>& p) {
-  const dim3 grid(unsigned(plan.row_tiles * plan.column_tiles), 1, unsigned(plan.parts));
-  const char* const error =
-      launch(simt_product<S, Tile, read_a, read_b, epilogue>, grid, dim3(Tile::threads), 0, context.stream, p);
-  check(error, "simt_product", p.m, p.n, p.k);
-}
-
-template <class S> constexpr bool sixteen_bits = sizeof(S) == 2;
-
-template <class S, class Tile, Epilogue epilogue>
-void launch_simt_tile(const Context& context, const Plan& plan, const Product<S>& p) {
-  if constexpr (!sixteen_bits<S>) {
-    if (plan.vectors) return launch_simt<S, Tile, read_of_a(epilogue), read_of_b(epilogue), epilogue>(context, plan, p);
-  }
-  launch_simt<S, Tile, Read::elements, Read::elements, epilogue>(context, plan, p);
-}
-
-// The tiles behind the sizes of tiles.h. The large one is for float32 in vectors: nothing else has the registers for
-// it.
-template <class S> struct SimtTiles {
+// The two families of product kernels: their tiles by the sizes of tiles.h, and which kernels there are.
+template <class S> struct Simt {
+  static constexpr const char* name = "simt_product";
+  static constexpr bool reads_vectors = sizeof(S) >= sizeof(float);
+  // For vectors of float32 only: nothing else has the registers for it.
+  static constexpr bool has_large = sizeof(S) == sizeof(float);
   using Large = SimtTile<128, 128, 8, 8, 8>;
   using Medium = SimtTile<64, 64, 16, 4, 4>;
   using Small = SimtTile<32, 32, 16, 4, 4>;
+  template <class Tile, Read read_a, Read read_b, Epilogue epilogue>
+  static constexpr auto kernel = &simt_product<S, Tile, read_a, read_b, epilogue>;
 };
+
+template <class S> struct Mma {
+  static constexpr const char* name = "mma_product";
+  static constexpr bool reads_vectors = true;
+  static constexpr bool has_large = true;  // for vectors only
+  using Large = MmaTile<128, 128, 32, 64, 64>;
+  using Medium = MmaTile<64, 64, 32, 32, 32>;
+  using Small = MmaTile<16, 64, 64, 16, 16>;
+  template <class Tile, Read read_a, Read read_b, Epilogue epilogue>
+  static constexpr auto kernel = &mma_product<S, Tile, read_a, read_b, epilogue>;
+};
+
+// bfloat16 has tensor cores from sm_80 on; float16 on all that CUDA 13 knows.
+template <class S> constexpr bool has_mma = sizeof(S) == 2;
+template <class S> constexpr bool has_simt = !has_mma<S> || std::is_same_v<S, BFloat16>;
+template <class S> bool uses_mma(const Context& context) {
+  return has_mma<S> && (!has_simt<S> || context.architecture >= 80);
+}
+
+// Calls f with the family that the context's architecture computes S by.
+template <class S, class F> void with_family(const Context& context, const F& f) {
+  if constexpr (has_mma<S>) {
+    if (uses_mma<S>(context)) return f(Mma<S>());
+  }
+  if constexpr (has_simt<S>) f(Simt<S>());
+}
+
+template <class Family, class S, class Tile, Epilogue epilogue>
+void launch_tile(const Context& context, const Plan& plan, const Product<S>& p) {
+  const dim3 grid(unsigned(plan.row_tiles * plan.column_tiles), 1, unsigned(plan.parts));
+  constexpr bool vectors_only = std::is_same_v<Tile, typename Family::Large>;
+  constexpr bool elements_only = !Family::reads_vectors;
+  const char* error = nullptr;
+  if constexpr (!elements_only) {
+    constexpr auto kernel = Family::template kernel<Tile, read_of_a(epilogue), read_of_b(epilogue), epilogue>;
+    if (vectors_only || plan.vectors) error = launch(kernel, grid, dim3(Tile::threads), 0, context.stream, p);
+  }
+  if constexpr (!vectors_only) {
+    constexpr auto kernel = Family::template kernel<Tile, Read::elements, Read::elements, epilogue>;
+    if (elements_only || !plan.vectors) error = launch(kernel, grid, dim3(Tile::threads), 0, context.stream, p);
+  }
+  check(error, Family::name, p.m, p.n, p.k);
+}
 
 template <class S, Epilogue epilogue>
 void launch_product(const Context& context, const Plan& plan, const Product<S>& p) {
-  using Tiles = SimtTiles<S>;
-  switch (plan.tile) {
-    case large_tile:
-      if constexpr (sizeof(S) == sizeof(float)) {
-        launch_simt<S, typename Tiles::Large, read_of_a(epilogue), read_of_b(epilogue), epilogue>(context, plan, p);
-      }
-      return;
-    case medium_tile:
-      return launch_simt_tile<S, typename Tiles::Medium, epilogue>(context, plan, p);
-    default:
-      return launch_simt_tile<S, typename Tiles::Small, epilogue>(context, plan, p);
-  }
+  with_family<S>(context, [&](auto family) {
+    using Family = decltype(family);
+    if constexpr (Family::has_large) {
+      if (plan.tile == large_tile) return launch_tile<Family, S, typename Family::Large, epilogue>(context, plan, p);
+    }
+    if (plan.tile == medium_tile) return launch_tile<Family, S, typename Family::Medium, epilogue>(context, plan, p);
+    launch_tile<Family, S, typename Family::Small, epilogue>(context, plan, p);
+  });
 }
-
-struct TileShape {
-  int64_t bm, bn, bk;
-};
-template <class Tile> constexpr TileShape shape_of = {Tile::BM, Tile::BN, Tile::BK};
 
 // Threads of a pass over columns: as many beside each other as there are columns, up to a warp's.
 dim3 pass_block(int64_t columns) {
@@ -114,34 +138,44 @@ template <class S, Elementwise what> void launch_elementwise(const Context& cont
 }  // namespace
 
 template <class S> Plan Kernels<S>::plan(const Context& context, Epilogue epilogue, const Product<S>& p) {
-  using Tiles = SimtTiles<S>;
-  constexpr TileShape shapes[] = {shape_of<typename Tiles::Large>, shape_of<typename Tiles::Medium>,
-                                  shape_of<typename Tiles::Small>};
   Plan plan;
-  plan.vectors =
-      !sixteen_bits<S> && can_read(read_of_a(epilogue), p.a, p.m, p.k) && can_read(read_of_b(epilogue), p.b, p.n, p.k);
-  const TileRow row = tile_row(context.architecture);
-  // The most that cutting k may multiply the number of blocks by.
-  const int64_t cuts = epilogue == Epilogue::wgrad ? std::clamp<int64_t>(p.k / shortest_part, 1, most_parts) : 1;
-  const auto blocks = [&](int tile) { return ceil_div(p.m, shapes[tile].bm) * ceil_div(p.n, shapes[tile].bn); };
-  const bool has_large = sizeof(S) == sizeof(float) && plan.vectors;
-  if (context.tile) {
-    plan.tile = *context.tile == large_tile && !has_large ? medium_tile : *context.tile;
-  } else if (has_large && blocks(large_tile) * cuts >= row.large_from) {
-    plan.tile = large_tile;
-  } else if (blocks(medium_tile) * cuts >= row.medium_from) {
-    plan.tile = medium_tile;
-  }
-  const TileShape& shape = shapes[plan.tile];
-  plan.row_tiles = ceil_div(p.m, shape.bm);
-  plan.column_tiles = ceil_div(p.n, shape.bn);
-  if (blocks(plan.tile) > most_blocks)
-    throw std::runtime_error("fastmlp: a product of M = " + std::to_string(p.m) + " and N = " + std::to_string(p.n) +
-                             " needs more blocks than a CUDA grid has");
-  const int64_t wanted =
-      std::clamp<int64_t>(2 * row.multiprocessors / std::max<int64_t>(1, blocks(plan.tile)), 1, cuts);
-  plan.part = std::max(ceil_div(ceil_div(p.k, wanted), shape.bk) * shape.bk, shape.bk);
-  plan.parts = std::max<int64_t>(1, ceil_div(p.k, plan.part));
+  with_family<S>(context, [&](auto family) {
+    using Family = decltype(family);
+    struct Shape {
+      int64_t bm, bn, bk;
+    };
+    const auto shape_of = [](auto tile) { return Shape{tile.BM, tile.BN, tile.BK}; };
+    const Shape shapes[] = {shape_of(typename Family::Large()), shape_of(typename Family::Medium()),
+                            shape_of(typename Family::Small())};
+    plan.vectors = Family::reads_vectors && can_read(read_of_a(epilogue), p.a, p.m, p.k) &&
+                   can_read(read_of_b(epilogue), p.b, p.n, p.k);
+    const TileRow row = tile_row(context.architecture);
+    // The most that cutting k may multiply the number of blocks by.
+    const int64_t cuts = epilogue == Epilogue::wgrad ? std::clamp<int64_t>(p.k / shortest_part, 1, most_parts) : 1;
+    const auto blocks = [&](int tile) { return ceil_div(p.m, shapes[tile].bm) * ceil_div(p.n, shapes[tile].bn); };
+    const bool has_large = Family::has_large && plan.vectors;
+    if (context.tile) {
+      plan.tile = *context.tile == large_tile && !has_large ? medium_tile : *context.tile;
+    } else if (has_large && blocks(large_tile) * cuts >= row.large_from) {
+      plan.tile = large_tile;
+    } else if (blocks(medium_tile) * cuts >= row.medium_from) {
+      plan.tile = medium_tile;
+    }
+    const Shape& shape = shapes[plan.tile];
+    plan.row_tiles = ceil_div(p.m, shape.bm);
+    plan.column_tiles = ceil_div(p.n, shape.bn);
+    const int64_t tiles = blocks(plan.tile);
+    if (tiles > most_blocks)
+      throw std::runtime_error("fastmlp: a product of M = " + std::to_string(p.m) + " and N = " + std::to_string(p.n) +
+                               " needs more blocks than a CUDA grid has");
+    if (epilogue != Epilogue::wgrad && p.k > longest_part)
+      throw std::runtime_error("fastmlp: sums of K = " + std::to_string(p.k) +
+                               " products are too long for the CUDA kernels");
+    const int64_t wanted = std::max(std::clamp<int64_t>(2 * row.multiprocessors / std::max<int64_t>(1, tiles), 1, cuts),
+                                    ceil_div(p.k, longest_part));
+    plan.part = std::max(ceil_div(ceil_div(p.k, wanted), shape.bk) * shape.bk, shape.bk);
+    plan.parts = std::max<int64_t>(1, ceil_div(p.k, plan.part));
+  });
   return plan;
 }
 

@@ -14,9 +14,6 @@ template <int BM_, int BN_, int BK_, int TM_, int TN_> struct SimtTile {
   static constexpr int passes = TM / 4;  // of the epilogue, each with one group of rows of every thread
 };
 
-// How an operand is read: 16 bytes along k, 16 bytes along its rows (A) or columns (B), or element by element.
-enum class Read { along_k, along_rows, elements };
-
 // One operand's way from global memory, through a thread's registers, to a tile [BK][rows] in shared memory. A thread's
 // vectors lie at equal distances; neighbouring threads read neighbouring memory and write different banks.
 template <class S, class Tile, int rows, Read read> class Loader {
@@ -50,20 +47,27 @@ template <class S, class Tile, int rows, Read read> class Loader {
       row_hop = k_first ? threads / BK : 0;
       depth_hop = k_first ? 0 : threads / rows;
     }
-    const int64_t left = size - first - row;
-    rows_left = left > rows ? rows : int(left);
-    from = operand.data + (first + row) * operand.stride + (k + depth) * operand.k_stride;
-    hop = row_hop * operand.stride + depth_hop * operand.k_stride;
-    step = BK * operand.k_stride;
+    const int64_t stride = read == Read::along_rows ? 1 : operand.stride;
+    const int64_t k_stride = read == Read::along_k ? 1 : operand.k_stride;
+    const int64_t left = size - first;
+    rows_left = left < rows ? int(left) : rows;
+    // All vectors of a thread are of the same rows. Outside, others are read for them, since what comes of it is
+    // dropped.
+    const int64_t read_row = read != Read::elements && row >= left ? left - (read == Read::along_k ? 1 : vector) : row;
+    from = operand.data + (first + read_row) * stride + (k + depth) * k_stride;
+    hop = row_hop * stride + depth_hop * k_stride;
+    step = BK * k_stride;
   }
 
-  // The next tile, of which `depth_left` of k are inside; the rest is zero. A vector is never half outside.
+  // The next tile, of which `depth_left` of k, if that is less than BK, are inside; the rest is zero. A vector is never
+  // half outside.
   __device__ __forceinline__ void load(int depth_left) {
 #pragma unroll
     for (int i = 0; i < count; i++) {
-      const bool inside = i * row_hop < rows_left && depth + i * depth_hop < depth_left;
+      const bool row_inside = read != Read::elements || row + i * row_hop < rows_left;
       staged[i] = {};
-      if (inside) staged[i] = *reinterpret_cast<const Vec<S, vector>*>(from + i * hop);
+      if (row_inside && depth + i * depth_hop < depth_left)
+        staged[i] = *reinterpret_cast<const Vec<S, vector>*>(from + i * hop);
     }
     from += step;
   }
@@ -97,6 +101,10 @@ template <class C, class Tile> union SimtShared {
   Slab<C, Tile::BM / Tile::passes, Tile::BN> slab;
 };
 
+struct TilePlace {
+  unsigned row, column;
+};
+
 template <class C> __device__ __forceinline__ void load_group(C* to, const C* from) {
   const auto group = *reinterpret_cast<const Vec<C, 4>*>(from);
 #pragma unroll
@@ -104,34 +112,33 @@ template <class C> __device__ __forceinline__ void load_group(C* to, const C* fr
 }
 
 template <class S, class Tile, Read read_a, Read read_b, Epilogue epilogue>
-__global__ void __launch_bounds__(Tile::threads, 512 / Tile::threads) simt_product(const Product<S> p) {
+__global__ void __launch_bounds__(Tile::threads, Tile::threads == 256 ? 2 : 1) simt_product(const Product<S> p) {
   using C = Compute<S>;
   constexpr int BM = Tile::BM, BN = Tile::BN, BK = Tile::BK, TM = Tile::TM, TN = Tile::TN;
   constexpr int group_rows = BM / (TM / 4), group_columns = BN / (TN / 4);
   auto& memory = shared<SimtShared<C, Tile>>();
   const int tx = threadIdx.x % (BN / TN) * 4, ty = threadIdx.x / (BN / TN) * 4;
-  const int64_t column_tiles = (p.n + BN - 1) / BN;
-  const int64_t row_tile = blockIdx.x / column_tiles, column_tile = blockIdx.x % column_tiles;
+  const unsigned column_tiles = unsigned((p.n + BN - 1) / BN);
+  const unsigned row_tile = blockIdx.x / column_tiles, column_tile = blockIdx.x % column_tiles;
   const int64_t k_begin = blockIdx.z * p.part;
   const int64_t k_end = k_begin + p.part < p.k ? k_begin + p.part : p.k;
-  const auto inside = [&](int64_t k) { return k_end - k < BK ? int(k_end - k) : BK; };
-  Loader<S, Tile, BM, read_a> a(p.a, row_tile * BM, p.m, k_begin);
-  Loader<S, Tile, BN, read_b> b(p.b, column_tile * BN, p.n, k_begin);
+  // For the epilogue: registers are scarce until then.
+  auto& place = shared<TilePlace>();
+  if (threadIdx.x == 0) place = {row_tile, column_tile};
+  Loader<S, Tile, BM, read_a> a(p.a, int64_t(row_tile) * BM, p.m, k_begin);
+  Loader<S, Tile, BN, read_b> b(p.b, int64_t(column_tile) * BN, p.n, k_begin);
   C sums[TM][TN] = {};
 
-  a.load(inside(k_begin));
-  b.load(inside(k_begin));
+  int left = int(k_end - k_begin);  // of k
+  a.load(left);
+  b.load(left);
   a.store(memory.operands.a[0]);
   b.store(memory.operands.b[0]);
   __syncthreads();
-  int stage = 0;
-#pragma unroll 1
-  for (int64_t k = k_begin; k < k_end; k += BK) {
-    const bool more = k + BK < k_end;
-    if (more) {
-      a.load(inside(k + BK));
-      b.load(inside(k + BK));
-    }
+  const auto multiply_tile = [&](int stage) {
+    // Zeros behind the last tile: without a branch, loads stay ahead of the products.
+    a.load(left - BK);
+    b.load(left - BK);
 #pragma unroll
     for (int kk = 0; kk < BK; kk++) {
       C rows[TM], columns[TN];
@@ -146,16 +153,22 @@ __global__ void __launch_bounds__(Tile::threads, 512 / Tile::threads) simt_produ
         for (int j = 0; j < TN; j++) sums[i][j] += rows[i] * columns[j];
       }
     }
-    stage ^= 1;
-    if (more) {
-      a.store(memory.operands.a[stage]);
-      b.store(memory.operands.b[stage]);
-    }
+    a.store(memory.operands.a[stage ^ 1]);
+    b.store(memory.operands.b[stage ^ 1]);
     __syncthreads();
+    left -= BK;
+  };
+  // Two at a time, so that a stage's addresses are constants.
+#pragma unroll 1
+  while (left > 0) {
+    multiply_tile(0);
+    if (left <= 0) break;
+    multiply_tile(1);
   }
 
   using RowSlab = Slab<C, group_rows, BN>;
-  Finisher<S, epilogue, RowSlab, Tile::threads> finisher(p, row_tile * BM, column_tile * BN, blockIdx.z);
+  Finisher<S, epilogue, RowSlab, Tile::threads> finisher(p, int64_t(place.row) * BM, int64_t(place.column) * BN,
+                                                         blockIdx.z);
   // Unrolled, so that the registers of the sums that went out are free.
 #pragma unroll
   for (int pass = 0; pass < Tile::passes; pass++) {
@@ -168,7 +181,7 @@ __global__ void __launch_bounds__(Tile::threads, 512 / Tile::threads) simt_produ
     __syncthreads();
     finisher.finish(memory.slab, [&](int r) { return pass * group_rows + r; });
   }
-  finisher.finish_columns(memory.slab, row_tile);
+  finisher.finish_columns(memory.slab, place.row);
 }
 
 }  // namespace fastmlp::cuda

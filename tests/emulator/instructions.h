@@ -101,7 +101,7 @@ template <int pending> void wait_for_copies() {
   }
   for (const emulator::Copy& copy : arriving) {
     unsigned char bytes[16] = {};
-    std::memcpy(bytes, copy.from, size_t(copy.bytes));
+    if (copy.bytes > 0) std::memcpy(bytes, copy.from, size_t(copy.bytes));
     std::memcpy(copy.to, bytes, sizeof bytes);
   }
 }
