@@ -1,6 +1,5 @@
-// Signatures that every device implements for the schemas of bindings.cpp; called by the dispatcher
-// (flat lists) and, on the CPU, directly by Python (a Stack). `register.cpp` of a device and
-// meta.cpp define them.
+// Signatures that every device implements for the schemas of bindings.cpp (devices.h lists those that did); called by
+// the dispatcher (flat lists) and directly by Python (a Stack). `register.cpp` of a device and meta.cpp define them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -29,9 +28,6 @@ void forward_into(const Stack& stack, const at::Tensor& input, at::TensorList pa
                   at::TensorList hidden);
 void backward_into(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
                    at::TensorList parameters, const Tensors& grads);
-
-// Whether the kernels of this device take the dtype.
-bool has_kernels_for(at::ScalarType dtype);
 
 }  // namespace cpu
 }  // namespace fastmlp

@@ -1,5 +1,9 @@
-"""Builds and loads `_C_emulated`: the CUDA kernels, run on CPU tensors by tests/emulator."""
+"""Builds and loads `_C_emulated`: the CUDA kernels, run on CPU tensors by tests/emulator.
 
+FASTMLP_SANITIZE=address,undefined (or thread): with these sanitizers of the compiler.
+"""
+
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 @cache
 def emulated() -> Any:
     """The extension; compiled at the first call, and again when a source has changed."""
-    folder = ROOT / "build" / "emulated"
+    sanitizers = os.environ.get("FASTMLP_SANITIZE")
+    sanitize = [f"-fsanitize={sanitizers}", "-g1"] if sanitizers else ["-g0"]
+    folder = ROOT / "build" / ("emulated" + (f"_{sanitizers}" if sanitizers else ""))
     folder.mkdir(parents=True, exist_ok=True)
     sources = [
         *sorted((ROOT / "tests/emulator/extension").glob("*.cpp")),
@@ -22,6 +28,7 @@ def emulated() -> Any:
         "_C_emulated",
         [str(source) for source in sources],
         extra_include_paths=[str(ROOT / "csrc"), str(ROOT / "tests/emulator")],
-        extra_cflags=["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"],
+        extra_cflags=["-O2", *sanitize, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"],
+        extra_ldflags=sanitize,
         build_directory=str(folder),
     )

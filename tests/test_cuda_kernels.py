@@ -31,7 +31,12 @@ def order(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
     yield
-    emulated().set_up(80, -1, "fifo")
+    set_up()
+
+
+def set_up(architecture: int = 80, tile: int = -1, order: str = "fifo", fuses: bool = True) -> None:
+    """What the next passes run with; tile -1 leaves the choice to the static table."""
+    emulated().set_up(architecture, tile, order, fuses)
 
 
 def native(has_bias: Sequence[bool], acts: Sequence[Activation]) -> Any:
@@ -81,7 +86,7 @@ def test_shapes_around_tiles(architecture: int, tile: int, dtype: torch.dtype) -
     """As many rows, columns and terms as a tile has, one less and one more; aligned and not."""
     assert len(TILES) == emulated().tile_sizes
     bm, bn, bk = TILES[tile]
-    emulated().set_up(architecture, tile, "fifo")
+    set_up(architecture, tile)
     for m, n, k in (
         (1, 1, 1),
         (bm, bn, bk),
@@ -105,6 +110,15 @@ def test_every_activation(dtype: torch.dtype, activation: Activation) -> None:
 
 def test_networks(dtype: torch.dtype, activation: Activation) -> None:
     """Hidden pre-activations are turned into outputs again where backward needs those."""
+    set_up(fuses=False)
+    networks(dtype, activation)
+
+
+def test_fused_networks_of_every_activation(activation: Activation) -> None:
+    networks(torch.float32, activation)
+
+
+def networks(dtype: torch.dtype, activation: Activation) -> None:
     for widths, last in (([8, 40, 16, 12], IDENTITY), ([3, 4, 3], activation), ([9, 1, 17, 2, 6], activation)):
         pairs = list(pairwise(widths))
         check(
@@ -120,7 +134,7 @@ def test_same_bits_in_every_order(dtype: torch.dtype) -> None:
     results = []
     for order in ORDERS:
         torch.manual_seed(0)
-        emulated().set_up(80, -1, order)
+        set_up(order=order)
         results.append(one_layer(70, 40, 48, dtype, resolve("tanh")) + one_layer(600, 9, 7, dtype, resolve("silu")))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -151,7 +165,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("which", ["input", "weight", "grad", "saved"])
 def test_layouts(order: str, dtype: torch.dtype, which: str, layout: str) -> None:
-    emulated().set_up(80, -1, order)
+    set_up(order=order)
     arrange = LAYOUTS[layout]
     m, n, k = 35, 40, 24
     input, weight = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
@@ -179,9 +193,48 @@ def test_layouts(order: str, dtype: torch.dtype, which: str, layout: str) -> Non
         assert_within(found, bound, f"gradient {i}")
 
 
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 63, 64, 65, 150])
+def test_fused_networks(order: str, rows: int) -> None:
+    """Narrow networks of float32 in one kernel: rows and widths around its tiles, more runs of rows than blocks."""
+    set_up(75, order=order)
+    act = resolve("gelu")
+    for widths in ([1, 1, 1], [128, 128, 128], [7, 9, 8, 127, 3]) if rows in (33, 64) else ([8, 17, 16],):
+        pairs = list(pairwise(widths))
+        check(
+            torch.randn(rows, widths[0]),
+            [torch.randn(n, k) / k**0.5 for k, n in pairs],
+            [torch.randn(n) if i % 2 == 0 else None for i, (_, n) in enumerate(pairs)],
+            [act] * (len(pairs) - 1) + [IDENTITY if rows % 2 else act],
+            torch.randn(rows, widths[-1]),
+        )
+
+
+def test_blocks_of_fused_networks_take_several_runs_of_rows() -> None:
+    set_up(75)
+    rows = 32 * 80 + 50  # 80 blocks on a T4
+    weights, biases = [torch.randn(5, 3), torch.randn(2, 5)], [torch.randn(5), torch.randn(2)]
+    check(torch.randn(rows, 3), weights, biases, [resolve("tanh"), resolve("sigmoid")], torch.randn(rows, 2))
+
+
+def test_infinite_weights_stay_in_their_rows() -> None:
+    """A fused network's rows and lines past the end must not turn infinity times zero into NaN."""
+    parameters = [torch.full((3, 5), float("inf")), torch.randn(9, 3)]
+    stack = native((False, False), (resolve("relu"), IDENTITY))
+    results = []
+    for fuses in (True, False):
+        set_up(fuses=fuses)
+        input, grad = torch.full((35, 5), -1.0), torch.ones(35, 9)
+        output, hidden = emulated().forward(stack, input, parameters)
+        results.append([output, *emulated().backward(stack, grad, input, hidden, parameters, [True] * 3)])
+    for ours, layers in zip(*results, strict=True):
+        assert torch.equal(ours.isnan(), layers.isnan())
+    assert bool((results[0][0] == 0).all())
+    assert bool((results[0][2] == 0).all())
+
+
 def test_long_batches_are_cut(order: str, dtype: torch.dtype) -> None:
     """Sums over the batch in several parts, added in order."""
-    emulated().set_up(80, -1, order)
+    set_up(order=order)
     for m, n, k in ((1000, 8, 16), (777, 5, 3)):
         one_layer(m, n, k, dtype, resolve("tanh"))
 
@@ -204,7 +257,9 @@ def test_whole_numbers_are_summed_exactly(dtype: torch.dtype) -> None:
             assert torch.equal(found, wanted.to(dtype))
 
 
-def test_only_needed_gradients(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("fuses", [False, True], ids=["by_layers", "fused"])
+def test_only_needed_gradients(dtype: torch.dtype, fuses: bool) -> None:
+    set_up(fuses=fuses)
     act = resolve("silu")
     stack = native((True, True), (act, act))
     parameters = [torch.randn(s, dtype=dtype) for s in ((6, 5), (6,), (4, 6), (4,))]

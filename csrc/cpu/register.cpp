@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include "../devices.h"
 #include "../operations.h"
 #include "network.h"
 #include "workspace.h"
@@ -32,8 +33,6 @@ using Cpu = Operations<Device>;
 
 }  // namespace
 
-bool has_kernels_for(at::ScalarType dtype) { return dtype_of(dtype).has_value(); }
-
 void forward_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters, const at::Tensor& output,
                   at::TensorList hidden) {
   Cpu::forward_into(stack, input, parameters, output, hidden);
@@ -56,6 +55,8 @@ Tensors backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& i
                  at::TensorList parameters, const std::vector<bool>& needs) {
   return Cpu::backward(stack, grad, input, saved, parameters, needs);
 }
+
+static const RegisterDevice registered(c10::kCPU, {&forward, &infer, &backward});
 
 TORCH_LIBRARY_IMPL(fastmlp, CPU, m) {
   m.impl("forward", &Cpu::forward_op);

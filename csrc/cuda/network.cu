@@ -1,40 +1,17 @@
-// Strategy of the GPU: layer by layer. Backward goes down with the gradient of pre-activations: a layer's dgrad applies
-// the derivative of the layer below and sums its bias gradient, so that only the last layer needs a pass of its own.
+// Strategy of the GPU: narrow networks in one kernel (narrow.h), others layer by layer. Backward goes down with the
+// gradient of pre-activations: a layer's dgrad applies the derivative of the layer below and sums its bias gradient, so
+// that only the last layer needs a pass of its own.
 #include "network.h"
 
 #include <algorithm>
 #include <vector>
 
 #include "../activation_info.h"
+#include "narrow.h"
+#include "workspace.h"
 
 namespace fastmlp::cuda {
 namespace {
-
-// Pieces of one block of memory; made without one, it only adds up what they take.
-class Carver {
- public:
-  explicit Carver(void* base = nullptr) : base_(static_cast<char*>(base)) {}
-
-  template <class T> T* take(int64_t count) {
-    constexpr size_t alignment = 256;
-    const size_t at = used_;
-    used_ += (size_t(count) * sizeof(T) + alignment - 1) / alignment * alignment;
-    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
-
-// Runs `pass(carver, false)` to add up its memory, allocates that, and runs `pass(carver, true)`.
-template <class Pass> void with_memory(const Context& context, const Pass& pass) {
-  Carver measure;
-  pass(measure, false);
-  Carver carver(measure.used() > 0 ? context.allocate(measure.used()) : nullptr);
-  pass(carver, true);
-}
 
 Matrix gapless(void* data, int64_t columns) { return {data, columns, 1}; }
 
@@ -94,12 +71,11 @@ template <class S> class Backward {
   using C = Compute<S>;
 
   Backward(const Context& context, const BackwardPass& pass)
-      : context_(context), pass_(pass), network_(pass.network), last_(pass.network.layers.size() - 1) {
-    // The first layer that a gradient is asked of.
-    if (!pass.grad_input) {
-      while (lowest_ <= last_ && !pass.grad_weights[lowest_] && !pass.grad_biases[lowest_]) lowest_++;
-    }
-  }
+      : context_(context),
+        pass_(pass),
+        network_(pass.network),
+        last_(pass.network.layers.size() - 1),
+        lowest_(lowest_layer(pass)) {}
 
   // Measures memory, or uses it.
   void run(Carver& carver, bool launches) {
@@ -206,7 +182,7 @@ template <class S> class Backward {
   const BackwardPass& pass_;
   const Network& network_;
   const size_t last_;
-  size_t lowest_ = 0;
+  const size_t lowest_;
   bool launches_ = false;
   S* gradients_[2] = {};
   S* input_ = nullptr;
@@ -228,10 +204,12 @@ template <class F> void with_storage(DType dtype, const F& f) {
 }  // namespace
 
 void forward(const Context& context, const ForwardPass& pass) {
+  if (goes_fused(context, pass.network)) return forward_fused(context, pass);
   with_storage(pass.network.dtype, [&](auto storage) { forward_of<decltype(storage)>(context, pass); });
 }
 
 void backward(const Context& context, const BackwardPass& pass) {
+  if (goes_fused(context, pass.network)) return backward_fused(context, pass);
   with_storage(pass.network.dtype, [&](auto storage) {
     Backward<decltype(storage)> backward(context, pass);
     with_memory(context, [&](Carver& carver, bool run) { backward.run(carver, run); });

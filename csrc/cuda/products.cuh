@@ -7,6 +7,7 @@
 #include <string>
 #include <type_traits>
 
+#include "fused.cuh"
 #include "mma.cuh"
 #include "products.h"
 #include "rows.cuh"
@@ -55,8 +56,9 @@ template <class S> struct Simt {
   // For vectors of float32 only: nothing else has the registers for it.
   static constexpr bool has_large = sizeof(S) == sizeof(float);
   using Large = SimtTile<128, 128, 8, 8, 8>;
-  using Medium = SimtTile<64, 64, 16, 4, 4>;
-  using Small = SimtTile<32, 32, 16, 4, 4>;
+  static constexpr int BK = sizeof(S) == sizeof(double) ? 8 : 16;
+  using Medium = SimtTile<64, 64, BK, 4, 4>;
+  using Small = SimtTile<32, 32, BK, 4, 4>;
   template <class Tile, Read read_a, Read read_b, Epilogue epilogue>
   static constexpr auto kernel = &simt_product<S, Tile, read_a, read_b, epilogue>;
 };
@@ -230,6 +232,21 @@ void Kernels<S>::sum_partials(const Context& context, const C* partials, int64_t
   const dim3 grid(unsigned(ceil_div(columns, block.x)));
   const char* const error = launch(sum_rows<S>, grid, block, 0, context.stream, partials, count, columns, output);
   check(error, "sum_rows", count, columns, 0);
+}
+
+template <class S> void Kernels<S>::fused_forward(const Context& context, const FusedNetwork<S>& p) {
+  if constexpr (std::is_same_v<S, float>) {
+    const dim3 grid(unsigned(ceil_div(p.rows, fused_forward_rows)));
+    check(launch(cuda::fused_forward<S>, grid, dim3(fused_threads), 0, context.stream, p), "fused_forward", p.rows,
+          p.layer[p.layers - 1].out_features, p.layer[0].in_features);
+  }
+}
+
+template <class S> void Kernels<S>::fused_backward(const Context& context, const FusedNetwork<S>& p, int64_t blocks) {
+  if constexpr (std::is_same_v<S, float>) {
+    check(launch(cuda::fused_backward<S>, dim3(unsigned(blocks)), dim3(fused_threads), 0, context.stream, p),
+          "fused_backward", p.rows, p.layer[p.layers - 1].out_features, p.layer[0].in_features);
+  }
 }
 
 }  // namespace fastmlp::cuda

@@ -7,6 +7,7 @@
 #include <functional>
 #include <optional>
 
+#include "fused.h"
 #include "product.h"
 #include "tiles.h"
 
@@ -17,6 +18,7 @@ struct Context {
   int architecture = 0;  // 80 for compute capability 8.0
   void* stream = nullptr;
   std::optional<TileSize> tile;                 // in place of the table's choice, where there is such a kernel
+  bool fuses = true;                            // narrow networks go through one kernel
   std::function<void*(size_t bytes)> allocate;  // aligned to 256
 };
 
@@ -54,6 +56,10 @@ template <class S> struct Kernels {
 
   // output[i] = the sum of partials[., i] over `count` rows, in an order that depends on the shape alone.
   static void sum_partials(const Context& context, const C* partials, int64_t count, int64_t columns, S* output);
+
+  // Narrow networks; for float32 only. The sums of backward are those of `blocks` blocks.
+  static void fused_forward(const Context& context, const FusedNetwork<S>& network);
+  static void fused_backward(const Context& context, const FusedNetwork<S>& network, int64_t blocks);
 };
 
 }  // namespace fastmlp::cuda

@@ -33,19 +33,15 @@ template <class S, class Tile, int rows, Read read> class Loader {
       static_assert(count == 1 || threads % (2 * rows) == 0);
       row = t / 2 % rows;
       depth = (t % 2 + t / (2 * rows) * 2) * vector;
-      depth_hop = threads / rows * vector;
     } else if constexpr (read == Read::along_rows) {
       static_assert(threads % (rows / vector) == 0);
       row = t % (rows / vector) * vector;
       depth = t / (rows / vector);
-      depth_hop = threads / (rows / vector);
     } else {
       static_assert(threads % rows == 0 && threads % BK == 0);
-      const bool k_first = operand.k_stride == 1;
+      k_first = operand.k_stride == 1;
       row = k_first ? t / BK : t % rows;
       depth = k_first ? t % BK : t / rows;
-      row_hop = k_first ? threads / BK : 0;
-      depth_hop = k_first ? 0 : threads / rows;
     }
     const int64_t stride = read == Read::along_rows ? 1 : operand.stride;
     const int64_t k_stride = read == Read::along_k ? 1 : operand.k_stride;
@@ -55,7 +51,7 @@ template <class S, class Tile, int rows, Read read> class Loader {
     // dropped.
     const int64_t read_row = read != Read::elements && row >= left ? left - (read == Read::along_k ? 1 : vector) : row;
     from = operand.data + (first + read_row) * stride + (k + depth) * k_stride;
-    hop = row_hop * stride + depth_hop * k_stride;
+    hop = row_hop() * stride + depth_hop() * k_stride;
     step = BK * k_stride;
   }
 
@@ -64,9 +60,9 @@ template <class S, class Tile, int rows, Read read> class Loader {
   __device__ __forceinline__ void load(int depth_left) {
 #pragma unroll
     for (int i = 0; i < count; i++) {
-      const bool row_inside = read != Read::elements || row + i * row_hop < rows_left;
+      const bool row_inside = read != Read::elements || row + i * row_hop() < rows_left;
       staged[i] = {};
-      if (row_inside && depth + i * depth_hop < depth_left)
+      if (row_inside && depth + i * depth_hop() < depth_left)
         staged[i] = *reinterpret_cast<const Vec<S, vector>*>(from + i * hop);
     }
     from += step;
@@ -78,17 +74,24 @@ template <class S, class Tile, int rows, Read read> class Loader {
 #pragma unroll
       for (int e = 0; e < vector; e++) {
         constexpr bool along_k = read == Read::along_k;
-        to[depth + i * depth_hop + (along_k ? e : 0)][row + i * row_hop + (along_k ? 0 : e)] =
+        to[depth + i * depth_hop() + (along_k ? e : 0)][row + i * row_hop() + (along_k ? 0 : e)] =
             widen(staged[i].element[e]);
       }
     }
   }
 
  private:
+  // From one vector of the thread to its next, in rows and in k.
+  __device__ __forceinline__ int row_hop() const { return read == Read::elements && k_first ? threads / BK : 0; }
+  __device__ __forceinline__ int depth_hop() const {
+    if constexpr (read == Read::elements) return k_first ? 0 : threads / rows;
+    return threads / (read == Read::along_k ? rows : rows / vector) * (read == Read::along_k ? vector : 1);
+  }
+
   const S* from;
-  int64_t hop, step;  // from one vector of the thread to its next, and from tile to tile
-  int row, depth;     // of the thread's first vector in the tile
-  int row_hop = 0, depth_hop;
+  int64_t hop, step;     // from one vector of the thread to its next, and from tile to tile
+  int row, depth;        // of the thread's first vector in the tile
+  bool k_first = false;  // elements one after another in memory are so along k
   int rows_left;
   Vec<S, vector> staged[count];
 };

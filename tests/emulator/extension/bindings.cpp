@@ -11,6 +11,7 @@ namespace {
 
 int architecture = 80;
 std::optional<cuda::TileSize> tile;
+bool fuses = true;
 
 struct Device {
   static constexpr const char* name = "CUDA";
@@ -24,6 +25,7 @@ struct Device {
     cuda::Context context;
     context.architecture = architecture;
     context.tile = tile;
+    context.fuses = fuses;
     context.allocate = [&](size_t bytes) {
       TORCH_CHECK(!workspace.defined(), "a pass allocates its workspace once");
       workspace = at::full({int64_t(bytes)}, 0xff, at::kByte);
@@ -68,8 +70,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     Emulated::backward_into(stack, grad, input, saved, parameters, grads);
   });
   // What the next passes run with; a negative tile leaves the choice to the table.
-  m.def("set_up", [](int architecture_, int tile_, const std::string& order) {
+  m.def("set_up", [](int architecture_, int tile_, const std::string& order, bool fuses_) {
     architecture = architecture_;
+    fuses = fuses_;
     tile = tile_ < 0 ? std::nullopt : std::optional(cuda::TileSize(tile_));
     set_order(order);
   });
