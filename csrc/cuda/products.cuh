@@ -139,16 +139,22 @@ template <class S, Elementwise what> void launch_elementwise(const Context& cont
 
 }  // namespace
 
-template <class S> Plan Kernels<S>::plan(const Context& context, Epilogue epilogue, const Product<S>& p) {
-  Plan plan;
+template <class S> std::array<TileShape, tile_sizes> Kernels<S>::tiles(const Context& context) {
+  std::array<TileShape, tile_sizes> shapes;
   with_family<S>(context, [&](auto family) {
     using Family = decltype(family);
-    struct Shape {
-      int64_t bm, bn, bk;
-    };
-    const auto shape_of = [](auto tile) { return Shape{tile.BM, tile.BN, tile.BK}; };
-    const Shape shapes[] = {shape_of(typename Family::Large()), shape_of(typename Family::Medium()),
-                            shape_of(typename Family::Small())};
+    const auto shape_of = [](auto tile) { return TileShape{tile.BM, tile.BN, tile.BK}; };
+    using Large = std::conditional_t<Family::has_large, typename Family::Large, typename Family::Medium>;
+    shapes = {shape_of(Large()), shape_of(typename Family::Medium()), shape_of(typename Family::Small())};
+  });
+  return shapes;
+}
+
+template <class S> Plan Kernels<S>::plan(const Context& context, Epilogue epilogue, const Product<S>& p) {
+  Plan plan;
+  const std::array<TileShape, tile_sizes> shapes = tiles(context);
+  with_family<S>(context, [&](auto family) {
+    using Family = decltype(family);
     plan.vectors = Family::reads_vectors && can_read(read_of_a(epilogue), p.a, p.m, p.k) &&
                    can_read(read_of_b(epilogue), p.b, p.n, p.k);
     const TileRow row = tile_row(context.architecture);
@@ -163,7 +169,7 @@ template <class S> Plan Kernels<S>::plan(const Context& context, Epilogue epilog
     } else if (blocks(medium_tile) * cuts >= row.medium_from) {
       plan.tile = medium_tile;
     }
-    const Shape& shape = shapes[plan.tile];
+    const TileShape& shape = shapes[plan.tile];
     plan.row_tiles = ceil_div(p.m, shape.bm);
     plan.column_tiles = ceil_div(p.n, shape.bn);
     const int64_t tiles = blocks(plan.tile);

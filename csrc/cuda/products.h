@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <functional>
 #include <optional>
@@ -34,9 +35,16 @@ struct Plan {
 inline int64_t rows_of_run(int64_t rows) { return std::max<int64_t>(64, (rows + 1023) / 1024); }
 inline int64_t runs_of(int64_t rows) { return (rows + rows_of_run(rows) - 1) / rows_of_run(rows); }
 
+struct TileShape {
+  int64_t bm, bn, bk;
+};
+
 // Each throws std::runtime_error, with kernel and shape, if a launch fails.
 template <class S> struct Kernels {
   using C = Compute<S>;
+
+  // What stands behind the sizes of tiles.h; where there is no large tile, its place holds the medium one.
+  static std::array<TileShape, tile_sizes> tiles(const Context& context);
 
   // By the product's shape and operands alone.
   static Plan plan(const Context& context, Epilogue epilogue, const Product<S>& product);

@@ -39,7 +39,7 @@ template <class C> __device__ C sum_over_y(C value) {
 
 // A block takes blockDim.x columns and a run of rows, each thread every blockDim.y-th row of one column.
 template <class S, Elementwise what>
-__global__ void __launch_bounds__(pass_threads) elementwise(const ElementwiseArguments<S> p) {
+__global__ void __launch_bounds__(pass_threads, 4) elementwise(const ElementwiseArguments<S> p) {
   using C = Compute<S>;
   const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t begin = blockIdx.y * p.run;

@@ -76,5 +76,24 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     tile = tile_ < 0 ? std::nullopt : std::optional(cuda::TileSize(tile_));
     set_order(order);
   });
-  m.attr("tile_sizes") = cuda::tile_sizes;
+  // BM, BN and BK by falling size.
+  m.def("tiles", [](int architecture_, const at::Tensor& like) {
+    cuda::Context context;
+    context.architecture = architecture_;
+    const auto list = [&](auto kernels) {
+      std::vector<std::array<int64_t, 3>> shapes;
+      for (const cuda::TileShape& tile : kernels.tiles(context)) shapes.push_back({tile.bm, tile.bn, tile.bk});
+      return shapes;
+    };
+    switch (*dtype_of(like.scalar_type())) {
+      case DType::float32:
+        return list(cuda::Kernels<float>());
+      case DType::float64:
+        return list(cuda::Kernels<double>());
+      case DType::bfloat16:
+        return list(cuda::Kernels<BFloat16>());
+      default:
+        return list(cuda::Kernels<Float16>());
+    }
+  });
 }
