@@ -1,7 +1,7 @@
 // The activations, each once: value, derivative, name and parameters. Included by every ISA file
 // inside its target region (M is then that ISA's vector arithmetic), by activation_info.cpp for the
-// names, and by device code, where M works on scalars. M::V is the operand type; comparisons give
-// masks for `?:`. Must not include a standard header, nor hold a function that is emitted without
+// names, and by device code, where M works on scalars: nvcc lets it call what is constexpr. M::V is
+// the operand type; comparisons give masks for `?:`. Must not include a standard header, nor hold a function that is emitted without
 // M as a template argument: two instruction sets would share its symbol.
 //
 // `gradient(g, s, p)` returns g * act'(z). Its s is the layer's output where keeps_output says so, the pre-activation z
