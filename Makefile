@@ -40,10 +40,12 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	python -m pip install --quiet --no-build-isolation --editable '.[demo,test,dev]'
 	touch $@
 
+CXX_FILES := find csrc tools tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cuh' -o -name '*.cu'
+
 lint: build
 	ruff check .
 	ruff format --check .
-	find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs clang-format --dry-run --Werror
+	$(CXX_FILES) | xargs clang-format --dry-run --Werror
 	mypy
 
 pytest: $(VENV)/models
@@ -102,7 +104,7 @@ tiles: build/tune_tiles
 format: build
 	ruff check --fix .
 	ruff format .
-	find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs clang-format -i
+	$(CXX_FILES) | xargs clang-format -i
 
 clean:
 	rm -rf $(VENV) build out *.egg-info fastmlp/_C*.so fastmlp/_build.json

@@ -1,28 +1,52 @@
 """Builds the extension fastmlp._C; all metadata stands in pyproject.toml.
 
-FASTMLP_CUDA=0, 1 or auto (default): with CUDA kernels if torch and a toolkit have CUDA.
+FASTMLP_CUDA=0 (default), 1 or auto: with CUDA kernels, or if torch and a toolkit have CUDA. Not by default until a GPU
+has run them.
 FASTMLP_SANITIZE=address,undefined: a build for tests, with these sanitizers of the compiler.
 """
 
 import json
 import os
+import re
+import subprocess
+from functools import cache
 from glob import glob
 from pathlib import Path
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 
+def cuda_obstacle() -> str | None:
+    """Why the CUDA kernels cannot be built here, or None."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if CUDA_HOME is None:
+        return f"torch has CUDA {torch.version.cuda}, but no CUDA toolkit was found; CUDA_HOME names one"
+    nvcc = Path(CUDA_HOME, "bin", "nvcc")
+    if not nvcc.exists():
+        return f"the CUDA toolkit in {CUDA_HOME} has no nvcc"
+    answer = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.", answer)
+    if found is None or found[1] != torch.version.cuda.split(".")[0]:
+        release = "an unknown release" if found is None else f"release {found[1]}"
+        return f"torch has CUDA {torch.version.cuda}, but the toolkit in {CUDA_HOME} is of {release}"
+    return None
+
+
+@cache
 def wants_cuda() -> bool:
     """What FASTMLP_CUDA asks for, or an error if it cannot be had."""
-    choice = os.environ.get("FASTMLP_CUDA", "auto")
+    choice = os.environ.get("FASTMLP_CUDA", "0")
     if choice not in ("0", "1", "auto"):
         raise SystemExit(f"FASTMLP_CUDA must be 0, 1 or auto, got {choice!r}")
-    sources = glob("csrc/cuda/*.cu")
-    if choice == "1" and not sources:
-        raise SystemExit("FASTMLP_CUDA=1, but this version of fastmlp has no CUDA kernels yet")
-    return choice != "0" and bool(sources)
+    if choice == "0":
+        return False
+    obstacle = cuda_obstacle()
+    if obstacle and choice == "1":
+        raise SystemExit(f"FASTMLP_CUDA=1, but {obstacle}")
+    return obstacle is None
 
 
 class Build(BuildExtension):
@@ -45,14 +69,22 @@ if sanitizers := os.environ.get("FASTMLP_SANITIZE"):
 else:
     link_flags += ["-Wl,--strip-debug"]
 
-setup(
-    ext_modules=[
-        CppExtension(
-            "fastmlp._C",
-            sorted(glob("csrc/**/*.cpp", recursive=True)),
-            extra_compile_args=compile_flags,
-            extra_link_args=link_flags,
-        )
-    ],
-    cmdclass={"build_ext": Build},
-)
+if wants_cuda():
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX")
+    # activation.h is constexpr, which this flag lets device code call.
+    nvcc_flags = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
+    extension = CUDAExtension(
+        "fastmlp._C",
+        sorted(glob("csrc/**/*.cpp", recursive=True) + glob("csrc/**/*.cu", recursive=True)),
+        extra_compile_args={"cxx": compile_flags, "nvcc": nvcc_flags},
+        extra_link_args=link_flags,
+    )
+else:
+    extension = CppExtension(
+        "fastmlp._C",
+        sorted(set(glob("csrc/**/*.cpp", recursive=True)) - set(glob("csrc/cuda/**", recursive=True))),
+        extra_compile_args=compile_flags,
+        extra_link_args=link_flags,
+    )
+
+setup(ext_modules=[extension], cmdclass={"build_ext": Build})

@@ -1,8 +1,8 @@
 // The activations, each once: value, derivative, name and parameters. Included by every ISA file
 // inside its target region (M is then that ISA's vector arithmetic), by activation_info.cpp for the
-// names, and by device code, where M works on scalars. M::V is the operand type; comparisons give
-// masks for `?:`. Must not include a standard header, nor hold a function that is emitted without
-// M as a template argument: two instruction sets would share its symbol.
+// names, and by device code, where M works on scalars: nvcc lets it call what is constexpr. M::V is
+// the operand type; comparisons give masks for `?:`. Must not include a standard header, nor hold a function that is
+// emitted without M as a template argument: two instruction sets would share its symbol.
 //
 // `gradient(g, s, p)` returns g * act'(z). Its s is the layer's output where keeps_output says so, the pre-activation z
 // otherwise, rounded to the dtype of the tensor that it was stored in. Values at kinks, NaN and infinity are torch's.
@@ -21,19 +21,19 @@ struct Identity {
   static constexpr const char* name = "identity";
   static constexpr ParameterInfo parameters[2] = {};
   static constexpr bool keeps_output = true;
-  template <class M> static typename M::V value(typename M::V z, Scalars) { return z; }
-  template <class M> static typename M::V gradient(typename M::V g, typename M::V, Scalars) { return g; }
+  template <class M> static constexpr typename M::V value(typename M::V z, Scalars) { return z; }
+  template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V, Scalars) { return g; }
 };
 
 struct Relu {
   static constexpr const char* name = "relu";
   static constexpr ParameterInfo parameters[2] = {};
   static constexpr bool keeps_output = true;
-  template <class M> static typename M::V value(typename M::V z, Scalars) {
+  template <class M> static constexpr typename M::V value(typename M::V z, Scalars) {
     const auto zero = M::fill(0);
     return z < zero ? zero : z;
   }
-  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+  template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     const auto zero = M::fill(0);
     return s <= zero ? zero : g;
   }
@@ -45,10 +45,10 @@ struct LeakyRelu {
   static constexpr const char* name = "leaky_relu";
   static constexpr ParameterInfo parameters[2] = {{"negative_slope", 0.01}};
   static constexpr bool keeps_output = false;
-  template <class M> static typename M::V value(typename M::V z, Scalars p) {
+  template <class M> static constexpr typename M::V value(typename M::V z, Scalars p) {
     return z > M::fill(0) ? z : z * M::fill(p.a);
   }
-  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
+  template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
     return s > M::fill(0) ? g : g * M::fill(p.a);
   }
 };
@@ -57,10 +57,10 @@ struct Elu {
   static constexpr const char* name = "elu";
   static constexpr ParameterInfo parameters[2] = {{"alpha", 1.0}};
   static constexpr bool keeps_output = false;
-  template <class M> static typename M::V value(typename M::V z, Scalars p) {
+  template <class M> static constexpr typename M::V value(typename M::V z, Scalars p) {
     return z < M::fill(0) ? M::fill(p.a) * M::expm1_of_negative(z) : z;
   }
-  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
+  template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
     return s > M::fill(0) ? g : g * (M::fill(p.a) * M::exp(s));
   }
 };
@@ -72,10 +72,10 @@ struct Selu {
   // Klambauer et al., Self-Normalizing Neural Networks, 2017, equation 14.
   static constexpr double alpha = 1.6732632423543772848170429916717;
   static constexpr double scale = 1.0507009873554804934193349852946;
-  template <class M> static typename M::V value(typename M::V z, Scalars) {
+  template <class M> static constexpr typename M::V value(typename M::V z, Scalars) {
     return z < M::fill(0) ? M::fill(alpha * scale) * M::expm1_of_negative(z) : M::fill(scale) * z;
   }
-  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+  template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     return g * (s > M::fill(0) ? M::fill(scale) : M::fill(alpha * scale) * M::exp(s));
   }
 };
@@ -84,8 +84,8 @@ struct Sigmoid {
   static constexpr const char* name = "sigmoid";
   static constexpr ParameterInfo parameters[2] = {};
   static constexpr bool keeps_output = true;
-  template <class M> static typename M::V value(typename M::V z, Scalars) { return M::sigmoid(z); }
-  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+  template <class M> static constexpr typename M::V value(typename M::V z, Scalars) { return M::sigmoid(z); }
+  template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     return g * (s * (M::fill(1) - s));
   }
 };
@@ -94,8 +94,8 @@ struct Tanh {
   static constexpr const char* name = "tanh";
   static constexpr ParameterInfo parameters[2] = {};
   static constexpr bool keeps_output = true;
-  template <class M> static typename M::V value(typename M::V z, Scalars) { return M::tanh(z); }
-  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+  template <class M> static constexpr typename M::V value(typename M::V z, Scalars) { return M::tanh(z); }
+  template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     return g * (M::fill(1) - s * s);
   }
 };
@@ -106,14 +106,14 @@ struct Gelu {
   static constexpr ParameterInfo parameters[2] = {};
   static constexpr bool keeps_output = false;
   static constexpr double inverse_sqrt_2pi = 0.39894228040143267794;
-  template <class M> static typename M::V value(typename M::V z, Scalars) {
+  template <class M> static constexpr typename M::V value(typename M::V z, Scalars) {
     return z * cumulative<M>(z, M::exp(M::fill(-0.5) * z * z));
   }
-  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+  template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     const auto bell = M::exp(M::fill(-0.5) * s * s);
     return g * (cumulative<M>(s, bell) + s * (bell * M::fill(inverse_sqrt_2pi)));
   }
-  template <class M> static typename M::V cumulative(typename M::V z, typename M::V bell) {
+  template <class M> static constexpr typename M::V cumulative(typename M::V z, typename M::V bell) {
     const auto tail = bell * M::normal_tail(M::abs(z));
     return z > M::fill(0) ? M::fill(1) - tail : tail;
   }
@@ -126,10 +126,10 @@ struct GeluTanh {
   static constexpr bool keeps_output = false;
   static constexpr double twice_sqrt_2_over_pi = 1.5957691216057307117598;
   static constexpr double cubic = 0.044715;
-  template <class M> static typename M::V value(typename M::V z, Scalars) {
+  template <class M> static constexpr typename M::V value(typename M::V z, Scalars) {
     return z * M::sigmoid(M::fill(twice_sqrt_2_over_pi) * (z + M::fill(cubic) * (z * z * z)));
   }
-  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+  template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     const auto scale = M::fill(twice_sqrt_2_over_pi);
     const auto one = M::fill(1);
     const auto square = s * s;
@@ -143,8 +143,8 @@ struct Silu {
   static constexpr const char* name = "silu";
   static constexpr ParameterInfo parameters[2] = {};
   static constexpr bool keeps_output = false;
-  template <class M> static typename M::V value(typename M::V z, Scalars) { return z * M::sigmoid(z); }
-  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+  template <class M> static constexpr typename M::V value(typename M::V z, Scalars) { return z * M::sigmoid(z); }
+  template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     const auto one = M::fill(1);
     const auto y = M::sigmoid(s);
     return g * (y * (one + s * (one - y)));
@@ -157,12 +157,12 @@ struct Mish {
   static constexpr const char* name = "mish";
   static constexpr ParameterInfo parameters[2] = {};
   static constexpr bool keeps_output = false;
-  template <class M> static typename M::V value(typename M::V z, Scalars) {
+  template <class M> static constexpr typename M::V value(typename M::V z, Scalars) {
     const auto e = exp_below_20<M>(z);
     const auto n = e * (e + M::fill(2));
     return z * (n / (n + M::fill(2)));
   }
-  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+  template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     const auto two = M::fill(2);
     const auto e = exp_below_20<M>(s);
     const auto n = e * (e + two);
@@ -171,7 +171,7 @@ struct Mish {
     const auto bend = s > M::fill(20) ? s * M::fill(0) : s * (M::fill(4) * e * (e + M::fill(1)) * inverse * inverse);
     return g * (n * inverse + bend);
   }
-  template <class M> static typename M::V exp_below_20(typename M::V z) {
+  template <class M> static constexpr typename M::V exp_below_20(typename M::V z) {
     const auto top = M::fill(20);
     return M::exp(z > top ? top : z);
   }
@@ -181,7 +181,7 @@ struct Hardswish {
   static constexpr const char* name = "hardswish";
   static constexpr ParameterInfo parameters[2] = {};
   static constexpr bool keeps_output = false;
-  template <class M> static typename M::V value(typename M::V z, Scalars) {
+  template <class M> static constexpr typename M::V value(typename M::V z, Scalars) {
     const auto zero = M::fill(0);
     const auto six = M::fill(6);
     auto gate = z + M::fill(3);
@@ -189,7 +189,7 @@ struct Hardswish {
     gate = gate > six ? six : gate;
     return z * gate / six;
   }
-  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+  template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     const auto three = M::fill(3);
     const auto middle = g * (s / three + M::fill(0.5));
     return s <= -three ? M::fill(0) : (s >= three ? g : middle);
@@ -201,13 +201,13 @@ struct Softplus {
   static constexpr const char* name = "softplus";
   static constexpr ParameterInfo parameters[2] = {{"beta", 1.0}, {"threshold", 20.0}};
   static constexpr bool keeps_output = false;
-  template <class M> static typename M::V value(typename M::V z, Scalars p) {
+  template <class M> static constexpr typename M::V value(typename M::V z, Scalars p) {
     const auto x = z * M::fill(p.a);
     const auto zero = M::fill(0);
     const auto soft = (x > zero ? x : zero) + M::log1p_of_unit(M::exp(-M::abs(x)));
     return x > M::fill(p.b) ? z : soft / M::fill(p.a);
   }
-  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
+  template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
     const auto x = s * M::fill(p.a);
     return x > M::fill(p.b) ? g : g * M::sigmoid(x);
   }
@@ -217,8 +217,10 @@ struct Sin {
   static constexpr const char* name = "sin";
   static constexpr ParameterInfo parameters[2] = {};
   static constexpr bool keeps_output = false;
-  template <class M> static typename M::V value(typename M::V z, Scalars) { return M::sin(z); }
-  template <class M> static typename M::V gradient(typename M::V g, typename M::V s, Scalars) { return g * M::cos(s); }
+  template <class M> static constexpr typename M::V value(typename M::V z, Scalars) { return M::sin(z); }
+  template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
+    return g * M::cos(s);
+  }
 };
 
 template <class... A> struct ActivationList {

@@ -13,7 +13,7 @@
 
 #include "borrowed.h"
 #include "checks.h"
-#include "operators.h"
+#include "devices.h"
 #include "route.h"
 
 namespace fastmlp {
@@ -22,6 +22,14 @@ namespace {
 PyObject* composed_backward = nullptr;
 
 constexpr int sigmoid_kind = kind_in<Sigmoid>(Activations{}), tanh_kind = kind_in<Tanh>(Activations{});
+
+c10::DispatchKey autocast_key(const at::Tensor& tensor) {
+  return tensor.is_cuda() ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
+}
+
+bool autocast_is_active(const at::Tensor& input) {
+  return !c10::impl::tls_local_dispatch_key_set().excluded_.has(autocast_key(input));
+}
 
 bool is_dual(const at::Tensor& tensor) { return tensor._fw_grad(0).defined(); }
 
@@ -65,7 +73,7 @@ struct FusedNetwork : torch::autograd::Function<FusedNetwork> {
                             const at::Tensor* known) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [output, hidden] =
-        known ? std::tuple(known->variable_data(), Tensors()) : cpu::forward(*stack, input, parameters);
+        known ? std::tuple(known->variable_data(), Tensors()) : fastmlp::forward(*stack, input, parameters);
     Tensors saved{input};
     saved.insert(saved.end(), parameters.begin(), parameters.end());
     saved.insert(saved.end(), hidden.begin(), hidden.end());
@@ -89,9 +97,9 @@ struct FusedNetwork : torch::autograd::Function<FusedNetwork> {
     Tensors gradients;
     if (!at::GradMode::is_enabled() && !is_dual(grads[0]) && are_plain(grads, tensors)) {
       const at::AutoDispatchBelowADInplaceOrView guard;
-      gradients = cpu::backward(stack, grads[0], tensors[0], saved, parameters, needs);
+      gradients = fastmlp::backward(stack, grads[0], tensors[0], saved, parameters, needs);
     } else if (stack.layers() == 1 && tensors[0].dim() == 2 && has_gradient_from_output(stack.activation(0).kind)) {
-      const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
+      const c10::impl::ExcludeDispatchKeyGuard guard(autocast_key(tensors[0]));
       gradients = backward_of_layer(stack, needs, grads[0], tensors[0], parameters, saved);
     } else {
       gradients = backward_in_python(stack, needs, grads[0], tensors[0], parameters, saved);
@@ -101,14 +109,10 @@ struct FusedNetwork : torch::autograd::Function<FusedNetwork> {
   }
 };
 
-bool autocast_is_active() {
-  return !c10::impl::tls_local_dispatch_key_set().excluded_.has(c10::DispatchKey::AutocastCPU);
-}
-
 // As torch hands them to a linear layer, from its cache; the same tensor where it is none of autocast's dtypes.
-at::Tensor cast(const at::Tensor& tensor) {
-  const at::ScalarType dtype = at::autocast::get_lower_precision_fp_from_device_type(at::kCPU);
-  const at::Tensor lower = at::autocast::cached_cast(dtype, tensor, at::kCPU);
+at::Tensor cast(const at::Tensor& tensor, c10::DeviceType device) {
+  const at::ScalarType dtype = at::autocast::get_lower_precision_fp_from_device_type(device);
+  const at::Tensor lower = at::autocast::cached_cast(dtype, tensor, device);
   // The cache may hold what a region around this one, of another dtype, has cast.
   return lower.scalar_type() == dtype || lower.is_same(tensor) ? lower : tensor.to(dtype);
 }
@@ -116,11 +120,12 @@ at::Tensor cast(const at::Tensor& tensor) {
 }  // namespace
 
 at::Tensor run(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, at::TensorList parameters) {
-  if (autocast_is_active()) {
-    const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
+  if (autocast_is_active(input)) {
+    const c10::impl::ExcludeDispatchKeyGuard guard(autocast_key(input));
+    const c10::DeviceType device = input.device().type();
     Tensors lower;
-    for (const at::Tensor& parameter : parameters) lower.push_back(cast(parameter));
-    return run(stack, cast(input), lower);
+    for (const at::Tensor& parameter : parameters) lower.push_back(cast(parameter, device));
+    return run(stack, cast(input, device), lower);
   }
   constexpr double worth_releasing = 1 << 16;  // multiply-adds: some microseconds
   bool graph = input.requires_grad();
@@ -138,7 +143,7 @@ at::Tensor run(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, 
   }
   if (graph && at::GradMode::is_enabled()) return FusedNetwork::apply(input, parameters, stack, nullptr);
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return cpu::infer(*stack, input, parameters);
+  return infer(*stack, input, parameters);
 }
 
 bool has_gradient_from_output(int kind) {

@@ -13,8 +13,8 @@
 namespace fastmlp {
 
 // The network's output, with a graph if grad mode is on and an argument requires a gradient.
-// Under autocast of the CPU in its dtype. Called with the GIL, which is released meanwhile unless that would take
-// longer than the work; `input` belongs to the caller, parameters may be borrowed.
+// Under autocast of the input's device in its dtype. Called with the GIL, which is released meanwhile unless that would
+// take longer than the work; `input` belongs to the caller, parameters may be borrowed.
 at::Tensor run(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, at::TensorList parameters);
 
 // The gradient of an activation's argument from that of its output, and the output, which is all that the kernels keep

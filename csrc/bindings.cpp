@@ -10,6 +10,7 @@
 #include "borrowed.h"
 #include "checks.h"
 #include "cpu/dispatch.h"
+#include "devices.h"
 #include "frozen.h"
 #include "modules.h"
 #include "operators.h"
@@ -97,9 +98,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Stack, c10::intrusive_ptr<Stack>>(m, "Stack")
       .def(py::init<std::vector<bool>, std::vector<int64_t>, std::vector<double>>(), py::arg("has_bias"),
            py::arg("activations"), py::arg("scalars"));
-  m.def("forward", &direct<&cpu::forward, Stack, at::Tensor, Tensors>);
-  m.def("infer", &direct<&cpu::infer, Stack, at::Tensor, Tensors>);
-  m.def("backward", &direct<&cpu::backward, Stack, at::Tensor, at::Tensor, Tensors, Tensors, std::vector<bool>>);
+  m.def("forward", &direct<&fastmlp::forward, Stack, at::Tensor, Tensors>);
+  m.def("infer", &direct<&fastmlp::infer, Stack, at::Tensor, Tensors>);
+  m.def("backward", &direct<&fastmlp::backward, Stack, at::Tensor, at::Tensor, Tensors, Tensors, std::vector<bool>>);
   // For tests, which put guards around what is written.
   m.def("forward_into", &direct<&cpu::forward_into, Stack, at::Tensor, Tensors, at::Tensor, Tensors>);
   m.def("backward_into", &direct<&cpu::backward_into, Stack, at::Tensor, at::Tensor, Tensors, Tensors, Tensors>);
@@ -113,6 +114,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                          const at::Tensor& output) { return with_graph(stack, input, parameters, output); });
   m.def("set_composed_backward", [](const py::function& function) { set_composed_backward(function.ptr()); });
   m.def("obstacle", &obstacle_of);
+  m.def("devices", &device_names);
+  m.def("device_obstacle", [](const std::string& device) -> std::optional<std::string> {
+    const char* why = device_obstacle(c10::Device(device).type());
+    return why ? std::optional<std::string>(why) : std::nullopt;
+  });
   m.def("register_modules", &register_modules);
   m.def("set_composed_forward", &set_composed_forward);
   m.def("run_children", &run_children);

@@ -1,11 +1,9 @@
-// Signatures that every device implements for the schemas of bindings.cpp; called by the dispatcher
-// (flat lists) and, on the CPU, directly by Python (a Stack). `register.cpp` of a device and
-// meta.cpp define them.
+// Signatures that every device implements for the schemas of bindings.cpp (devices.h lists those that did); called by
+// the dispatcher (flat lists) and directly by Python (a Stack). `register.cpp` of a device and meta.cpp define them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -42,9 +40,6 @@ double train_into(const Stack& stack, const at::Tensor& input, at::TensorList pa
                   const at::Tensor& target, const at::Tensor& weight, at::TensorList grads, at::Tensor& memory);
 
 void update(const std::vector<Update>& updates);
-
-// What the kernels of this device call the dtype; none if they do not take it.
-std::optional<DType> dtype_of(at::ScalarType dtype);
 
 }  // namespace cpu
 }  // namespace fastmlp

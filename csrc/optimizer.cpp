@@ -11,6 +11,7 @@
 
 #include "modules.h"
 #include "operators.h"
+#include "passes.h"
 #include "route.h"
 
 namespace fastmlp {
@@ -204,7 +205,7 @@ const at::Tensor* OptimizerStep::state_tensor(PyObject* parameter, PyObject* sta
 bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tensor& grad, PyObject* state) {
   if (!is_plain(parameter)) return false;
   const at::Tensor& p = THPVariable_Unpack(parameter);
-  const std::optional<DType> dtype = cpu::dtype_of(p.scalar_type());
+  const std::optional<DType> dtype = dtype_of(p.scalar_type());
   if (!dtype || p.is_inference() || !p.is_non_overlapping_and_dense() || !is_plain(grad) ||
       grad.scalar_type() != p.scalar_type() || grad.sizes() != p.sizes())
     return false;

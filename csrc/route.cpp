@@ -10,7 +10,8 @@
 
 #include <algorithm>
 
-#include "operators.h"
+#include "devices.h"
+#include "passes.h"
 
 namespace fastmlp {
 namespace {
@@ -46,13 +47,21 @@ const char* mode_obstacle() {
   return nullptr;
 }
 
+// The keys of a plain tensor of a backend.
+uint64_t usual_keys(c10::DispatchKey backend, c10::DispatchKey autograd) {
+  return (c10::DispatchKeySet({backend, autograd, c10::DispatchKey::ADInplaceOrView}) | c10::autocast_dispatch_keyset)
+      .raw_repr();
+}
+
 const char* key_obstacle(const at::Tensor& tensor) {
-  static const uint64_t usual =
-      (c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView}) |
-       c10::autocast_dispatch_keyset)
-          .raw_repr();
-  if (!tensor.key_set().has_all(c10::DispatchKeySet(c10::DispatchKey::CPU))) return "a tensor is not on the CPU";
-  if ((tensor.key_set().raw_repr() & ~usual) != 0)
+  static const uint64_t usual_on_cpu = usual_keys(c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU);
+  static const uint64_t usual_on_cuda = usual_keys(c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCUDA);
+  const c10::DispatchKeySet keys = tensor.key_set();
+  const bool on_cpu = keys.has_all(c10::DispatchKeySet(c10::DispatchKey::CPU));
+  if (!on_cpu) {
+    if (const char* why = device_obstacle(tensor.device().type())) return why;
+  }
+  if ((keys.raw_repr() & ~(on_cpu ? usual_on_cpu : usual_on_cuda)) != 0)
     return "a tensor is wrapped, sparse, conjugated or otherwise special";
   return nullptr;
 }
@@ -74,14 +83,14 @@ const char* obstacle(PyObject* input, c10::ArrayRef<PyObject*> parameters) {
   if (forward_mode_is_open()) return "a level of forward-mode AD is open";
   if (const char* why = mode_obstacle()) return why;
   if (const char* why = tensor_obstacle(input)) return why;
-  if (!cpu::dtype_of(THPVariable_Unpack(input).scalar_type())) return "there are no kernels for the dtype";
+  if (!dtype_of(THPVariable_Unpack(input).scalar_type())) return "there are no kernels for the dtype";
   for (PyObject* parameter : parameters) {
     if (const char* why = tensor_obstacle(parameter)) return why;
   }
   return nullptr;
 }
 
-bool is_plain(PyObject* object) { return !tensor_obstacle(object); }
+bool is_plain(PyObject* object) { return !tensor_obstacle(object) && THPVariable_Unpack(object).device().is_cpu(); }
 
 void check_plain(const char* name, PyObject* object) {
   TORCH_CHECK_TYPE(THPVariable_Check(object), "fastmlp: ", name, " must be a torch.Tensor, got ",
@@ -92,7 +101,7 @@ void check_plain(const char* name, PyObject* object) {
   TORCH_CHECK(!why, "fastmlp: ", name, " must be a plain tensor: ", why);
 }
 
-bool is_plain(const at::Tensor& tensor) { return !key_obstacle(tensor); }
+bool is_plain(const at::Tensor& tensor) { return tensor.device().is_cpu() && !key_obstacle(tensor); }
 
 bool no_mode_is_active() { return !mode_obstacle(); }
 

@@ -2,14 +2,14 @@
 
 Routes:
 
-direct: plain CPU tensors in eager mode go straight into the extension, whose autograd node
+direct: plain tensors of a device with kernels, in eager mode, go straight into the extension, whose autograd node
     (`csrc/autograd.cpp`) is a `torch::autograd::Function`: the same in Python costs 6 us more per call.
 captured: under Dynamo, a Function that calls nothing but registered operators.
 composite: `fastmlp.reference`, for whatever stands between a tensor and its data: functorch
     transforms, forward mode, batched gradients, subclasses, export, dtypes without kernels. It is
     right for every transform and every order of derivative because PyTorch's own operations are.
 
-Under autocast of the CPU, input and parameters are cast first, as autocast would before each layer;
+Under autocast of the device, input and parameters are cast first, as autocast would before each layer;
 every activation keeps the dtype that it is given there, so the layers run in one dtype.
 
 Backward asks the rule again for the gradient that comes in. Under `create_graph` it is a graph of
@@ -63,16 +63,17 @@ def why_not_direct(input: Tensor, parameters: tuple[Tensor, ...]) -> str | None:
 
 
 def autocast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in the dtypes in which torch's autocast of the CPU hands them to a linear layer.
+    """The tensors in the dtypes in which torch's autocast of the first one's device hands them to a linear layer.
 
     Example:
         >>> with torch.autocast("cpu", torch.bfloat16):
         ...     [t.dtype for t in autocast(torch.ones(2), torch.ones(2, dtype=torch.float64))]
         [torch.bfloat16, torch.float64]
     """
-    if not torch.is_autocast_enabled("cpu"):
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
         return list(tensors)
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(device)
     return [t if t.dtype in (dtype, torch.float64) or not t.is_floating_point() else t.to(dtype) for t in tensors]
 
 
@@ -94,7 +95,7 @@ def _captured(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Te
         torch.compiler.is_exporting()
         or torch._C._are_functorch_transforms_active()
         or input.dtype not in ops.DTYPES
-        or input.device.type != "cpu"
+        or input.device.type not in ops.DEVICES
     ):
         return _reference(stack, input, parameters)
     input, *rest = autocast(input, *parameters)

@@ -57,10 +57,11 @@ class Route(NamedTuple):
 def explain(target: nn.Module | Tensor, input: Tensor | None = None) -> Route:
     """Says which route a call would take now, and why.
 
-    Plain tensors on the CPU go directly to the fused kernels, under autocast once they are cast. Under transforms of
-    `torch.func`, forward-mode AD, tensor subclasses, and for dtypes and devices without kernels, the same
-    function runs as a composition of PyTorch's operations. Under `torch.compile` the fused kernels
-    run as registered operators, which this function, called outside, cannot see.
+    Plain tensors on the CPU, and on a GPU if the build has CUDA kernels, go directly to the fused kernels, under
+    autocast once they are cast. Under transforms of `torch.func`, forward-mode AD, tensor subclasses, and for dtypes
+    and devices without kernels, the same function runs as a composition of PyTorch's operations; for CUDA tensors the
+    reason names the command that builds the kernels. Under `torch.compile` the fused kernels run as registered
+    operators, which this function, called outside, cannot see.
 
     Args:
         target: the `Linear`, `Sequential` or `MLP` that is called, or the input itself.
@@ -123,6 +124,7 @@ def show_config() -> None:
         ("cuda", "built in" if read_build()["cuda"] else "not built in"),
         ("machine", f"{platform.machine()}, {platform.python_implementation()} {platform.python_version()}"),
         ("threads", str(torch.get_num_threads())),
+        ("devices", ", ".join(_C.devices())),
         ("dtypes", ", ".join(_C.dtypes())),
         ("activations", ", ".join(activations.DEFAULTS)),
     ]

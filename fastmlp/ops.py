@@ -18,6 +18,8 @@ _ops = torch.ops.fastmlp
 
 #: Those that the kernels take.
 DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in _C.dtypes())
+#: The devices that this build has kernels for, as `torch.device.type`.
+DEVICES: tuple[str, ...] = tuple(_C.devices())
 
 
 class Stack(NamedTuple):

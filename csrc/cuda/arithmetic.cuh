@@ -1,0 +1,75 @@
+// Arithmetic on single elements in device code: the operand type M of activation.h, the choice of an activation at run
+// time, and vectors of elements in memory. Included by all kernels.
+#pragma once
+
+#include <cmath>
+
+#include "../activation.h"
+#include "device.h"
+#include "product.h"
+
+namespace fastmlp::cuda {
+
+template <class C> struct ScalarMath {
+  using V = C;
+  static __device__ V fill(double x) { return C(x); }
+  static __device__ V exp(V x) { return std::exp(x); }
+  static __device__ V expm1_of_negative(V x) { return std::expm1(x); }
+  static __device__ V abs(V x) { return std::abs(x); }
+  static __device__ V log1p_of_unit(V x) { return std::log1p(x); }
+  static __device__ V sigmoid(V x) { return 1 / (1 + std::exp(-x)); }
+  static __device__ V tanh(V x) { return std::tanh(x); }
+  static __device__ V sin(V x) { return std::sin(x); }
+  static __device__ V cos(V x) { return std::cos(x); }
+  // Q(x) e^(x^2 / 2) for x >= 0, where Q is the upper tail of the normal distribution.
+  static __device__ V normal_tail(V x) { return C(0.5) * scaled_complement(x * C(0.70710678118654752440)); }
+
+ private:
+  static __device__ float scaled_complement(float x) { return erfcxf(x); }
+  static __device__ double scaled_complement(double x) { return erfcx(x); }
+};
+
+// Calls f(A{}) for the activation A of that kind.
+template <class F, class... A> __device__ void with_activation(int kind, ActivationList<A...>, const F& f) {
+  int number = 0;
+  ((number++ == kind ? f(A{}) : void()), ...);
+}
+
+// How an operand is read: 16 bytes along k, 16 bytes along its rows (A) or columns (B), or element by element.
+enum class Read { along_k, along_rows, elements };
+
+// Elements that are loaded and stored at once.
+template <class S, int count> struct alignas(count * sizeof(S) < 16 ? count * sizeof(S) : 16) Vec {
+  S element[count];
+};
+
+template <class S> constexpr int per_16_bytes = int(16 / sizeof(S));
+
+// Four elements of a row, of which `valid` exist: at once if `vectors` says that the address and the count allow it.
+template <class S>
+__device__ __forceinline__ void load4(Compute<S> (&to)[4], const S* from, int64_t stride, int valid, bool vectors) {
+  if (vectors) {
+    const auto v = *reinterpret_cast<const Vec<S, 4>*>(from);
+#pragma unroll
+    for (int e = 0; e < 4; e++) to[e] = widen(v.element[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; e++) to[e] = e < valid ? widen(from[e * stride]) : Compute<S>(0);
+  }
+}
+
+template <class S> __device__ __forceinline__ void store4(S* to, const Compute<S> (&from)[4], int valid, bool vectors) {
+  if (vectors) {
+    Vec<S, 4> v;
+#pragma unroll
+    for (int e = 0; e < 4; e++) v.element[e] = Narrow<S>::from(from[e]);
+    *reinterpret_cast<Vec<S, 4>*>(to) = v;
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      if (e < valid) to[e] = Narrow<S>::from(from[e]);
+    }
+  }
+}
+
+}  // namespace fastmlp::cuda

@@ -1,0 +1,162 @@
+// The one header that kernels include. Under nvcc it is CUDA, with the few instructions that C++ has no name for as
+// inline PTX; under a host compiler, with tests/emulator on the include path, the same kernels run on the CPU, for
+// tests. Kernels hold no PTX, and keep three conventions; all else is ordinary CUDA C++:
+//   shared<T>()          in place of `__shared__ T x;`: one object for each T of a kernel, at most 48 KiB in all
+//   dynamic_shared<T>()  in place of `extern __shared__ T x[];`
+//   launch(kernel, grid, block, shared_bytes, stream, arguments...)  in place of <<<>>>
+// Full warps only: blocks are multiples of 32 threads, and warp functions are for all 32 lanes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../problem.h"
+
+#if !defined(__CUDACC__)
+#include "emulator.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace fastmlp::cuda {
+
+template <class T> __device__ __forceinline__ T& shared() {
+  __shared__ T object;
+  return object;
+}
+
+template <class T> __device__ __forceinline__ T* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char dynamic_shared_bytes[];
+  return reinterpret_cast<T*>(dynamic_shared_bytes);
+}
+
+// Null, or what went wrong.
+template <class... P, class... A>
+const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, const A&... a) {
+  constexpr size_t without_asking = 48 << 10;
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > without_asking) {
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 int(shared_bytes));
+  }
+  const auto start = [&](P... parameters) {
+    void* addresses[] = {&parameters...};
+    return cudaLaunchKernel(kernel, grid, block, addresses, shared_bytes, static_cast<cudaStream_t>(stream));
+  };
+  if (error == cudaSuccess) error = start(P(a)...);
+  // Forgotten there, since it is told here.
+  if (error != cudaSuccess) cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+__device__ __forceinline__ float widen(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ __forceinline__ float widen(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+
+// To nearest, ties to even; NaN stays NaN.
+template <class S> struct Narrow;
+template <> struct Narrow<float> {
+  static __device__ __forceinline__ float from(float x) { return x; }
+};
+template <> struct Narrow<double> {
+  static __device__ __forceinline__ double from(double x) { return x; }
+};
+template <> struct Narrow<Float16> {
+  static __device__ __forceinline__ Float16 from(float x) { return {__half_as_ushort(__float2half_rn(x))}; }
+};
+template <> struct Narrow<BFloat16> {
+  static __device__ __forceinline__ BFloat16 from(float x) { return {__bfloat16_as_ushort(__float2bfloat16_rn(x))}; }
+};
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// Copies `bytes` (0 to 16) from global to shared memory and fills up to 16 with zeros; both addresses are aligned
+// to 16. The thread sees them after the wait for their group, other threads after a barrier behind that. Before sm_80
+// the copy goes through registers at once.
+__device__ __forceinline__ void copy_async16(void* to, const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+               : "memory");
+#else
+  uint4 words = make_uint4(0, 0, 0, 0);
+  if (bytes == 16) {
+    words = *static_cast<const uint4*>(from);
+  } else {
+    const auto* halves = static_cast<const uint16_t*>(from);
+    uint32_t parts[4] = {};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      if (2 * i < bytes) parts[i / 2] |= uint32_t(halves[i]) << 16 * (i % 2);
+    }
+    words = make_uint4(parts[0], parts[1], parts[2], parts[3]);
+  }
+  *static_cast<uint4*>(to) = words;
+#endif
+}
+
+// Closes the group of the copies so far.
+__device__ __forceinline__ void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Until at most `pending` of this thread's latest groups are on their way.
+template <int pending> __device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+// Four 8x8 matrices of 16 bits, matrix i by the rows that lanes 8i to 8i + 7 point to: lane l gets row l / 4, elements
+// 2 (l % 4) and the next, of each; of its transpose with `transposed`.
+template <bool transposed> __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
+  const uint32_t address = shared_address(row);
+  if constexpr (transposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
+// d (16x8, float32) += a (16x16) b (16x8), the fragments of mma.m16n8k16. Before sm_80 two products of half the depth.
+__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Float16) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  const uint32_t b[2] = {b0, b1};
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
+  }
+#endif
+}
+
+// The same of bfloat16, which tensor cores know from sm_80 on; network.cu asks for it nowhere else.
+__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                             BFloat16) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  __trap();
+#endif
+}
+
+}  // namespace fastmlp::cuda
+#endif

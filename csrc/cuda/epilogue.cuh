@@ -1,0 +1,121 @@
+// What follows the sums of a tile, for the kernels of simt.cuh and mma.cuh. Sums go from registers through shared
+// memory, a slab of rows at a time: so each row is read and written in long runs, and the code of an activation stands
+// in a kernel once, in a loop, not once for each register.
+#pragma once
+
+#include "arithmetic.cuh"
+
+namespace fastmlp::cuda {
+
+// Rows of a tile on their way out; padded, so that rows begin in different banks.
+template <class C, int rows_, int columns_> struct Slab {
+  static constexpr int rows = rows_, columns = columns_;
+  C sums[rows][columns + 4];
+};
+
+// One thread's part: four columns, and every `step`th row.
+template <class S, Epilogue kind, class Slab, int threads> class Finisher {
+ public:
+  using C = Compute<S>;
+  static constexpr int quads = Slab::columns / 4, step = threads / quads;
+  static_assert(threads % quads == 0 && Slab::rows % step == 0, "rows of the slab are dealt out evenly");
+
+  __device__ Finisher(const Product<S>& product, int64_t row, int64_t column, int64_t part)
+      : p(product), first_row(row), first_column(column + threadIdx.x % quads * 4), part(part) {
+    const int64_t left = p.n - first_column;
+    valid = left < 0 ? 0 : left > 4 ? 4 : int(left);
+    if constexpr (kind == Epilogue::forward) {
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        bias[e] = p.bias && e < valid ? widen(p.bias[(first_column + e) * p.bias_stride]) : C(0);
+    }
+  }
+
+  // row_of(r): the tile's row that row r of the slab is.
+  template <class RowOf> __device__ void finish(const Slab& slab, const RowOf& row_of) {
+    if (valid == 0) return;
+    if constexpr (kind == Epilogue::wgrad) {
+      each_row(slab, row_of, [&](int64_t at, int64_t, C(&sums)[4]) {
+        if (p.partials) {
+          store4(p.partials + part * p.m * p.n + at, sums, valid, p.vectors);
+        } else {
+          store4(p.output + at, sums, valid, p.vectors);
+        }
+      });
+    } else {
+      with_activation(p.activation.kind, Activations{}, [&](auto activation) {
+        using A = decltype(activation);
+        each_row(slab, row_of, [&](int64_t at, int64_t row, C(&sums)[4]) {
+          if constexpr (kind == Epilogue::forward) {
+            forward<A>(at, sums);
+          } else {
+            dgrad<A>(at, row, sums);
+          }
+        });
+      });
+    }
+  }
+
+  // The sums of columns of what dgrad wrote, in the order of rows; `slab` is overwritten.
+  __device__ void finish_columns(Slab& slab, int64_t row_of_tiles) {
+    if constexpr (kind == Epilogue::dgrad) {
+      static_assert(step <= Slab::rows);
+      if (!p.column_sums) return;
+      __syncthreads();
+#pragma unroll
+      for (int e = 0; e < 4; e++) slab.sums[threadIdx.x / quads][threadIdx.x % quads * 4 + e] = column_sums[e];
+      __syncthreads();
+      for (int column = threadIdx.x; column < Slab::columns; column += threads) {
+        C sum = 0;
+        for (int r = 0; r < step; r++) sum += slab.sums[r][column];
+        const int64_t n = first_column - threadIdx.x % quads * 4 + column;
+        if (n < p.n) p.column_sums[row_of_tiles * p.n + n] = sum;
+      }
+    }
+  }
+
+ private:
+  template <class RowOf, class F> __device__ void each_row(const Slab& slab, const RowOf& row_of, const F& f) {
+#pragma unroll 1
+    for (int r = threadIdx.x / quads; r < Slab::rows; r += step) {
+      const int64_t row = first_row + row_of(r);
+      if (row >= p.m) return;
+      C sums[4];
+#pragma unroll
+      for (int e = 0; e < 4; e++) sums[e] = slab.sums[r][threadIdx.x % quads * 4 + e];
+      f(row * p.n + first_column, row, sums);
+    }
+  }
+
+  template <class A> __device__ void forward(int64_t at, C (&sums)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) sums[e] += bias[e];
+    if (p.pre_activation) store4(p.pre_activation + at, sums, valid, p.vectors);
+    if (!p.output) return;
+#pragma unroll
+    for (int e = 0; e < 4; e++) sums[e] = A::template value<ScalarMath<C>>(sums[e], p.activation.scalars);
+    store4(p.output + at, sums, valid, p.vectors);
+  }
+
+  template <class A> __device__ void dgrad(int64_t at, int64_t row, C (&sums)[4]) {
+    if (p.saved) {
+      C saved[4];
+      load4(saved, p.saved + row * p.saved_stride + first_column * p.saved_column_stride, p.saved_column_stride, valid,
+            p.vectors);
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        sums[e] = A::template gradient<ScalarMath<C>>(sums[e], saved[e], p.activation.scalars);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++) column_sums[e] += sums[e];
+    store4(p.output + at, sums, valid, p.vectors);
+  }
+
+  const Product<S>& p;
+  int64_t first_row, first_column, part;
+  int valid;
+  C bias[4];
+  C column_sums[4] = {};
+};
+
+}  // namespace fastmlp::cuda

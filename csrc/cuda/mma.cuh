@@ -1,0 +1,217 @@
+// Products on tensor cores: float16 and bfloat16, summed in float32. A block computes a tile of C, each warp a part of
+// it by mma.m16n8k16; operand tiles come by asynchronous copies, some stages ahead. Launched by products.cuh.
+#pragma once
+
+#include "epilogue.cuh"
+
+namespace fastmlp::cuda {
+
+// WM x WN is a warp's part of the tile.
+template <int BM_, int BN_, int BK_, int WM_, int WN_> struct MmaTile {
+  static constexpr int BM = BM_, BN = BN_, BK = BK_, WM = WM_, WN = WN_;
+  static constexpr int warp_columns = BN / WN;
+  static constexpr int threads = BM / WM * warp_columns * 32;
+  static constexpr int stages = 3;
+  // Rows of each warp that the epilogue takes at once.
+  static constexpr int pass_rows = WM < 32 ? WM : 32;
+  static constexpr int passes = WM / pass_rows;
+};
+
+constexpr int chunk_elements = 8;  // 16 bytes: what one copy, and one row of a matrix for ldmatrix, holds
+
+// An operand's tile in shared memory: lines [rows][BK], or [BK][rows] where the operand lies along its rows. The chunks
+// of a line are permuted by the line's number, so that the eight rows of a matrix lie in different banks: chunk c of
+// line l at place c ^ (l / lines_of_banks % permuted). The permutation repeats after eight lines.
+template <class S, int rows, int BK, bool along_rows_> struct OperandTile {
+  static constexpr bool along_rows = along_rows_;
+  static constexpr int lines = along_rows ? BK : rows, length = along_rows ? rows : BK;
+  static constexpr int chunks = length / chunk_elements;              // of a line
+  static constexpr int lines_of_banks = chunks < 8 ? 8 / chunks : 1;  // in 128 bytes, all banks once
+  static constexpr int permuted = chunks < 8 ? chunks : 8;
+  static_assert(length % 16 == 0 && (length & (length - 1)) == 0, "a fragment's place is found by exclusive or");
+
+  alignas(128) S elements[lines * length];
+
+  static __device__ __forceinline__ int offset(int line, int chunk) {
+    return line * length + (chunk ^ (line / lines_of_banks % permuted)) * chunk_elements;
+  }
+
+  // A lane's part in loading the fragments that begin at row or column r: fragment i of 16 rows each, at depth k, is at
+  // place(start, i, k). Both are multiples of 16, so lines keep their permutation, and chunks differ in bits that r
+  // and the lane leave free.
+  static __device__ __forceinline__ int start_of_a(int r) {
+    const int lane = threadIdx.x % 32;
+    return along_rows ? offset(lane % 8 + lane / 16 * 8, r / chunk_elements + lane / 8 % 2)
+                      : offset(r + lane % 16, lane / 16);
+  }
+  static __device__ __forceinline__ int start_of_b(int c) {
+    const int lane = threadIdx.x % 32;
+    return along_rows ? offset(lane % 16, c / chunk_elements + lane / 16)
+                      : offset(c + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  }
+  static __device__ __forceinline__ int place(int start, int i, int k) {
+    return along_rows ? (start ^ (i * 16)) + k * length : (start ^ k) + i * 16 * length;
+  }
+
+  // For B, registers 0 and 1 are columns 0 to 7 of the fragment, 2 and 3 the other eight.
+  __device__ __forceinline__ void load(uint32_t (&fragment)[4], int start, int i, int k) const {
+    load_matrices<along_rows>(fragment, elements + place(start, i, k));
+  }
+};
+
+// One operand's way from global memory to its tile: a thread's chunks, at equal distances.
+template <class S, class Tile, int rows, Read read> class Copier {
+ public:
+  using Target = OperandTile<S, rows, Tile::BK, read == Read::along_rows>;
+  static constexpr int threads = Tile::threads, chunks = Target::chunks;
+  static constexpr int count = Target::lines * chunks / threads;
+  static_assert(Target::lines * chunks % threads == 0, "the tile is dealt out evenly");
+
+  // From row `first` of `size` rows on, and k on.
+  __device__ Copier(const Operand<S>& operand, int64_t first, int64_t size, int64_t k)
+      : rows_left(size - first < rows ? int(size - first) : rows) {
+    stride = read == Read::along_rows ? 1 : operand.stride;
+    k_stride = read == Read::along_k ? 1 : operand.k_stride;
+    const int t = int(threadIdx.x);
+    // Neighbouring threads read neighbouring memory.
+    lines_first = read == Read::elements && k_stride != 1;
+    line = lines_first ? t % Target::lines : t / chunks;
+    chunk = lines_first ? t / Target::lines : t % chunks;
+    const int row = Target::along_rows ? chunk * chunk_elements : line;
+    const int depth = Target::along_rows ? line : chunk * chunk_elements;
+    from = operand.data + (first + row) * stride + (k + depth) * k_stride;
+  }
+
+  // The next tile, of which `depth_left` of k, if that is less than BK, are inside; the rest becomes zero.
+  __device__ __forceinline__ void copy(Target& to, int depth_left) {
+    if constexpr (read == Read::elements) {
+      gather(to, depth_left);
+    } else {
+      constexpr int hop = threads / chunks;
+      static_assert(threads % chunks == 0 && hop % 8 == 0, "a thread's lines have the same permutation");
+      // Lines that are inside: none, if this chunk of them is not.
+      const int lines_left = chunk * chunk_elements < (Target::along_rows ? rows_left : depth_left)
+                                 ? (Target::along_rows ? depth_left : rows_left)
+                                 : 0;
+      S* const place = to.elements + Target::offset(line, chunk);
+      const int64_t distance = hop * (Target::along_rows ? k_stride : stride);
+#pragma unroll
+      for (int i = 0; i < count; i++)
+        copy_async16(place + i * hop * Target::length, from + i * distance, line + i * hop < lines_left ? 16 : 0);
+    }
+    from += Tile::BK * k_stride;
+  }
+
+ private:
+  __device__ __forceinline__ void gather(Target& to, int depth_left) {
+    static_assert(threads % Target::lines == 0 && threads % chunks == 0);
+    const int line_hop = lines_first ? 0 : threads / chunks, chunk_hop = lines_first ? threads / Target::lines : 0;
+#pragma unroll
+    for (int i = 0; i < count; i++) {
+      const S* const source = from + i * (line_hop * stride + chunk_hop * chunk_elements * k_stride);
+      const int depth = (chunk + i * chunk_hop) * chunk_elements;
+      Vec<S, chunk_elements> gathered = {};
+#pragma unroll
+      for (int e = 0; e < chunk_elements; e++) {
+        if (line + i * line_hop < rows_left && depth + e < depth_left) gathered.element[e] = source[e * k_stride];
+      }
+      S* const place = to.elements + Target::offset(line + i * line_hop, chunk + i * chunk_hop);
+      *reinterpret_cast<Vec<S, chunk_elements>*>(place) = gathered;
+    }
+  }
+
+  const S* from;  // the thread's first chunk of the next tile
+  int64_t stride, k_stride;
+  int line, chunk, rows_left;
+  bool lines_first;
+};
+
+template <class A, class B, class Slab, int stages> union MmaShared {
+  struct {
+    A a[stages];
+    B b[stages];
+  } operands;
+  Slab slab;
+};
+
+template <class S, class Tile, Read read_a, Read read_b, Epilogue epilogue>
+__global__ void __launch_bounds__(Tile::threads) mma_product(const Product<S> p) {
+  constexpr int BM = Tile::BM, BN = Tile::BN, BK = Tile::BK, WM = Tile::WM, WN = Tile::WN, stages = Tile::stages;
+  constexpr int slab_rows = BM / Tile::passes;
+  using CopierA = Copier<S, Tile, BM, read_a>;
+  using CopierB = Copier<S, Tile, BN, read_b>;
+  using RowSlab = Slab<float, slab_rows, BN>;
+  auto& memory = shared<MmaShared<typename CopierA::Target, typename CopierB::Target, RowSlab, stages>>();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp_row = warp / Tile::warp_columns, warp_column = warp % Tile::warp_columns;
+  const unsigned column_tiles = unsigned((p.n + BN - 1) / BN);
+  const unsigned row_tile = blockIdx.x / column_tiles, column_tile = blockIdx.x % column_tiles;
+  const int64_t k_begin = blockIdx.z * p.part;
+  const int64_t k_end = k_begin + p.part < p.k ? k_begin + p.part : p.k;
+  CopierA a(p.a, int64_t(row_tile) * BM, p.m, k_begin);
+  CopierB b(p.b, int64_t(column_tile) * BN, p.n, k_begin);
+  // One group of copies for each tile of k, empty past the end.
+  const auto copy = [&](int stage, int left) {
+    if (left > 0) {
+      a.copy(memory.operands.a[stage], left);
+      b.copy(memory.operands.b[stage], left);
+    }
+    commit_copies();
+  };
+  const int start_a = CopierA::Target::start_of_a(warp_row * WM),
+            start_b = CopierB::Target::start_of_b(warp_column * WN);
+  float sums[WM / 16][WN / 8][4] = {};
+
+  int left = int(k_end - k_begin);  // of k
+#pragma unroll
+  for (int stage = 0; stage + 1 < stages; stage++) copy(stage, left - stage * BK);
+  int stage = 0;
+#pragma unroll 1
+  for (; left > 0; left -= BK) {
+    wait_for_copies<stages - 2>();
+    __syncthreads();
+    // Into the stage that all threads had read before this barrier.
+    copy(stage == 0 ? stages - 1 : stage - 1, left - (stages - 1) * BK);
+#pragma unroll
+    for (int kk = 0; kk < BK; kk += 16) {
+      uint32_t rows[WM / 16][4], columns[WN / 16][4];
+#pragma unroll
+      for (int i = 0; i < WM / 16; i++) memory.operands.a[stage].load(rows[i], start_a, i, kk);
+#pragma unroll
+      for (int j = 0; j < WN / 16; j++) memory.operands.b[stage].load(columns[j], start_b, j, kk);
+#pragma unroll
+      for (int i = 0; i < WM / 16; i++) {
+#pragma unroll
+        for (int j = 0; j < WN / 8; j++)
+          multiply_add(sums[i][j], rows[i], columns[j / 2][j % 2 * 2], columns[j / 2][j % 2 * 2 + 1], S{});
+      }
+    }
+    stage = stage + 1 == stages ? 0 : stage + 1;
+  }
+  wait_for_copies<0>();
+
+  Finisher<S, epilogue, RowSlab, Tile::threads> finisher(p, int64_t(row_tile) * BM, int64_t(column_tile) * BN,
+                                                         blockIdx.z);
+#pragma unroll
+  for (int pass = 0; pass < Tile::passes; pass++) {
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < Tile::pass_rows / 16; i++) {
+#pragma unroll
+      for (int j = 0; j < WN / 8; j++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          const int row = warp_row * Tile::pass_rows + i * 16 + lane / 4 + e / 2 * 8;
+          memory.slab.sums[row][warp_column * WN + j * 8 + lane % 4 * 2 + e % 2] =
+              sums[pass * (Tile::pass_rows / 16) + i][j][e];
+        }
+      }
+    }
+    __syncthreads();
+    finisher.finish(memory.slab,
+                    [&](int r) { return r / Tile::pass_rows * WM + pass * Tile::pass_rows + r % Tile::pass_rows; });
+  }
+  finisher.finish_columns(memory.slab, row_tile);
+}
+
+}  // namespace fastmlp::cuda

@@ -1,0 +1,219 @@
+// Strategy of the GPU: narrow networks in one kernel (narrow.h), others layer by layer. Backward goes down with the
+// gradient of pre-activations: a layer's dgrad applies the derivative of the layer below and sums its bias gradient, so
+// that only the last layer needs a pass of its own.
+#include "network.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "../activation_info.h"
+#include "narrow.h"
+#include "workspace.h"
+
+namespace fastmlp::cuda {
+namespace {
+
+Matrix gapless(void* data, int64_t columns) { return {data, columns, 1}; }
+
+template <class S> Operand<S> rows_of(const Matrix& x) {
+  return {static_cast<const S*>(x.data), x.row_stride, x.column_stride};
+}
+template <class S> Operand<S> columns_of(const Matrix& x) {
+  return {static_cast<const S*>(x.data), x.column_stride, x.row_stride};
+}
+
+int64_t widest_hidden(const Network& network) {
+  int64_t width = 0;
+  for (size_t l = 0; l + 1 < network.layers.size(); l++) width = std::max(width, network.layers[l].out_features);
+  return width;
+}
+
+template <class S>
+void layer_forward(const Context& context, const Layer& layer, int64_t rows, const Matrix& input, S* output,
+                   S* pre_activation) {
+  Product<S> p;
+  p.m = rows;
+  p.n = layer.out_features;
+  p.k = layer.in_features;
+  p.a = rows_of<S>(input);
+  p.b = rows_of<S>(layer.weight);
+  p.output = output;
+  p.pre_activation = pre_activation;
+  p.bias = static_cast<const S*>(layer.bias.data);
+  p.bias_stride = layer.bias.stride;
+  p.activation = layer.activation;
+  Kernels<S>::multiply(context, Kernels<S>::plan(context, Epilogue::forward, p), Epilogue::forward, p);
+}
+
+template <class S> void forward_of(const Context& context, const ForwardPass& pass) {
+  const Network& network = pass.network;
+  const size_t last = network.layers.size() - 1;
+  with_memory(context, [&](Carver& carver, bool run) {
+    // Outputs that nobody keeps, each until the next layer has read it.
+    S* spare[2] = {};
+    for (size_t i = 0; i < std::min<size_t>(last, 2); i++)
+      spare[i] = carver.take<S>(network.rows * widest_hidden(network));
+    if (!run) return;
+    Matrix input = network.input;
+    for (size_t l = 0; l <= last; l++) {
+      const Layer& layer = network.layers[l];
+      S* const kept = pass.kept.empty() ? nullptr : static_cast<S*>(pass.kept[l]);
+      const bool keeps = keeps_output(layer.activation);
+      S* const output = l == last ? static_cast<S*>(pass.output) : keeps && kept ? kept : spare[l % 2];
+      layer_forward(context, layer, network.rows, input, output, keeps ? nullptr : kept);
+      input = gapless(output, layer.out_features);
+    }
+  });
+}
+
+template <class S> class Backward {
+ public:
+  using C = Compute<S>;
+
+  Backward(const Context& context, const BackwardPass& pass)
+      : context_(context),
+        pass_(pass),
+        network_(pass.network),
+        last_(pass.network.layers.size() - 1),
+        lowest_(lowest_layer(pass)) {}
+
+  // Measures memory, or uses it.
+  void run(Carver& carver, bool launches) {
+    launches_ = launches;
+    if (lowest_ > last_) return;
+    for (size_t i = 0; i < 2; i++) gradients_[i] = carver.take<S>(needs_gradient(i) ? network_.rows * widest() : 0);
+    input_ = carver.take<S>(needs_inputs() ? network_.rows * widest_hidden(network_) : 0);
+    Matrix grad = last_gradient(carver);
+    for (size_t l = last_ + 1; l-- > lowest_;) {
+      if (pass_.grad_weights[l]) wgrad(carver, l, grad);
+      if (l > lowest_ || pass_.grad_input) grad = dgrad(carver, l, grad);
+    }
+  }
+
+ private:
+  int64_t widest() const { return std::max(widest_hidden(network_), network_.layers[last_].out_features); }
+
+  bool kept_output(size_t l) const { return keeps_output(network_.layers[l].activation); }
+
+  // Gradients of pre-activations lie in two buffers by turns; that of a last layer without activation is the caller's.
+  bool needs_gradient(size_t turn) const {
+    for (size_t l = lowest_; l <= last_; l++) {
+      if (l % 2 == turn && (l < last_ || network_.layers[l].activation.kind != identity_kind)) return true;
+    }
+    return false;
+  }
+
+  bool needs_inputs() const {
+    for (size_t l = std::max<size_t>(lowest_, 1); l <= last_; l++) {
+      if (pass_.grad_weights[l] && !kept_output(l - 1)) return true;
+    }
+    return false;
+  }
+
+  // With respect to the last layer's pre-activation, and its bias gradient.
+  Matrix last_gradient(Carver& carver) {
+    const Layer& layer = network_.layers[last_];
+    const int64_t features = layer.out_features, runs = runs_of(network_.rows);
+    const bool identity = layer.activation.kind == identity_kind;
+    S* const bias = static_cast<S*>(pass_.grad_biases[last_]);
+    S* const output = identity ? nullptr : gradients_[last_ % 2];
+    C* const sums = bias ? carver.take<C>(runs * features) : nullptr;
+    if (launches_ && (output || bias)) {
+      Kernels<S>::apply_gradient(context_, network_.rows, features, pass_.grad_output,
+                                 identity ? Matrix() : pass_.saved[last_], layer.activation, output, sums);
+      if (bias) Kernels<S>::sum_partials(context_, sums, runs, features, bias);
+    }
+    return identity ? pass_.grad_output : gapless(output, features);
+  }
+
+  // grad_weight = grad^T input.
+  void wgrad(Carver& carver, size_t l, const Matrix& grad) {
+    const Layer& layer = network_.layers[l];
+    Matrix input = l == 0 ? network_.input : pass_.saved[l - 1];
+    if (l > 0 && !kept_output(l - 1)) {
+      if (launches_)
+        Kernels<S>::apply_activation(context_, network_.rows, layer.in_features, input,
+                                     network_.layers[l - 1].activation, input_);
+      input = gapless(input_, layer.in_features);
+    }
+    Product<S> p;
+    p.m = layer.out_features;
+    p.n = layer.in_features;
+    p.k = network_.rows;
+    p.a = columns_of<S>(grad);
+    p.b = columns_of<S>(input);
+    p.output = static_cast<S*>(pass_.grad_weights[l]);
+    const Plan found = Kernels<S>::plan(context_, Epilogue::wgrad, p);
+    if (found.parts > 1) p.partials = carver.take<C>(found.parts * p.m * p.n);
+    if (launches_) Kernels<S>::multiply(context_, found, Epilogue::wgrad, p);
+  }
+
+  // With respect to the pre-activation of the layer below, and that layer's bias gradient; or to the input.
+  Matrix dgrad(Carver& carver, size_t l, const Matrix& grad) {
+    const Layer& layer = network_.layers[l];
+    Product<S> p;
+    p.m = network_.rows;
+    p.n = layer.in_features;
+    p.k = layer.out_features;
+    p.a = rows_of<S>(grad);
+    p.b = columns_of<S>(layer.weight);
+    p.output = l == 0 ? static_cast<S*>(pass_.grad_input) : gradients_[(l - 1) % 2];
+    const Plan found = Kernels<S>::plan(context_, Epilogue::dgrad, p);
+    S* bias = nullptr;
+    if (l > 0) {
+      bias = static_cast<S*>(pass_.grad_biases[l - 1]);
+      p.activation = network_.layers[l - 1].activation;
+      if (p.activation.kind != identity_kind) {
+        const Matrix& saved = pass_.saved[l - 1];
+        p.saved = static_cast<const S*>(saved.data);
+        p.saved_stride = saved.row_stride;
+        p.saved_column_stride = saved.column_stride;
+      }
+      if (bias) p.column_sums = carver.take<C>(found.row_tiles * p.n);
+    }
+    if (launches_) {
+      Kernels<S>::multiply(context_, found, Epilogue::dgrad, p);
+      if (bias) Kernels<S>::sum_partials(context_, p.column_sums, found.row_tiles, p.n, bias);
+    }
+    return gapless(p.output, layer.in_features);
+  }
+
+  const Context& context_;
+  const BackwardPass& pass_;
+  const Network& network_;
+  const size_t last_;
+  const size_t lowest_;
+  bool launches_ = false;
+  S* gradients_[2] = {};
+  S* input_ = nullptr;
+};
+
+template <class F> void with_storage(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::float32:
+      return f(float{});
+    case DType::float64:
+      return f(double{});
+    case DType::bfloat16:
+      return f(BFloat16{});
+    case DType::float16:
+      return f(Float16{});
+  }
+}
+
+}  // namespace
+
+void forward(const Context& context, const ForwardPass& pass) {
+  if (goes_fused(context, pass.network)) return forward_fused(context, pass);
+  with_storage(pass.network.dtype, [&](auto storage) { forward_of<decltype(storage)>(context, pass); });
+}
+
+void backward(const Context& context, const BackwardPass& pass) {
+  if (goes_fused(context, pass.network)) return backward_fused(context, pass);
+  with_storage(pass.network.dtype, [&](auto storage) {
+    Backward<decltype(storage)> backward(context, pass);
+    with_memory(context, [&](Carver& carver, bool run) { backward.run(carver, run); });
+  });
+}
+
+}  // namespace fastmlp::cuda

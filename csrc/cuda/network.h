@@ -1,0 +1,14 @@
+// How a GPU runs a network: which kernels, in which order, with which scratch memory. Called by register.cpp, and by
+// the tests' extension in the emulator, with pointers of the device; knows no tensors and never waits for the device.
+#pragma once
+
+#include "../problem.h"
+#include "products.h"
+
+namespace fastmlp::cuda {
+
+// Both throw std::runtime_error for a launch that fails, and whatever `allocate` throws.
+void forward(const Context& context, const ForwardPass& pass);
+void backward(const Context& context, const BackwardPass& pass);
+
+}  // namespace fastmlp::cuda

@@ -1,0 +1,50 @@
+// What one product kernel computes: C = A B with strided operands, and what follows it. The whole argument of the
+// kernels of simt.cuh and mma.cuh; network.cu fills it. NT, NN and TN are strides.
+#pragma once
+
+#include <cstdint>
+
+#include "../problem.h"
+
+namespace fastmlp::cuda {
+
+template <class S> struct ComputeOf {
+  using Type = float;
+};
+template <> struct ComputeOf<double> {
+  using Type = double;
+};
+// What sums of the dtype S are kept in.
+template <class S> using Compute = typename ComputeOf<S>::Type;
+
+// A (rows of C) or B (columns of C). Strides count elements, any may be zero.
+template <class S> struct Operand {
+  const S* data = nullptr;
+  int64_t stride = 0;    // from one row of A, or column of B, to the next
+  int64_t k_stride = 0;  // along the dimension that is summed over
+};
+
+// What follows the sums of a tile; kernels are compiled for one of these each.
+//   forward: pre_activation = sums + bias and output = act(sums + bias), either of them if not null
+//   dgrad:   output = sums * act'(saved), the layer below's, and the sums of its columns within each row of tiles
+//   wgrad:   output = sums, or these of a part of k into `partials`
+enum class Epilogue { forward, dgrad, wgrad };
+
+template <class S> struct Product {
+  using C = Compute<S>;
+  int64_t m = 0, n = 0, k = 0;
+  Operand<S> a, b;
+  S* output = nullptr;          // [m, n] without gaps
+  S* pre_activation = nullptr;  // like output
+  const S* bias = nullptr;      // [n], or null
+  int64_t bias_stride = 0;
+  ActivationSpec activation;
+  const S* saved = nullptr;  // [m, n], null for the identity
+  int64_t saved_stride = 0, saved_column_stride = 0;
+  C* column_sums = nullptr;  // [rows of tiles, n], or null
+  C* partials = nullptr;     // [parts, m, n], or null
+  int64_t part = 0;          // how much of k each of these sums: all of it without partials
+  bool vectors = false;      // output, pre_activation, saved and partials can be accessed four elements at a time
+};
+
+}  // namespace fastmlp::cuda

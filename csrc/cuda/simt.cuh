@@ -1,0 +1,190 @@
+// Products on the ordinary arithmetic units: float32 and float64, and 16-bit dtypes where there are no tensor cores for
+// them. A block computes a tile of C; each thread TM x TN of its elements, in groups of four, so that operands come
+// from shared memory 16 bytes at a time. Launched by products.cuh.
+#pragma once
+
+#include "epilogue.cuh"
+
+namespace fastmlp::cuda {
+
+// A thread's share of the operand tiles lies in registers while the tile before it is multiplied.
+template <int BM_, int BN_, int BK_, int TM_, int TN_> struct SimtTile {
+  static constexpr int BM = BM_, BN = BN_, BK = BK_, TM = TM_, TN = TN_;
+  static constexpr int threads = BM / TM * (BN / TN);
+  static constexpr int passes = TM / 4;  // of the epilogue, each with one group of rows of every thread
+};
+
+// One operand's way from global memory, through a thread's registers, to a tile [BK][rows] in shared memory. A thread's
+// vectors lie at equal distances; neighbouring threads read neighbouring memory and write different banks.
+template <class S, class Tile, int rows, Read read> class Loader {
+ public:
+  using C = Compute<S>;
+  static constexpr int BK = Tile::BK, threads = Tile::threads;
+  static constexpr int vector = read == Read::elements ? 1 : per_16_bytes<S>;
+  static constexpr int count = rows * BK / vector / threads;
+  static_assert(rows * BK % (vector * threads) == 0, "the tile is dealt out evenly");
+  using Buffer = C[BK][rows + 4];
+
+  // From row `first` of `size` rows on, and k on.
+  __device__ Loader(const Operand<S>& operand, int64_t first, int64_t size, int64_t k) {
+    const int t = int(threadIdx.x);
+    if constexpr (read == Read::along_k) {
+      // Two vectors of a row, then the next row: whole sectors of 32 bytes.
+      static_assert(count == 1 || threads % (2 * rows) == 0);
+      row = t / 2 % rows;
+      depth = (t % 2 + t / (2 * rows) * 2) * vector;
+    } else if constexpr (read == Read::along_rows) {
+      static_assert(threads % (rows / vector) == 0);
+      row = t % (rows / vector) * vector;
+      depth = t / (rows / vector);
+    } else {
+      static_assert(threads % rows == 0 && threads % BK == 0);
+      k_first = operand.k_stride == 1;
+      row = k_first ? t / BK : t % rows;
+      depth = k_first ? t % BK : t / rows;
+    }
+    const int64_t stride = read == Read::along_rows ? 1 : operand.stride;
+    const int64_t k_stride = read == Read::along_k ? 1 : operand.k_stride;
+    const int64_t left = size - first;
+    rows_left = left < rows ? int(left) : rows;
+    // All vectors of a thread are of the same rows. Outside, others are read for them, since what comes of it is
+    // dropped.
+    const int64_t read_row = read != Read::elements && row >= left ? left - (read == Read::along_k ? 1 : vector) : row;
+    from = operand.data + (first + read_row) * stride + (k + depth) * k_stride;
+    hop = row_hop() * stride + depth_hop() * k_stride;
+    step = BK * k_stride;
+  }
+
+  // The next tile, of which `depth_left` of k, if that is less than BK, are inside; the rest is zero. A vector is never
+  // half outside.
+  __device__ __forceinline__ void load(int depth_left) {
+#pragma unroll
+    for (int i = 0; i < count; i++) {
+      const bool row_inside = read != Read::elements || row + i * row_hop() < rows_left;
+      staged[i] = {};
+      if (row_inside && depth + i * depth_hop() < depth_left)
+        staged[i] = *reinterpret_cast<const Vec<S, vector>*>(from + i * hop);
+    }
+    from += step;
+  }
+
+  __device__ __forceinline__ void store(Buffer& to) const {
+#pragma unroll
+    for (int i = 0; i < count; i++) {
+#pragma unroll
+      for (int e = 0; e < vector; e++) {
+        constexpr bool along_k = read == Read::along_k;
+        to[depth + i * depth_hop() + (along_k ? e : 0)][row + i * row_hop() + (along_k ? 0 : e)] =
+            widen(staged[i].element[e]);
+      }
+    }
+  }
+
+ private:
+  // From one vector of the thread to its next, in rows and in k.
+  __device__ __forceinline__ int row_hop() const { return read == Read::elements && k_first ? threads / BK : 0; }
+  __device__ __forceinline__ int depth_hop() const {
+    if constexpr (read == Read::elements) return k_first ? 0 : threads / rows;
+    return threads / (read == Read::along_k ? rows : rows / vector) * (read == Read::along_k ? vector : 1);
+  }
+
+  const S* from;
+  int64_t hop, step;     // from one vector of the thread to its next, and from tile to tile
+  int row, depth;        // of the thread's first vector in the tile
+  bool k_first = false;  // elements one after another in memory are so along k
+  int rows_left;
+  Vec<S, vector> staged[count];
+};
+
+template <class C, class Tile> union SimtShared {
+  struct {
+    C a[2][Tile::BK][Tile::BM + 4];
+    C b[2][Tile::BK][Tile::BN + 4];
+  } operands;
+  Slab<C, Tile::BM / Tile::passes, Tile::BN> slab;
+};
+
+struct TilePlace {
+  unsigned row, column;
+};
+
+template <class C> __device__ __forceinline__ void load_group(C* to, const C* from) {
+  const auto group = *reinterpret_cast<const Vec<C, 4>*>(from);
+#pragma unroll
+  for (int e = 0; e < 4; e++) to[e] = group.element[e];
+}
+
+template <class S, class Tile, Read read_a, Read read_b, Epilogue epilogue>
+__global__ void __launch_bounds__(Tile::threads, Tile::threads == 256 ? 2 : 1) simt_product(const Product<S> p) {
+  using C = Compute<S>;
+  constexpr int BM = Tile::BM, BN = Tile::BN, BK = Tile::BK, TM = Tile::TM, TN = Tile::TN;
+  constexpr int group_rows = BM / (TM / 4), group_columns = BN / (TN / 4);
+  auto& memory = shared<SimtShared<C, Tile>>();
+  const int tx = threadIdx.x % (BN / TN) * 4, ty = threadIdx.x / (BN / TN) * 4;
+  const unsigned column_tiles = unsigned((p.n + BN - 1) / BN);
+  const unsigned row_tile = blockIdx.x / column_tiles, column_tile = blockIdx.x % column_tiles;
+  const int64_t k_begin = blockIdx.z * p.part;
+  const int64_t k_end = k_begin + p.part < p.k ? k_begin + p.part : p.k;
+  // For the epilogue: registers are scarce until then.
+  auto& place = shared<TilePlace>();
+  if (threadIdx.x == 0) place = {row_tile, column_tile};
+  Loader<S, Tile, BM, read_a> a(p.a, int64_t(row_tile) * BM, p.m, k_begin);
+  Loader<S, Tile, BN, read_b> b(p.b, int64_t(column_tile) * BN, p.n, k_begin);
+  C sums[TM][TN] = {};
+
+  int left = int(k_end - k_begin);  // of k
+  a.load(left);
+  b.load(left);
+  a.store(memory.operands.a[0]);
+  b.store(memory.operands.b[0]);
+  __syncthreads();
+  const auto multiply_tile = [&](int stage) {
+    // Zeros behind the last tile: without a branch, loads stay ahead of the products.
+    a.load(left - BK);
+    b.load(left - BK);
+#pragma unroll
+    for (int kk = 0; kk < BK; kk++) {
+      C rows[TM], columns[TN];
+#pragma unroll
+      for (int i = 0; i < TM; i += 4) load_group(rows + i, &memory.operands.a[stage][kk][i / 4 * group_rows + ty]);
+#pragma unroll
+      for (int j = 0; j < TN; j += 4)
+        load_group(columns + j, &memory.operands.b[stage][kk][j / 4 * group_columns + tx]);
+#pragma unroll
+      for (int i = 0; i < TM; i++) {
+#pragma unroll
+        for (int j = 0; j < TN; j++) sums[i][j] += rows[i] * columns[j];
+      }
+    }
+    a.store(memory.operands.a[stage ^ 1]);
+    b.store(memory.operands.b[stage ^ 1]);
+    __syncthreads();
+    left -= BK;
+  };
+  // Two at a time, so that a stage's addresses are constants.
+#pragma unroll 1
+  while (left > 0) {
+    multiply_tile(0);
+    if (left <= 0) break;
+    multiply_tile(1);
+  }
+
+  using RowSlab = Slab<C, group_rows, BN>;
+  Finisher<S, epilogue, RowSlab, Tile::threads> finisher(p, int64_t(place.row) * BM, int64_t(place.column) * BN,
+                                                         blockIdx.z);
+  // Unrolled, so that the registers of the sums that went out are free.
+#pragma unroll
+  for (int pass = 0; pass < Tile::passes; pass++) {
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#pragma unroll
+      for (int j = 0; j < TN; j++) memory.slab.sums[ty + i][j / 4 * group_columns + tx + j % 4] = sums[pass * 4 + i][j];
+    }
+    __syncthreads();
+    finisher.finish(memory.slab, [&](int r) { return pass * group_rows + r; });
+  }
+  finisher.finish_columns(memory.slab, place.row);
+}
+
+}  // namespace fastmlp::cuda

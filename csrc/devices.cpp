@@ -1,0 +1,65 @@
+// The table behind devices.h.
+#include "devices.h"
+
+#include <array>
+#include <optional>
+
+namespace fastmlp {
+namespace {
+
+using Table = std::array<std::optional<DeviceOperations>, size_t(c10::COMPILE_TIME_MAX_DEVICE_TYPES)>;
+
+// Made by the first register file that is initialised.
+Table& table() {
+  static Table devices;
+  return devices;
+}
+
+const DeviceOperations& operations_of(const at::Tensor& input) {
+  const c10::DeviceType device = input.device().type();
+  const DeviceOperations* const operations = operations_on(device);
+  TORCH_CHECK(operations, "fastmlp: input is on ", input.device(), ", and ", device_obstacle(device));
+  return *operations;
+}
+
+}  // namespace
+
+RegisterDevice::RegisterDevice(c10::DeviceType device, const DeviceOperations& operations) {
+  table()[size_t(device)] = operations;
+}
+
+const DeviceOperations* operations_on(c10::DeviceType device) {
+  const auto& entry = table()[size_t(device)];
+  return entry ? &*entry : nullptr;
+}
+
+std::vector<std::string> device_names() {
+  std::vector<std::string> names;
+  for (size_t i = 0; i < table().size(); i++) {
+    if (table()[i]) names.push_back(c10::DeviceTypeName(c10::DeviceType(i), true));
+  }
+  return names;
+}
+
+const char* device_obstacle(c10::DeviceType device) {
+  if (operations_on(device)) return nullptr;
+  if (device == c10::kCUDA)
+    return "this build has no CUDA kernels; in the source tree, FASTMLP_CUDA=1 pip install --no-build-isolation "
+           "--force-reinstall --no-deps . builds them";
+  return "there are no kernels for the device";
+}
+
+std::tuple<at::Tensor, Tensors> forward(const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
+  return operations_of(input).forward(stack, input, parameters);
+}
+
+at::Tensor infer(const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
+  return operations_of(input).infer(stack, input, parameters);
+}
+
+Tensors backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
+                 at::TensorList parameters, const std::vector<bool>& needs) {
+  return operations_of(input).backward(stack, grad, input, saved, parameters, needs);
+}
+
+}  // namespace fastmlp

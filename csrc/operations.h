@@ -1,0 +1,89 @@
+// What every device does alike around its kernels: check arguments, allocate results, fill the structs of problem.h,
+// and the forms that the dispatcher calls. A device's register file instantiates it with
+//   struct Device {
+//     static constexpr const char* name;                                       // "CPU", for errors
+//     static at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like);  // row-major, not initialised
+//     static void run(const ForwardPass& pass, const at::Tensor& input);       // input is on the device
+//     static void run(const BackwardPass& pass, const at::Tensor& input);
+//   };
+#pragma once
+
+#include <ATen/core/List.h>
+
+#include "checks.h"
+#include "operators.h"
+#include "passes.h"
+
+namespace fastmlp {
+
+template <class Device> struct Operations {
+  static void forward_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters,
+                           const at::Tensor& output, at::TensorList hidden) {
+    Device::run(forward_pass(Device::name, stack, input, parameters, output, hidden).pass, input);
+  }
+
+  static std::tuple<at::Tensor, Tensors> forward(const Stack& stack, const at::Tensor& input,
+                                                 at::TensorList parameters) {
+    check_forward(stack, input, parameters);
+    Tensors hidden;
+    hidden.reserve(stack.hidden());
+    for (size_t l = 0; l < stack.hidden(); l++) hidden.push_back(result(input, parameters[stack.weight(l)]));
+    at::Tensor output = result(input, parameters[stack.weight(stack.layers() - 1)]);
+    forward_into(stack, input, parameters, output, hidden);
+    return {output, hidden};
+  }
+
+  static at::Tensor infer(const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
+    check_forward(stack, input, parameters);
+    at::Tensor output = result(input, parameters[stack.weight(stack.layers() - 1)]);
+    forward_into(stack, input, parameters, output, {});
+    return output;
+  }
+
+  static void backward_into(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
+                            at::TensorList parameters, at::TensorList grads) {
+    Device::run(backward_pass(Device::name, stack, grad, input, saved, parameters, grads).pass, input);
+  }
+
+  static Tensors backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
+                          at::TensorList parameters, const std::vector<bool>& needs) {
+    check_backward(stack, grad, input, saved, parameters, needs);
+    Tensors grads(1 + parameters.size());
+    for (size_t i = 0; i < grads.size(); i++) {
+      if (needs[i]) grads[i] = Device::empty((i == 0 ? input : parameters[i - 1]).sizes(), input);
+    }
+    backward_into(stack, grad, input, saved, parameters, grads);
+    return grads;
+  }
+
+  static std::tuple<at::Tensor, Tensors> forward_op(const at::Tensor& input, at::TensorList parameters,
+                                                    const c10::List<bool>& has_bias, at::IntArrayRef activations,
+                                                    at::ArrayRef<double> scalars) {
+    return forward(Stack(has_bias, activations, scalars), input, parameters);
+  }
+
+  static at::Tensor infer_op(const at::Tensor& input, at::TensorList parameters, const c10::List<bool>& has_bias,
+                             at::IntArrayRef activations, at::ArrayRef<double> scalars) {
+    return infer(Stack(has_bias, activations, scalars), input, parameters);
+  }
+
+  static Tensors backward_op(const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
+                             at::TensorList parameters, const c10::List<bool>& has_bias, at::IntArrayRef activations,
+                             at::ArrayRef<double> scalars, const c10::List<bool>& needs) {
+    const std::vector<bool> needed(needs.begin(), needs.end());
+    Tensors all = backward(Stack(has_bias, activations, scalars), grad, input, saved, parameters, needed);
+    Tensors grads;
+    for (size_t i = 0; i < all.size(); i++) {
+      if (needed[i]) grads.push_back(std::move(all[i]));
+    }
+    return grads;
+  }
+
+ private:
+  // A layer's output.
+  static at::Tensor result(const at::Tensor& input, const at::Tensor& weight) {
+    return Device::empty(sizes_with(input, weight.size(0)), input);
+  }
+};
+
+}  // namespace fastmlp

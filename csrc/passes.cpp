@@ -1,0 +1,130 @@
+// Fills the structs of problem.h from tensors (passes.h).
+#include "passes.h"
+
+#include <ATen/ATen.h>
+
+namespace fastmlp {
+namespace {
+
+Matrix matrix_of(const at::Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
+
+// All leading dimensions as rows: a view where strides allow it, a copy where they do not.
+c10::MaybeOwned<at::Tensor> as_rows(const at::Tensor& x, int64_t rows) {
+  using Rows = c10::MaybeOwned<at::Tensor>;
+  return x.dim() == 2 ? Rows::borrowed(x) : Rows::owned(x.reshape({rows, x.size(-1)}));
+}
+
+int64_t rows_of(const at::Tensor& input) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < input.dim(); d++) rows *= input.size(d);
+  return rows;
+}
+
+// Where those of the parameters go.
+void set_gradients(BackwardPass& pass, const Stack& stack, at::TensorList grads) {
+  const auto data_of = [&](size_t i) { return grads[i].defined() ? grads[i].data_ptr() : nullptr; };
+  pass.grad_weights.reserve(stack.layers());
+  pass.grad_biases.reserve(stack.layers());
+  for (size_t l = 0; l < stack.layers(); l++) {
+    pass.grad_weights.push_back(data_of(stack.weight(l)));
+    pass.grad_biases.push_back(stack.has_bias(l) ? data_of(stack.bias(l)) : nullptr);
+  }
+}
+
+// `input` is the two-dimensional form, which the caller keeps alive.
+Network network_of(const char* device, const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
+  Network network;
+  const std::optional<DType> dtype = dtype_of(input.scalar_type());
+  TORCH_CHECK(dtype, "fastmlp: input has dtype ", input.scalar_type(),
+              ", expected float32, float64, bfloat16 or float16, for which this build has ", device, " kernels");
+  network.dtype = *dtype;
+  network.rows = input.size(0);
+  network.input = matrix_of(input);
+  network.layers.resize(stack.layers());
+  for (size_t l = 0; l < stack.layers(); l++) {
+    const at::Tensor& weight = parameters[stack.weight(l)];
+    Layer& layer = network.layers[l];
+    layer.in_features = weight.size(1);
+    layer.out_features = weight.size(0);
+    layer.weight = matrix_of(weight);
+    if (stack.has_bias(l)) {
+      const at::Tensor& bias = parameters[stack.bias(l)];
+      layer.bias = {bias.data_ptr(), bias.stride(0)};
+    }
+    layer.activation = stack.activation(l);
+  }
+  return network;
+}
+
+}  // namespace
+
+std::optional<DType> dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::float32;
+    case at::kDouble:
+      return DType::float64;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    case at::kHalf:
+      return DType::float16;
+    default:
+      return std::nullopt;
+  }
+}
+
+ForwardTensors forward_pass(const char* device, const Stack& stack, const at::Tensor& input, at::TensorList parameters,
+                            const at::Tensor& output, at::TensorList hidden) {
+  ForwardTensors tensors;
+  tensors.input = as_rows(input, rows_of(input));
+  ForwardPass& pass = tensors.pass;
+  pass.network = network_of(device, stack, *tensors.input, parameters);
+  if (!hidden.empty()) pass.kept.resize(stack.layers(), nullptr);
+  for (size_t l = 0; l < hidden.size(); l++) pass.kept[l] = hidden[l].data_ptr();
+  pass.output = output.data_ptr();
+  return tensors;
+}
+
+BackwardTensors backward_pass(const char* device, const Stack& stack, const at::Tensor& grad, const at::Tensor& input,
+                              at::TensorList saved, at::TensorList parameters, at::TensorList grads) {
+  const int64_t rows = rows_of(input);
+  BackwardTensors tensors;
+  tensors.input = as_rows(input, rows);
+  tensors.grad = as_rows(grad, rows);
+  BackwardPass& pass = tensors.pass;
+  pass.network = network_of(device, stack, *tensors.input, parameters);
+  pass.grad_output = matrix_of(*tensors.grad);
+  pass.saved.resize(stack.layers());
+  for (size_t l = 0; l < saved.size(); l++) {
+    tensors.saved.push_back(as_rows(saved[l], rows));
+    pass.saved[l] = matrix_of(*tensors.saved.back());
+  }
+  pass.grad_input = grads[0].defined() ? grads[0].data_ptr() : nullptr;
+  set_gradients(pass, stack, grads.slice(1));
+  return tensors;
+}
+
+StepTensors step_pass(const char* device, const Stack& stack, const at::Tensor& input, at::TensorList parameters,
+                      const LossSpec& spec, const at::Tensor& target, const at::Tensor& weight, at::TensorList grads) {
+  StepTensors tensors;
+  tensors.input = as_rows(input, rows_of(input));
+  StepPass& pass = tensors.pass;
+  pass.backward.network = network_of(device, stack, *tensors.input, parameters);
+  set_gradients(pass.backward, stack, grads);
+  pass.targets.spec = spec;
+  if (spec.kind == cross_entropy_kind) {
+    pass.targets.classes = target.const_data_ptr<int64_t>();
+  } else {
+    pass.targets.target = target.data_ptr();
+  }
+  pass.targets.weight = weight.defined() ? weight.data_ptr() : nullptr;
+  return tensors;
+}
+
+c10::SmallVector<int64_t, 5> sizes_with(const at::Tensor& input, int64_t features) {
+  c10::SmallVector<int64_t, 5> sizes(input.sizes().begin(), input.sizes().end());
+  sizes.back() = features;
+  return sizes;
+}
+
+}  // namespace fastmlp

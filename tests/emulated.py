@@ -1,0 +1,34 @@
+"""Builds and loads `_C_emulated`: the CUDA kernels, run on CPU tensors by tests/emulator.
+
+FASTMLP_SANITIZE=address,undefined (or thread): with these sanitizers of the compiler.
+"""
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch.utils.cpp_extension import load
+
+ROOT = Path(__file__).parent.parent
+
+
+@cache
+def emulated() -> Any:
+    """The extension; compiled at the first call, and again when a source has changed."""
+    sanitizers = os.environ.get("FASTMLP_SANITIZE")
+    sanitize = [f"-fsanitize={sanitizers}", "-g1"] if sanitizers else ["-g0"]
+    folder = ROOT / "build" / ("emulated" + (f"_{sanitizers}" if sanitizers else ""))
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [
+        *sorted((ROOT / "tests/emulator/extension").glob("*.cpp")),
+        *(ROOT / "csrc" / name for name in ("activation_info.cpp", "checks.cpp", "passes.cpp", "stack.cpp")),
+    ]
+    return load(
+        "_C_emulated",
+        [str(source) for source in sources],
+        extra_include_paths=[str(ROOT / "csrc"), str(ROOT / "tests/emulator")],
+        extra_cflags=["-O2", *sanitize, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"],
+        extra_ldflags=sanitize,
+        build_directory=str(folder),
+    )
