@@ -24,21 +24,22 @@ Results = Mapping[str, Tensor]
 class Rounding(TorchDispatchMode):
     """Moves the results of operations by bounds on their errors, those of `tests/bounds.py`."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, steps: bool) -> None:
         super().__init__()
+        self.steps = steps
         self.generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func in UPDATES:
+        if self.steps and func in UPDATES:
             for moved in args[0] if isinstance(args[0], list) else [args[0]]:
                 # The count of steps, which optimizers keep as a float32 without dimensions, is exact.
                 if moved.is_floating_point() and moved.dim() > 0:
                     torch.ops.aten.add_(moved, self.signs(moved) * _relative(moved))
             return output
-        error = ERRORS.get(func)
+        error = (STEPS if self.steps else LAYERS).get(func)
         if error is None:
             return output
         if isinstance(output, tuple):
@@ -115,7 +116,8 @@ UPDATES: frozenset[Any] = frozenset(
     for overload in overloads
 )
 
-ERRORS: Mapping[Any, Callable[..., Tensor]] = {
+#: What a converted model computes itself.
+LAYERS: Mapping[Any, Callable[..., Tensor]] = {
     _aten.mm.default: _product,
     _aten.addmm.default: _product_and_bias,
     _aten.sum.dim_IntList: _column_sums,
@@ -123,14 +125,20 @@ ERRORS: Mapping[Any, Callable[..., Tensor]] = {
     _aten.gelu.default: _relative_to_the_first,
     _aten.tanh_backward.default: _relative_to_the_first,
     _aten.gelu_backward.default: _relative_to_the_first,
+    # Second derivatives are made of these.
+    _aten.mul.Tensor: _relative,
+}
+
+#: What a training step computes, besides `UPDATES`.
+STEPS: Mapping[Any, Callable[..., Tensor]] = {
+    **LAYERS,
     _aten.sigmoid.default: _relative,
     _aten.sigmoid_backward.default: _relative_to_the_first,
     _aten.silu.default: _relative_to_the_first,
     _aten.silu_backward.default: _relative_to_the_first,
     _aten.elu.default: _relative_to_the_first,
     _aten.elu_backward.default: _relative_to_the_first,
-    # Second derivatives, and gradients of losses, are made of these.
-    _aten.mul.Tensor: _relative,
+    # Gradients of losses are made of these.
     _aten.div.Tensor: _relative,
     _aten.sub.Tensor: _relative,
     _aten.add.Tensor: _relative,
@@ -149,12 +157,13 @@ ERRORS: Mapping[Any, Callable[..., Tensor]] = {
 }
 
 
-def rounding_bounds(run: Callable[[], Results], found: Results) -> dict[str, Tensor]:
+def rounding_bounds(run: Callable[[], Results], found: Results, steps: bool = False) -> dict[str, Tensor]:
     """How far apart two implementations of a computation may be, for each of its results.
 
     Args:
         run: computes them afresh.
         found: what it computes when nothing is moved.
+        steps: whether losses and optimizers are implemented anew too, and not only layers.
 
     Returns:
         A number for each, the largest that an entry may differ by. Both sides may err, so it is twice the largest
@@ -162,7 +171,7 @@ def rounding_bounds(run: Callable[[], Results], found: Results) -> dict[str, Ten
     """
     bounds = {name: torch.zeros((), dtype=torch.float64) for name in found}
     for seed in range(PROBES):
-        with Rounding(seed):
+        with Rounding(seed, steps):
             moved = run()
         for name, value in found.items():
             bounds[name] = torch.maximum(bounds[name], 2 * distance(moved[name], value))

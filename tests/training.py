@@ -82,7 +82,7 @@ def assert_equal_to_rounding(scenario: Callable[[Maker], Results], isas: Iterabl
         torch.manual_seed(0)
         return scenario(Loop)
 
-    bounds = rounding_bounds(again, expected)
+    bounds = rounding_bounds(again, expected, steps=True)
     for isa in isas:
         fastmlp.set_isa(isa)
         torch.manual_seed(0)
