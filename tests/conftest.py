@@ -50,6 +50,16 @@ def activation(request: pytest.FixtureRequest) -> Activation:
     return request.param
 
 
+@pytest.fixture
+def as_before() -> Iterator[None]:
+    """One thread, since others may use the processor too; and the instruction set as it was, whatever the test sets."""
+    isa, threads = fastmlp.get_isa(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    fastmlp.set_isa(isa)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +34,7 @@ SHAPES: list[tuple[int, ...]] = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    isa, threads = fastmlp.get_isa(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    fastmlp.set_isa(isa)
+pytestmark = pytest.mark.usefixtures("as_before")
 
 
 def gapped(x: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-import fastmlp
 from fastmlp import optim
 from tests.test_compile import compiled
 from tests.test_optim import checked_step, form
@@ -26,13 +24,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    isa, threads = fastmlp.get_isa(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    fastmlp.set_isa(isa)
+pytestmark = pytest.mark.usefixtures("as_before")
 
 
 @pytest.fixture(params=OPTIMIZERS)

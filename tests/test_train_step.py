@@ -4,7 +4,7 @@ import copy
 import itertools
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,14 +46,7 @@ DTYPES = [torch.float32, torch.float64]
 CANCELLING = ("gelu", "gelu_tanh")
 
 
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    """Small networks: where others use the processor too, more threads wait for one another."""
-    isa, threads = fastmlp.get_isa(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    fastmlp.set_isa(isa)
+pytestmark = pytest.mark.usefixtures("as_before")
 
 
 @dataclass(frozen=True)

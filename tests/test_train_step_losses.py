@@ -1,7 +1,7 @@
 """Losses of TrainStep where arithmetic says little: empty batches, ignored classes, kinks, NaN and infinity."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,13 +37,7 @@ LOSSES: dict[str, Callable[[torch.dtype, str], nn.Module]] = {
 CASES = list(itertools.product(LOSSES, ["mean", "sum"]))
 
 
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    isa, threads = fastmlp.get_isa(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    fastmlp.set_isa(isa)
+pytestmark = pytest.mark.usefixtures("as_before")
 
 
 def network(dtype: torch.dtype) -> Any:

@@ -1,7 +1,7 @@
 """What TrainStep does as the loop does: schedulers, hooks, gradients, and changes between calls."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,13 +18,7 @@ from tests.training import Loop, Maker, Optimizer, Step, assert_equal_to_roundin
 F64 = torch.float64
 
 
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    isa, threads = fastmlp.get_isa(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    fastmlp.set_isa(isa)
+pytestmark = pytest.mark.usefixtures("as_before")
 
 
 def network(dtype: torch.dtype = F64) -> Any:
