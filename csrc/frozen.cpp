@@ -6,6 +6,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
+#include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 #include <pybind11/numpy.h>
 #include <torch/csrc/Exceptions.h>
@@ -194,7 +195,7 @@ PyObject* call_tensor(const Call& call, PyObject* object, PyObject* out) {
     check_plain(object, "input", object);
     if (out) check_plain(out, "out", object);
   }
-  TORCH_CHECK(!(input.requires_grad() && at::GradMode::is_enabled()),
+  TORCH_CHECK(!(input.requires_grad() && c10::GradMode::is_enabled()),
               "fastmlp: input requires grad, but a frozen network has no gradients; pass input.detach(), or call it "
               "under torch.no_grad()");
   View x;
@@ -222,7 +223,7 @@ PyObject* call_tensor(const Call& call, PyObject* object, PyObject* out) {
   TORCH_CHECK(output.sizes() == result.shape(), "fastmlp: out has shape ", output.sizes(), ", expected ",
               result.shape());
   TORCH_CHECK(output.is_contiguous(), "fastmlp: out has strides ", output.strides(), ", expected a contiguous tensor");
-  TORCH_CHECK(!(output.requires_grad() && at::GradMode::is_enabled()),
+  TORCH_CHECK(!(output.requires_grad() && c10::GradMode::is_enabled()),
               "fastmlp: out requires grad, but a frozen network has no gradients");
   TORCH_CHECK(!output.is_inference() || c10::InferenceMode::is_enabled(),
               "fastmlp: out is an inference tensor, which may be written in torch.inference_mode() only");

@@ -192,7 +192,7 @@ const at::Tensor* OptimizerStep::state_tensor(PyObject* parameter, PyObject* sta
                                               const at::Tensor& like, bool zero) {
   PyObject* found = state ? item(state, name) : nullptr;
   if (!found || found == Py_None) {
-    return &missing_.emplace_back(parameter, name, zero ? at::zeros_like(like) : at::empty_like(like)).tensor;
+    return &missing_.emplace_back(Missing{parameter, name, zero ? at::zeros_like(like) : at::empty_like(like)}).tensor;
   }
   if (!THPVariable_Check(found) || !is_plain(found)) return nullptr;
   const at::Tensor& tensor = THPVariable_Unpack(found);
@@ -239,7 +239,7 @@ bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tenso
     if (fresh) {
       const bool wide = !group.fused && at::typeMetaToScalarType(at::get_default_dtype()) == at::kDouble;
       const auto options = at::TensorOptions(wide ? at::kDouble : at::kFloat).device(at::kCPU);
-      counter = &missing_.emplace_back(parameter, names().step, at::zeros({}, options)).tensor;
+      counter = &missing_.emplace_back(Missing{parameter, names().step, at::zeros({}, options)}).tensor;
     } else {
       PyObject* step = entry(state, names().step);
       TORCH_CHECK(!THPVariable_Check(step) || THPVariable_Unpack(step).numel() == 1,

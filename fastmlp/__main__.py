@@ -1,4 +1,4 @@
-"""The command line: `python -m fastmlp info` and `python -m fastmlp demo`."""
+"""The command line: `python -m fastmlp info`, `demo` and `bench`."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ import torch
 
 import fastmlp
 
-#: What the demo needs besides the library: the module that is imported, and the package's name.
+#: What the demo and the bench need besides the library: the module that is imported, and the package's name.
 EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those of the command line if None.
 
     Returns:
-        The exit status: 0, 1 if the demo failed, 2 for a wrong usage.
+        The exit status: 0, 1 if the command failed, 2 for a wrong usage.
     """
     parser = make_parser()
     options = parser.parse_args(arguments)
@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "demo":
         return run_demo(options.output, options.epochs, options.seed, options.threads)
+    if options.command == "bench":
+        return run_bench(options.device, options.output, options.network, options.quick)
     parser.print_help()
     return 2
 
@@ -48,6 +50,11 @@ def make_parser() -> argparse.ArgumentParser:
     # Networks of this size gain nothing from more threads, and lose where others use the processor too.
     threads = whole(1, os.cpu_count() or 1)
     demo.add_argument("--threads", type=threads, default=1, metavar="N", help="for both contenders (default: 1)")
+    bench = commands.add_parser("bench", help="time networks beside PyTorch's own modules, and write a report")
+    bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    bench.add_argument("--output", type=Path, metavar="FILE", help="JSON to write, with what was measured and on what")
+    bench.add_argument("--network", action="append", metavar="NAME", help="one of them, again for more (default: all)")
+    bench.add_argument("--quick", action="store_true", help="the smallest batch of each network alone")
     return parser
 
 
@@ -68,11 +75,7 @@ def run_demo(output: Path, epochs: int | None, seed: int, threads: int) -> int:
         # Only now, so that the rest of the library does without these packages.
         from fastmlp import demo
     except ModuleNotFoundError as error:
-        package = EXTRAS.get((error.name or "").partition(".")[0])
-        if package is None:
-            raise
-        print(f"The demo needs {package}, which is missing: pip install 'fastmlp[demo]'", file=sys.stderr)
-        return 1
+        return missing("demo", error)
     torch.set_num_threads(threads)
     try:
         demo.main(output, demo.EPOCHS if epochs is None else epochs, seed)
@@ -80,6 +83,33 @@ def run_demo(output: Path, epochs: int | None, seed: int, threads: int) -> int:
         print(f"The demo failed: {failure}", file=sys.stderr)
         return 1
     return 0
+
+
+def run_bench(device: str, output: Path | None, networks: list[str] | None, quick: bool) -> int:
+    """Runs the benchmark if its package is there, and tells in one line what went wrong."""
+    try:
+        from fastmlp import bench
+    except ModuleNotFoundError as error:
+        return missing("bench", error)
+    unknown = sorted(set(networks or ()) - set(bench.NETWORKS))
+    if unknown:
+        print(f"network must be one of {', '.join(bench.NETWORKS)}, got {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    try:
+        bench.main(device, output, networks or list(bench.NETWORKS), quick)
+    except (bench.WrongResult, RuntimeError, OSError) as failure:
+        print(f"The bench failed: {failure}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def missing(command: str, error: ModuleNotFoundError) -> int:
+    """Names the package that a command needs; raises what is none of `EXTRAS`."""
+    package = EXTRAS.get((error.name or "").partition(".")[0])
+    if package is None:
+        raise error
+    print(f"The {command} needs {package}, which is missing: pip install 'fastmlp[demo]'", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

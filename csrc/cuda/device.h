@@ -1,7 +1,8 @@
 // The one header that kernels include. Under nvcc it is CUDA, with the few instructions that C++ has no name for as
 // inline PTX; under a host compiler, with tests/emulator on the include path, the same kernels run on the CPU, for
 // tests. Kernels hold no PTX, and keep three conventions; all else is ordinary CUDA C++:
-//   shared<T>()          in place of `__shared__ T x;`: one object for each T of a kernel, at most 48 KiB in all
+//   shared<T>()          in place of `__shared__ T x;`: one object for each T of a kernel, aligned to 16 at least, at
+//                        most 48 KiB in all
 //   dynamic_shared<T>()  in place of `extern __shared__ T x[];`
 //   launch(kernel, grid, block, shared_bytes, stream, arguments...)  in place of <<<>>>
 // Full warps only: blocks are multiples of 32 threads, and warp functions are for all 32 lanes.
@@ -11,6 +12,11 @@
 #include <cstdint>
 
 #include "../problem.h"
+
+namespace fastmlp::cuda {
+// Of an object in shared memory, in bytes: vectors of 16 are read from there, whatever the type's elements are.
+template <class T> constexpr size_t shared_alignment = alignof(T) < 16 ? 16 : alignof(T);
+}  // namespace fastmlp::cuda
 
 #if !defined(__CUDACC__)
 #include "emulator.h"
@@ -23,7 +29,7 @@
 namespace fastmlp::cuda {
 
 template <class T> __device__ __forceinline__ T& shared() {
-  __shared__ T object;
+  __shared__ alignas(shared_alignment<T>) T object;
   return object;
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 #include <type_traits>
 
+#include "../activation_info.h"
 #include "fused.cuh"
 #include "mma.cuh"
 #include "products.h"
@@ -89,6 +90,34 @@ template <class S, class F> void with_family(const Context& context, const F& f)
   if constexpr (has_simt<S>) f(Simt<S>());
 }
 
+template <class S> constexpr DType dtype_of_storage = DType::float32;
+template <> inline constexpr DType dtype_of_storage<double> = DType::float64;
+template <> inline constexpr DType dtype_of_storage<BFloat16> = DType::bfloat16;
+template <> inline constexpr DType dtype_of_storage<Float16> = DType::float16;
+
+template <class S> Matrix gapless(const S* data, int64_t columns) { return {const_cast<S*>(data), columns, 1}; }
+
+// The library's product, then what an epilogue would have done, in place.
+template <class S> void multiply_by_library(const Context& context, Epilogue epilogue, const Product<S>& p) {
+  const bool forward = epilogue == Epilogue::forward;
+  LibraryProduct product{dtype_of_storage<S>, p.m, p.n, p.k, {}, {}, {}, nullptr};
+  product.a = {const_cast<S*>(p.a.data), p.a.stride, p.a.k_stride};
+  product.b = {const_cast<S*>(p.b.data), p.b.k_stride, p.b.stride};
+  if (forward) product.bias = {const_cast<S*>(p.bias), p.bias_stride};
+  S* const sums = p.pre_activation ? p.pre_activation : p.output;
+  product.output = sums;
+  context.library(product);
+  const Matrix written = gapless(sums, p.n);
+  const bool identity = p.activation.kind == identity_kind;
+  if (forward && p.output && (p.pre_activation || !identity))
+    Kernels<S>::apply_activation(context, p.m, p.n, written, p.activation, p.output);
+  if (epilogue == Epilogue::dgrad && (p.saved || p.column_sums)) {
+    const Matrix saved{const_cast<S*>(p.saved), p.saved_stride, p.saved_column_stride};
+    Kernels<S>::apply_gradient(context, p.m, p.n, written, saved, p.activation, p.saved ? p.output : nullptr,
+                               p.column_sums);
+  }
+}
+
 template <class Family, class S, class Tile, Epilogue epilogue>
 void launch_tile(const Context& context, const Plan& plan, const Product<S>& p) {
   const dim3 grid(unsigned(plan.row_tiles * plan.column_tiles), 1, unsigned(plan.parts));
@@ -162,7 +191,14 @@ template <class S> Plan Kernels<S>::plan(const Context& context, Epilogue epilog
     const int64_t cuts = epilogue == Epilogue::wgrad ? std::clamp<int64_t>(p.k / shortest_part, 1, most_parts) : 1;
     const auto blocks = [&](int tile) { return ceil_div(p.m, shapes[tile].bm) * ceil_div(p.n, shapes[tile].bn); };
     const bool has_large = Family::has_large && plan.vectors;
-    if (context.tile) {
+    const bool library = context.library && p.m > 0 && p.n > 0 && p.k > 0 &&
+                         ((context.tf32 && std::is_same_v<S, float>) || context.tile == library_call);
+    if (library) {
+      plan.tile = library_call;
+      plan.row_tiles = runs_of(p.m);
+      return;
+    }
+    if (context.tile && *context.tile != library_call) {
       plan.tile = *context.tile == large_tile && !has_large ? medium_tile : *context.tile;
     } else if (has_large && blocks(large_tile) * cuts >= row.large_from) {
       plan.tile = large_tile;
@@ -190,6 +226,7 @@ template <class S> Plan Kernels<S>::plan(const Context& context, Epilogue epilog
 template <class S>
 void Kernels<S>::multiply(const Context& context, const Plan& plan, Epilogue epilogue, const Product<S>& product) {
   if (product.m == 0 || product.n == 0) return;
+  if (plan.tile == library_call) return multiply_by_library(context, epilogue, product);
   Product<S> p = product;
   p.part = plan.part;
   if (plan.parts == 1) p.partials = nullptr;

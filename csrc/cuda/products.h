@@ -14,13 +14,26 @@
 
 namespace fastmlp::cuda {
 
+// A product for the library that PyTorch calls: output = a b, and bias added to each row if it is not null; output
+// [m, n] without gaps, rounded once.
+struct LibraryProduct {
+  DType dtype;
+  int64_t m, n, k;
+  Matrix a, b;  // [m, k], [k, n]
+  Vector bias;  // [n]
+  void* output;
+};
+
 // What a pass runs with. `allocate` is called at most once a pass, before anything is launched.
 struct Context {
   int architecture = 0;  // 80 for compute capability 8.0
   void* stream = nullptr;
   std::optional<TileSize> tile;                 // in place of the table's choice, where there is such a kernel
   bool fuses = true;                            // narrow networks go through one kernel
+  bool tf32 = false;                            // PyTorch may round operands of float32 products to TF32
   std::function<void*(size_t bytes)> allocate;  // aligned to 256
+  // Null if there is none.
+  std::function<void(const LibraryProduct&)> library;
 };
 
 // A product of the static table (tiles.h).

@@ -9,8 +9,9 @@
 
 namespace fastmlp::cuda {
 
-// Tiles by falling size, for SIMT and tensor cores alike; products.cuh says what stands behind each.
-enum TileSize { large_tile, medium_tile, small_tile };
+// Tiles by falling size, for SIMT and tensor cores alike; products.cuh says what stands behind each. Or no tile of ours
+// but the library that PyTorch calls.
+enum TileSize { large_tile, medium_tile, small_tile, library_call };
 constexpr int tile_sizes = 3;
 
 struct TileRow {

@@ -16,9 +16,9 @@ inline void poison(void*, size_t) {}
 inline void unpoison(void*, size_t) {}
 #endif
 
-// NaN in every dtype, with a red zone behind it.
-inline void* take_shared(size_t bytes) {
-  const size_t at = (block->used + 127) / 128 * 128;
+// NaN in every dtype, with a red zone behind it. Aligned as asked and not better, so that what needs more shows.
+inline void* take_shared(size_t bytes, size_t alignment) {
+  const size_t at = (block->used + 2 * alignment - 1) / (2 * alignment) * 2 * alignment + alignment;
   unsigned char* const data = block->arena + at;
   block->used = at + bytes + redzone_bytes;
   unpoison(data, bytes);
@@ -26,7 +26,7 @@ inline void* take_shared(size_t bytes) {
   return data;
 }
 
-inline void* shared_object(const void* key, size_t bytes) {
+inline void* shared_object(const void* key, size_t bytes, size_t alignment) {
   const Unseen unseen;
   for (const SharedObject& object : block->objects) {
     if (object.key == key) return object.data;
@@ -34,7 +34,7 @@ inline void* shared_object(const void* key, size_t bytes) {
   block->static_bytes += bytes;
   if (block->static_bytes > static_shared_limit) fail("more than 48 KiB of static shared memory");
   if (block->static_bytes + block->dynamic_bytes > shared_limit) fail("more than 99 KiB of shared memory");
-  block->objects.push_back({key, take_shared(bytes)});
+  block->objects.push_back({key, take_shared(bytes, alignment)});
   return block->objects.back().data;
 }
 
@@ -138,7 +138,7 @@ class Launch {
     block_.ready.clear();
     block_.at_barrier = 0;
     block_.live = int(block_.fibers.size());
-    block_.dynamic = block_.dynamic_bytes > 0 ? take_shared(block_.dynamic_bytes) : nullptr;
+    block_.dynamic = block_.dynamic_bytes > 0 ? take_shared(block_.dynamic_bytes, 128) : nullptr;
     for (size_t t = 0; t < block_.fibers.size(); t++) start_fiber(t, memory.stacks[t]);
     switch_to(next());
 #if defined(__SANITIZE_THREAD__)
@@ -199,7 +199,7 @@ namespace fastmlp::cuda {
 
 template <class T> T& shared() {
   static char key;
-  return *static_cast<T*>(emulator::shared_object(&key, sizeof(T)));
+  return *static_cast<T*>(emulator::shared_object(&key, sizeof(T), shared_alignment<T>));
 }
 
 template <class T> T* dynamic_shared() { return static_cast<T*>(emulator::block->dynamic); }
