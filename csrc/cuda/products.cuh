@@ -100,16 +100,17 @@ template <class S> Matrix gapless(const S* data, int64_t columns) { return {cons
 // The library's product, then what an epilogue would have done, in place.
 template <class S> void multiply_by_library(const Context& context, Epilogue epilogue, const Product<S>& p) {
   const bool forward = epilogue == Epilogue::forward;
-  LibraryProduct product{dtype_of_storage<S>, p.m, p.n, p.k, {}, {}, {}, nullptr};
+  LibraryProduct product{dtype_of_storage<S>, p.m, p.n, p.k};
   product.a = {const_cast<S*>(p.a.data), p.a.stride, p.a.k_stride};
   product.b = {const_cast<S*>(p.b.data), p.b.k_stride, p.b.stride};
   if (forward) product.bias = {const_cast<S*>(p.bias), p.bias_stride};
   S* const sums = p.pre_activation ? p.pre_activation : p.output;
   product.output = sums;
+  product.relu = forward && p.bias && !p.pre_activation && p.activation.kind == relu_kind;
   context.library(product);
   const Matrix written = gapless(sums, p.n);
-  const bool identity = p.activation.kind == identity_kind;
-  if (forward && p.output && (p.pre_activation || !identity))
+  const bool done = product.relu || (!p.pre_activation && p.activation.kind == identity_kind);
+  if (forward && p.output && !done)
     Kernels<S>::apply_activation(context, p.m, p.n, written, p.activation, p.output);
   if (epilogue == Epilogue::dgrad && (p.saved || p.column_sums)) {
     const Matrix saved{const_cast<S*>(p.saved), p.saved_stride, p.saved_column_stride};
@@ -147,23 +148,46 @@ void launch_product(const Context& context, const Plan& plan, const Product<S>& 
   });
 }
 
-// Threads of a pass over columns: as many beside each other as there are columns, up to a warp's.
-dim3 pass_block(int64_t columns) {
+// Threads of a pass over columns: as many beside each other as there are columns, up to a warp's if others are of use
+// for further rows.
+dim3 pass_block(int64_t rows, int64_t columns, unsigned threads) {
   unsigned x = 1;
-  while (x < 32 && x < columns) x *= 2;
-  return dim3(x, pass_threads / x);
+  while (x < (rows > 1 ? 32 : threads) && x < columns) x *= 2;
+  return dim3(x, threads / x);
 }
 
 template <class S> ElementwiseOperand<S> operand_of(const Matrix& x) {
   return {static_cast<const S*>(x.data), x.row_stride, x.column_stride};
 }
 
+// Rows in one run of memory.
+template <class S> bool is_gapless(const ElementwiseOperand<S>& x, int64_t columns) {
+  return !x.data || (x.column_stride == 1 && x.row_stride == columns);
+}
+
+template <class S> bool can_read_vectors(const ElementwiseOperand<S>& x) {
+  return !x.data || (x.column_stride == 1 && x.row_stride % per_16_bytes<S> == 0 && aligned(x.data, 16));
+}
+
+template <class S, Elementwise what, int vector>
+void launch_elementwise(const Context& context, const ElementwiseArguments<S>& p) {
+  const dim3 block = pass_block(p.rows, ceil_div(p.columns, vector), pass_threads);
+  const dim3 grid(unsigned(ceil_div(p.columns, int64_t(block.x) * vector)), unsigned(ceil_div(p.rows, p.run)));
+  check(launch(elementwise<S, what, vector>, grid, block, 0, context.stream, p), "elementwise", p.rows, p.columns, 0);
+}
+
 template <class S, Elementwise what> void launch_elementwise(const Context& context, ElementwiseArguments<S> p) {
   if (p.rows == 0 || p.columns == 0) return;
+  // As one long row, where nothing is summed and the result does not show the difference.
+  if (!p.column_sums && is_gapless(p.grad, p.columns) && is_gapless(p.saved, p.columns)) {
+    p.columns *= p.rows;
+    p.rows = 1;
+  }
   p.run = rows_of_run(p.rows);
-  const dim3 block = pass_block(p.columns);
-  const dim3 grid(unsigned(ceil_div(p.columns, block.x)), unsigned(ceil_div(p.rows, p.run)));
-  check(launch(elementwise<S, what>, grid, block, 0, context.stream, p), "elementwise", p.rows, p.columns, 0);
+  constexpr int vector = per_16_bytes<S>;
+  const bool vectors = p.columns % vector == 0 && aligned(p.output, 16) && can_read_vectors(p.grad) &&
+                       can_read_vectors(p.saved);
+  vectors ? launch_elementwise<S, what, vector>(context, p) : launch_elementwise<S, what, 1>(context, p);
 }
 
 }  // namespace
@@ -191,18 +215,24 @@ template <class S> Plan Kernels<S>::plan(const Context& context, Epilogue epilog
     const int64_t cuts = epilogue == Epilogue::wgrad ? std::clamp<int64_t>(p.k / shortest_part, 1, most_parts) : 1;
     const auto blocks = [&](int tile) { return ceil_div(p.m, shapes[tile].bm) * ceil_div(p.n, shapes[tile].bn); };
     const bool has_large = Family::has_large && plan.vectors;
-    const bool library = context.library && p.m > 0 && p.n > 0 && p.k > 0 &&
-                         ((context.tf32 && std::is_same_v<S, float>) || context.tile == library_call);
-    if (library) {
-      plan.tile = library_call;
-      plan.row_tiles = runs_of(p.m);
-      return;
-    }
-    if (context.tile && *context.tile != library_call) {
-      plan.tile = *context.tile == large_tile && !has_large ? medium_tile : *context.tile;
-    } else if (has_large && blocks(large_tile) * cuts >= row.large_from) {
-      plan.tile = large_tile;
-    } else if (blocks(medium_tile) * cuts >= row.medium_from) {
+    const bool has_library = context.library && p.m > 0 && p.n > 0 && p.k > 0;
+    const auto choose = [&]() -> TileSize {
+      if (context.tile) return *context.tile;
+      if (context.tf32 && has_library && std::is_same_v<S, float>) return library_call;
+      if (context.measured) {
+        const ProductKey key{context.architecture, dtype_of_storage<S>, epilogue, plan.vectors, p.m, p.n, p.k};
+        if (const auto found = context.measured(key)) return *found;
+      }
+      if (has_large && std::min(p.m, p.n) > 64 && blocks(large_tile) * cuts >= row.large_from) return large_tile;
+      return blocks(medium_tile) * cuts >= row.medium_from ? medium_tile : small_tile;
+    };
+    plan.tile = choose();
+    if (plan.tile == large_tile && !has_large) plan.tile = medium_tile;
+    if (plan.tile == library_call) {
+      if (has_library) {
+        plan.row_tiles = runs_of(p.m);
+        return;
+      }
       plan.tile = medium_tile;
     }
     const TileShape& shape = shapes[plan.tile];
@@ -271,7 +301,7 @@ void Kernels<S>::apply_activation(const Context& context, int64_t rows, int64_t 
 template <class S>
 void Kernels<S>::sum_partials(const Context& context, const C* partials, int64_t count, int64_t columns, S* output) {
   if (columns == 0) return;
-  const dim3 block = count <= 8 ? dim3(pass_threads) : pass_block(columns);
+  const dim3 block = pass_block(count > 8 ? count : 1, columns, count > 64 ? sum_threads : pass_threads);
   const dim3 grid(unsigned(ceil_div(columns, block.x)));
   const char* const error = launch(sum_rows<S>, grid, block, 0, context.stream, partials, count, columns, output);
   check(error, "sum_rows", count, columns, 0);

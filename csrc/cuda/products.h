@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <functional>
 #include <optional>
+#include <tuple>
 
 #include "fused.h"
 #include "product.h"
@@ -14,14 +15,31 @@
 
 namespace fastmlp::cuda {
 
-// A product for the library that PyTorch calls: output = a b, and bias added to each row if it is not null; output
-// [m, n] without gaps, rounded once.
+// A product for the library that PyTorch calls: output = a b, with bias added to each row if it is not null, and then
+// relu if asked for, which takes a bias.
 struct LibraryProduct {
-  DType dtype;
-  int64_t m, n, k;
-  Matrix a, b;  // [m, k], [k, n]
-  Vector bias;  // [n]
-  void* output;
+  DType dtype = DType::float32;
+  int64_t m = 0, n = 0, k = 0;
+  Matrix a, b;             // [m, k], [k, n]
+  Vector bias;             // [n]
+  void* output = nullptr;  // [m, n] without gaps
+  bool relu = false;
+};
+
+// What the choice of a tile depends on.
+struct ProductKey {
+  int architecture = 0;
+  DType dtype = DType::float32;
+  Epilogue epilogue = Epilogue::forward;
+  bool vectors = false;  // operands can be read 16 bytes at a time
+  int64_t m = 0, n = 0, k = 0;
+
+  bool operator<(const ProductKey& other) const { return tied() < other.tied(); }
+
+ private:
+  std::tuple<int, DType, Epilogue, bool, int64_t, int64_t, int64_t> tied() const {
+    return {architecture, dtype, epilogue, vectors, m, n, k};
+  }
 };
 
 // What a pass runs with. `allocate` is called at most once a pass, before anything is launched.
@@ -34,6 +52,8 @@ struct Context {
   std::function<void*(size_t bytes)> allocate;  // aligned to 256
   // Null if there is none.
   std::function<void(const LibraryProduct&)> library;
+  // What was measured, in place of the table's choice; null if nothing was.
+  std::function<std::optional<TileSize>(const ProductKey&)> measured;
 };
 
 // A product of the static table (tiles.h).

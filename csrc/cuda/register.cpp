@@ -2,16 +2,21 @@
 // operators for the dispatcher. What it shares with other devices is in operations.h. Never waits for the device.
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/cuda/CUDAGeneratorImpl.h>
+#include <ATen/cuda/CUDAGraphsUtils.cuh>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <atomic>
+#include <map>
+#include <mutex>
 
 #include "../devices.h"
 #include "../operations.h"
 #include "network.h"
+#include "tuning.h"
 
 namespace fastmlp::cuda {
 namespace {
@@ -38,6 +43,67 @@ void set_up(int64_t tile, bool fuses) {
   forced.fuses = fuses;
 }
 
+// What was measured for products, and whether others are measured as they come.
+class Measured {
+ public:
+  bool is_used() const { return measures_ || !empty_; }
+  bool measures() const { return measures_; }
+  void measure(bool measures) { measures_ = measures; }
+
+  std::optional<TileSize> find(const ProductKey& key) {
+    const std::lock_guard lock(mutex_);
+    const auto found = choices_.find(key);
+    return found == choices_.end() ? std::nullopt : std::optional(found->second);
+  }
+
+  void add(const ProductKey& key, TileSize tile) {
+    const std::lock_guard lock(mutex_);
+    choices_[key] = tile;
+    empty_ = false;
+  }
+
+  std::map<ProductKey, TileSize> all() {
+    const std::lock_guard lock(mutex_);
+    return choices_;
+  }
+
+ private:
+  std::atomic<bool> measures_{false}, empty_{true};
+  std::mutex mutex_;
+  std::map<ProductKey, TileSize> choices_;
+};
+Measured measured;
+
+// Eight numbers each, for the file that Python keeps: those of ProductKey in its order, and the tile.
+constexpr size_t numbers_of_choice = 8;
+
+std::vector<int64_t> choices() {
+  std::vector<int64_t> all;
+  for (const auto& [key, tile] : measured.all()) {
+    for (const int64_t number : {int64_t(key.architecture), int64_t(key.dtype), int64_t(key.epilogue),
+                                 int64_t(key.vectors), key.m, key.n, key.k, int64_t(tile)})
+      all.push_back(number);
+  }
+  return all;
+}
+
+void add_choices(at::IntArrayRef all) {
+  TORCH_CHECK_VALUE(all.size() % numbers_of_choice == 0, "fastmlp: choices has ", all.size(),
+                    " numbers, expected a multiple of ", numbers_of_choice);
+  for (size_t i = 0; i < all.size(); i += numbers_of_choice) {
+    const int64_t* const x = &all[i];
+    TORCH_CHECK_VALUE(x[1] >= 0 && x[1] <= int64_t(DType::float16) && x[2] >= 0 && x[2] <= int64_t(Epilogue::wgrad) &&
+                          x[7] >= 0 && x[7] <= library_call,
+                      "fastmlp: choices[", i / numbers_of_choice, "] is none of a product");
+  }
+  for (size_t i = 0; i < all.size(); i += numbers_of_choice) {
+    const int64_t* const x = &all[i];
+    measured.add({int(x[0]), DType(x[1]), Epilogue(x[2]), x[3] != 0, x[4], x[5], x[6]}, TileSize(x[7]));
+  }
+}
+
+void measure(bool enabled) { measured.measure(enabled); }
+
 at::ScalarType scalar_type_of(DType dtype) {
   switch (dtype) {
     case DType::float32:
@@ -52,7 +118,7 @@ at::ScalarType scalar_type_of(DType dtype) {
   TORCH_INTERNAL_ASSERT(false);
 }
 
-// By at::mm or at::addmm, on the current stream.
+// On the current stream.
 void multiply_by_torch(const LibraryProduct& p, c10::Device device) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const auto options = at::TensorOptions(device).dtype(scalar_type_of(p.dtype));
@@ -65,7 +131,8 @@ void multiply_by_torch(const LibraryProduct& p, c10::Device device) {
   at::Tensor output = view(p.output, {p.m, p.n}, {p.n, 1});
   const at::Tensor a = matrix(p.a, p.m, p.k), b = matrix(p.b, p.k, p.n);
   if (p.bias.data) {
-    at::addmm_out(output, view(p.bias.data, {p.n}, {p.bias.stride}), a, b);
+    const at::Tensor bias = view(p.bias.data, {p.n}, {p.bias.stride});
+    p.relu ? at::_addmm_activation_out(output, bias, a, b) : at::addmm_out(output, bias, a, b);
   } else {
     at::mm_out(output, a, b);
   }
@@ -102,7 +169,26 @@ struct Device {
       workspace = at::empty({int64_t(bytes)}, at::TensorOptions(input.device()).dtype(at::kByte));
       return workspace.data_ptr();
     };
+    if (measured.is_used()) context.measured = [&](const ProductKey& key) { return choose(context, key, input); };
     function(context);
+  }
+
+  static std::optional<TileSize> choose(const Context& context, const ProductKey& key, const at::Tensor& input) {
+    const std::optional<TileSize> found = measured.find(key);
+    const bool empty = key.m == 0 || key.n == 0 || key.k == 0;
+    if (found || empty || !measured.measures() || at::cuda::currentStreamCaptureStatus() != at::cuda::CaptureStatus::None)
+      return found;
+    // A generator of its own: the user's random numbers stay as they are.
+    const at::Generator generator = at::cuda::detail::createCUDAGenerator(input.device().index());
+    Tensors memory;
+    Context alone = context;
+    alone.measured = nullptr;
+    const TileSize tile = fastest(alone, key, [&](int64_t elements) {
+      memory.push_back(at::empty({elements}, at::TensorOptions(input.device()).dtype(scalar_type_of(key.dtype))));
+      return memory.back().uniform_(-1, 1, generator).data_ptr();
+    });
+    measured.add(key, tile);
+    return tile;
   }
 };
 
@@ -112,7 +198,12 @@ const RegisterDevice registered(c10::kCUDA, {&Cuda::forward, &Cuda::infer, &Cuda
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(fastmlp, m) { m.def("cuda_set_up(int tile, bool fuses) -> ()", &set_up); }
+TORCH_LIBRARY_FRAGMENT(fastmlp, m) {
+  m.def("cuda_set_up(int tile, bool fuses) -> ()", &set_up);
+  m.def("cuda_measure(bool enabled) -> ()", &measure);
+  m.def("cuda_choices() -> int[]", &choices);
+  m.def("cuda_add_choices(int[] choices) -> ()", &add_choices);
+}
 
 TORCH_LIBRARY_IMPL(fastmlp, CUDA, m) {
   m.impl("forward", &Cuda::forward_op);

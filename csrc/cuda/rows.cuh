@@ -1,5 +1,5 @@
 // Passes over a matrix without a product: the derivative of a last layer with its bias gradient, outputs from kept
-// pre-activations, and the second stage of ordered sums. Launched by network.cu and products.cuh.
+// pre-activations, and the second stage of ordered sums. Bound by memory. Launched by products.cuh.
 #pragma once
 
 #include "arithmetic.cuh"
@@ -25,60 +25,91 @@ template <class S> struct ElementwiseArguments {
 };
 
 constexpr int pass_threads = 256;
+constexpr int sum_threads = 1024;  // of the second stage, which has few columns and many rows
 
-// Sums over threadIdx.y, in order, for each threadIdx.x; only threads with y 0 get them.
-template <class C> __device__ C sum_over_y(C value) {
-  auto& sums = shared<C[pass_threads]>();
-  sums[threadIdx.y * blockDim.x + threadIdx.x] = value;
-  __syncthreads();
-  if (threadIdx.y > 0) return 0;
-  C sum = 0;
-  for (unsigned y = 0; y < blockDim.y; y++) sum += sums[y * blockDim.x + threadIdx.x];
-  return sum;
+// Sums over threadIdx.y, always in the same order, which the threads with y 0 get. blockDim.y is a power of two.
+template <class C, int threads, int vector> __device__ void sum_over_y(C (&sums)[vector]) {
+  auto& rows = shared<Vec<C, vector>[threads]>();
+  Vec<C, vector>& own = rows[threadIdx.y * blockDim.x + threadIdx.x];
+#pragma unroll
+  for (int e = 0; e < vector; e++) own.element[e] = sums[e];
+  for (unsigned half = blockDim.y / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.y >= half) continue;
+    const Vec<C, vector>& other = rows[(threadIdx.y + half) * blockDim.x + threadIdx.x];
+#pragma unroll
+    for (int e = 0; e < vector; e++) own.element[e] += other.element[e];
+  }
+#pragma unroll
+  for (int e = 0; e < vector; e++) sums[e] = own.element[e];
 }
 
-// A block takes blockDim.x columns and a run of rows, each thread every blockDim.y-th row of one column.
-template <class S, Elementwise what>
+template <class S, int vector>
+__device__ __forceinline__ void load_vector(Compute<S> (&to)[vector], const ElementwiseOperand<S>& from, int64_t row,
+                                            int64_t column) {
+  // One element may lie anywhere; several lie side by side.
+  const S* const place = from.data + row * from.row_stride + (vector > 1 ? column : column * from.column_stride);
+  const auto read = *reinterpret_cast<const Vec<S, vector>*>(place);
+#pragma unroll
+  for (int e = 0; e < vector; e++) to[e] = widen(read.element[e]);
+}
+
+// A block takes blockDim.x vectors of columns and a run of rows, each thread every blockDim.y-th row of one vector.
+template <class S, Elementwise what, int vector>
 __global__ void __launch_bounds__(pass_threads, 4) elementwise(const ElementwiseArguments<S> p) {
   using C = Compute<S>;
-  const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t column = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * vector;
   const int64_t begin = blockIdx.y * p.run;
   const int64_t end = column >= p.columns ? begin : begin + p.run < p.rows ? begin + p.run : p.rows;
-  C sum = 0;
+  C sums[vector] = {};
   with_activation(p.activation.kind, Activations{}, [&](auto activation) {
     using A = decltype(activation);
     for (int64_t row = begin + threadIdx.y; row < end; row += blockDim.y) {
-      C saved = 0;
-      if (p.saved.data) saved = widen(p.saved.data[row * p.saved.row_stride + column * p.saved.column_stride]);
-      C result;
+      C saved[vector] = {}, results[vector];
+      if (p.saved.data) load_vector<S, vector>(saved, p.saved, row, column);
       if constexpr (what == Elementwise::gradient) {
-        const C grad = widen(p.grad.data[row * p.grad.row_stride + column * p.grad.column_stride]);
-        result = A::template gradient<ScalarMath<C>>(grad, saved, p.activation.scalars);
-        sum += result;
+        C grads[vector];
+        load_vector<S, vector>(grads, p.grad, row, column);
+#pragma unroll
+        for (int e = 0; e < vector; e++) {
+          results[e] = A::template gradient<ScalarMath<C>>(grads[e], saved[e], p.activation.scalars);
+          sums[e] += results[e];
+        }
       } else {
-        result = A::template value<ScalarMath<C>>(saved, p.activation.scalars);
+#pragma unroll
+        for (int e = 0; e < vector; e++)
+          results[e] = A::template value<ScalarMath<C>>(saved[e], p.activation.scalars);
       }
-      if (p.output) p.output[row * p.columns + column] = Narrow<S>::from(result);
+      if (!p.output) continue;
+      Vec<S, vector> written;
+#pragma unroll
+      for (int e = 0; e < vector; e++) written.element[e] = Narrow<S>::from(results[e]);
+      *reinterpret_cast<Vec<S, vector>*>(p.output + row * p.columns + column) = written;
     }
   });
   if (what == Elementwise::gradient && p.column_sums) {
-    sum = sum_over_y(sum);
-    if (threadIdx.y == 0 && column < p.columns) p.column_sums[blockIdx.y * p.columns + column] = sum;
+    sum_over_y<C, pass_threads>(sums);
+    if (threadIdx.y == 0 && column < p.columns) {
+#pragma unroll
+      for (int e = 0; e < vector; e++) p.column_sums[blockIdx.y * p.columns + column + e] = sums[e];
+    }
   }
 }
 
 // output[i] = the sum over `count` rows of partials[., i].
 template <class S>
-__global__ void __launch_bounds__(pass_threads)
+__global__ void __launch_bounds__(sum_threads)
     sum_rows(const Compute<S>* partials, int64_t count, int64_t columns, S* output) {
   using C = Compute<S>;
   const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  C sum = 0;
+  C sum[1] = {};
   if (column < columns) {
-    for (int64_t row = threadIdx.y; row < count; row += blockDim.y) sum += partials[row * columns + column];
+    // Several reads are under way at once.
+#pragma unroll 8
+    for (int64_t row = threadIdx.y; row < count; row += blockDim.y) sum[0] += partials[row * columns + column];
   }
-  sum = sum_over_y(sum);
-  if (threadIdx.y == 0 && column < columns) output[column] = Narrow<S>::from(sum);
+  if (blockDim.y > 1) sum_over_y<C, sum_threads>(sum);
+  if (threadIdx.y == 0 && column < columns) output[column] = Narrow<S>::from(sum[0]);
 }
 
 }  // namespace fastmlp::cuda
