@@ -27,7 +27,8 @@ template <class S, class Tile, int rows, Read read> class Loader {
 
   // From row `first` of `size` rows on, and k on.
   __device__ Loader(const Operand<S>& operand, int64_t first, int64_t size, int64_t k) {
-    const int t = int(threadIdx.x);
+    // Unsigned, so that offsets that widen need no second register for the sign.
+    const unsigned t = threadIdx.x;
     if constexpr (read == Read::along_k) {
       // Two vectors of a row, then the next row: whole sectors of 32 bytes.
       static_assert(count == 1 || threads % (2 * rows) == 0);
@@ -46,7 +47,7 @@ template <class S, class Tile, int rows, Read read> class Loader {
     const int64_t stride = read == Read::along_rows ? 1 : operand.stride;
     const int64_t k_stride = read == Read::along_k ? 1 : operand.k_stride;
     const int64_t left = size - first;
-    rows_left = left < rows ? int(left) : rows;
+    rows_left = int(left < rows ? left : rows) - row;
     // All vectors of a thread are of the same rows. Outside, others are read for them, since what comes of it is
     // dropped.
     const int64_t read_row = read != Read::elements && row >= left ? left - (read == Read::along_k ? 1 : vector) : row;
@@ -60,7 +61,7 @@ template <class S, class Tile, int rows, Read read> class Loader {
   __device__ __forceinline__ void load(int depth_left) {
 #pragma unroll
     for (int i = 0; i < count; i++) {
-      const bool row_inside = read != Read::elements || row + i * row_hop() < rows_left;
+      const bool row_inside = read != Read::elements || i * row_hop() < rows_left;
       staged[i] = {};
       if (row_inside && depth + i * depth_hop() < depth_left)
         staged[i] = *reinterpret_cast<const Vec<S, vector>*>(from + i * hop);
@@ -92,7 +93,7 @@ template <class S, class Tile, int rows, Read read> class Loader {
   int64_t hop, step;     // from one vector of the thread to its next, and from tile to tile
   int row, depth;        // of the thread's first vector in the tile
   bool k_first = false;  // elements one after another in memory are so along k
-  int rows_left;
+  int rows_left;         // of the operand, from that one on
   Vec<S, vector> staged[count];
 };
 
@@ -161,12 +162,19 @@ __global__ void __launch_bounds__(Tile::threads, Tile::threads == 256 ? 2 : 1) s
     __syncthreads();
     left -= BK;
   };
-  // Two at a time, so that a stage's addresses are constants.
+  if constexpr (read_a == Read::elements) {
+    // One at a time: with the addresses of single elements for two tiles, registers would not suffice.
+    int stage = 0;
 #pragma unroll 1
-  while (left > 0) {
-    multiply_tile(0);
-    if (left <= 0) break;
-    multiply_tile(1);
+    for (; left > 0; stage ^= 1) multiply_tile(stage);
+  } else {
+    // Two at a time, so that a stage's addresses are constants.
+#pragma unroll 1
+    while (left > 0) {
+      multiply_tile(0);
+      if (left <= 0) break;
+      multiply_tile(1);
+    }
   }
 
   using RowSlab = Slab<C, group_rows, BN>;
