@@ -11,7 +11,8 @@ namespace fastmlp::cuda {
 template <int BM_, int BN_, int BK_, int TM_, int TN_> struct SimtTile {
   static constexpr int BM = BM_, BN = BN_, BK = BK_, TM = TM_, TN = TN_;
   static constexpr int threads = BM / TM * (BN / TN);
-  static constexpr int passes = TM / 4;  // of the epilogue, each with one group of rows of every thread
+  static constexpr int passes = TM / 4;         // of the epilogue, each with one group of rows of every thread
+  static constexpr int sharers = threads / BM;  // threads that sum one row of A
 };
 
 // One operand's way from global memory, through a thread's registers, to a tile [BK][rows] in shared memory. A thread's
@@ -27,8 +28,8 @@ template <class S, class Tile, int rows, Read read> class Loader {
 
   // From row `first` of `size` rows on, and k on.
   __device__ Loader(const Operand<S>& operand, int64_t first, int64_t size, int64_t k) {
-    // Unsigned, so that offsets that widen need no second register for the sign.
-    const unsigned t = threadIdx.x;
+    // Unsigned and known to be so small: what does not follow from it would cost registers in the main loop.
+    const unsigned t = threadIdx.x % threads;
     if constexpr (read == Read::along_k) {
       // Two vectors of a row, then the next row: whole sectors of 32 bytes.
       static_assert(count == 1 || threads % (2 * rows) == 0);
@@ -103,6 +104,7 @@ template <class C, class Tile> union SimtShared {
     C b[2][Tile::BK][Tile::BN + 4];
   } operands;
   Slab<C, Tile::BM / Tile::passes, Tile::BN> slab;
+  C row_sums[Tile::sharers][Tile::BM];
 };
 
 struct TilePlace {
@@ -132,6 +134,10 @@ __global__ void __launch_bounds__(Tile::threads, Tile::threads == 256 ? 2 : 1) s
   Loader<S, Tile, BM, read_a> a(p.a, int64_t(row_tile) * BM, p.m, k_begin);
   Loader<S, Tile, BN, read_b> b(p.b, int64_t(column_tile) * BN, p.n, k_begin);
   C sums[TM][TN] = {};
+  // Each row of A is read by every column of tiles; the first one sums it.
+  const bool sums_rows = epilogue == Epilogue::wgrad && column_tile == 0 && p.row_sums;
+  const int sharer = threadIdx.x / BM, row_to_sum = threadIdx.x % BM;
+  C row_sum = 0;
 
   int left = int(k_end - k_begin);  // of k
   a.load(left);
@@ -157,6 +163,13 @@ __global__ void __launch_bounds__(Tile::threads, Tile::threads == 256 ? 2 : 1) s
         for (int j = 0; j < TN; j++) sums[i][j] += rows[i] * columns[j];
       }
     }
+    if constexpr (epilogue == Epilogue::wgrad) {
+      constexpr int depths = BK / Tile::sharers;
+      if (sums_rows) {
+#pragma unroll
+        for (int d = 0; d < depths; d++) row_sum += memory.operands.a[stage][sharer * depths + d][row_to_sum];
+      }
+    }
     a.store(memory.operands.a[stage ^ 1]);
     b.store(memory.operands.b[stage ^ 1]);
     __syncthreads();
@@ -174,6 +187,13 @@ __global__ void __launch_bounds__(Tile::threads, Tile::threads == 256 ? 2 : 1) s
       multiply_tile(0);
       if (left <= 0) break;
       multiply_tile(1);
+    }
+  }
+
+  if constexpr (epilogue == Epilogue::wgrad) {
+    if (sums_rows) {
+      memory.row_sums[sharer][row_to_sum] = row_sum;
+      finish_row_sums(p, memory.row_sums, int64_t(place.row) * BM, blockIdx.z);
     }
   }
 
