@@ -102,6 +102,26 @@ def test_shapes_around_tiles(architecture: int, tile: int, dtype: torch.dtype) -
         one_layer(m, n, k, dtype, resolve("relu"), bias=(m + n + k) % 3 > 0)
 
 
+@pytest.mark.parametrize("tile", range(3))
+@pytest.mark.parametrize("architecture", [75, 80])
+def test_last_layers_without_activation(architecture: int, tile: int, dtype: torch.dtype) -> None:
+    """The product of the weight's gradient sums that of the bias: around its tile, of which the batch is the depth."""
+    bm, bn, bk = emulated().tiles(architecture, torch.empty(0, dtype=dtype))[tile]
+    set_up(architecture, tile)
+    for batch, outs, ins in (
+        (1, 1, 1),
+        (bk, bm, bn),
+        (3 * bk + 1, bm + 8, bn + 8),
+        (bk - 1, bm - 8, 8),
+        *((2 * bk + 5, outs, 3) for outs in edges(bm)),
+        *((batch, 7, bn + 1) for batch in edges(2 * bk)),
+        (0, 3, 5),
+        (3, 0, 5),
+        (3, 5, 0),
+    ):
+        one_layer(batch, outs, ins, dtype, IDENTITY)
+
+
 def test_every_activation(dtype: torch.dtype, activation: Activation) -> None:
     one_layer(37, 16, 24, dtype, activation)
     one_layer(37, 5, 8, dtype, activation, bias=False)
@@ -134,7 +154,11 @@ def test_same_bits_in_every_order(dtype: torch.dtype) -> None:
     for order in ORDERS:
         torch.manual_seed(0)
         set_up(order=order)
-        results.append(one_layer(70, 40, 48, dtype, resolve("tanh")) + one_layer(600, 9, 7, dtype, resolve("silu")))
+        results.append(
+            one_layer(70, 40, 48, dtype, resolve("tanh"))
+            + one_layer(600, 9, 7, dtype, resolve("silu"))
+            + one_layer(600, 8, 72, dtype, IDENTITY)
+        )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -231,11 +255,12 @@ def test_infinite_weights_stay_in_their_rows() -> None:
     assert bool((results[0][2] == 0).all())
 
 
-def test_long_batches_are_cut(order: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("activation", [resolve("tanh"), IDENTITY], ids=lambda act: act.name)
+def test_long_batches_are_cut(order: str, dtype: torch.dtype, activation: Activation) -> None:
     """Sums over the batch in several parts, added in order."""
     set_up(order=order)
     for m, n, k in ((1000, 8, 16), (777, 5, 3)):
-        one_layer(m, n, k, dtype, resolve("tanh"))
+        one_layer(m, n, k, dtype, activation)
 
 
 def test_whole_numbers_are_summed_exactly(dtype: torch.dtype) -> None:
@@ -271,6 +296,34 @@ def test_only_needed_gradients(dtype: torch.dtype, fuses: bool) -> None:
         for need, ours, whole in zip(needs, some, everything, strict=True):
             assert (ours is not None) == need
             assert ours is None or torch.equal(ours, whole)
+
+
+@pytest.mark.parametrize("batch", [9, 700])
+def test_bias_gradient_with_and_without_the_weight_s(dtype: torch.dtype, batch: int) -> None:
+    """Without an activation it comes from the weight's product, or from a pass of its own if there is none."""
+    set_up(fuses=False)
+    hidden_act, outs = resolve("relu"), 24
+    for widths in ([16, outs], [5, outs], [9, 6, outs]):
+        pairs = list(pairwise(widths))
+        acts = [hidden_act] * (len(pairs) - 1) + [IDENTITY]
+        input, grad = torch.randn(batch, widths[0], dtype=dtype), torch.randn(batch, outs, dtype=dtype)
+        weights = [torch.randn(n, k, dtype=dtype) / k**0.5 for k, n in pairs]
+        biases = [torch.randn(n, dtype=dtype) for _, n in pairs]
+        parameters = [t for pair in zip(weights, biases, strict=True) for t in pair]
+        expected = network(input, weights, biases, acts, grad).gradients
+        stack = native([True] * len(pairs), acts)
+        _, saved = emulated().forward(stack, input, parameters)
+        everything = emulated().backward(stack, grad, input, saved, parameters, [True] * (1 + len(parameters)))
+        for mask in range(2 ** len(everything)):
+            needs = [bool(mask >> i & 1) for i in range(len(everything))]
+            some = emulated().backward(stack, grad, input, saved, parameters, needs)
+            for i, (need, ours, whole) in enumerate(zip(needs, some, everything, strict=True)):
+                assert (ours is not None) == need
+                if need:
+                    assert_within(ours, expected[i], f"gradient {i} for {needs}")
+                    # Summed in another order without the last weight.
+                    assert i == len(needs) - 1 or torch.equal(ours, whole)
+            assert not (needs[-1] and needs[-2]) or torch.equal(some[-1], everything[-1])
 
 
 def test_special_values_are_torch_s(dtype: torch.dtype, activation: Activation, without_onednn: None) -> None:

@@ -13,20 +13,11 @@
 
 #include "../loss.h"
 #include "../problem.h"
+#include "../storage.h"
 #include "../update.h"
 
 namespace fastmlp::cpu {
 
-template <class S> struct ComputeOf {
-  using Type = S;
-};
-template <> struct ComputeOf<BFloat16> {
-  using Type = float;
-};
-template <> struct ComputeOf<Float16> {
-  using Type = float;
-};
-template <class S> using Compute = typename ComputeOf<S>::Type;
 template <class T, class U> constexpr bool same_type = false;
 template <class T> constexpr bool same_type<T, T> = true;
 // Whether tensors hold what is computed with.
@@ -192,21 +183,6 @@ template <> inline const Kernels<float>& kernels_of(const KernelTable& table) { 
 template <> inline const Kernels<double>& kernels_of(const KernelTable& table) { return *table.float64; }
 template <> inline const Kernels<BFloat16>& kernels_of(const KernelTable& table) { return *table.bfloat16; }
 template <> inline const Kernels<Float16>& kernels_of(const KernelTable& table) { return *table.float16; }
-
-// Calls f(S{}) for the dtype in memory.
-template <class F> auto with_storage(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::float32:
-      return f(float{});
-    case DType::float64:
-      return f(double{});
-    case DType::bfloat16:
-      return f(BFloat16{});
-    case DType::float16:
-      return f(Float16{});
-  }
-  __builtin_unreachable();
-}
 
 // Set by KernelTable::mark.
 extern thread_local const char* last_isa;

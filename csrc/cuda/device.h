@@ -16,6 +16,10 @@
 namespace fastmlp::cuda {
 // Of an object in shared memory, in bytes: vectors of 16 are read from there, whatever the type's elements are.
 template <class T> constexpr size_t shared_alignment = alignof(T) < 16 ? 16 : alignof(T);
+
+// How the tiles of operands come to shared memory: by asynchronous copies, which there are from sm_80 on, or through
+// registers.
+enum class Staging { asynchronous, registers };
 }  // namespace fastmlp::cuda
 
 #if !defined(__CUDACC__)
@@ -27,6 +31,15 @@ template <class T> constexpr size_t shared_alignment = alignof(T) < 16 ? 16 : al
 #include <cuda_runtime.h>
 
 namespace fastmlp::cuda {
+
+// nvcc compiles a kernel for each architecture, with that one's staging in place of the one that is named. The emulator
+// has a kernel for each staging, and the architecture is chosen at run time.
+constexpr bool compiles_by_architecture = true;
+#if __CUDA_ARCH__ >= 800 || !defined(__CUDA_ARCH__)
+template <Staging> constexpr Staging staging_of = Staging::asynchronous;
+#else
+template <Staging> constexpr Staging staging_of = Staging::registers;
+#endif
 
 template <class T> __device__ __forceinline__ T& shared() {
   __shared__ alignas(shared_alignment<T>) T object;

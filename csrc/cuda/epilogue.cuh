@@ -13,6 +13,25 @@ template <class C, int rows_, int columns_> struct Slab {
   C sums[rows][columns + 4];
 };
 
+// The sums over k of A's rows, from row `first` on: of each, `sharers` groups of threads have some depths, and they are
+// added in the order of these. `sums` is in shared memory and free for use after the next barrier.
+template <class S, int sharers, int rows>
+__device__ void finish_row_sums(const Product<S>& p, const Compute<S> (&sums)[sharers][rows], int64_t first,
+                                int64_t part) {
+  __syncthreads();
+  for (int r = threadIdx.x; r < rows; r += blockDim.x) {
+    Compute<S> sum = 0;
+#pragma unroll
+    for (int sharer = 0; sharer < sharers; sharer++) sum += sums[sharer][r];
+    if (first + r >= p.m) return;
+    if (p.row_partials) {
+      p.row_partials[part * p.m + first + r] = sum;
+    } else {
+      p.row_sums[first + r] = Narrow<S>::from(sum);
+    }
+  }
+}
+
 // One thread's part: four columns, and every `step`th row.
 template <class S, Epilogue kind, class Slab, int threads> class Finisher {
  public:

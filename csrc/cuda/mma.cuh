@@ -1,5 +1,6 @@
 // Products on tensor cores: float16 and bfloat16, summed in float32. A block computes a tile of C, each warp a part of
-// it by mma.m16n8k16; operand tiles come by asynchronous copies, some stages ahead. Launched by products.cuh.
+// it by mma.m16n8k16; operand tiles come by asynchronous copies, some stages ahead, or through registers: before sm_80,
+// and element by element. Launched by products.cuh.
 #pragma once
 
 #include "epilogue.cuh"
@@ -7,11 +8,11 @@
 namespace fastmlp::cuda {
 
 // WM x WN is a warp's part of the tile.
-template <int BM_, int BN_, int BK_, int WM_, int WN_> struct MmaTile {
+template <int BM_, int BN_, int BK_, int WM_, int WN_, Staging staging_> struct MmaTile {
   static constexpr int BM = BM_, BN = BN_, BK = BK_, WM = WM_, WN = WN_;
   static constexpr int warp_columns = BN / WN;
   static constexpr int threads = BM / WM * warp_columns * 32;
-  static constexpr int stages = 3;
+  static constexpr Staging staging = staging_of<staging_>;
   // Rows of each warp that the epilogue takes at once.
   static constexpr int pass_rows = WM < 32 ? WM : 32;
   static constexpr int passes = WM / pass_rows;
@@ -59,13 +60,15 @@ template <class S, int rows, int BK, bool along_rows_> struct OperandTile {
   }
 };
 
-// One operand's way from global memory to its tile: a thread's chunks, at equal distances.
+// One operand's way from global memory to its tile: a thread's chunks, at equal distances. Those that do not come by
+// asynchronous copies are loaded into registers before the products of a tile, and stored after them.
 template <class S, class Tile, int rows, Read read> class Copier {
  public:
   using Target = OperandTile<S, rows, Tile::BK, read == Read::along_rows>;
   static constexpr int threads = Tile::threads, chunks = Target::chunks;
   static constexpr int count = Target::lines * chunks / threads;
   static_assert(Target::lines * chunks % threads == 0, "the tile is dealt out evenly");
+  static constexpr bool asynchronous = read != Read::elements && Tile::staging == Staging::asynchronous;
 
   // From row `first` of `size` rows on, and k on.
   __device__ Copier(const Operand<S>& operand, int64_t first, int64_t size, int64_t k)
@@ -82,66 +85,94 @@ template <class S, class Tile, int rows, Read read> class Copier {
     from = operand.data + (first + row) * stride + (k + depth) * k_stride;
   }
 
-  // The next tile, of which `depth_left` of k, if that is less than BK, are inside; the rest becomes zero.
-  __device__ __forceinline__ void copy(Target& to, int depth_left) {
+  // The next tile, of which `depth_left` of k, if that is less than BK, are inside; the rest becomes zero. It is in
+  // `to` after store(to), or after the wait for asynchronous copies.
+  __device__ __forceinline__ void load(Target& to, int depth_left) {
     if constexpr (read == Read::elements) {
-      gather(to, depth_left);
+      gather(depth_left);
     } else {
-      constexpr int hop = threads / chunks;
-      static_assert(threads % chunks == 0 && hop % 8 == 0, "a thread's lines have the same permutation");
       // Lines that are inside: none, if this chunk of them is not.
       const int lines_left = chunk * chunk_elements < (Target::along_rows ? rows_left : depth_left)
                                  ? (Target::along_rows ? depth_left : rows_left)
                                  : 0;
-      S* const place = to.elements + Target::offset(line, chunk);
       const int64_t distance = hop * (Target::along_rows ? k_stride : stride);
 #pragma unroll
-      for (int i = 0; i < count; i++)
-        copy_async16(place + i * hop * Target::length, from + i * distance, line + i * hop < lines_left ? 16 : 0);
+      for (int i = 0; i < count; i++) {
+        const bool inside = line + i * hop < lines_left;
+        if constexpr (asynchronous) {
+          copy_async16(place(to, i), from + i * distance, inside ? 16 : 0);
+        } else {
+          staged[i] = {};
+          if (inside) staged[i] = *reinterpret_cast<const Chunk*>(from + i * distance);
+        }
+      }
     }
     from += Tile::BK * k_stride;
   }
 
+  __device__ __forceinline__ void store(Target& to) const {
+    if constexpr (!asynchronous) {
+#pragma unroll
+      for (int i = 0; i < count; i++) *reinterpret_cast<Chunk*>(place(to, i)) = staged[i];
+    }
+  }
+
  private:
-  __device__ __forceinline__ void gather(Target& to, int depth_left) {
-    static_assert(threads % Target::lines == 0 && threads % chunks == 0);
-    const int line_hop = lines_first ? 0 : threads / chunks, chunk_hop = lines_first ? threads / Target::lines : 0;
+  using Chunk = Vec<S, chunk_elements>;
+  static constexpr int hop = threads / chunks;  // lines, from one chunk of the thread to its next
+  static_assert(threads % chunks == 0 && hop % 8 == 0, "a thread's lines have the same permutation");
+
+  __device__ __forceinline__ S* place(Target& to, int i) const {
+    if (lines_first) return to.elements + Target::offset(line, chunk + i * chunk_hop());
+    return to.elements + Target::offset(line, chunk) + i * hop * Target::length;
+  }
+
+  // The same of elements, which may take their next chunk in the same line.
+  __device__ __forceinline__ int line_hop() const { return lines_first ? 0 : hop; }
+  __device__ __forceinline__ int chunk_hop() const { return lines_first ? threads / Target::lines : 0; }
+
+  __device__ __forceinline__ void gather(int depth_left) {
+    static_assert(threads % Target::lines == 0);
 #pragma unroll
     for (int i = 0; i < count; i++) {
-      const S* const source = from + i * (line_hop * stride + chunk_hop * chunk_elements * k_stride);
-      const int depth = (chunk + i * chunk_hop) * chunk_elements;
-      Vec<S, chunk_elements> gathered = {};
+      const S* const source = from + i * (line_hop() * stride + chunk_hop() * chunk_elements * k_stride);
+      const int depth = (chunk + i * chunk_hop()) * chunk_elements;
+      staged[i] = {};
 #pragma unroll
       for (int e = 0; e < chunk_elements; e++) {
-        if (line + i * line_hop < rows_left && depth + e < depth_left) gathered.element[e] = source[e * k_stride];
+        if (line + i * line_hop() < rows_left && depth + e < depth_left) staged[i].element[e] = source[e * k_stride];
       }
-      S* const place = to.elements + Target::offset(line + i * line_hop, chunk + i * chunk_hop);
-      *reinterpret_cast<Vec<S, chunk_elements>*>(place) = gathered;
     }
   }
 
   const S* from;  // the thread's first chunk of the next tile
   int64_t stride, k_stride;
   int line, chunk, rows_left;
-  bool lines_first;
+  bool lines_first;  // neighbouring threads have neighbouring lines
+  Chunk staged[asynchronous ? 1 : count];
 };
 
-template <class A, class B, class Slab, int stages> union MmaShared {
+template <class A, class B, class Slab, class RowSums, int stages> union MmaShared {
   struct {
     A a[stages];
     B b[stages];
   } operands;
   Slab slab;
+  RowSums row_sums;
 };
 
 template <class S, class Tile, Read read_a, Read read_b, Epilogue epilogue>
 __global__ void __launch_bounds__(Tile::threads) mma_product(const Product<S> p) {
-  constexpr int BM = Tile::BM, BN = Tile::BN, BK = Tile::BK, WM = Tile::WM, WN = Tile::WN, stages = Tile::stages;
+  constexpr int BM = Tile::BM, BN = Tile::BN, BK = Tile::BK, WM = Tile::WM, WN = Tile::WN;
   constexpr int slab_rows = BM / Tile::passes;
   using CopierA = Copier<S, Tile, BM, read_a>;
   using CopierB = Copier<S, Tile, BN, read_b>;
+  constexpr bool asynchronous = CopierA::asynchronous && CopierB::asynchronous;
+  // Through registers one tile is on its way while another one is multiplied.
+  constexpr int stages = asynchronous ? 3 : 2;
   using RowSlab = Slab<float, slab_rows, BN>;
-  auto& memory = shared<MmaShared<typename CopierA::Target, typename CopierB::Target, RowSlab, stages>>();
+  using RowSums = float[Tile::warp_columns][BM];
+  auto& memory = shared<MmaShared<typename CopierA::Target, typename CopierB::Target, RowSlab, RowSums, stages>>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_row = warp / Tile::warp_columns, warp_column = warp % Tile::warp_columns;
   const unsigned column_tiles = unsigned((p.n + BN - 1) / BN);
@@ -150,28 +181,41 @@ __global__ void __launch_bounds__(Tile::threads) mma_product(const Product<S> p)
   const int64_t k_end = k_begin + p.part < p.k ? k_begin + p.part : p.k;
   CopierA a(p.a, int64_t(row_tile) * BM, p.m, k_begin);
   CopierB b(p.b, int64_t(column_tile) * BN, p.n, k_begin);
-  // One group of copies for each tile of k, empty past the end.
-  const auto copy = [&](int stage, int left) {
-    if (left > 0) {
-      a.copy(memory.operands.a[stage], left);
-      b.copy(memory.operands.b[stage], left);
-    }
+  // One group of copies for each tile of k, empty past the end. What goes through registers is zero there: without a
+  // branch, loads stay ahead of the products.
+  const auto load = [&](int stage, int left) {
+    if (asynchronous && left <= 0) return commit_copies();
+    a.load(memory.operands.a[stage], left);
+    b.load(memory.operands.b[stage], left);
     commit_copies();
+  };
+  const auto store = [&](int stage) {
+    a.store(memory.operands.a[stage]);
+    b.store(memory.operands.b[stage]);
   };
   const int start_a = CopierA::Target::start_of_a(warp_row * WM),
             start_b = CopierB::Target::start_of_b(warp_column * WN);
   float sums[WM / 16][WN / 8][4] = {};
+  // Each row of A is read by every column of tiles; the first one sums it, as a product with a column of ones, of which
+  // each warp beside others has some depths.
+  const bool sums_rows = epilogue == Epilogue::wgrad && column_tile == 0 && p.row_sums;
+  const uint32_t ones = Narrow<S>::from(1).bits * 0x10001u;
+  float row_sums[WM / 16][4] = {};
 
   int left = int(k_end - k_begin);  // of k
 #pragma unroll
-  for (int stage = 0; stage + 1 < stages; stage++) copy(stage, left - stage * BK);
+  for (int stage = 0; stage + 1 < stages; stage++) {
+    load(stage, left - stage * BK);
+    store(stage);
+  }
   int stage = 0;
 #pragma unroll 1
   for (; left > 0; left -= BK) {
     wait_for_copies<stages - 2>();
     __syncthreads();
     // Into the stage that all threads had read before this barrier.
-    copy(stage == 0 ? stages - 1 : stage - 1, left - (stages - 1) * BK);
+    const int next = stage == 0 ? stages - 1 : stage - 1;
+    load(next, left - (stages - 1) * BK);
 #pragma unroll
     for (int kk = 0; kk < BK; kk += 16) {
       uint32_t rows[WM / 16][4], columns[WN / 16][4];
@@ -186,9 +230,37 @@ __global__ void __launch_bounds__(Tile::threads) mma_product(const Product<S> p)
           multiply_add(sums[i][j], rows[i], columns[j / 2][j % 2 * 2], columns[j / 2][j % 2 * 2 + 1], S{});
       }
     }
+    store(next);
+    if constexpr (epilogue == Epilogue::wgrad) {
+      if (sums_rows) {
+#pragma unroll 1
+        for (int kk = warp_column * 16; kk < BK; kk += Tile::warp_columns * 16) {
+#pragma unroll
+          for (int i = 0; i < WM / 16; i++) {
+            uint32_t rows[4];
+            memory.operands.a[stage].load(rows, start_a, i, kk);
+            multiply_add(row_sums[i], rows, ones, ones, S{});
+          }
+        }
+      }
+    }
     stage = stage + 1 == stages ? 0 : stage + 1;
   }
   wait_for_copies<0>();
+
+  if constexpr (epilogue == Epilogue::wgrad) {
+    if (sums_rows) {
+      __syncthreads();
+      // All columns of the product are the same; a lane has rows g and g + 8.
+#pragma unroll
+      for (int i = 0; i < WM / 16; i++) {
+        if (lane % 4 > 0) continue;
+        memory.row_sums[warp_column][warp_row * WM + i * 16 + lane / 4] = row_sums[i][0];
+        memory.row_sums[warp_column][warp_row * WM + i * 16 + lane / 4 + 8] = row_sums[i][2];
+      }
+      finish_row_sums(p, memory.row_sums, int64_t(row_tile) * BM, blockIdx.z);
+    }
+  }
 
   Finisher<S, epilogue, RowSlab, Tile::threads> finisher(p, int64_t(row_tile) * BM, int64_t(column_tile) * BN,
                                                          blockIdx.z);

@@ -1,12 +1,14 @@
 // Strategy of the GPU: narrow networks in one kernel (narrow.h), others layer by layer. Backward goes down with the
 // gradient of pre-activations: a layer's dgrad applies the derivative of the layer below and sums its bias gradient, so
-// that only the last layer needs a pass of its own.
+// that only the last layer may need a pass of its own. Without an activation it has none: its wgrad sums the bias
+// gradient.
 #include "network.h"
 
 #include <algorithm>
 #include <vector>
 
 #include "../activation_info.h"
+#include "../storage.h"
 #include "narrow.h"
 #include "workspace.h"
 
@@ -110,12 +112,18 @@ template <class S> class Backward {
     return false;
   }
 
-  // With respect to the last layer's pre-activation, and its bias gradient.
+  // Whether the last layer's bias gradient comes from its wgrad, which reads the caller's gradient anyway.
+  bool wgrad_sums_bias() const {
+    const Layer& layer = network_.layers[last_];
+    return layer.activation.kind == identity_kind && pass_.grad_weights[last_] && layer.in_features > 0;
+  }
+
+  // With respect to the last layer's pre-activation, and its bias gradient if no wgrad sums that.
   Matrix last_gradient(Carver& carver) {
     const Layer& layer = network_.layers[last_];
     const int64_t features = layer.out_features, runs = runs_of(network_.rows);
     const bool identity = layer.activation.kind == identity_kind;
-    S* const bias = static_cast<S*>(pass_.grad_biases[last_]);
+    S* const bias = wgrad_sums_bias() ? nullptr : static_cast<S*>(pass_.grad_biases[last_]);
     S* const output = identity ? nullptr : gradients_[last_ % 2];
     C* const sums = bias ? carver.take<C>(runs * features) : nullptr;
     if (launches_ && (output || bias)) {
@@ -126,7 +134,7 @@ template <class S> class Backward {
     return identity ? pass_.grad_output : gapless(output, features);
   }
 
-  // grad_weight = grad^T input.
+  // grad_weight = grad^T input; and the sums of grad's columns, where they are the bias gradient.
   void wgrad(Carver& carver, size_t l, const Matrix& grad) {
     const Layer& layer = network_.layers[l];
     Matrix input = l == 0 ? network_.input : pass_.saved[l - 1];
@@ -144,7 +152,11 @@ template <class S> class Backward {
     p.b = columns_of<S>(input);
     p.output = static_cast<S*>(pass_.grad_weights[l]);
     const Plan found = Kernels<S>::plan(context_, Epilogue::wgrad, p);
-    if (found.parts > 1) p.partials = carver.take<C>(found.parts * p.m * p.n);
+    if (l == last_ && wgrad_sums_bias()) p.row_sums = static_cast<S*>(pass_.grad_biases[l]);
+    if (found.parts > 1) {
+      p.partials = carver.take<C>(found.parts * p.m * p.n);
+      if (p.row_sums) p.row_partials = carver.take<C>(found.parts * p.m);
+    }
     if (launches_) Kernels<S>::multiply(context_, found, Epilogue::wgrad, p);
   }
 
@@ -187,19 +199,6 @@ template <class S> class Backward {
   S* gradients_[2] = {};
   S* input_ = nullptr;
 };
-
-template <class F> void with_storage(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::float32:
-      return f(float{});
-    case DType::float64:
-      return f(double{});
-    case DType::bfloat16:
-      return f(BFloat16{});
-    case DType::float16:
-      return f(Float16{});
-  }
-}
 
 }  // namespace
 

@@ -5,17 +5,9 @@
 #include <cstdint>
 
 #include "../problem.h"
+#include "../storage.h"
 
 namespace fastmlp::cuda {
-
-template <class S> struct ComputeOf {
-  using Type = float;
-};
-template <> struct ComputeOf<double> {
-  using Type = double;
-};
-// What sums of the dtype S are kept in.
-template <class S> using Compute = typename ComputeOf<S>::Type;
 
 // A (rows of C) or B (columns of C). Strides count elements, any may be zero.
 template <class S> struct Operand {
@@ -27,7 +19,8 @@ template <class S> struct Operand {
 // What follows the sums of a tile; kernels are compiled for one of these each.
 //   forward: pre_activation = sums + bias and output = act(sums + bias), either of them if not null
 //   dgrad:   output = sums * act'(saved), the layer below's, and the sums of its columns within each row of tiles
-//   wgrad:   output = sums, or these of a part of k into `partials`
+//   wgrad:   output = sums, or these of a part of k into `partials`; the same of A's rows alone, if row_sums is not
+//   null
 enum class Epilogue { forward, dgrad, wgrad };
 
 template <class S> struct Product {
@@ -41,10 +34,12 @@ template <class S> struct Product {
   ActivationSpec activation;
   const S* saved = nullptr;  // [m, n], null for the identity
   int64_t saved_stride = 0, saved_column_stride = 0;
-  C* column_sums = nullptr;  // [rows of tiles, n], or null
-  C* partials = nullptr;     // [parts, m, n], or null
-  int64_t part = 0;          // how much of k each of these sums: all of it without partials
-  bool vectors = false;      // output, pre_activation, saved and partials can be accessed four elements at a time
+  C* column_sums = nullptr;   // [rows of tiles, n], or null
+  C* partials = nullptr;      // [parts, m, n], or null
+  S* row_sums = nullptr;      // [m], or null
+  C* row_partials = nullptr;  // [parts, m], or null
+  int64_t part = 0;           // how much of k each part sums: all of it without partials
+  bool vectors = false;       // output, pre_activation, saved and partials can be accessed four elements at a time
 };
 
 }  // namespace fastmlp::cuda

@@ -64,13 +64,13 @@ template <class S> struct Simt {
   static constexpr auto kernel = &simt_product<S, Tile, read_a, read_b, epilogue>;
 };
 
-template <class S> struct Mma {
+template <class S, Staging staging = Staging::asynchronous> struct Mma {
   static constexpr const char* name = "mma_product";
   static constexpr bool reads_vectors = true;
   static constexpr bool has_large = true;  // for vectors only
-  using Large = MmaTile<128, 128, 32, 64, 64>;
-  using Medium = MmaTile<64, 64, 32, 32, 32>;
-  using Small = MmaTile<16, 64, 64, 16, 16>;
+  using Large = MmaTile<128, 128, 32, 64, 64, staging>;
+  using Medium = MmaTile<64, 64, 32, 32, 32, staging>;
+  using Small = MmaTile<16, 64, 64, 16, 16, staging>;
   template <class Tile, Read read_a, Read read_b, Epilogue epilogue>
   static constexpr auto kernel = &mma_product<S, Tile, read_a, read_b, epilogue>;
 };
@@ -85,6 +85,9 @@ template <class S> bool uses_mma(const Context& context) {
 // Calls f with the family that the context's architecture computes S by.
 template <class S, class F> void with_family(const Context& context, const F& f) {
   if constexpr (has_mma<S>) {
+    if constexpr (!has_simt<S> && !compiles_by_architecture) {
+      if (context.architecture < 80) return f(Mma<S, Staging::registers>());
+    }
     if (uses_mma<S>(context)) return f(Mma<S>());
   }
   if constexpr (has_simt<S>) f(Simt<S>());
@@ -259,7 +262,7 @@ void Kernels<S>::multiply(const Context& context, const Plan& plan, Epilogue epi
   if (plan.tile == library_call) return multiply_by_library(context, epilogue, product);
   Product<S> p = product;
   p.part = plan.part;
-  if (plan.parts == 1) p.partials = nullptr;
+  if (plan.parts == 1) p.partials = p.row_partials = nullptr;
   p.vectors = takes_vectors(p);
   switch (epilogue) {
     case Epilogue::forward:
@@ -269,6 +272,7 @@ void Kernels<S>::multiply(const Context& context, const Plan& plan, Epilogue epi
     case Epilogue::wgrad:
       launch_product<S, Epilogue::wgrad>(context, plan, p);
       if (p.partials) sum_partials(context, p.partials, plan.parts, p.m * p.n, p.output);
+      if (p.row_partials) sum_partials(context, p.row_partials, plan.parts, p.m, p.row_sums);
   }
 }
 

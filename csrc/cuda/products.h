@@ -83,7 +83,7 @@ template <class S> struct Kernels {
   static Plan plan(const Context& context, Epilogue epilogue, const Product<S>& product);
 
   // `plan` is that of the product. Room is needed for [parts, m, n] partials if there are several parts, and for
-  // [row_tiles, n] column sums if these are asked for.
+  // [parts, m] of rows if their sums are asked for too; for [row_tiles, n] column sums if these are asked for.
   static void multiply(const Context& context, const Plan& plan, Epilogue epilogue, const Product<S>& product);
 
   // output = grad * act'(saved) if output is not null, and the sums of each run of rows, [runs_of(rows), columns], if

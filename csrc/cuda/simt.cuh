@@ -11,7 +11,8 @@ namespace fastmlp::cuda {
 template <int BM_, int BN_, int BK_, int TM_, int TN_> struct SimtTile {
   static constexpr int BM = BM_, BN = BN_, BK = BK_, TM = TM_, TN = TN_;
   static constexpr int threads = BM / TM * (BN / TN);
-  static constexpr int passes = TM / 4;  // of the epilogue, each with one group of rows of every thread
+  static constexpr int passes = TM / 4;         // of the epilogue, each with one group of rows of every thread
+  static constexpr int sharers = threads / BM;  // threads that sum one row of A
 };
 
 // One operand's way from global memory, through a thread's registers, to a tile [BK][rows] in shared memory. A thread's
@@ -27,7 +28,8 @@ template <class S, class Tile, int rows, Read read> class Loader {
 
   // From row `first` of `size` rows on, and k on.
   __device__ Loader(const Operand<S>& operand, int64_t first, int64_t size, int64_t k) {
-    const int t = int(threadIdx.x);
+    // Unsigned and known to be so small: what does not follow from it would cost registers in the main loop.
+    const unsigned t = threadIdx.x % threads;
     if constexpr (read == Read::along_k) {
       // Two vectors of a row, then the next row: whole sectors of 32 bytes.
       static_assert(count == 1 || threads % (2 * rows) == 0);
@@ -46,7 +48,7 @@ template <class S, class Tile, int rows, Read read> class Loader {
     const int64_t stride = read == Read::along_rows ? 1 : operand.stride;
     const int64_t k_stride = read == Read::along_k ? 1 : operand.k_stride;
     const int64_t left = size - first;
-    rows_left = left < rows ? int(left) : rows;
+    rows_left = int(left < rows ? left : rows) - row;
     // All vectors of a thread are of the same rows. Outside, others are read for them, since what comes of it is
     // dropped.
     const int64_t read_row = read != Read::elements && row >= left ? left - (read == Read::along_k ? 1 : vector) : row;
@@ -60,7 +62,7 @@ template <class S, class Tile, int rows, Read read> class Loader {
   __device__ __forceinline__ void load(int depth_left) {
 #pragma unroll
     for (int i = 0; i < count; i++) {
-      const bool row_inside = read != Read::elements || row + i * row_hop() < rows_left;
+      const bool row_inside = read != Read::elements || i * row_hop() < rows_left;
       staged[i] = {};
       if (row_inside && depth + i * depth_hop() < depth_left)
         staged[i] = *reinterpret_cast<const Vec<S, vector>*>(from + i * hop);
@@ -92,7 +94,7 @@ template <class S, class Tile, int rows, Read read> class Loader {
   int64_t hop, step;     // from one vector of the thread to its next, and from tile to tile
   int row, depth;        // of the thread's first vector in the tile
   bool k_first = false;  // elements one after another in memory are so along k
-  int rows_left;
+  int rows_left;         // of the operand, from that one on
   Vec<S, vector> staged[count];
 };
 
@@ -102,6 +104,7 @@ template <class C, class Tile> union SimtShared {
     C b[2][Tile::BK][Tile::BN + 4];
   } operands;
   Slab<C, Tile::BM / Tile::passes, Tile::BN> slab;
+  C row_sums[Tile::sharers][Tile::BM];
 };
 
 struct TilePlace {
@@ -131,6 +134,10 @@ __global__ void __launch_bounds__(Tile::threads, Tile::threads == 256 ? 2 : 1) s
   Loader<S, Tile, BM, read_a> a(p.a, int64_t(row_tile) * BM, p.m, k_begin);
   Loader<S, Tile, BN, read_b> b(p.b, int64_t(column_tile) * BN, p.n, k_begin);
   C sums[TM][TN] = {};
+  // Each row of A is read by every column of tiles; the first one sums it.
+  const bool sums_rows = epilogue == Epilogue::wgrad && column_tile == 0 && p.row_sums;
+  const int sharer = threadIdx.x / BM, row_to_sum = threadIdx.x % BM;
+  C row_sum = 0;
 
   int left = int(k_end - k_begin);  // of k
   a.load(left);
@@ -156,17 +163,38 @@ __global__ void __launch_bounds__(Tile::threads, Tile::threads == 256 ? 2 : 1) s
         for (int j = 0; j < TN; j++) sums[i][j] += rows[i] * columns[j];
       }
     }
+    if constexpr (epilogue == Epilogue::wgrad) {
+      constexpr int depths = BK / Tile::sharers;
+      if (sums_rows) {
+#pragma unroll
+        for (int d = 0; d < depths; d++) row_sum += memory.operands.a[stage][sharer * depths + d][row_to_sum];
+      }
+    }
     a.store(memory.operands.a[stage ^ 1]);
     b.store(memory.operands.b[stage ^ 1]);
     __syncthreads();
     left -= BK;
   };
-  // Two at a time, so that a stage's addresses are constants.
+  if constexpr (read_a == Read::elements) {
+    // One at a time: with the addresses of single elements for two tiles, registers would not suffice.
+    int stage = 0;
 #pragma unroll 1
-  while (left > 0) {
-    multiply_tile(0);
-    if (left <= 0) break;
-    multiply_tile(1);
+    for (; left > 0; stage ^= 1) multiply_tile(stage);
+  } else {
+    // Two at a time, so that a stage's addresses are constants.
+#pragma unroll 1
+    while (left > 0) {
+      multiply_tile(0);
+      if (left <= 0) break;
+      multiply_tile(1);
+    }
+  }
+
+  if constexpr (epilogue == Epilogue::wgrad) {
+    if (sums_rows) {
+      memory.row_sums[sharer][row_to_sum] = row_sum;
+      finish_row_sums(p, memory.row_sums, int64_t(place.row) * BM, blockIdx.z);
+    }
   }
 
   using RowSlab = Slab<C, group_rows, BN>;

@@ -34,6 +34,9 @@ inline double erfcx(double x) { return scaled_erfc(x); }
 
 namespace fastmlp::cuda {
 
+constexpr bool compiles_by_architecture = false;
+template <Staging staging> constexpr Staging staging_of = staging;
+
 inline float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);

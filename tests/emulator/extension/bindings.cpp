@@ -5,6 +5,7 @@
 
 #include "cuda/network.h"
 #include "operations.h"
+#include "storage.h"
 
 namespace fastmlp::emulated {
 namespace {
@@ -80,20 +81,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("tiles", [](int architecture_, const at::Tensor& like) {
     cuda::Context context;
     context.architecture = architecture_;
-    const auto list = [&](auto kernels) {
+    return with_storage(*dtype_of(like.scalar_type()), [&](auto storage) {
       std::vector<std::array<int64_t, 3>> shapes;
-      for (const cuda::TileShape& tile : kernels.tiles(context)) shapes.push_back({tile.bm, tile.bn, tile.bk});
+      for (const cuda::TileShape& tile : cuda::Kernels<decltype(storage)>::tiles(context))
+        shapes.push_back({tile.bm, tile.bn, tile.bk});
       return shapes;
-    };
-    switch (*dtype_of(like.scalar_type())) {
-      case DType::float32:
-        return list(cuda::Kernels<float>());
-      case DType::float64:
-        return list(cuda::Kernels<double>());
-      case DType::bfloat16:
-        return list(cuda::Kernels<BFloat16>());
-      default:
-        return list(cuda::Kernels<Float16>());
-    }
+    });
   });
 }
