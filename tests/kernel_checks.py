@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -179,6 +180,19 @@ class KernelChecks:
             expected = (exact[3] @ exact[1], exact[3].T @ exact[0], exact[3].sum(0))
             for found, wanted in zip(gradients, expected, strict=True):
                 assert torch.equal(found, wanted.to(dtype))
+
+    def float32_is_not_tf32(self) -> None:
+        """Sums of 64 products, under a bound that factors of 11 bits break."""
+        m, n, k = 64, 64, 64
+        input, weight = self.randn(m, k), self.randn(n, k) / 8
+        expected = network(input, [weight], [None], [IDENTITY], self.randn(m, n)).output
+        assert_within(self.extension().infer(self.native((False,), (IDENTITY,)), input, [weight]), expected, "output")
+
+        def cut(x: Tensor) -> Tensor:
+            return (x.view(torch.int32) & ~0x1FFF).view(torch.float32).double()
+
+        with pytest.raises(AssertionError, match="allowed"):
+            assert_within((cut(input) @ cut(weight).T).float(), expected, "output in TF32")
 
     def needed_gradients(self, dtype: torch.dtype) -> None:
         """What is asked for, with the same bits whatever else is."""
