@@ -57,6 +57,10 @@ at::Tensor infer(const Stack& stack, const at::Tensor& input, at::TensorList par
   return operations_of(input).infer(stack, input, parameters);
 }
 
+void infer_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters, const at::Tensor& output) {
+  operations_of(input).forward_into(stack, input, parameters, output, {});
+}
+
 Tensors backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
                  at::TensorList parameters, const std::vector<bool>& needs) {
   return operations_of(input).backward(stack, grad, input, saved, parameters, needs);

@@ -15,6 +15,7 @@ struct DeviceOperations {
   decltype(&cpu::forward) forward;
   decltype(&cpu::infer) infer;
   decltype(&cpu::backward) backward;
+  decltype(&cpu::forward_into) forward_into;
 };
 
 // For a namespace-scope object of a register file.
@@ -34,6 +35,8 @@ const char* device_obstacle(c10::DeviceType device);
 // On the device of the input. Raise RuntimeError if there are no kernels for it.
 std::tuple<at::Tensor, Tensors> forward(const Stack& stack, const at::Tensor& input, at::TensorList parameters);
 at::Tensor infer(const Stack& stack, const at::Tensor& input, at::TensorList parameters);
+// Into memory of the caller, row-major without gaps. Nothing is checked but the device.
+void infer_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters, const at::Tensor& output);
 Tensors backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
                  at::TensorList parameters, const std::vector<bool>& needs);
 

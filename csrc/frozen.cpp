@@ -1,5 +1,5 @@
-// Tensors and NumPy arrays -> cpu::FrozenNetwork::run. A class of the C API, since a call through it costs a third of
-// one through pybind11. All checks come before anything is written.
+// Tensors and NumPy arrays -> cpu::FrozenNetwork::run, and tensors of other devices -> DeviceNetwork::run. A class of
+// the C API, since a call through it costs a third of one through pybind11. All checks come before anything is written.
 #include "frozen.h"
 
 #include <ATen/ATen.h>
@@ -18,6 +18,7 @@
 
 #include "cpu/frozen.h"
 #include "cpu/workspace.h"
+#include "frozen_device.h"
 #include "frozen_watch.h"
 #include "route.h"
 #include "stack.h"
@@ -31,8 +32,10 @@ using cpu::InputRows;
 // Other threads of Python wait while so many multiply-adds are done: a few microseconds.
 constexpr double kept_gil = 1 << 16;
 
+// One of the two networks, or none yet.
 struct State {
   std::shared_ptr<const FrozenNetwork> network;
+  std::shared_ptr<DeviceNetwork> on_device;
   bool matrices_only = false;  // inputs must have two dimensions
   Watch watch;
   bool stale = false;  // the model changed and was not read since
@@ -51,16 +54,10 @@ State& state_of(PyObject* self) {
   return *reinterpret_cast<Frozen*>(self)->state;
 }
 
-const std::shared_ptr<const FrozenNetwork>& network_of(const State& state) {
-  TORCH_CHECK(state.network, "fastmlp: this FrozenMLP holds no network; fastmlp.freeze makes one that does");
-  return state.network;
+void check_filled(const State& state) {
+  TORCH_CHECK(state.network || state.on_device,
+              "fastmlp: this FrozenMLP holds no network; fastmlp.freeze makes one that does");
 }
-
-// What one call works with: another thread may replace the network meanwhile.
-struct Call {
-  std::shared_ptr<const FrozenNetwork> network;
-  bool matrices_only;
-};
 
 struct Known {
   PyObject* input = PyUnicode_InternFromString("input");
@@ -87,7 +84,31 @@ at::ScalarType scalar_type_of(DType dtype) {
   __builtin_unreachable();
 }
 
-int64_t size_of(DType dtype) { return int64_t(c10::elementSize(scalar_type_of(dtype))); }
+// What one call works with: another thread may replace the network meanwhile.
+struct Call {
+  std::shared_ptr<const FrozenNetwork> network;
+  std::shared_ptr<const DeviceNetwork> on_device;
+  bool matrices_only;
+  at::Device device = at::kCPU;
+  at::ScalarType dtype;  // of input and output
+  int64_t in_features, out_features;
+
+  explicit Call(const State& state)
+      : network(state.network), on_device(state.on_device), matrices_only(state.matrices_only) {
+    if (on_device) {
+      device = on_device->device();
+      dtype = on_device->dtype();
+      in_features = on_device->in_features();
+      out_features = on_device->out_features();
+    } else {
+      dtype = scalar_type_of(network->end_dtype());
+      in_features = network->in_features();
+      out_features = network->out_features();
+    }
+  }
+
+  int64_t element() const { return int64_t(c10::elementSize(dtype)); }
+};
 
 // If the model has changed, Python's _reload(modules) reads it: its modules, or tensors alone.
 void follow_model(PyObject* self, State& state) {
@@ -107,21 +128,32 @@ void follow_model(PyObject* self, State& state) {
 }
 
 void follow_isa(State& state) {
+  if (!state.network) return;
   const cpu::KernelTable& active = cpu::active();
   if (&state.network->table() != &active) state.network = state.network->packed_for(active);
 }
 
-void run(const Call& call, const InputRows& input, void* output) {
-  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const bool tiny = call.network->multiply_adds() * double(input.count()) < kept_gil;
-  PyThreadState* const thread = tiny ? nullptr : PyEval_SaveThread();
+template <class F> void without_gil(const F& f) {
+  PyThreadState* const thread = PyEval_SaveThread();
   try {
-    call.network->run(input, output, threads);
+    f();
   } catch (...) {
-    if (thread) PyEval_RestoreThread(thread);
+    PyEval_RestoreThread(thread);
     throw;
   }
-  if (thread) PyEval_RestoreThread(thread);
+  PyEval_RestoreThread(thread);
+}
+
+void run(const Call& call, const InputRows& input, void* output) {
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const auto compute = [&] { call.network->run(input, output, threads); };
+  const bool tiny = call.network->multiply_adds() * double(input.count()) < kept_gil;
+  tiny ? compute() : without_gil(compute);
+}
+
+// Handles of its own: without the GIL others may drop what the caller gave.
+void run(const Call& call, const at::Tensor input, const at::Tensor output) {
+  without_gil([&] { call.on_device->run(input, output); });
 }
 
 // Whether [a, a + bytes) and the elements of a strided input may share memory.
@@ -148,7 +180,7 @@ struct View {
 };
 
 void check_shape(const Call& call, const View& x) {
-  const int64_t features = call.network->in_features();
+  const int64_t features = call.in_features;
   TORCH_CHECK(x.dims > 0, "fastmlp: input has no dimension, expected at least one, of size in_features");
   TORCH_CHECK(x.sizes[x.dims - 1] == features, "fastmlp: input has shape ", x.shape(), ", expected ", features,
               " in the last dimension, the in_features of the frozen network");
@@ -161,7 +193,7 @@ View result_of(const Call& call, const View& x) {
   View result;
   result.dims = x.dims;
   std::copy_n(x.sizes, x.dims, result.sizes);
-  result.sizes[x.dims - 1] = call.network->out_features();
+  result.sizes[x.dims - 1] = call.out_features;
   return result;
 }
 
@@ -170,30 +202,32 @@ void check_apart(const View& x, const char* out, int64_t out_bytes, int64_t elem
               "fastmlp: out lies in the memory of input, expected memory of its own");
 }
 
-void check_plain(PyObject* object, const char* name, const PyObject* input) {
+void check_plain(const Call& call, const char* name, PyObject* object) {
   const at::Tensor& tensor = THPVariable_Unpack(object);
   TORCH_CHECK(tensor.defined(), "fastmlp: ", name, " is an undefined tensor");
   TORCH_CHECK(tensor.layout() == at::kStrided, "fastmlp: ", name, " has layout ", tensor.layout(), ", expected ",
               at::kStrided);
-  TORCH_CHECK(tensor.device().is_cpu(), "fastmlp: ", name, " is on ", tensor.device(), ", expected cpu");
+  TORCH_CHECK(tensor.device() == call.device, "fastmlp: ", name, " is on ", tensor.device(), ", expected ", call.device,
+              ", the device of the frozen network");
   const char* why = obstacle(object, {});
   TORCH_CHECK(!why, "fastmlp: a frozen network takes plain tensors, outside of transforms and modes, but ", why,
               "; call the model that it was made from");
 }
 
 void check_dtype(const Call& call, const char* name, const at::Tensor& tensor) {
-  const at::ScalarType expected = scalar_type_of(call.network->end_dtype());
-  TORCH_CHECK(tensor.scalar_type() == expected, "fastmlp: ", name, " has dtype ", tensor.scalar_type(), ", expected ",
-              expected, ", the dtype of the frozen network");
+  TORCH_CHECK(tensor.scalar_type() == call.dtype, "fastmlp: ", name, " has dtype ", tensor.scalar_type(), ", expected ",
+              call.dtype, ", the dtype of the frozen network");
 }
 
 PyObject* call_tensor(const Call& call, PyObject* object, PyObject* out) {
   const at::Tensor& input = THPVariable_Unpack(object);
   check_dtype(call, "input", input);
-  const bool plain = !obstacle(object, out ? c10::ArrayRef<PyObject*>(out) : c10::ArrayRef<PyObject*>());
+  const auto is_there = [&](PyObject* tensor) { return THPVariable_Unpack(tensor).device() == call.device; };
+  const bool plain = !obstacle(object, out ? c10::ArrayRef<PyObject*>(out) : c10::ArrayRef<PyObject*>()) &&
+                     is_there(object) && (!out || is_there(out));
   if (!plain) {
-    check_plain(object, "input", object);
-    if (out) check_plain(out, "out", object);
+    check_plain(call, "input", object);
+    if (out) check_plain(call, "out", out);
   }
   TORCH_CHECK(!(input.requires_grad() && c10::GradMode::is_enabled()),
               "fastmlp: input requires grad, but a frozen network has no gradients; pass input.detach(), or call it "
@@ -210,6 +244,11 @@ PyObject* call_tensor(const Call& call, PyObject* object, PyObject* out) {
   check_shape(call, x);
   x.data = static_cast<const char*>(input.const_data_ptr());
   const View result = result_of(call, x);
+  if (!out && call.on_device) {
+    at::Tensor output = call.on_device->empty(result.shape());
+    run(call, input, output);
+    return THPVariable_Wrap(std::move(output));
+  }
   if (!out) {
     // Past the dispatcher, which would find the same.
     at::Tensor output = at::detail::empty_cpu(result.shape(), input.scalar_type());
@@ -230,7 +269,7 @@ PyObject* call_tensor(const Call& call, PyObject* object, PyObject* out) {
   void* const data = output.mutable_data_ptr();
   check_apart(x, static_cast<const char*>(data), int64_t(output.nbytes()), element);
   if (!output.is_inference()) output.unsafeGetTensorImpl()->bump_version();
-  run(call, x.rows(), data);
+  call.on_device ? run(call, input, output) : run(call, x.rows(), data);
   return Py_NewRef(out);
 }
 
@@ -261,14 +300,14 @@ bool is_array(PyObject* object) {
 constexpr int numpy_half = 23;  // NPY_HALF, which pybind11 does not list
 
 int numpy_type(const Call& call) {
-  switch (call.network->end_dtype()) {
-    case DType::float32:
+  switch (call.dtype) {
+    case at::kFloat:
       return py::detail::npy_api::NPY_FLOAT_;
-    case DType::float64:
+    case at::kDouble:
       return py::detail::npy_api::NPY_DOUBLE_;
-    case DType::float16:
+    case at::kHalf:
       return numpy_half;
-    case DType::bfloat16:
+    default:
       break;
   }
   TORCH_CHECK_TYPE(false,
@@ -308,7 +347,6 @@ PyObject* call_array(const Call& call, PyObject* object, PyObject* out) {
   const View x = view_of(object);
   check_shape(call, x);
   const View result = result_of(call, x);
-  const int64_t element = size_of(call.network->end_dtype());
   py::object made;
   if (!out) {
     const npy_api& api = *numpy();
@@ -331,7 +369,7 @@ PyObject* call_array(const Call& call, PyObject* object, PyObject* out) {
   needs(npy_api::NPY_ARRAY_C_CONTIGUOUS_, "contiguous");
   needs(npy_api::NPY_ARRAY_ALIGNED_, "aligned");
   needs(npy_api::NPY_ARRAY_WRITEABLE_, "writeable");
-  check_apart(x, array.data, c10::multiply_integers(y.shape()) * element, element);
+  check_apart(x, array.data, c10::multiply_integers(y.shape()) * call.element(), call.element());
   run(call, x.rows(), array.data);
   return Py_NewRef(out);
 }
@@ -354,10 +392,10 @@ PyObject* call_checked(PyObject* self, PyObject* args, PyObject* kwargs) {
   PyObject* const out = given[1] == Py_None ? nullptr : given[1];
   TORCH_CHECK_TYPE(input, "fastmlp: a frozen network takes an input, got none");
   State& state = *reinterpret_cast<Frozen*>(self)->state;
-  network_of(state);
+  check_filled(state);
   follow_model(self, state);
   follow_isa(state);
-  const Call call{state.network, state.matrices_only};
+  const Call call(state);
   const auto of_same_kind = [&](bool same) {
     TORCH_CHECK_TYPE(!out || same, "fastmlp: out is a ", Py_TYPE(out)->tp_name, ", expected the kind of input, ",
                      Py_TYPE(input)->tp_name);
@@ -369,6 +407,8 @@ PyObject* call_checked(PyObject* self, PyObject* args, PyObject* kwargs) {
   TORCH_CHECK_TYPE(is_array(input), "fastmlp: input must be a torch.Tensor or exactly a numpy.ndarray, got ",
                    Py_TYPE(input)->tp_name);
   of_same_kind(out && is_array(out));
+  TORCH_CHECK_TYPE(!call.on_device, "fastmlp: input is a numpy.ndarray, but the frozen network is on ", call.device,
+                   "; pass a tensor of that device");
   return call_array(call, input, out);
 }
 
@@ -407,12 +447,17 @@ void destroy(PyObject* self) {
 
 // What fastmlp/frozen.py calls, rarely.
 
-void load(const py::handle& self, const std::vector<at::Tensor>& weights,
-          const std::vector<std::optional<at::Tensor>>& biases, const std::vector<int64_t>& kinds,
+using Biases = std::vector<std::optional<at::Tensor>>;
+
+std::vector<bool> has_bias(const Biases& biases) {
+  std::vector<bool> all;
+  for (const auto& bias : biases) all.push_back(bias.has_value());
+  return all;
+}
+
+void load(const py::handle& self, const Tensors& weights, const Biases& biases, const std::vector<int64_t>& kinds,
           const std::vector<double>& scalars, bool float32_ends, bool matrices_only) {
-  std::vector<bool> has_bias;
-  for (const auto& bias : biases) has_bias.push_back(bias.has_value());
-  const Stack stack(has_bias, kinds, scalars);
+  const Stack stack(has_bias(biases), kinds, scalars);
   TORCH_CHECK(weights.size() == stack.layers(), "fastmlp: expected a weight for each layer");
   Network network;
   const at::ScalarType type = weights[0].scalar_type();
@@ -442,17 +487,52 @@ void load(const py::handle& self, const std::vector<at::Tensor>& weights,
   }
   State& state = state_of(self.ptr());
   state.network = FrozenNetwork::pack(cpu::active(), network, float32_ends);
+  state.on_device.reset();
+  state.matrices_only = matrices_only;
+  state.stale = false;
+}
+
+// The same for another device than the CPU, with biases of the weights' dtype.
+void load_on_device(const py::handle& self, const Tensors& weights, const Biases& biases,
+                    const std::vector<int64_t>& kinds, const std::vector<double>& scalars, bool matrices_only) {
+  const Stack stack(has_bias(biases), kinds, scalars);
+  TORCH_CHECK(weights.size() == stack.layers(), "fastmlp: expected a weight for each layer");
+  Tensors parameters;
+  for (size_t l = 0; l < weights.size(); l++) {
+    parameters.push_back(weights[l]);
+    if (biases[l]) parameters.push_back(*biases[l]);
+  }
+  State& state = state_of(self.ptr());
+  if (!state.on_device || !state.on_device->refill(stack, parameters))
+    state.on_device = std::make_shared<DeviceNetwork>(stack, parameters);
+  state.network.reset();
   state.matrices_only = matrices_only;
   state.stale = false;
 }
 
 py::tuple unload(const py::handle& self) {
-  const FrozenNetwork& network = *network_of(state_of(self.ptr()));
-  const at::ScalarType type = scalar_type_of(network.dtype());
-  std::vector<at::Tensor> weights;
-  std::vector<std::optional<at::Tensor>> biases;
+  const State& state = state_of(self.ptr());
+  check_filled(state);
+  Tensors weights;
+  Biases biases;
   std::vector<int64_t> kinds;
   std::vector<double> scalars;
+  const auto add_activation = [&](const ActivationSpec& activation) {
+    kinds.push_back(activation.kind);
+    scalars.insert(scalars.end(), {activation.scalars.a, activation.scalars.b});
+  };
+  if (state.on_device) {
+    const Stack& stack = state.on_device->stack();
+    const Tensors& parameters = state.on_device->parameters();
+    for (size_t l = 0; l < stack.layers(); l++) {
+      weights.push_back(parameters[stack.weight(l)]);
+      biases.push_back(stack.has_bias(l) ? std::optional(parameters[stack.bias(l)]) : std::nullopt);
+      add_activation(stack.activation(l));
+    }
+    return py::make_tuple(weights, biases, kinds, scalars, false, state.matrices_only);
+  }
+  const FrozenNetwork& network = *state.network;
+  const at::ScalarType type = scalar_type_of(network.dtype());
   for (size_t l = 0; l < network.layers().size(); l++) {
     const cpu::FrozenLayer& layer = network.layers()[l];
     weights.push_back(at::empty({layer.out_features, layer.in_features}, type));
@@ -460,10 +540,9 @@ py::tuple unload(const py::handle& self) {
     if (layer.has_bias)
       biases.back() = at::empty({layer.out_features}, c10::elementSize(type) == 2 ? at::kFloat : type);
     network.unpack(l, weights.back().data_ptr(), layer.has_bias ? biases.back()->data_ptr() : nullptr);
-    kinds.push_back(layer.activation.kind);
-    scalars.insert(scalars.end(), {layer.activation.scalars.a, layer.activation.scalars.b});
+    add_activation(layer.activation);
   }
-  return py::make_tuple(weights, biases, kinds, scalars, network.float32_ends(), state_of(self.ptr()).matrices_only);
+  return py::make_tuple(weights, biases, kinds, scalars, network.float32_ends(), state.matrices_only);
 }
 
 }  // namespace
@@ -481,12 +560,17 @@ void add_frozen(py::module_& module) {
   module.attr("Frozen") = type;
   // Functions of the module and not methods: only calls have to be fast.
   module.def("load_frozen", &load);
+  module.def("load_frozen_on_device", &load_on_device);
   module.def("unload_frozen", &unload);
   module.def("watch_frozen", [](const py::handle& self, const py::list& modules) {
     state_of(self.ptr()).watch = Watch(modules);
     state_of(self.ptr()).stale = true;
   });
-  module.def("frozen_bytes", [](const py::handle& self) { return network_of(state_of(self.ptr()))->bytes(); });
+  module.def("frozen_bytes", [](const py::handle& self) {
+    const State& state = state_of(self.ptr());
+    check_filled(state);
+    return state.on_device ? state.on_device->bytes() : state.network->bytes();
+  });
 }
 
 }  // namespace fastmlp

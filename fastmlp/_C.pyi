@@ -104,6 +104,15 @@ def load_frozen(
     matrices_only: bool,
     /,
 ) -> None: ...
+def load_frozen_on_device(
+    frozen: Frozen,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[int],
+    scalars: Sequence[float],
+    matrices_only: bool,
+    /,
+) -> None: ...
 def unload_frozen(
     frozen: Frozen, /
 ) -> tuple[list[Tensor], list[Tensor | None], list[int], list[float], bool, bool]: ...

@@ -9,6 +9,8 @@ composite: `fastmlp.reference`, for whatever stands between a tensor and its dat
     transforms, forward mode, batched gradients, subclasses, export, dtypes without kernels. It is
     right for every transform and every order of derivative because PyTorch's own operations are.
 
+A GPU that the build has no kernels for takes the composite route too; the first call that does so in eager mode warns.
+
 Under autocast of the device, input and parameters are cast first, as autocast would before each layer;
 every activation keeps the dtype that it is given there, so the layers run in one dtype.
 
@@ -17,8 +19,9 @@ PyTorch's operations, which can be differentiated as often as one likes. What fo
 graph; a node for each layer gives it one, so that nothing is computed twice.
 """
 
+import warnings
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -119,7 +122,18 @@ def _composite(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> T
         autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
         if input.is_floating_point() or input.is_complex():
             _C.check_forward(stack.native, input, parameters, not autocast)
+        if input.device.type == "cuda":
+            _warn_without_kernels()
     return _reference(stack, input, parameters)
+
+
+@cache
+def _warn_without_kernels() -> None:
+    """Once, since whoever trains on a GPU does not ask `explain` why that is no faster."""
+    obstacle = _C.device_obstacle("cuda")
+    if obstacle is not None:
+        # The caller's line is some modules away, and a warning about the installation is not about that line.
+        warnings.warn(f"fastmlp: PyTorch's own operations run on CUDA tensors, since {obstacle}", stacklevel=1)
 
 
 def _reference(stack: Stack, input: Tensor, parameters: Sequence[Tensor]) -> Tensor:

@@ -29,17 +29,18 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> "FrozenMLP"
     The model stays as it is. The frozen network follows it as long as it exists; see `FrozenMLP`.
 
     Args:
-        model: what to freeze. Its parameters are on the CPU and of one dtype, float32, float64, bfloat16 or float16,
-            which is also the dtype of input and output.
+        model: what to freeze. Its parameters are of one dtype, float32, float64, bfloat16 or float16, which is also
+            the dtype of input and output, and on one device: the CPU, or a GPU if the build has CUDA kernels.
         dtype: None, or torch.bfloat16 for a network with weights in bfloat16 whose input and output are float32. The
             weights and the input of each layer are rounded to bfloat16 (to nearest, ties to even), and sums, biases
-            and activations are computed in float32; the output is not rounded.
+            and activations are computed in float32; the output is not rounded. On the CPU only: the kernels of a GPU
+            round what they store to the dtype of the weights.
 
     Raises:
         TypeError: naming the module and the reason, if the model cannot be frozen: if it is not one chain of layers,
             each with at most one activation, or has hooks, or is in training mode with a `BatchNorm1d` or `Dropout`.
-        ValueError: for another dtype.
-        RuntimeError: for parameters of other dtypes, of several, or on other devices.
+        ValueError: for another dtype, or torch.bfloat16 for a model that is not on the CPU.
+        RuntimeError: for parameters of other dtypes, of several, or on devices without kernels.
 
     Example:
         >>> frozen = freeze(nn.Sequential(nn.Linear(10, 50), nn.ReLU(), nn.Linear(50, 1)))
@@ -58,14 +59,15 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> "FrozenMLP"
 class FrozenMLP(_C.Frozen):
     """A network that was frozen by `freeze`; it has no parameters and no gradients.
 
-    `frozen(input, out=None)` takes a tensor on the CPU of any strides, or a `numpy.ndarray`, which is read where it is,
-    and returns one of the same kind. Any number of threads may call it at once.
+    `frozen(input, out=None)` takes a tensor of any strides, on the device that the model is on, or on the CPU a
+    `numpy.ndarray`, which is read where it is, and returns one of the same kind. Any number of threads may call it at
+    once.
 
     - Shapes are those of the model: input (*, in_features), output (*, out_features); with a `BatchNorm1d` exactly two
       dimensions. `out` is of the output's shape and dtype, contiguous, and does not overlap the input; it is returned.
     - Each row of the output has the same bits whatever the batch that it came in, however it lies in memory, and
       however many threads compute it. They do depend on the instruction set, which is the one that `set_isa` chose
-      last: the weights are packed again for another one.
+      last: the weights are packed again for another one. Of a GPU none of that is promised.
     - An input that requires grad is refused while gradients are recorded, as by `Tensor.numpy`: pass
       `input.detach()`, or call under `torch.no_grad()`.
     - Autocast has no effect. In transforms of `torch.func`, under dispatch modes, and with subclasses of
@@ -76,6 +78,12 @@ class FrozenMLP(_C.Frozen):
       or `detach().numpy()`, a step of a `torch.optim` optimizer with `fused=True`, writes to tensors made in inference
       mode, to attributes of activations, and to whatever else a forward reads, which is recorded once: call
       `refresh()`.
+    - On a GPU it holds a copy of the parameters, biases rounded to the dtype of the weights, which goes to the same
+      kernels as the model's. They run on the current stream and wait for nothing; the copy is written on the stream of
+      the call that reads the model, and again into the same memory after a change, so that a captured CUDA graph stays
+      valid as long as the frozen network exists and its layers keep their shapes. A call on another stream must wait
+      for that one, as with any tensor of PyTorch's. A model that moves to another device takes its frozen network
+      along, at the next call.
     - It holds no strong reference to the model, and outlives it with the weights that it has. A copy or a pickle holds
       the weights and not the model, and is packed for the instruction set where it is read.
 
@@ -115,9 +123,9 @@ class FrozenMLP(_C.Frozen):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the packed weights and biases take.
+        """Bytes of memory that the frozen weights and biases take.
 
-        Panels are filled up with zeros; and bfloat16 and float16 take four bytes where the processor has no
+        On the CPU panels are filled up with zeros; and bfloat16 and float16 take four bytes where the processor has no
         instructions for their products.
         """
         return _C.frozen_bytes(self)
@@ -172,15 +180,18 @@ class FrozenMLP(_C.Frozen):
     def _read(self) -> None:
         with torch.no_grad():
             layers = [stage.layer() for stage in self._stages]
+            first = self._stages[0].name or "model"
             for stage, layer in zip(self._stages, layers, strict=True):
                 if layer.dtype != layers[0].dtype:
-                    expected = f"expected {layers[0].dtype}, that of {self._stages[0].name or 'model'}"
+                    expected = f"expected {layers[0].dtype}, that of {first}"
                     raise RuntimeError(f"fastmlp: {stage.name} has dtype {layer.dtype}, {expected}")
+                if layer.weight.device != layers[0].weight.device:
+                    expected = f"expected {layers[0].weight.device}, where {first} is"
+                    raise RuntimeError(f"fastmlp: {stage.name} is on {layer.weight.device}, {expected}")
             dtype = self._dtype or layers[0].dtype
-            working = torch.float32 if dtype.itemsize == 2 else dtype
             self._put(
                 [layer.weight.to(dtype) for layer in layers],
-                [None if layer.bias is None else layer.bias.to(working) for layer in layers],
+                [layer.bias for layer in layers],
                 [stage.activation for stage in self._stages],
                 self._dtype is not None,
                 any(stage.before or stage.after for stage in self._stages),
@@ -195,15 +206,28 @@ class FrozenMLP(_C.Frozen):
         matrices_only: bool,
     ) -> None:
         kinds, scalars = [act.kind for act in activations], [x for act in activations for x in act.scalars]
-        _C.load_frozen(self, weights, biases, kinds, scalars, float32_ends, matrices_only)
+        device, dtype = weights[0].device, weights[0].dtype
+        packed = _is_packed(device)
+        # The CPU's kernels add biases in the dtype of sums.
+        of_biases = torch.float32 if packed and dtype.itemsize == 2 else dtype
+        biases = [None if bias is None else bias.to(of_biases) for bias in biases]
+        if packed:
+            _C.load_frozen(self, weights, biases, kinds, scalars, float32_ends, matrices_only)
+        elif float32_ends:
+            raise ValueError(
+                f"fastmlp: dtype=torch.bfloat16 is for networks on the CPU, and this one is on {device}; freeze the "
+                "model in bfloat16 (model.bfloat16()), input and output included"
+            )
+        else:
+            _C.load_frozen_on_device(self, weights, biases, kinds, scalars, matrices_only)
         self._activations = activations
         self._sizes = [weights[0].shape[1], *(weight.shape[0] for weight in weights)]
         steps = [
             f" -> {size}" if act == IDENTITY else f" -> {size} {act!r}"
             for size, act in zip(self._sizes[1:], activations, strict=True)
         ]
-        dtype = f"torch.float32, weights {weights[0].dtype}" if float32_ends else f"{weights[0].dtype}"
-        self._text = f"{self._sizes[0]}{''.join(steps)}, {dtype}"
+        ends = f"torch.float32, weights {dtype}" if float32_ends else f"{dtype}"
+        self._text = f"{self._sizes[0]}{''.join(steps)}, {ends}{'' if device.type == 'cpu' else f', {device}'}"
 
 
 def _restore(
@@ -216,6 +240,11 @@ def _restore(
     frozen = FrozenMLP()
     frozen._put(weights, biases, activations, float32_ends, matrices_only)
     return frozen
+
+
+def _is_packed(device: torch.device) -> bool:
+    """Whether weights are packed for the device; others have kernels that take them as they are."""
+    return device.type == "cpu"
 
 
 # What a chain is frozen as.
@@ -244,19 +273,19 @@ class _Stage:
             raise TypeError(f"fastmlp: the parameters of {self.name} are not where torch.nn.Linear keeps them")
         weight = _tensor(f"{self.name}.weight", linear._parameters["weight"])
         own = linear._parameters["bias"]
-        bias = None if own is None else _tensor(f"{self.name}.bias", own)
+        bias = None if own is None else _tensor(f"{self.name}.bias", own, weight.device)
         dtype = weight.dtype
         if str(dtype).removeprefix("torch.") not in _C.dtypes():
             raise RuntimeError(
                 f"fastmlp: {self.name}.weight has dtype {dtype}, expected one of {', '.join(_C.dtypes())}"
             )
         for norm in reversed(self.before):
-            scale, shift = _affine(_alive(norm), self.name)
+            scale, shift = _affine(_alive(norm), self.name, weight.device)
             weight = weight.double()
             bias = weight @ shift if bias is None else bias.double() + weight @ shift
             weight = weight * scale
         for norm in self.after:
-            scale, shift = _affine(_alive(norm), self.name)
+            scale, shift = _affine(_alive(norm), self.name, weight.device)
             weight = weight.double() * scale[:, None]
             bias = shift if bias is None else bias.double() * scale + shift
         return _Layer(weight, bias, dtype)
@@ -269,28 +298,31 @@ def _alive(reference: "ReferenceType[nn.Module]") -> nn.Module:
     return module
 
 
-def _tensor(name: str, tensor: Tensor | None) -> Tensor:
+def _tensor(name: str, tensor: Tensor | None, device: torch.device | None = None) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"fastmlp: {name} is a {type(tensor).__name__}, expected a tensor")
-    if tensor.device.type != "cpu":
-        raise RuntimeError(f"fastmlp: {name} is on {tensor.device}, expected cpu")
+    obstacle = _C.device_obstacle(tensor.device.type)
+    if obstacle is not None:
+        raise RuntimeError(f"fastmlp: {name} is on {tensor.device}, and {obstacle}")
+    if device is not None and tensor.device != device:
+        raise RuntimeError(f"fastmlp: {name} is on {tensor.device}, expected {device}, where the layer's weight is")
     reason = _C.obstacle(tensor, ())
     if reason is not None and tensor.is_floating_point():
         raise RuntimeError(f"fastmlp: {name} cannot be frozen: {reason}")
     return tensor.detach()
 
 
-def _affine(norm: nn.Module, layer: str) -> tuple[Tensor, Tensor]:
+def _affine(norm: nn.Module, layer: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Factor and summand of each feature: (x - mean) / sqrt(var + eps) * weight + bias."""
     name = f"the BatchNorm1d beside {layer}"
-    mean = _tensor(f"running_mean of {name}", norm._buffers["running_mean"]).double()
-    var = _tensor(f"running_var of {name}", norm._buffers["running_var"]).double()
+    mean = _tensor(f"running_mean of {name}", norm._buffers["running_mean"], device).double()
+    var = _tensor(f"running_var of {name}", norm._buffers["running_var"], device).double()
     scale = (var + cast(nn.BatchNorm1d, norm).eps).rsqrt()
     weight, bias = norm._parameters["weight"], norm._parameters["bias"]
     if weight is not None:
-        scale = scale * _tensor(f"weight of {name}", weight).double()
+        scale = scale * _tensor(f"weight of {name}", weight, device).double()
     shift = -mean * scale
-    return scale, shift if bias is None else shift + _tensor(f"bias of {name}", bias).double()
+    return scale, shift if bias is None else shift + _tensor(f"bias of {name}", bias, device).double()
 
 
 def _stages_of(chain: Sequence[Link]) -> list[_Stage]:

@@ -35,6 +35,8 @@ _OPTIMIZERS: dict[type[torch.optim.Optimizer], int] = {
 
 _DTYPES = (torch.float32, torch.float64)
 
+_ELSEWHERE = " (for other devices write the loop's four lines, with a fastmlp.Sequential or MLP and any optimizer)"
+
 
 class TrainStep:
     """The four lines of a training loop as one call into the extension.
@@ -56,7 +58,8 @@ class TrainStep:
 
     Args:
         model: a `fastmlp.Sequential`, `MLP` or `Linear`, their counterparts of `torch.nn`, or any module whose forward
-            is one chain of layers and activations. Parameters are float32 or float64, on the CPU, each once.
+            is one chain of layers and activations. Parameters are float32 or float64, each once, and on the CPU: on
+            another device the loop's own four lines are the way.
         loss_fn: exactly an `nn.MSELoss`, `L1Loss`, `HuberLoss`, `BCEWithLogitsLoss` (without `weight`) or
             `CrossEntropyLoss`, with the reduction "mean" or "sum".
         optimizer: exactly an `SGD`, `Adam` or `AdamW` of `torch.optim` or `fastmlp.optim`. Parameters that the model
@@ -244,7 +247,7 @@ def _parameter_problems(chain: Sequence[Link]) -> list[str]:
             if not parameter.is_leaf:
                 found.append(f"{name} is computed from other tensors")
             if parameter.device.type != "cpu":
-                found.append(f"{name} is on {parameter.device}, expected the CPU")
+                found.append(f"{name} is on {parameter.device}, expected the CPU{_ELSEWHERE}")
             if parameter.dtype not in _DTYPES:
                 found.append(f"{name} has dtype {parameter.dtype}, expected torch.float32 or torch.float64")
             elif parameter.dtype != first.dtype:
@@ -271,6 +274,9 @@ def _loss_problems(loss_fn: nn.Module) -> list[str]:
         found.append(f"loss_fn has the reduction {loss_fn.reduction!r}, expected 'mean' or 'sum'")
     if isinstance(loss_fn, nn.CrossEntropyLoss) and not 0 <= loss_fn.label_smoothing <= 1:
         found.append(f"loss_fn has the label_smoothing {loss_fn.label_smoothing}, expected 0 to 1")
+    for name, buffer in loss_fn._buffers.items():
+        if buffer is not None and buffer.device.type != "cpu":
+            found.append(f"the {name} of loss_fn is on {buffer.device}, expected the CPU")
     if isinstance(loss_fn, nn.BCEWithLogitsLoss) and loss_fn.weight is not None:
         found.append("loss_fn has a weight for each element of a batch, expected None; pos_weight is taken")
     return found

@@ -72,7 +72,7 @@ double train_into(const Stack& stack, const at::Tensor& input, at::TensorList pa
 
 void update(const std::vector<Update>& updates) { update(updates, threads()); }
 
-static const RegisterDevice registered(c10::kCPU, {&forward, &infer, &backward});
+static const RegisterDevice registered(c10::kCPU, {&forward, &infer, &backward, &forward_into});
 
 TORCH_LIBRARY_IMPL(fastmlp, CPU, m) {
   m.impl("forward", &Cpu::forward_op);

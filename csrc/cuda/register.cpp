@@ -194,7 +194,7 @@ struct Device {
 
 using Cuda = Operations<Device>;
 
-const RegisterDevice registered(c10::kCUDA, {&Cuda::forward, &Cuda::infer, &Cuda::backward});
+const RegisterDevice registered(c10::kCUDA, {&Cuda::forward, &Cuda::infer, &Cuda::backward, &Cuda::forward_into});
 
 }  // namespace
 

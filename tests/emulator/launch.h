@@ -204,11 +204,24 @@ template <class T> T& shared() {
 
 template <class T> T* dynamic_shared() { return static_cast<T*>(emulator::block->dynamic); }
 
-// Null: what goes wrong is thrown.
+}  // namespace fastmlp::cuda
+
+namespace emulator {
+
+// For tests of what a library does then: so many launches from now one is refused, as a driver may; negative: none.
+inline int launches_before_failure = -1;
+inline constexpr const char* refusal = "the emulator was told to refuse this launch";
+
+}  // namespace emulator
+
+namespace fastmlp::cuda {
+
+// Null, or that it was refused; what goes wrong in a kernel is thrown.
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void*, const A&... a) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
+  if (emulator::launches_before_failure >= 0 && emulator::launches_before_failure-- == 0) return emulator::refusal;
   if (const char* order = std::getenv("FASTMLP_EMULATOR_ORDER")) emulator::set_order(order);
   emulator::Launch(grid, block, shared_bytes, [&] { kernel(P(a)...); }).run();
   return nullptr;

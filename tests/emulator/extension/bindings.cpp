@@ -45,6 +45,7 @@ using Emulated = Operations<Device>;
 
 // In kernels.cpp, where the emulator is.
 void set_order(const std::string& name);
+void refuse_launch(int number);
 
 }  // namespace fastmlp::emulated
 
@@ -77,6 +78,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     tile = tile_ < 0 ? std::nullopt : std::optional(cuda::TileSize(tile_));
     set_order(order);
   });
+  // The launch of this number from now on, from 0, fails; a negative number: none.
+  m.def("refuse_launch", &refuse_launch);
   // BM, BN and BK by falling size.
   m.def("tiles", [](int architecture_, const at::Tensor& like) {
     cuda::Context context;

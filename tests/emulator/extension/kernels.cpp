@@ -8,5 +8,6 @@
 namespace fastmlp::emulated {
 
 void set_order(const std::string& name) { emulator::set_order(name); }
+void refuse_launch(int number) { emulator::launches_before_failure = number; }
 
 }  // namespace fastmlp::emulated
