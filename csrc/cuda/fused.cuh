@@ -95,10 +95,6 @@ template <class S> __device__ __forceinline__ Compute<S> element(const StridedMa
   return widen(x.data[row * x.row_stride + column * x.column_stride]);
 }
 
-__device__ __forceinline__ int rows_inside(int64_t first, int64_t rows, int most) {
-  return rows - first < most ? int(rows - first) : most;
-}
-
 using FusedForwardTile = SimtTile<fused_forward_rows, fused_width, 8, 4, 8>;
 
 template <class S> __global__ void __launch_bounds__(fused_threads, 2) fused_forward(const FusedNetwork<S> p) {
@@ -182,6 +178,7 @@ template <class S> __global__ void __launch_bounds__(fused_threads, 2) fused_bac
   static_assert(Tile::threads == fused_threads);
   auto& memory = shared<FusedBackwardShared<C>>();
   Features<C, Tile::BM>& grad = memory.grad.features;
+  const int64_t block = int64_t(blockIdx.x) * p.sums_stride;
   // grad *= act'(saved), of layer l
   const auto differentiate = [&](int l, int64_t first, int rows) {
     const FusedLayer<S>& layer = p.layer[l];
@@ -232,12 +229,11 @@ template <class S> __global__ void __launch_bounds__(fused_threads, 2) fused_bac
       if (layer.weight_sums) load_input(l, first, rows);
       __syncthreads();
       if (layer.weight_sums)
-        add_weight_sums<C, Tile::BM>(layer.weight_sums + int64_t(blockIdx.x) * out * in, add, grad, memory.input, out,
-                                     in);
+        add_weight_sums<C, Tile::BM>(layer.weight_sums + block, add, grad, memory.input, out, in);
       if (layer.bias_sums && int(threadIdx.x) < out) {
         C sum = 0;
         for (int row = 0; row < rows; row++) sum += grad[threadIdx.x][row];
-        C& place = layer.bias_sums[int64_t(blockIdx.x) * out + threadIdx.x];
+        C& place = layer.bias_sums[block + threadIdx.x];
         place = add ? place + sum : sum;
       }
       if (l == p.lowest && !p.grad_input) break;

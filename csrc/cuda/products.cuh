@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "fused.cuh"
+#include "fused_mma.cuh"
 #include "mma.cuh"
 #include "products.h"
 #include "rows.cuh"
@@ -137,6 +138,73 @@ template <class S, Elementwise what> void launch_elementwise(const Context& cont
   check(launch(elementwise<S, what>, grid, block, 0, context.stream, p), "elementwise", p.rows, p.columns, 0);
 }
 
+template <class S> void check_fused(const char* error, const char* kernel, const FusedNetwork<S>& p) {
+  check(error, kernel, p.rows, p.layer[p.layers - 1].out_features, p.layer[0].in_features);
+}
+
+// How a fused kernel runs on tensor cores.
+struct FusedPlan {
+  unsigned threads = 0;
+  size_t shared_bytes = 0;
+  int64_t blocks = 0;
+};
+
+// Shared memory of a block, by what all cards of the architectures have.
+constexpr int64_t block_shared(int architecture) { return (architecture >= 80 ? 99 : 64) << 10; }
+
+// Gives the layers' weights their places, too. Weights stay in shared memory if all fit beside the rows; else two
+// layers' do, the next one's ahead, if the layers are small or the batch has no more tiles than the card has
+// multiprocessors; else one's, for more blocks at once.
+template <class S, int W, bool backward> FusedPlan plan_fused(const Context& context, FusedNetwork<S>& p) {
+  using Shape = MmaFused<W>;
+  constexpr int64_t warp_rows = 16 * (backward ? Shape::backward_fragments : Shape::forward_fragments);
+  constexpr int64_t warp_elements = warp_rows * W * (backward ? 1 + Shape::stages : 1);
+  const TileRow& row = tile_row(context.architecture);
+  const int64_t limit = block_shared(context.architecture);
+  int64_t all = 0, largest = 0;
+  for (int l = 0; l < p.layers; l++) {
+    // A line for each output, and behind them biases in float32.
+    const int64_t elements = padded(p.layer[l].out_features) * (W + (backward ? 0 : 2));
+    p.layer[l].place = int(all);
+    all += elements;
+    largest = std::max(largest, elements);
+  }
+  int64_t warps = (backward ? Shape::backward_threads : Shape::forward_threads) / 32;
+  const auto bytes = [&](int64_t weights) { return int64_t(sizeof(S)) * (weights + warps * warp_elements); };
+  const bool few = ceil_div(p.rows, warps * warp_rows) <= row.multiprocessors;
+  if (bytes(all) > limit) p.slots = (W <= 64 || few) && bytes(2 * largest) <= limit ? 2 : 1;
+  p.weight_elements = int(p.slots == 0 ? all : p.slots * largest);
+  while (bytes(p.weight_elements) > limit) warps--;
+  FusedPlan plan;
+  plan.threads = unsigned(warps * 32);
+  plan.shared_bytes = size_t(bytes(p.weight_elements));
+  constexpr int64_t by_registers = backward ? Shape::backward_blocks : Shape::forward_blocks;
+  constexpr int64_t reserved = 1 << 10;  // of each block, by CUDA
+  const int64_t at_once =
+      row.multiprocessors *
+      std::clamp<int64_t>((row.shared_kib << 10) / (int64_t(plan.shared_bytes) + reserved), 1, by_registers);
+  // As few as give each the same number of tiles.
+  const int64_t tiles = ceil_div(p.rows, warps * warp_rows);
+  plan.blocks = ceil_div(tiles, ceil_div(tiles, at_once));
+  return plan;
+}
+
+// Calls f with the width of the kernels that take the network, and their list of activations.
+template <class S, class F> void with_mma_fused(const FusedNetwork<S>& p, const F& f) {
+  int widest = p.layer[0].in_features;
+  bool light = true;
+  for (int l = 0; l < p.layers; l++) {
+    widest = std::max(widest, p.layer[l].out_features);
+    light = light && p.layer[l].activation.kind < LightActivations::size;
+  }
+  const auto with_kinds = [&](auto width) {
+    if (light) return f(width, LightActivations());
+    f(width, Activations());
+  };
+  if (widest <= 64) return with_kinds(std::integral_constant<int, 64>());
+  with_kinds(std::integral_constant<int, 128>());
+}
+
 }  // namespace
 
 template <class S> std::array<TileShape, tile_sizes> Kernels<S>::tiles(const Context& context) {
@@ -243,16 +311,48 @@ void Kernels<S>::sum_partials(const Context& context, const C* partials, int64_t
 template <class S> void Kernels<S>::fused_forward(const Context& context, const FusedNetwork<S>& p) {
   if constexpr (std::is_same_v<S, float>) {
     const dim3 grid(unsigned(ceil_div(p.rows, fused_forward_rows)));
-    check(launch(cuda::fused_forward<S>, grid, dim3(fused_threads), 0, context.stream, p), "fused_forward", p.rows,
-          p.layer[p.layers - 1].out_features, p.layer[0].in_features);
+    check_fused(launch(cuda::fused_forward<S>, grid, dim3(fused_threads), 0, context.stream, p), "fused_forward", p);
+  } else if constexpr (has_mma<S>) {
+    with_mma_fused(p, [&](auto width, auto kinds) {
+      FusedNetwork<S> planned = p;
+      const FusedPlan plan = plan_fused<S, width, false>(context, planned);
+      check_fused(launch(mma_fused_forward<S, width, decltype(kinds)>, dim3(unsigned(plan.blocks)), dim3(plan.threads),
+                         plan.shared_bytes, context.stream, planned),
+                  "mma_fused_forward", p);
+    });
   }
+}
+
+template <class S> int64_t Kernels<S>::fused_blocks(const Context& context, const FusedNetwork<S>& p) {
+  int64_t blocks = std::min(ceil_div(p.rows, fused_backward_rows), 2 * tile_row(context.architecture).multiprocessors);
+  if constexpr (has_mma<S>) {
+    with_mma_fused(p, [&](auto width, auto) {
+      FusedNetwork<S> planned = p;
+      blocks = plan_fused<S, width, true>(context, planned).blocks;
+    });
+  }
+  return blocks;
 }
 
 template <class S> void Kernels<S>::fused_backward(const Context& context, const FusedNetwork<S>& p, int64_t blocks) {
   if constexpr (std::is_same_v<S, float>) {
-    check(launch(cuda::fused_backward<S>, dim3(unsigned(blocks)), dim3(fused_threads), 0, context.stream, p),
-          "fused_backward", p.rows, p.layer[p.layers - 1].out_features, p.layer[0].in_features);
+    check_fused(launch(cuda::fused_backward<S>, dim3(unsigned(blocks)), dim3(fused_threads), 0, context.stream, p),
+                "fused_backward", p);
+  } else if constexpr (has_mma<S>) {
+    with_mma_fused(p, [&](auto width, auto kinds) {
+      FusedNetwork<S> planned = p;
+      const FusedPlan plan = plan_fused<S, width, true>(context, planned);
+      check_fused(launch(mma_fused_backward<S, width, decltype(kinds)>, dim3(unsigned(blocks)), dim3(plan.threads),
+                         plan.shared_bytes, context.stream, planned),
+                  "mma_fused_backward", p);
+    });
   }
+}
+
+template <class S> void Kernels<S>::sum_fused(const Context& context, const FusedSums<S>& sums) {
+  const dim3 block = pass_block(sums.stride);
+  const dim3 grid(unsigned(ceil_div(sums.stride, block.x)));
+  check(launch(cuda::sum_fused<S>, grid, block, 0, context.stream, sums), "sum_fused", sums.count, sums.stride, 0);
 }
 
 }  // namespace fastmlp::cuda

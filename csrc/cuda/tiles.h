@@ -18,16 +18,17 @@ struct TileRow {
   int64_t multiprocessors;  // blocks that fill the card once
   int64_t large_from;       // blocks of the large tile from which it is taken
   int64_t medium_from;
+  int64_t shared_kib;        // shared memory of a multiprocessor
 };
 
 constexpr TileRow tile_rows[] = {
-    {75, 40, 40, 40},      // T4; 68 on an RTX 2080 Ti
-    {80, 108, 108, 80},    // A100
-    {86, 84, 84, 60},      // A6000, RTX 3090
-    {89, 128, 128, 90},    // RTX 4090; 142 on an L40
-    {90, 132, 132, 100},   // H100
-    {100, 148, 148, 110},  // B200
-    {120, 170, 170, 120},  // RTX 5090
+    {75, 40, 40, 40, 64},       // T4; 68 on an RTX 2080 Ti
+    {80, 108, 108, 80, 164},    // A100
+    {86, 84, 84, 60, 100},      // A6000, RTX 3090
+    {89, 128, 128, 90, 100},    // RTX 4090; 142 on an L40
+    {90, 132, 132, 100, 228},   // H100
+    {100, 148, 148, 110, 228},  // B200
+    {120, 170, 170, 120, 100},  // RTX 5090
 };
 
 constexpr TileRow tile_row(int architecture) {
