@@ -259,8 +259,9 @@ __global__ void __launch_bounds__(MmaFused<W>::forward_threads, MmaFused<W>::for
     for (int l = 0; l < p.layers; l++) {
       const FusedLayer<S>& layer = p.layer[l];
       const int in = layer.in_features, out = layer.out_features;
-      S* weights = memory + layer.place;
+      const S* weights = memory + layer.place;
       if (p.slots == 1) {
+        weights = memory;
         __syncthreads();
         load_weights<S, W, true>(memory, layer);
         commit_copies();
