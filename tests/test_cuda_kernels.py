@@ -3,13 +3,17 @@
 The emulator runs one thread after another, so shapes are small: around the edges of the tiles.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastmlp import Activation
 from fastmlp.activations import IDENTITY, resolve
+from tests.bounds import assert_within, network
+from tests.conftest import DTYPES
 from tests.emulated import emulated
 from tests.kernel_checks import LAYOUTS, KernelChecks, shapes_around
 
@@ -17,6 +21,8 @@ checks = KernelChecks(emulated, "cpu")
 check, one_layer, chain, native = checks.check, checks.one_layer, checks.chain, checks.native
 
 ORDERS = ("fifo", "lifo", "1", "2")
+#: Dtypes of the kernels that take a whole network; bfloat16 has them from sm_80 on.
+FUSED = [dtype for dtype in DTYPES if dtype != torch.float64]
 
 
 @pytest.fixture(params=ORDERS)
@@ -79,8 +85,9 @@ def test_networks(dtype: torch.dtype, activation: Activation) -> None:
     checks.networks(dtype, activation)
 
 
-def test_fused_networks_of_every_activation(activation: Activation) -> None:
-    checks.networks(torch.float32, activation)
+@pytest.mark.parametrize("dtype", FUSED, ids=str)
+def test_fused_networks_of_every_activation(dtype: torch.dtype, activation: Activation) -> None:
+    checks.networks(dtype, activation)
 
 
 def test_same_bits_in_every_order(dtype: torch.dtype) -> None:
@@ -104,36 +111,109 @@ def test_layouts(order: str, dtype: torch.dtype, which: str, layout: str) -> Non
     checks.layouts(dtype, which, layout)
 
 
+def fused_network(
+    widths: Sequence[int], rows: int, dtype: torch.dtype, act: Activation, last: Activation = IDENTITY
+) -> list[Tensor]:
+    return chain(rows, widths, act, last, dtype)
+
+
+@pytest.mark.parametrize("dtype", FUSED, ids=str)
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 63, 64, 65, 150])
-def test_fused_networks(order: str, rows: int) -> None:
-    """Narrow networks of float32 in one kernel: rows and widths around its tiles, more runs of rows than blocks."""
-    set_up(75, order=order)
-    act = resolve("gelu")
+def test_fused_networks(order: str, rows: int, dtype: torch.dtype) -> None:
+    """Narrow networks in one kernel: rows and widths around its tiles."""
+    set_up(80 if dtype == torch.bfloat16 else 75, order=order)
+    act = resolve("gelu" if rows % 3 else "relu")
     for widths in ([1, 1, 1], [128, 128, 128], [7, 9, 8, 127, 3]) if rows in (33, 64) else ([8, 17, 16],):
-        chain(rows, widths, act, IDENTITY if rows % 2 else act)
+        fused_network(widths, rows, dtype, act, IDENTITY if rows % 2 else act)
 
 
-def test_blocks_of_fused_networks_take_several_runs_of_rows() -> None:
-    set_up(75)
-    rows = 32 * 80 + 50  # 80 blocks on a T4
-    weights, biases = [torch.randn(5, 3), torch.randn(2, 5)], [torch.randn(5), torch.randn(2)]
-    check(torch.randn(rows, 3), weights, biases, [resolve("tanh"), resolve("sigmoid")], torch.randn(rows, 2))
+@pytest.mark.parametrize("dtype", FUSED, ids=str)
+@pytest.mark.parametrize("act", ["relu", "sigmoid", "silu"])
+def test_fused_widths(act: str, dtype: torch.dtype) -> None:
+    """Around fragments of 8 and 16 features, and where shared memory is laid out for wider ones."""
+    for widths in ([15, 17, 16, 33, 1], [64, 63, 65, 8], [8, 24, 31, 2], [64, 48, 64, 64]):
+        fused_network(widths, 37, dtype, resolve(act))
 
 
-def test_infinite_weights_stay_in_their_rows() -> None:
+@pytest.mark.parametrize("dtype", FUSED, ids=str)
+@pytest.mark.parametrize("act", ["relu", "tanh", "silu"])
+@pytest.mark.parametrize("architecture", [75, 80])
+def test_weights_of_fused_networks_take_turns(architecture: int, act: str, dtype: torch.dtype) -> None:
+    """Those of more layers than shared memory holds: one at a time, or the next one's ahead."""
+    set_up(architecture)
+    for widths in ([16, *[64] * 12, 3], [128, 128, 72, 128], [5, *[9] * 16]):
+        fused_network(widths, 135, dtype, resolve(act))
+
+
+@pytest.mark.parametrize("dtype", FUSED, ids=str)
+def test_blocks_of_fused_networks_take_several_runs_of_rows(dtype: torch.dtype) -> None:
+    """More than a T4, or an A100, has at once."""
+    architecture = 80 if dtype == torch.bfloat16 else 75
+    set_up(architecture)
+    rows = 32 * 80 + 50 if dtype == torch.float32 else 128 * (120 if architecture == 75 else 324) + 50
+    fused_network([3, 5, 2], rows, dtype, resolve("tanh"), resolve("sigmoid"))
+    if dtype != torch.float32:
+        fused_network([2, 65, 1], 128 * 40 + 70 if architecture == 75 else 128 * 108 + 70, dtype, resolve("relu"))
+
+
+@pytest.mark.parametrize("dtype", FUSED, ids=str)
+def test_fused_networks_have_the_same_bits_in_every_order(dtype: torch.dtype) -> None:
+    results = []
+    for order in ORDERS:
+        torch.manual_seed(0)
+        set_up(order=order)
+        results.append(
+            fused_network([9, 64, 33, 5], 150, dtype, resolve("silu"))
+            + fused_network([64, 100, 128], 70, dtype, resolve("relu"), resolve("relu"))
+        )
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", FUSED, ids=str)
+def test_fused_networks_of_whole_numbers_are_exact(dtype: torch.dtype) -> None:
+    def whole(*shape: int) -> Tensor:
+        return torch.randint(-1, 2, shape).to(dtype)
+
+    stack = native((True, True), (resolve("relu"), IDENTITY))
+    for rows, widths in ((300, (24, 40, 9)), (131, (100, 128, 30))):
+        input, grad = whole(rows, widths[0]), whole(rows, widths[2])
+        parameters = [whole(widths[1], widths[0]), whole(widths[1]), whole(widths[2], widths[1]), whole(widths[2])]
+        first, first_bias, second, second_bias = (t.double() for t in parameters)
+        hidden = (input.double() @ first.T + first_bias).relu()
+        output, saved = emulated().forward(stack, input, parameters)
+        assert torch.equal(saved[0].double(), hidden)
+        assert torch.equal(output, (hidden @ second.T + second_bias).to(dtype))
+        inner = (grad.double() @ second) * (hidden > 0)
+        expected = (
+            inner @ first,
+            inner.T @ input.double(),
+            inner.sum(0),
+            grad.double().T @ hidden,
+            grad.double().sum(0),
+        )
+        gradients = emulated().backward(stack, grad, input, saved, parameters, [True] * 5)
+        for found, wanted in zip(gradients, expected, strict=True):
+            assert torch.equal(found, wanted.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", FUSED, ids=str)
+@pytest.mark.parametrize("act", ["relu", "leaky_relu"])
+def test_infinite_weights_stay_in_their_rows(act: str, dtype: torch.dtype) -> None:
     """A fused network's rows and lines past the end must not turn infinity times zero into NaN."""
-    parameters = [torch.full((3, 5), float("inf")), torch.randn(9, 3)]
-    stack = native((False, False), (resolve("relu"), IDENTITY))
+    parameters = [torch.full((3, 5), float("inf"), dtype=dtype), torch.randn(9, 3, dtype=dtype)]
+    stack = native((False, False), (resolve(act), IDENTITY))
     results = []
     for fuses in (True, False):
         set_up(fuses=fuses)
-        input, grad = torch.full((35, 5), -1.0), torch.ones(35, 9)
+        input, grad = torch.full((35, 5), -1.0, dtype=dtype), torch.ones(35, 9, dtype=dtype)
         output, hidden = emulated().forward(stack, input, parameters)
         results.append([output, *emulated().backward(stack, grad, input, hidden, parameters, [True] * 3)])
     for ours, layers in zip(*results, strict=True):
         assert torch.equal(ours.isnan(), layers.isnan())
-    assert bool((results[0][0] == 0).all())
-    assert bool((results[0][2] == 0).all())
+    if act == "relu":
+        assert bool((results[0][0] == 0).all())
+        assert bool((results[0][2] == 0).all())
 
 
 @pytest.mark.parametrize("activation", [resolve("tanh"), IDENTITY], ids=lambda act: act.name)

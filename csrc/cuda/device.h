@@ -90,6 +90,16 @@ template <> struct Narrow<BFloat16> {
   static __device__ __forceinline__ BFloat16 from(float x) { return {__bfloat16_as_ushort(__float2bfloat16_rn(x))}; }
 };
 
+// Two of them in a word, the first one low.
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high, Float16) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return uint32_t(__half_as_ushort(__low2half(pair))) | uint32_t(__half_as_ushort(__high2half(pair))) << 16;
+}
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high, BFloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return uint32_t(__bfloat16_as_ushort(__low2bfloat16(pair))) | uint32_t(__bfloat16_as_ushort(__high2bfloat16(pair))) << 16;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // Copies `bytes` (0 to 16) from global to shared memory and fills up to 16 with zeros; both addresses are aligned

@@ -1,6 +1,6 @@
-// Narrow networks, depth-fused: a block takes rows through all layers, and what lies between layers never leaves shared
-// memory. It lies there transposed, one line for each feature, so that products read four rows at once. Weights come
-// by eight terms of k at a time. Lines past a layer's features, up to a multiple of eight, hold zeros.
+// Narrow networks of float32, depth-fused: a block takes rows through all layers, and what lies between layers never
+// leaves shared memory. It lies there transposed, one line for each feature, so that products read four rows at once.
+// Weights come by eight terms of k at a time. Launched by products.cuh, with the tile that fits the widest layer.
 #pragma once
 
 #include "fused.h"
@@ -8,42 +8,97 @@
 
 namespace fastmlp::cuda {
 
-template <class C, int rows> using Features = C[fused_width][rows + 4];
+constexpr int fused_threads = 128;
+constexpr int fused_blocks_at_once = 4;  // on a multiprocessor, by registers and shared memory
 
-template <class Tile, class C> struct FusedShared {
-  Features<C, Tile::BM> features;
-  C weights[2][Tile::BK][fused_width + 4];
+// Of layers up to `width` features: BM rows go through them together, each thread has TM x 8 sums.
+template <int width, int TM> using FusedTile = SimtTile<fused_threads * TM * 8 / width, width, 8, TM, 8>;
+
+// Lines of BM rows, one for each feature. Groups of four rows are permuted by the feature's number, so that threads on
+// neighbouring quads of features use different banks; so do threads on rows and quads.
+template <class C, int width, int BM> struct Features {
+  alignas(16) C elements[width * BM];
+
+  static __device__ __forceinline__ int place(int feature, int row) {
+    return feature * BM + (row ^ (feature / 4 % 8 * 4));
+  }
+  __device__ __forceinline__ C& at(int feature, int row) { return elements[place(feature, row)]; }
+  __device__ __forceinline__ C at(int feature, int row) const { return elements[place(feature, row)]; }
+  // Four rows.
+  __device__ __forceinline__ void load(C* to, int feature, int row) const {
+    load_group(to, elements + place(feature, row));
+  }
+  __device__ __forceinline__ void store(int feature, int row, const C (&from)[4]) {
+    Vec<C, 4> group;
+#pragma unroll
+    for (int e = 0; e < 4; e++) group.element[e] = from[e];
+    *reinterpret_cast<Vec<C, 4>*>(elements + place(feature, row)) = group;
+  }
 };
 
-constexpr int fused_threads = 256;
+// A layer's tile of weights, twice: one is multiplied while the next one comes.
+template <class C, class Tile> using FusedWeights = C[2][Tile::BK][Tile::BN + 4];
 
-// f(row, feature) for all rows of a block and features from 0 to `count`, neighbouring threads on neighbouring
-// features.
-template <class F> __device__ __forceinline__ void each_feature(int rows, int count, const F& f) {
+// f(row, feature) for all rows of a block and every fourth feature from 0 to `features`. A warp takes eight quads of
+// four rows, so that it reads and writes memory in runs of 128 bytes.
+template <int BM, class F> __device__ __forceinline__ void each_quad(int features, const F& f) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < rows * count; i += fused_threads) f(i / count, i % count);
+  for (int feature = lane % 8 * 4; feature < features; feature += 32) {
+#pragma unroll 1
+    for (int row = lane / 8 + warp * 4; row < BM; row += fused_threads / 8) f(row, feature);
+  }
 }
 
 __device__ __forceinline__ int whole_lines(int features) { return (features + 7) / 8 * 8; }
 
-// to[feature][row] = value(row, feature) where row and feature exist, else 0.
-template <int rows, class C, class F>
-__device__ __forceinline__ void fill(Features<C, rows>& to, int rows_left, int features, const F& value) {
-  each_feature(rows, whole_lines(features), [&](int row, int feature) {
-    to[feature][row] = row < rows_left && feature < features ? value(row, feature) : C(0);
+__device__ __forceinline__ int valid_of_quad(int feature, int features) {
+  return features - feature < 4 ? features - feature : 4;
+}
+
+// Whether quads of such a matrix can be accessed at once.
+template <class S> __device__ __forceinline__ bool has_vectors(const StridedMatrix<S>& x) {
+  return x.column_stride == 1 && x.row_stride % 4 == 0 && reinterpret_cast<uintptr_t>(x.data) % (4 * sizeof(S)) == 0;
+}
+template <class S> __device__ __forceinline__ bool has_vectors(const S* x, int features) {
+  return features % 4 == 0 && reinterpret_cast<uintptr_t>(x) % (4 * sizeof(S)) == 0;
+}
+
+// A quad of a matrix in memory; zeros where there is none.
+template <class S>
+__device__ __forceinline__ void load_quad(Compute<S> (&to)[4], const StridedMatrix<S>& x, bool vectors, int64_t row,
+                                          int feature, int valid) {
+  load4(to, x.data + row * x.row_stride + feature * x.column_stride, x.column_stride, valid, vectors && valid == 4);
+}
+
+// to = value(quad of x) where row and feature exist, else 0, for whole lines.
+template <class C, int width, int BM, class S, class F>
+__device__ __forceinline__ void fill(Features<C, width, BM>& to, const StridedMatrix<S>& x, int64_t first, int rows,
+                                     int features, const F& value) {
+  const bool vectors = has_vectors(x);
+  each_quad<BM>(whole_lines(features), [&](int row, int feature) {
+    const int valid = row < rows ? valid_of_quad(feature, features) : 0;
+    C quad[4] = {};
+    if (valid > 0) {
+      load_quad(quad, x, vectors, first + row, feature, valid);
+      value(quad);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++) to.at(feature + e, row) = e < valid ? quad[e] : C(0);
   });
 }
 
 // sums += a b for the rows in shared memory; b is [depth, columns]. Waits first for whoever wrote a, and at the end
 // until all have read it.
 template <class Tile, class S, class C>
-__device__ __forceinline__ void multiply_narrow(C (&sums)[Tile::TM][Tile::TN], const Features<C, Tile::BM>& a,
-                                                C (&weights)[2][Tile::BK][fused_width + 4], const Operand<S>& b,
-                                                int columns, int depth) {
+__device__ __forceinline__ void multiply_narrow(C (&sums)[Tile::TM][Tile::TN],
+                                                const Features<C, Tile::BN, Tile::BM>& a,
+                                                FusedWeights<C, Tile>& weights, const Operand<S>& b, int columns,
+                                                int depth) {
   constexpr int BK = Tile::BK, TM = Tile::TM, TN = Tile::TN;
   constexpr int group_rows = Tile::BM / (TM / 4), group_columns = Tile::BN / (TN / 4);
   const int tx = threadIdx.x % (Tile::BN / TN) * 4, ty = threadIdx.x / (Tile::BN / TN) * 4;
-  Loader<S, Tile, fused_width, Read::elements> loader(b, 0, columns, 0);
+  Loader<S, Tile, Tile::BN, Read::elements> loader(b, 0, columns, 0);
   loader.load(depth);
   loader.store(weights[0]);
   __syncthreads();
@@ -55,7 +110,7 @@ __device__ __forceinline__ void multiply_narrow(C (&sums)[Tile::TM][Tile::TN], c
     for (int kk = 0; kk < BK; kk++) {
       C rows[TM], line[TN];
 #pragma unroll
-      for (int i = 0; i < TM; i += 4) load_group(rows + i, &a[k + kk][i / 4 * group_rows + ty]);
+      for (int i = 0; i < TM; i += 4) a.load(rows + i, k + kk, i / 4 * group_rows + ty);
 #pragma unroll
       for (int j = 0; j < TN; j += 4) load_group(line + j, &weights[stage][kk][j / 4 * group_columns + tx]);
 #pragma unroll
@@ -73,8 +128,8 @@ __device__ __forceinline__ void multiply_narrow(C (&sums)[Tile::TM][Tile::TN], c
 // The sums of a layer in place of its input. Lines past `features` and rows past `rows` become zero: a product of zero
 // with infinity may have made them NaN.
 template <class Tile, class C>
-__device__ __forceinline__ void keep_sums(Features<C, Tile::BM>& to, const C (&sums)[Tile::TM][Tile::TN], int features,
-                                          int rows) {
+__device__ __forceinline__ void keep_sums(Features<C, Tile::BN, Tile::BM>& to, const C (&sums)[Tile::TM][Tile::TN],
+                                          int features, int rows) {
   constexpr int group_rows = Tile::BM / (Tile::TM / 4), group_columns = Tile::BN / (Tile::TN / 4);
   const int tx = threadIdx.x % (Tile::BN / Tile::TN) * 4, ty = threadIdx.x / (Tile::BN / Tile::TN) * 4;
 #pragma unroll
@@ -82,147 +137,181 @@ __device__ __forceinline__ void keep_sums(Features<C, Tile::BM>& to, const C (&s
     const int feature = j / 4 * group_columns + tx + j % 4;
 #pragma unroll
     for (int i = 0; i < Tile::TM; i += 4) {
-      Vec<C, 4> group;
+      const int row = i / 4 * group_rows + ty;
+      C group[4];
 #pragma unroll
-      for (int e = 0; e < 4; e++)
-        group.element[e] = feature < features && i / 4 * group_rows + ty + e < rows ? sums[i + e][j] : C(0);
-      *reinterpret_cast<Vec<C, 4>*>(&to[feature][i / 4 * group_rows + ty]) = group;
+      for (int e = 0; e < 4; e++) group[e] = feature < features && row + e < rows ? sums[i + e][j] : C(0);
+      to.store(feature, row, group);
     }
   }
 }
 
-template <class S> __device__ __forceinline__ Compute<S> element(const StridedMatrix<S>& x, int64_t row, int column) {
-  return widen(x.data[row * x.row_stride + column * x.column_stride]);
-}
-
-__device__ __forceinline__ int rows_inside(int64_t first, int64_t rows, int most) {
-  return rows - first < most ? int(rows - first) : most;
-}
-
-using FusedForwardTile = SimtTile<fused_forward_rows, fused_width, 8, 4, 8>;
-
-template <class S> __global__ void __launch_bounds__(fused_threads, 2) fused_forward(const FusedNetwork<S> p) {
+template <class S, int width, int TM>
+__global__ void __launch_bounds__(fused_threads, fused_blocks_at_once)
+    fused_forward(const FusedNetwork<S> p) {
   using C = Compute<S>;
-  using Tile = FusedForwardTile;
+  using Tile = FusedTile<width, TM>;
+  constexpr int BM = Tile::BM;
   static_assert(Tile::threads == fused_threads);
-  auto& memory = shared<FusedShared<Tile, C>>();
-  const int64_t first = int64_t(blockIdx.x) * Tile::BM;
-  const int rows = rows_inside(first, p.rows, Tile::BM);
-  fill<Tile::BM>(memory.features, rows, p.layer[0].in_features,
-                 [&](int row, int feature) { return element(p.input, first + row, feature); });
+  auto& features = shared<Features<C, width, BM>>();
+  auto& weights = shared<FusedWeights<C, Tile>>();
+  const int64_t first = int64_t(blockIdx.x) * BM;
+  const int rows = rows_inside(first, p.rows, BM);
+  fill(features, p.input, first, rows, p.layer[0].in_features, [](C(&)[4]) {});
 #pragma unroll 1
   for (int l = 0; l < p.layers; l++) {
     const FusedLayer<S>& layer = p.layer[l];
+    const int out = layer.out_features;
     C sums[Tile::TM][Tile::TN] = {};
-    multiply_narrow<Tile>(sums, memory.features, memory.weights,
-                          Operand<S>{layer.weight.data, layer.weight.row_stride, layer.weight.column_stride},
-                          layer.out_features, layer.in_features);
-    keep_sums<Tile>(memory.features, sums, layer.out_features, rows);
+    multiply_narrow<Tile>(sums, features, weights,
+                          Operand<S>{layer.weight.data, layer.weight.row_stride, layer.weight.column_stride}, out,
+                          layer.in_features);
+    keep_sums<Tile>(features, sums, out, rows);
     __syncthreads();
     with_activation(layer.activation.kind, Activations{}, [&](auto activation) {
       using A = decltype(activation);
-      each_feature(rows, layer.out_features, [&](int row, int feature) {
-        C& place = memory.features[feature][row];
-        const int64_t at = (first + row) * layer.out_features + feature;
-        const C z = layer.bias ? place + widen(layer.bias[feature * layer.bias_stride]) : place;
-        if (layer.pre_activation) layer.pre_activation[at] = Narrow<S>::from(z);
-        place = A::template value<ScalarMath<C>>(z, layer.activation.scalars);
-        if (layer.output) layer.output[at] = Narrow<S>::from(place);
+      const bool vectors = has_vectors(layer.output, out) && has_vectors(layer.pre_activation, out);
+      each_quad<BM>(out, [&](int row, int feature) {
+        const int valid = valid_of_quad(feature, out);
+        const bool writes = row < rows;
+        const int64_t at = (first + row) * out + feature;
+        C quad[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          quad[e] = features.at(feature + e, row);
+          if (layer.bias && e < valid) quad[e] += widen(layer.bias[(feature + e) * layer.bias_stride]);
+        }
+        if (layer.pre_activation && writes) store4(layer.pre_activation + at, quad, valid, vectors);
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          quad[e] = A::template value<ScalarMath<C>>(quad[e], layer.activation.scalars);
+          if (e < valid) features.at(feature + e, row) = quad[e];
+        }
+        if (layer.output && writes) store4(layer.output + at, quad, valid, vectors);
       });
     });
   }
 }
 
-using FusedBackwardTile = SimtTile<fused_backward_rows, fused_width, 8, 4, 4>;
-
-// What backward has besides: the input of the layer that it is at.
-template <class C> struct FusedBackwardShared {
-  FusedShared<FusedBackwardTile, C> grad;
-  Features<C, fused_backward_rows> input;
+// A thread's part of a layer's weight gradient, TO x TI elements at a time: quads of inputs beside each other, outputs
+// below each other.
+template <int width> struct WeightTile {
+  static constexpr int columns = width / 4 < 16 ? width / 4 : 16;  // threads
+  static constexpr int lines = fused_threads / columns;
+  static constexpr int TI = width / columns, TO = width / lines < 8 ? width / lines : 8;
+  static constexpr int passes = width / (lines * TO);
 };
 
-// weight_sums (+)= grad^T input over the rows in shared memory. A thread has 8 x 8 elements, 16 apart.
-template <class C, int rows>
-__device__ __forceinline__ void add_weight_sums(C* weight_sums, bool add, const Features<C, rows>& grad,
-                                                const Features<C, rows>& input, int out_features, int in_features) {
-  const int out = threadIdx.x / 16, in = threadIdx.x % 16;
-  C sums[8][8] = {};
+// weight_sums (+)= grad^T input over the rows in shared memory.
+template <class C, int width, int BM>
+__device__ __forceinline__ void add_weight_sums(C* weight_sums, bool add, const Features<C, width, BM>& grad,
+                                                const Features<C, width, BM>& input, int out_features,
+                                                int in_features) {
+  using Tile = WeightTile<width>;
+  constexpr int TO = Tile::TO, TI = Tile::TI;
+  const int in = threadIdx.x % Tile::columns * 4;
 #pragma unroll 1
-  for (int r = 0; r < rows; r += 4) {
-    C grads[8][4];
+  for (int pass = 0; pass < Tile::passes; pass++) {
+    const int out = (pass * Tile::lines + threadIdx.x / Tile::columns) * TO;
+    if (out >= out_features || in >= in_features) continue;
+    C sums[TO][TI] = {};
+#pragma unroll 1
+    for (int r = 0; r < BM; r += 4) {
+      C grads[TO][4];
 #pragma unroll
-    for (int i = 0; i < 8; i++) load_group(grads[i], &grad[out + i * 16][r]);
+      for (int i = 0; i < TO; i++) grad.load(grads[i], out + i, r);
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-      C inputs[4];
-      load_group(inputs, &input[in + j * 16][r]);
+      for (int j = 0; j < TI; j++) {
+        C inputs[4];
+        input.load(inputs, in + j / 4 * Tile::columns * 4 + j % 4, r);
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
+        for (int i = 0; i < TO; i++) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) sums[i][j] += grads[i][e] * inputs[e];
+          for (int e = 0; e < 4; e++) sums[i][j] += grads[i][e] * inputs[e];
+        }
       }
     }
-  }
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < TO; i++) {
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-      const int o = out + i * 16, k = in + j * 16;
-      if (o >= out_features || k >= in_features) continue;
-      C& place = weight_sums[o * in_features + k];
-      place = add ? place + sums[i][j] : sums[i][j];
+      for (int j = 0; j < TI; j++) {
+        const int o = out + i, k = in + j / 4 * Tile::columns * 4 + j % 4;
+        if (o >= out_features || k >= in_features) continue;
+        C& place = weight_sums[o * in_features + k];
+        place = add ? place + sums[i][j] : sums[i][j];
+      }
     }
   }
 }
 
+// bias_sums (+)= the sums of grad over the rows in shared memory.
+template <class C, int width, int BM>
+__device__ __forceinline__ void add_bias_sums(C* bias_sums, bool add, const Features<C, width, BM>& grad,
+                                              int out_features) {
+  const int out = int(threadIdx.x);
+  if (out >= out_features) return;
+  C sum = 0;
+#pragma unroll 4
+  for (int r = 0; r < BM; r += 4) {
+    C grads[4];
+    grad.load(grads, out, r);
+    sum += (grads[0] + grads[1]) + (grads[2] + grads[3]);
+  }
+  bias_sums[out] = add ? bias_sums[out] + sum : sum;
+}
+
 // A block takes every gridDim.x-th run of rows and adds up its own sums of weights and biases.
-template <class S> __global__ void __launch_bounds__(fused_threads, 2) fused_backward(const FusedNetwork<S> p) {
+template <class S, int width>
+__global__ void __launch_bounds__(fused_threads, fused_blocks_at_once)
+    fused_backward(const FusedNetwork<S> p) {
   using C = Compute<S>;
-  using Tile = FusedBackwardTile;
-  static_assert(Tile::threads == fused_threads);
-  auto& memory = shared<FusedBackwardShared<C>>();
-  Features<C, Tile::BM>& grad = memory.grad.features;
+  using Tile = FusedTile<width, 4>;
+  constexpr int BM = Tile::BM;
+  static_assert(Tile::threads == fused_threads && width <= fused_threads);
+  auto& tiles = shared<Features<C, width, BM>[2]>();
+  auto& weights = shared<FusedWeights<C, Tile>>();
+  Features<C, width, BM>&grad = tiles[0], &input = tiles[1];
+  const int64_t block = int64_t(blockIdx.x) * p.sums_stride;
   // grad *= act'(saved), of layer l
   const auto differentiate = [&](int l, int64_t first, int rows) {
     const FusedLayer<S>& layer = p.layer[l];
+    const bool vectors = has_vectors(layer.saved);
     with_activation(layer.activation.kind, Activations{}, [&](auto activation) {
       using A = decltype(activation);
       if constexpr (!std::is_same_v<A, Identity>) {
-        each_feature(rows, layer.out_features, [&](int row, int feature) {
-          C& place = grad[feature][row];
-          place = A::template gradient<ScalarMath<C>>(place, element(layer.saved, first + row, feature),
-                                                      layer.activation.scalars);
+        each_quad<BM>(layer.out_features, [&](int row, int feature) {
+          if (row >= rows) return;
+          const int valid = valid_of_quad(feature, layer.out_features);
+          C saved[4];
+          load_quad(saved, layer.saved, vectors, first + row, feature, valid);
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            C& place = grad.at(feature + e, row);
+            if (e < valid) place = A::template gradient<ScalarMath<C>>(place, saved[e], layer.activation.scalars);
+          }
         });
       }
     });
   };
   const auto load_input = [&](int l, int64_t first, int rows) {
     const int features = p.layer[l].in_features;
-    if (l == 0) {
-      fill<Tile::BM>(memory.input, rows, features,
-                     [&](int row, int feature) { return element(p.input, first + row, feature); });
-      return;
-    }
+    if (l == 0) return fill(input, p.input, first, rows, features, [](C(&)[4]) {});
     const FusedLayer<S>& below = p.layer[l - 1];
-    if (below.keeps_output) {
-      fill<Tile::BM>(memory.input, rows, features,
-                     [&](int row, int feature) { return element(below.saved, first + row, feature); });
-      return;
-    }
+    if (below.keeps_output) return fill(input, below.saved, first, rows, features, [](C(&)[4]) {});
     with_activation(below.activation.kind, Activations{}, [&](auto activation) {
       using A = decltype(activation);
-      fill<Tile::BM>(memory.input, rows, features, [&](int row, int feature) {
-        return A::template value<ScalarMath<C>>(element(below.saved, first + row, feature), below.activation.scalars);
+      fill(input, below.saved, first, rows, features, [&](C(&quad)[4]) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) quad[e] = A::template value<ScalarMath<C>>(quad[e], below.activation.scalars);
       });
     });
   };
 
 #pragma unroll 1
-  for (int64_t first = int64_t(blockIdx.x) * Tile::BM; first < p.rows; first += int64_t(gridDim.x) * Tile::BM) {
-    const int rows = rows_inside(first, p.rows, Tile::BM);
-    const bool add = first >= int64_t(gridDim.x) * Tile::BM;
-    fill<Tile::BM>(grad, rows, p.layer[p.layers - 1].out_features,
-                   [&](int row, int feature) { return element(p.grad, first + row, feature); });
+  for (int64_t first = int64_t(blockIdx.x) * BM; first < p.rows; first += int64_t(gridDim.x) * BM) {
+    const int rows = rows_inside(first, p.rows, BM);
+    const bool add = first >= int64_t(gridDim.x) * BM;
+    fill(grad, p.grad, first, rows, p.layer[p.layers - 1].out_features, [](C(&)[4]) {});
     __syncthreads();
     differentiate(p.layers - 1, first, rows);
 #pragma unroll 1
@@ -231,18 +320,11 @@ template <class S> __global__ void __launch_bounds__(fused_threads, 2) fused_bac
       const int out = layer.out_features, in = layer.in_features;
       if (layer.weight_sums) load_input(l, first, rows);
       __syncthreads();
-      if (layer.weight_sums)
-        add_weight_sums<C, Tile::BM>(layer.weight_sums + int64_t(blockIdx.x) * out * in, add, grad, memory.input, out,
-                                     in);
-      if (layer.bias_sums && int(threadIdx.x) < out) {
-        C sum = 0;
-        for (int row = 0; row < rows; row++) sum += grad[threadIdx.x][row];
-        C& place = layer.bias_sums[int64_t(blockIdx.x) * out + threadIdx.x];
-        place = add ? place + sum : sum;
-      }
+      if (layer.weight_sums) add_weight_sums(layer.weight_sums + block, add, grad, input, out, in);
+      if (layer.bias_sums) add_bias_sums(layer.bias_sums + block, add, grad, out);
       if (l == p.lowest && !p.grad_input) break;
       C sums[Tile::TM][Tile::TN] = {};
-      multiply_narrow<Tile>(sums, grad, memory.grad.weights,
+      multiply_narrow<Tile>(sums, grad, weights,
                             Operand<S>{layer.weight.data, layer.weight.column_stride, layer.weight.row_stride}, in,
                             out);
       keep_sums<Tile>(grad, sums, in, rows);
@@ -250,8 +332,13 @@ template <class S> __global__ void __launch_bounds__(fused_threads, 2) fused_bac
       if (l > 0) {
         differentiate(l - 1, first, rows);
       } else {
-        each_feature(rows, in, [&](int row, int feature) {
-          p.grad_input[(first + row) * in + feature] = Narrow<S>::from(grad[feature][row]);
+        const bool vectors = has_vectors(p.grad_input, in);
+        each_quad<BM>(in, [&](int row, int feature) {
+          if (row >= rows) return;
+          C quad[4];
+#pragma unroll
+          for (int e = 0; e < 4; e++) quad[e] = grad.at(feature + e, row);
+          store4(p.grad_input + (first + row) * in + feature, quad, valid_of_quad(feature, in), vectors);
         });
       }
     }

@@ -1,11 +1,10 @@
-// Fills the argument of the fused kernels. float32 only: 16-bit networks go to tensor cores layer by layer, and float64
-// does not fit into shared memory.
+// Fills the argument of the fused kernels. Not for float64, which does not fit into shared memory, nor for bfloat16
+// where tensor cores do not know it.
 #include "narrow.h"
 
 #include <algorithm>
 
 #include "../activation_info.h"
-#include "tiles.h"
 #include "workspace.h"
 
 namespace fastmlp::cuda {
@@ -14,83 +13,116 @@ namespace {
 // Sums of all blocks of a backward, at most.
 constexpr int64_t sums_bytes = int64_t(64) << 20;
 
-StridedMatrix<float> strided(const Matrix& x) {
-  return {static_cast<const float*>(x.data), x.row_stride, x.column_stride};
+bool has_kernels(int architecture, DType dtype) {
+  return dtype == DType::bfloat16 ? architecture >= 80 : dtype != DType::float64;
 }
 
-FusedNetwork<float> fused(const Network& network) {
-  FusedNetwork<float> p;
+template <class F> void with_fused_storage(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::float32:
+      return f(float{});
+    case DType::bfloat16:
+      return f(BFloat16{});
+    case DType::float16:
+      return f(Float16{});
+    case DType::float64:
+      return;  // goes_fused says no
+  }
+}
+
+template <class S> StridedMatrix<S> strided(const Matrix& x) {
+  return {static_cast<const S*>(x.data), x.row_stride, x.column_stride};
+}
+
+template <class S> FusedNetwork<S> fused(const Network& network) {
+  FusedNetwork<S> p;
   p.rows = network.rows;
   p.layers = int(network.layers.size());
-  p.input = strided(network.input);
+  p.input = strided<S>(network.input);
   for (int l = 0; l < p.layers; l++) {
     const Layer& layer = network.layers[size_t(l)];
-    FusedLayer<float>& to = p.layer[l];
+    FusedLayer<S>& to = p.layer[l];
     to.in_features = int(layer.in_features);
     to.out_features = int(layer.out_features);
-    to.weight = strided(layer.weight);
+    to.weight = strided<S>(layer.weight);
     to.activation = layer.activation;
-    to.bias = static_cast<const float*>(layer.bias.data);
+    to.bias = static_cast<const S*>(layer.bias.data);
     to.bias_stride = layer.bias.stride;
     to.keeps_output = keeps_output(layer.activation);
+    to.differentiates = layer.activation.kind != identity_kind;
   }
   return p;
+}
+
+template <class S> void fused_forward_of(const Context& context, const ForwardPass& pass) {
+  FusedNetwork<S> p = fused<S>(pass.network);
+  for (int l = 0; l < p.layers; l++) {
+    S* const kept = pass.kept.empty() ? nullptr : static_cast<S*>(pass.kept[size_t(l)]);
+    (p.layer[l].keeps_output ? p.layer[l].output : p.layer[l].pre_activation) = kept;
+  }
+  p.layer[p.layers - 1].output = static_cast<S*>(pass.output);
+  Kernels<S>::fused_forward(context, p);
+}
+
+// Room for one gradient among the sums of a block, whose begin it returns; blocks and gradients keep vectors aligned.
+template <class S> int add_segment(FusedSums<S>& sums, void* output, int64_t count) {
+  const int begin = int(sums.stride);
+  sums.segment[sums.segments++] = {begin, begin + int(count), static_cast<S*>(output)};
+  sums.stride += (count + 3) / 4 * 4;
+  return begin;
+}
+
+template <class S> void fused_backward_of(const Context& context, const BackwardPass& pass) {
+  using C = Compute<S>;
+  FusedNetwork<S> p = fused<S>(pass.network);
+  const size_t lowest = lowest_layer(pass);
+  if (lowest >= pass.network.layers.size()) return;
+  p.lowest = int(lowest);
+  p.grad = strided<S>(pass.grad_output);
+  p.grad_input = static_cast<S*>(pass.grad_input);
+  // Of the layer below the lowest one only its output is read.
+  for (size_t l = lowest > 0 ? lowest - 1 : 0; l < pass.network.layers.size(); l++)
+    p.layer[l].saved = strided<S>(pass.saved[l]);
+  FusedSums<S> sums;
+  int weights[most_fused_layers] = {}, biases[most_fused_layers] = {};
+  for (size_t l = lowest; l < pass.network.layers.size(); l++) {
+    const Layer& layer = pass.network.layers[l];
+    if (pass.grad_weights[l]) weights[l] = add_segment(sums, pass.grad_weights[l], layer.out_features * layer.in_features);
+    if (pass.grad_biases[l]) biases[l] = add_segment(sums, pass.grad_biases[l], layer.out_features);
+  }
+  p.sums_stride = sums.stride;
+  const int64_t most = sums_bytes / (int64_t(sizeof(C)) * std::max<int64_t>(1, sums.stride));
+  sums.count = std::clamp<int64_t>(most, 1, Kernels<S>::fused_blocks(context, p));
+  with_memory(context, [&](Carver& carver, bool launches) {
+    C* const partials = carver.take<C>(sums.count * sums.stride);
+    if (!launches) return;
+    sums.partials = partials;
+    for (size_t l = lowest; l < pass.network.layers.size(); l++) {
+      p.layer[l].weight_sums = pass.grad_weights[l] ? partials + weights[l] : nullptr;
+      p.layer[l].bias_sums = pass.grad_biases[l] ? partials + biases[l] : nullptr;
+    }
+    Kernels<S>::fused_backward(context, p, sums.count);
+    if (sums.segments > 0) Kernels<S>::sum_fused(context, sums);
+  });
 }
 
 }  // namespace
 
 bool goes_fused(const Context& context, const Network& network) {
   const auto fits = [](int64_t features) { return features >= 1 && features <= fused_width; };
-  return context.fuses && network.dtype == DType::float32 && network.rows > 0 && network.layers.size() >= 2 &&
-         network.layers.size() <= size_t(most_fused_layers) && fits(network.layers[0].in_features) &&
+  return context.fuses && has_kernels(context.architecture, network.dtype) && network.rows > 0 &&
+         network.layers.size() >= 2 && network.layers.size() <= size_t(most_fused_layers) &&
+         fits(network.layers[0].in_features) &&
          std::all_of(network.layers.begin(), network.layers.end(),
                      [&](const Layer& layer) { return fits(layer.out_features); });
 }
 
 void forward_fused(const Context& context, const ForwardPass& pass) {
-  FusedNetwork<float> p = fused(pass.network);
-  for (int l = 0; l < p.layers; l++) {
-    float* const kept = pass.kept.empty() ? nullptr : static_cast<float*>(pass.kept[size_t(l)]);
-    (p.layer[l].keeps_output ? p.layer[l].output : p.layer[l].pre_activation) = kept;
-  }
-  p.layer[p.layers - 1].output = static_cast<float*>(pass.output);
-  Kernels<float>::fused_forward(context, p);
+  with_fused_storage(pass.network.dtype, [&](auto storage) { fused_forward_of<decltype(storage)>(context, pass); });
 }
 
 void backward_fused(const Context& context, const BackwardPass& pass) {
-  FusedNetwork<float> p = fused(pass.network);
-  const size_t lowest = lowest_layer(pass);
-  if (lowest >= pass.network.layers.size()) return;
-  p.lowest = int(lowest);
-  p.grad = strided(pass.grad_output);
-  p.grad_input = static_cast<float*>(pass.grad_input);
-  int64_t parameters = 0;
-  for (const Layer& layer : pass.network.layers) parameters += layer.out_features * (layer.in_features + 1);
-  const int64_t runs = (p.rows + fused_backward_rows - 1) / fused_backward_rows;
-  const int64_t most = std::max<int64_t>(1, sums_bytes / int64_t(sizeof(float)) / parameters);
-  const int64_t blocks = std::min({runs, 2 * tile_row(context.architecture).multiprocessors, most});
-  with_memory(context, [&](Carver& carver, bool launches) {
-    for (size_t l = lowest; l < pass.network.layers.size(); l++) {
-      FusedLayer<float>& layer = p.layer[l];
-      layer.saved = strided(pass.saved[l]);
-      const int64_t outs = layer.out_features, weights = outs * layer.in_features;
-      layer.weight_sums = pass.grad_weights[l] ? carver.take<float>(blocks * weights) : nullptr;
-      layer.bias_sums = pass.grad_biases[l] ? carver.take<float>(blocks * outs) : nullptr;
-    }
-    // Of the layer below the lowest one only its output is read.
-    if (lowest > 0) p.layer[lowest - 1].saved = strided(pass.saved[lowest - 1]);
-    if (!launches) return;
-    Kernels<float>::fused_backward(context, p, blocks);
-    for (size_t l = lowest; l < pass.network.layers.size(); l++) {
-      const FusedLayer<float>& layer = p.layer[l];
-      const int64_t outs = layer.out_features, weights = outs * layer.in_features;
-      if (layer.weight_sums)
-        Kernels<float>::sum_partials(context, layer.weight_sums, blocks, weights,
-                                     static_cast<float*>(pass.grad_weights[l]));
-      if (layer.bias_sums)
-        Kernels<float>::sum_partials(context, layer.bias_sums, blocks, outs, static_cast<float*>(pass.grad_biases[l]));
-    }
-  });
+  with_fused_storage(pass.network.dtype, [&](auto storage) { fused_backward_of<decltype(storage)>(context, pass); });
 }
 
 }  // namespace fastmlp::cuda

@@ -153,7 +153,9 @@ template <class S> class Backward {
     p.output = static_cast<S*>(pass_.grad_weights[l]);
     const Plan found = Kernels<S>::plan(context_, Epilogue::wgrad, p);
     if (l == last_ && wgrad_sums_bias()) p.row_sums = static_cast<S*>(pass_.grad_biases[l]);
-    if (found.parts > 1) {
+    if (found.tile == library_call) {
+      if (p.row_sums) p.row_partials = carver.take<C>(runs_of(p.k) * p.m);
+    } else if (found.parts > 1) {
       p.partials = carver.take<C>(found.parts * p.m * p.n);
       if (p.row_sums) p.row_partials = carver.take<C>(found.parts * p.m);
     }

@@ -9,6 +9,7 @@
 
 #include "../activation_info.h"
 #include "fused.cuh"
+#include "fused_mma.cuh"
 #include "mma.cuh"
 #include "products.h"
 #include "rows.cuh"
@@ -53,6 +54,7 @@ template <class S> bool takes_vectors(const Product<S>& p) {
 // The two families of product kernels: their tiles by the sizes of tiles.h, and which kernels there are.
 template <class S> struct Simt {
   static constexpr const char* name = "simt_product";
+  static constexpr CostKind costs = sizeof(S) == sizeof(double) ? CostKind::float64 : CostKind::float32;
   static constexpr bool reads_vectors = sizeof(S) >= sizeof(float);
   // For vectors of float32 only: nothing else has the registers for it.
   static constexpr bool has_large = sizeof(S) == sizeof(float);
@@ -66,6 +68,7 @@ template <class S> struct Simt {
 
 template <class S, Staging staging = Staging::asynchronous> struct Mma {
   static constexpr const char* name = "mma_product";
+  static constexpr CostKind costs = CostKind::tensor_cores;
   static constexpr bool reads_vectors = true;
   static constexpr bool has_large = true;  // for vectors only
   using Large = MmaTile<128, 128, 32, 64, 64, staging>;
@@ -119,6 +122,11 @@ template <class S> void multiply_by_library(const Context& context, Epilogue epi
     const Matrix saved{const_cast<S*>(p.saved), p.saved_stride, p.saved_column_stride};
     Kernels<S>::apply_gradient(context, p.m, p.n, written, saved, p.activation, p.saved ? p.output : nullptr,
                                p.column_sums);
+  }
+  if (p.row_sums) {
+    const Matrix grad{const_cast<S*>(p.a.data), p.a.k_stride, p.a.stride};
+    Kernels<S>::apply_gradient(context, p.k, p.m, grad, Matrix(), ActivationSpec(), nullptr, p.row_partials);
+    Kernels<S>::sum_partials(context, p.row_partials, runs_of(p.k), p.m, p.row_sums);
   }
 }
 
@@ -193,6 +201,83 @@ template <class S, Elementwise what> void launch_elementwise(const Context& cont
   vectors ? launch_elementwise<S, what, vector>(context, p) : launch_elementwise<S, what, 1>(context, p);
 }
 
+template <class S> void check_fused(const char* error, const char* kernel, const FusedNetwork<S>& p) {
+  check(error, kernel, p.rows, p.layer[p.layers - 1].out_features, p.layer[0].in_features);
+}
+
+// How a fused kernel runs on tensor cores.
+struct FusedPlan {
+  unsigned threads = 0;
+  size_t shared_bytes = 0;
+  int64_t blocks = 0;
+};
+
+// Shared memory of a block, by what all cards of the architectures have.
+constexpr int64_t block_shared(int architecture) { return (architecture >= 80 ? 99 : 64) << 10; }
+
+// Gives the layers' weights their places, too. Weights stay in shared memory if all fit beside the rows; else two
+// layers' do, the next one's ahead, if the layers are small or the batch has no more tiles than the card has
+// multiprocessors; else one's, for more blocks at once.
+template <class S, int W, bool backward> FusedPlan plan_fused(const Context& context, FusedNetwork<S>& p) {
+  using Shape = MmaFused<W>;
+  constexpr int64_t warp_rows = 16 * (backward ? Shape::backward_fragments : Shape::forward_fragments);
+  constexpr int64_t warp_elements = warp_rows * W * (backward ? 1 + Shape::stages : 1);
+  const TileRow& row = tile_row(context.architecture);
+  const int64_t limit = block_shared(context.architecture);
+  int64_t all = 0, largest = 0;
+  for (int l = 0; l < p.layers; l++) {
+    // A line for each output, and behind them biases in float32.
+    const int64_t elements = padded(p.layer[l].out_features) * (W + (backward ? 0 : 2));
+    p.layer[l].place = int(all);
+    all += elements;
+    largest = std::max(largest, elements);
+  }
+  int64_t warps = (backward ? Shape::backward_threads : Shape::forward_threads) / 32;
+  const auto bytes = [&](int64_t weights) { return int64_t(sizeof(S)) * (weights + warps * warp_elements); };
+  const bool few = ceil_div(p.rows, warps * warp_rows) <= row.multiprocessors;
+  if (bytes(all) > limit) p.slots = (W <= 64 || few) && bytes(2 * largest) <= limit ? 2 : 1;
+  p.weight_elements = int(p.slots == 0 ? all : p.slots * largest);
+  while (bytes(p.weight_elements) > limit) warps--;
+  FusedPlan plan;
+  plan.threads = unsigned(warps * 32);
+  plan.shared_bytes = size_t(bytes(p.weight_elements));
+  constexpr int64_t by_registers = backward ? Shape::backward_blocks : Shape::forward_blocks;
+  constexpr int64_t reserved = 1 << 10;  // of each block, by CUDA
+  const int64_t at_once =
+      row.multiprocessors *
+      std::clamp<int64_t>((row.shared_kib << 10) / (int64_t(plan.shared_bytes) + reserved), 1, by_registers);
+  // As few as give each the same number of tiles.
+  const int64_t tiles = ceil_div(p.rows, warps * warp_rows);
+  plan.blocks = ceil_div(tiles, ceil_div(tiles, at_once));
+  return plan;
+}
+
+template <class S> int widest_layer(const FusedNetwork<S>& p) {
+  int widest = p.layer[0].in_features;
+  for (int l = 0; l < p.layers; l++) widest = std::max(widest, p.layer[l].out_features);
+  return widest;
+}
+
+// Calls f with the width of the float32 kernels that take the network.
+template <class S, class F> void with_fused_width(const FusedNetwork<S>& p, const F& f) {
+  const int widest = widest_layer(p);
+  if (widest <= 32) return f(std::integral_constant<int, 32>());
+  if (widest <= 64) return f(std::integral_constant<int, 64>());
+  f(std::integral_constant<int, 128>());
+}
+
+// Calls f with the width of the kernels on tensor cores that take the network, and their list of activations.
+template <class S, class F> void with_mma_fused(const FusedNetwork<S>& p, const F& f) {
+  bool light = true;
+  for (int l = 0; l < p.layers; l++) light = light && p.layer[l].activation.kind < LightActivations::size;
+  const auto with_kinds = [&](auto width) {
+    if (light) return f(width, LightActivations());
+    f(width, Activations());
+  };
+  if (widest_layer(p) <= 64) return with_kinds(std::integral_constant<int, 64>());
+  with_kinds(std::integral_constant<int, 128>());
+}
+
 }  // namespace
 
 template <class S> std::array<TileShape, tile_sizes> Kernels<S>::tiles(const Context& context) {
@@ -207,53 +292,74 @@ template <class S> std::array<TileShape, tile_sizes> Kernels<S>::tiles(const Con
 }
 
 template <class S> Plan Kernels<S>::plan(const Context& context, Epilogue epilogue, const Product<S>& p) {
-  Plan plan;
+  Plan best;
   const std::array<TileShape, tile_sizes> shapes = tiles(context);
   with_family<S>(context, [&](auto family) {
     using Family = decltype(family);
-    plan.vectors = Family::reads_vectors && can_read(read_of_a(epilogue), p.a, p.m, p.k) &&
-                   can_read(read_of_b(epilogue), p.b, p.n, p.k);
-    const TileRow row = tile_row(context.architecture);
-    // The most that cutting k may multiply the number of blocks by.
-    const int64_t cuts = epilogue == Epilogue::wgrad ? std::clamp<int64_t>(p.k / shortest_part, 1, most_parts) : 1;
-    const auto blocks = [&](int tile) { return ceil_div(p.m, shapes[tile].bm) * ceil_div(p.n, shapes[tile].bn); };
-    const bool has_large = Family::has_large && plan.vectors;
+    const bool vectors = Family::reads_vectors && can_read(read_of_a(epilogue), p.a, p.m, p.k) &&
+                         can_read(read_of_b(epilogue), p.b, p.n, p.k);
+    const bool has_large = Family::has_large && vectors;
     const bool has_library = context.library && p.m > 0 && p.n > 0 && p.k > 0;
+    const int64_t multiprocessors = tile_row(context.architecture).multiprocessors;
+    const auto plan_of = [&](TileSize tile) {
+      Plan plan;
+      plan.tile = tile;
+      plan.vectors = vectors;
+      if (tile == library_call) {
+        plan.row_tiles = runs_of(p.m);
+        return plan;
+      }
+      const TileShape& shape = shapes[tile];
+      plan.row_tiles = ceil_div(p.m, shape.bm);
+      plan.column_tiles = ceil_div(p.n, shape.bn);
+      const int64_t tiles = plan.row_tiles * plan.column_tiles;
+      // The most that cutting k may multiply the number of blocks by.
+      const int64_t cuts = epilogue == Epilogue::wgrad ? std::clamp<int64_t>(p.k / shortest_part, 1, most_parts) : 1;
+      const int64_t wanted = std::max(std::clamp<int64_t>(2 * multiprocessors / std::max<int64_t>(1, tiles), 1, cuts),
+                                      ceil_div(p.k, longest_part));
+      plan.part = std::max(ceil_div(ceil_div(p.k, wanted), shape.bk) * shape.bk, shape.bk);
+      plan.parts = std::max<int64_t>(1, ceil_div(p.k, plan.part));
+      return plan;
+    };
+    const auto fits = [&](TileSize tile) {
+      return tile == large_tile ? has_large : tile == library_call ? has_library : true;
+    };
+    const auto fastest_by_table = [&] {
+      const Costs& costs = costs_of(Family::costs, epilogue);
+      const auto cost = [&](TileSize tile) {
+        if (tile == library_call) return library_cost(costs.library, p.m, p.n, p.k, sizeof(S));
+        const Plan plan = plan_of(tile);
+        const int64_t blocks = plan.row_tiles * plan.column_tiles * plan.parts;
+        return tile_cost(costs.tile[tile], ceil_div(blocks, multiprocessors), std::min(plan.part, p.k)) *
+               (vectors || !Family::reads_vectors ? 1 : cost_of_elements);
+      };
+      TileSize found = small_tile;
+      for (const TileSize tile : {medium_tile, large_tile, library_call}) {
+        const bool counts = tile != library_call || library_has_costs(context.architecture);
+        if (counts && fits(tile) && cost(tile) < cost(found)) found = tile;
+      }
+      return found;
+    };
     const auto choose = [&]() -> TileSize {
       if (context.tile) return *context.tile;
       if (context.tf32 && has_library && std::is_same_v<S, float>) return library_call;
       if (context.measured) {
-        const ProductKey key{context.architecture, dtype_of_storage<S>, epilogue, plan.vectors, p.m, p.n, p.k};
+        const ProductKey key{context.architecture, dtype_of_storage<S>, epilogue, vectors, p.m, p.n, p.k};
         if (const auto found = context.measured(key)) return *found;
       }
-      if (has_large && std::min(p.m, p.n) > 64 && blocks(large_tile) * cuts >= row.large_from) return large_tile;
-      return blocks(medium_tile) * cuts >= row.medium_from ? medium_tile : small_tile;
+      return fastest_by_table();
     };
-    plan.tile = choose();
-    if (plan.tile == large_tile && !has_large) plan.tile = medium_tile;
-    if (plan.tile == library_call) {
-      if (has_library) {
-        plan.row_tiles = runs_of(p.m);
-        return;
-      }
-      plan.tile = medium_tile;
-    }
-    const TileShape& shape = shapes[plan.tile];
-    plan.row_tiles = ceil_div(p.m, shape.bm);
-    plan.column_tiles = ceil_div(p.n, shape.bn);
-    const int64_t tiles = blocks(plan.tile);
-    if (tiles > most_blocks)
+    const TileSize chosen = choose();
+    best = plan_of(fits(chosen) ? chosen : medium_tile);
+    if (best.tile == library_call) return;
+    if (best.row_tiles * best.column_tiles > most_blocks)
       throw std::runtime_error("fastmlp: a product of M = " + std::to_string(p.m) + " and N = " + std::to_string(p.n) +
                                " needs more blocks than a CUDA grid has");
     if (epilogue != Epilogue::wgrad && p.k > longest_part)
       throw std::runtime_error("fastmlp: sums of K = " + std::to_string(p.k) +
                                " products are too long for the CUDA kernels");
-    const int64_t wanted = std::max(std::clamp<int64_t>(2 * row.multiprocessors / std::max<int64_t>(1, tiles), 1, cuts),
-                                    ceil_div(p.k, longest_part));
-    plan.part = std::max(ceil_div(ceil_div(p.k, wanted), shape.bk) * shape.bk, shape.bk);
-    plan.parts = std::max<int64_t>(1, ceil_div(p.k, plan.part));
   });
-  return plan;
+  return best;
 }
 
 template <class S>
@@ -313,17 +419,67 @@ void Kernels<S>::sum_partials(const Context& context, const C* partials, int64_t
 
 template <class S> void Kernels<S>::fused_forward(const Context& context, const FusedNetwork<S>& p) {
   if constexpr (std::is_same_v<S, float>) {
-    const dim3 grid(unsigned(ceil_div(p.rows, fused_forward_rows)));
-    check(launch(cuda::fused_forward<S>, grid, dim3(fused_threads), 0, context.stream, p), "fused_forward", p.rows,
-          p.layer[p.layers - 1].out_features, p.layer[0].in_features);
+    with_fused_width(p, [&](auto width) {
+      const auto launch_rows = [&](auto tile_rows) {
+        const dim3 grid(unsigned(ceil_div(p.rows, FusedTile<width, tile_rows>::BM)));
+        check_fused(launch(cuda::fused_forward<S, width, tile_rows>, grid, dim3(fused_threads), 0, context.stream, p),
+                    "fused_forward", p);
+      };
+      // Fewer rows of a block where else multiprocessors had none.
+      const bool few = p.rows < tile_row(context.architecture).multiprocessors * FusedTile<width, 8>::BM;
+      if (few) return launch_rows(std::integral_constant<int, 4>());
+      launch_rows(std::integral_constant<int, 8>());
+    });
+  } else if constexpr (has_mma<S>) {
+    with_mma_fused(p, [&](auto width, auto kinds) {
+      FusedNetwork<S> planned = p;
+      const FusedPlan plan = plan_fused<S, width, false>(context, planned);
+      check_fused(launch(mma_fused_forward<S, width, decltype(kinds)>, dim3(unsigned(plan.blocks)), dim3(plan.threads),
+                         plan.shared_bytes, context.stream, planned),
+                  "mma_fused_forward", p);
+    });
   }
+}
+
+template <class S> int64_t Kernels<S>::fused_blocks(const Context& context, const FusedNetwork<S>& p) {
+  int64_t blocks = 1;
+  if constexpr (std::is_same_v<S, float>) {
+    with_fused_width(p, [&](auto width) {
+      const int64_t runs = ceil_div(p.rows, FusedTile<width, 4>::BM);
+      const int64_t at_once = fused_blocks_at_once * tile_row(context.architecture).multiprocessors;
+      // As few as give each the same number of runs.
+      blocks = ceil_div(runs, ceil_div(runs, at_once));
+    });
+  } else if constexpr (has_mma<S>) {
+    with_mma_fused(p, [&](auto width, auto) {
+      FusedNetwork<S> planned = p;
+      blocks = plan_fused<S, width, true>(context, planned).blocks;
+    });
+  }
+  return blocks;
 }
 
 template <class S> void Kernels<S>::fused_backward(const Context& context, const FusedNetwork<S>& p, int64_t blocks) {
   if constexpr (std::is_same_v<S, float>) {
-    check(launch(cuda::fused_backward<S>, dim3(unsigned(blocks)), dim3(fused_threads), 0, context.stream, p),
-          "fused_backward", p.rows, p.layer[p.layers - 1].out_features, p.layer[0].in_features);
+    with_fused_width(p, [&](auto width) {
+      check_fused(launch(cuda::fused_backward<S, width>, dim3(unsigned(blocks)), dim3(fused_threads), 0, context.stream, p),
+                  "fused_backward", p);
+    });
+  } else if constexpr (has_mma<S>) {
+    with_mma_fused(p, [&](auto width, auto kinds) {
+      FusedNetwork<S> planned = p;
+      const FusedPlan plan = plan_fused<S, width, true>(context, planned);
+      check_fused(launch(mma_fused_backward<S, width, decltype(kinds)>, dim3(unsigned(blocks)), dim3(plan.threads),
+                         plan.shared_bytes, context.stream, planned),
+                  "mma_fused_backward", p);
+    });
   }
+}
+
+template <class S> void Kernels<S>::sum_fused(const Context& context, const FusedSums<S>& sums) {
+  const dim3 block = pass_block(sums.count, sums.stride, pass_threads);
+  const dim3 grid(unsigned(ceil_div(sums.stride, block.x)));
+  check(launch(cuda::sum_fused<S>, grid, block, 0, context.stream, sums), "sum_fused", sums.count, sums.stride, 0);
 }
 
 }  // namespace fastmlp::cuda

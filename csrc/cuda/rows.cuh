@@ -3,6 +3,7 @@
 #pragma once
 
 #include "arithmetic.cuh"
+#include "fused.h"
 
 namespace fastmlp::cuda {
 
@@ -110,6 +111,25 @@ __global__ void __launch_bounds__(sum_threads)
   }
   if (blockDim.y > 1) sum_over_y<C, sum_threads>(sum);
   if (threadIdx.y == 0 && column < columns) output[column] = Narrow<S>::from(sum[0]);
+}
+
+// The same of all sums of a fused backward, in one launch.
+template <class S> __global__ void __launch_bounds__(pass_threads) sum_fused(const FusedSums<S> p) {
+  using C = Compute<S>;
+  const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  C sum[1] = {};
+  if (column < p.stride) {
+#pragma unroll 8
+    for (int64_t row = threadIdx.y; row < p.count; row += blockDim.y) sum[0] += p.partials[row * p.stride + column];
+  }
+  if (blockDim.y > 1) sum_over_y<C, pass_threads>(sum);
+  if (threadIdx.y > 0) return;
+#pragma unroll 1
+  for (int i = 0; i < p.segments; i++) {
+    const auto& segment = p.segment[i];
+    if (column >= segment.begin && column < segment.end)
+      segment.output[column - segment.begin] = Narrow<S>::from(sum[0]);
+  }
 }
 
 }  // namespace fastmlp::cuda

@@ -76,6 +76,10 @@ template <> struct Narrow<BFloat16> {
   }
 };
 
+template <class S> uint32_t narrow_pair(float low, float high, S) {
+  return uint32_t(Narrow<S>::from(low).bits) | uint32_t(Narrow<S>::from(high).bits) << 16;
+}
+
 inline void copy_async16(void* to, const void* from, int bytes) {
   const emulator::Unseen unseen;
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)

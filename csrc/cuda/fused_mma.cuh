@@ -1,0 +1,568 @@
+// Narrow networks on tensor cores, depth-fused: float16 and bfloat16. A warp owns rows and takes them through all
+// layers in registers: the sums that one layer's products leave, activated and rounded, lie as the next one's operand A.
+// Shared memory holds weights, and rows on their way in and out. Launched by products.cuh.
+#pragma once
+
+#include "fused.h"
+#include "mma.cuh"
+
+namespace fastmlp::cuda {
+
+// Activations of so little code that it may stand in a kernel once for each register: layers are then unrolled, and
+// what they leave stays where it is. Other networks take a kernel that loops. A prefix, for its numbering.
+using LightActivations = ActivationList<Identity, Relu>;
+template <class Kinds> constexpr bool is_light = Kinds::size == LightActivations::size;
+
+// Lines of features in shared memory, [..., W], as operands whose terms lie along a line, or across lines.
+template <class S, int W> using AlongLines = OperandTile<S, W, W, false>;
+template <class S, int W> using AcrossLines = OperandTile<S, W, W, true>;
+
+// A warp's fragment of 16 rows and features, as mma.m16n8k16 takes it for A: of lane l, rows l / 4 and l / 4 + 8 by
+// turns, features 2 (l % 4) and the next, then the same 8 features on.
+using Fragment = uint32_t[4];
+
+template <class S> __device__ __forceinline__ void unpack(float (&to)[2][4], const Fragment& from) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    to[i / 2][i % 2 * 2] = widen(S{uint16_t(from[i])});
+    to[i / 2][i % 2 * 2 + 1] = widen(S{uint16_t(from[i] >> 16)});
+  }
+}
+
+template <class S> __device__ __forceinline__ void pack(Fragment& to, const float (&from)[2][4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) to[i] = narrow_pair(from[i / 2][i % 2 * 2], from[i / 2][i % 2 * 2 + 1], S{});
+}
+
+// Of lines, fragment `m` of 16 lines and `n` of 16 features.
+template <class S, int W> __device__ __forceinline__ void put(S* lines, const Fragment& fragment, int m, int n) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    S* const place = lines + AlongLines<S, W>::offset(m * 16 + lane / 4 + i % 2 * 8, n * 2 + i / 2) + lane % 4 * 2;
+    *reinterpret_cast<uint32_t*>(place) = fragment[i];
+  }
+}
+
+template <class S, int W> __device__ __forceinline__ void get(Fragment& fragment, const S* lines, int m, int n) {
+  using Lines = AlongLines<S, W>;
+  load_matrices<false>(fragment, lines + Lines::place(Lines::start_of_a(0), m, n * 16));
+}
+
+// Zeros past the features, where a product of zero with infinity may have left NaN, and past the rows.
+template <int fragments>
+__device__ __forceinline__ void mask(float (&values)[fragments][2][4], int n, int features, int rows) {
+  if (n * 16 + 16 <= features && rows >= fragments * 16) return;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < fragments; m++) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const bool inside = n * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2 < features && m * 16 + lane / 4 + i / 2 % 2 * 8 < rows;
+      if (!inside) values[m][i / 4][i % 4] = 0;
+    }
+  }
+}
+
+// f(one of the fragments' values, its number) for each; in a loop, if `rolled`, that turns the registers.
+template <bool rolled, int fragments, class T, class F>
+__device__ __forceinline__ void each_fragment(T (&values)[fragments][2][4], const F& f) {
+  if constexpr (rolled && fragments == 2) {
+#pragma unroll 1
+    for (int m = 0; m < 2; m++) {
+      f(values[0], m);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const T first = values[0][i / 4][i % 4];
+        values[0][i / 4][i % 4] = values[1][i / 4][i % 4];
+        values[1][i / 4][i % 4] = first;
+      }
+    }
+  } else {
+#pragma unroll
+    for (int m = 0; m < fragments; m++) f(values[m], m);
+  }
+}
+
+// f(the number of 16s that hold the padded features).
+template <int W, class F> __device__ __forceinline__ void with_blocks(int features, const F& f) {
+  if (features <= 16) return f(std::integral_constant<int, 1>());
+  if (features <= 32) return f(std::integral_constant<int, 2>());
+  if constexpr (W > 64) {
+    if (features > 64) return f(std::integral_constant<int, 8>());
+  }
+  f(std::integral_constant<int, 4>());
+}
+
+// A lane's or thread's part of lines: chunks, or elements, of a power of two for each line, the same of every step'th.
+struct LinePart {
+  int line, item, step;
+  __device__ __forceinline__ LinePart(int thread, int threads, int items) {
+    int shift = 0;
+    while (1 << shift < items) shift++;
+    line = thread >> shift;
+    item = thread & ((1 << shift) - 1);
+    step = threads >> shift;
+  }
+};
+
+// `lines` lines of rows of x from row `first` on, of which `rows` are inside; zeros past these and past the features, up
+// to the padded ones. All of `threads` threads call it; what they copy is there after the wait for their groups.
+template <class S, int W>
+__device__ __forceinline__ void load_lines(S* to, const StridedMatrix<S>& x, int64_t first, int rows, int lines,
+                                           int features, int thread, int threads) {
+  const LinePart part(thread, threads, padded(features) / chunk_elements);
+  const int left = features - part.item * chunk_elements;
+  const S* from = x.data + (first + part.line) * x.row_stride + part.item * chunk_elements * x.column_stride;
+  const int64_t hop = part.step * x.row_stride;
+  const bool vectors =
+      x.column_stride == 1 && x.row_stride % chunk_elements == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+  const int bytes = left >= chunk_elements ? 16 : left > 0 ? left * int(sizeof(S)) : 0;
+#pragma unroll 1
+  for (int line = part.line; line < lines; line += part.step, from += hop) {
+    S* const place = to + AlongLines<S, W>::offset(line, part.item);
+    const bool inside = line < rows;
+    if (vectors) {
+      copy_async16(place, inside && left > 0 ? from : x.data, inside ? bytes : 0);
+      continue;
+    }
+    Vec<S, chunk_elements> gathered = {};
+#pragma unroll
+    for (int e = 0; e < chunk_elements; e++) {
+      if (inside && e < left) gathered.element[e] = from[e * x.column_stride];
+    }
+    *reinterpret_cast<Vec<S, chunk_elements>*>(place) = gathered;
+  }
+}
+
+// A warp's lines to rows without gaps, of which `to` is the first.
+template <class S, int W> __device__ __forceinline__ void store_lines(S* to, const S* lines, int rows, int features) {
+  const int lane = threadIdx.x % 32;
+  using Lines = AlongLines<S, W>;
+  if (features % chunk_elements == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+    const LinePart part(lane, 32, padded(features) / chunk_elements);
+    if (part.item * chunk_elements >= features) return;
+    for (int line = part.line; line < rows; line += part.step) {
+      *reinterpret_cast<Vec<S, chunk_elements>*>(to + line * features + part.item * chunk_elements) =
+          *reinterpret_cast<const Vec<S, chunk_elements>*>(lines + Lines::offset(line, part.item));
+    }
+    return;
+  }
+  const LinePart part(lane, 32, features < 32 ? features : 32);
+  for (int line = part.line; line < rows; line += part.step) {
+    for (int feature = part.item; feature < features; feature += 32)
+      to[line * features + feature] = lines[Lines::offset(line, feature / chunk_elements) + feature % chunk_elements];
+  }
+}
+
+// A layer's weights as lines, one for each output and zeros up to the padded ones, and behind them, for forward, its
+// biases in float32.
+template <class S, int W, bool with_bias>
+__device__ __forceinline__ void load_weights(S* to, const FusedLayer<S>& layer) {
+  const int out = layer.out_features, lines = padded(out);
+  load_lines<S, W>(to, layer.weight, 0, out, lines, layer.in_features, int(threadIdx.x), int(blockDim.x));
+  if constexpr (with_bias) {
+    auto* const bias = reinterpret_cast<float*>(to + lines * W);
+    for (int i = int(threadIdx.x); i < lines; i += int(blockDim.x))
+      bias[i] = layer.bias && i < out ? widen(layer.bias[i * layer.bias_stride]) : 0;
+  }
+}
+
+// sums += a b, where b are 16 columns of weights: fragment n of theirs along lines (forward) or across them (dgrad).
+template <class S, int W, bool across, int fragments>
+__device__ __forceinline__ void multiply_block(float (&sums)[fragments][2][4], const Fragment (&a)[fragments][W / 16],
+                                               const S* weights, int n, int depth) {
+  using Lines = std::conditional_t<across, AcrossLines<S, W>, AlongLines<S, W>>;
+  const int start = Lines::start_of_b(0);
+  with_blocks<W>(depth, [&](auto blocks) {
+#pragma unroll
+    for (int k = 0; k < blocks; k++) {
+      Fragment columns;
+      load_matrices<across>(columns, weights + Lines::place(start, n, k * 16));
+#pragma unroll
+      for (int m = 0; m < fragments; m++) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) multiply_add(sums[m][j], a[m][k], columns[2 * j], columns[2 * j + 1], S{});
+      }
+    }
+  });
+}
+
+// to[.][n] = fragments, where n may only be known at run time.
+template <class S, int W, int fragments>
+__device__ __forceinline__ void keep_block(Fragment (&to)[fragments][W / 16], const float (&values)[fragments][2][4],
+                                           int n) {
+#pragma unroll
+  for (int m = 0; m < fragments; m++) {
+    Fragment packed;
+    pack<S>(packed, values[m]);
+#pragma unroll
+    for (int block = 0; block < W / 16; block++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if (block == n) to[m][block][i] = packed[i];
+      }
+    }
+  }
+}
+
+// Fragments past a layer's features that the next product takes, up to the padded ones.
+template <int fragments, int blocks>
+__device__ __forceinline__ void clear_blocks(Fragment (&x)[fragments][blocks], int features) {
+#pragma unroll
+  for (int n = 0; n < blocks; n++) {
+    if (n * 16 < features) continue;
+#pragma unroll
+    for (int m = 0; m < fragments; m++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) x[m][n][i] = 0;
+    }
+  }
+}
+
+template <class S, int W, class Kinds>
+__global__ void __launch_bounds__(MmaFused<W>::forward_threads, MmaFused<W>::forward_blocks)
+    mma_fused_forward(const FusedNetwork<S> p) {
+  constexpr int fragments = MmaFused<W>::forward_fragments, warp_rows = fragments * 16;
+  constexpr bool rolled = !is_light<Kinds>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile_rows = int(blockDim.x) / 32 * warp_rows;
+  S* const memory = dynamic_shared<S>();
+  S* const lines = memory + p.weight_elements + warp * warp_rows * W;
+  int place = 0;  // of weights that come by turns
+  if (p.slots == 0) {
+    for (int l = 0; l < p.layers; l++) load_weights<S, W, true>(memory + p.layer[l].place, p.layer[l]);
+  } else if (p.slots == 2) {
+    load_weights<S, W, true>(memory, p.layer[0]);
+  }
+  commit_copies();
+  const int64_t tile_step = int64_t(gridDim.x) * tile_rows;
+  bool waits = p.slots == 0;  // for the weights of all layers
+#pragma unroll 1
+  for (int64_t tile = int64_t(blockIdx.x) * tile_rows; tile < p.rows; tile += tile_step) {
+    const int64_t first = tile + warp * warp_rows;
+    const int rows = rows_inside(first, p.rows, warp_rows);
+    load_lines<S, W>(lines, p.input, first, rows, warp_rows, p.layer[0].in_features, lane, 32);
+    commit_copies();
+    wait_for_copies<0>();
+    __syncwarp();
+    if (waits) __syncthreads();
+    waits = false;
+    Fragment x[fragments][W / 16];
+#pragma unroll
+    for (int n = 0; n < W / 16; n++) {
+      if (n * 16 >= padded(p.layer[0].in_features)) break;
+#pragma unroll
+      for (int m = 0; m < fragments; m++) get<S, W>(x[m][n], lines, m, n);
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int l = 0; l < p.layers; l++) {
+      const FusedLayer<S>& layer = p.layer[l];
+      const int in = layer.in_features, out = layer.out_features;
+      const S* weights = memory + layer.place;
+      if (p.slots == 1) {
+        weights = memory;
+        __syncthreads();
+        load_weights<S, W, true>(memory, layer);
+        commit_copies();
+        wait_for_copies<0>();
+        __syncthreads();
+      } else if (p.slots == 2) {
+        weights = memory + place;
+        place = p.weight_elements / 2 - place;
+        wait_for_copies<0>();
+        __syncthreads();
+        const bool last = l + 1 == p.layers;
+        if (!last || tile + tile_step < p.rows) load_weights<S, W, true>(memory + place, p.layer[last ? 0 : l + 1]);
+        commit_copies();
+      }
+      const auto* const bias = reinterpret_cast<const float*>(weights + padded(out) * W);
+      Fragment next[fragments][W / 16];
+#pragma unroll(rolled ? 1 : W / 16)
+      for (int n = 0; n < W / 16; n++) {
+        if (n * 16 >= out) break;
+        float sums[fragments][2][4];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          const auto pair = *reinterpret_cast<const Vec<float, 2>*>(bias + n * 16 + j * 8 + lane % 4 * 2);
+#pragma unroll
+          for (int m = 0; m < fragments; m++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) sums[m][j][e] = pair.element[e % 2];
+          }
+        }
+        multiply_block<S, W, false>(sums, x, weights, n, in);
+        if (layer.pre_activation) {
+#pragma unroll
+          for (int m = 0; m < fragments; m++) {
+            Fragment packed;
+            pack<S>(packed, sums[m]);
+            put<S, W>(lines, packed, m, n);
+          }
+        }
+        with_activation(layer.activation.kind, Kinds{}, [&](auto activation) {
+          using A = decltype(activation);
+          each_fragment<rolled>(sums, [&](float(&values)[2][4], int) {
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+              values[i / 4][i % 4] =
+                  A::template value<ScalarMath<float>>(values[i / 4][i % 4], layer.activation.scalars);
+          });
+        });
+        mask(sums, n, out, warp_rows);
+        keep_block<S, W>(next, sums, n);
+      }
+      clear_blocks(next, out);
+      if (layer.pre_activation) {
+        __syncwarp();
+        store_lines<S, W>(layer.pre_activation + first * out, lines, rows, out);
+        __syncwarp();
+      }
+#pragma unroll
+      for (int n = 0; n < W / 16; n++) {
+#pragma unroll
+        for (int m = 0; m < fragments; m++) {
+#pragma unroll
+          for (int i = 0; i < 4; i++) x[m][n][i] = next[m][n][i];
+          if (layer.output && n * 16 < out) put<S, W>(lines, x[m][n], m, n);
+        }
+      }
+      if (layer.output) {
+        __syncwarp();
+        store_lines<S, W>(layer.output + first * out, lines, rows, out);
+        __syncwarp();
+      }
+    }
+  }
+  wait_for_copies<0>();
+}
+
+// weight_sums (+)= grad^T input and bias_sums (+)= the sums of grad's columns, over the rows of a tile. A warp has
+// parts of the weights; those at their left edge multiply by a column of ones besides.
+template <class S, int W>
+__device__ __forceinline__ void add_sums(const FusedNetwork<S>& p, const FusedLayer<S>& layer, bool add, const S* grads,
+                                         const S* inputs, int tile_rows) {
+  using Lines = AcrossLines<S, W>;
+  constexpr int UM = MmaFused<W>::part_rows, UN = MmaFused<W>::part_columns;
+  const int out = layer.out_features, in = layer.in_features, lane = threadIdx.x % 32;
+  const uint32_t ones = narrow_pair(1, 1, S{});
+  const int64_t block = int64_t(blockIdx.x) * p.sums_stride;
+  const bool pairs = in % 2 == 0;
+#pragma unroll 1
+  for (int part = int(threadIdx.x) / 32; part < W / UM * (W / UN); part += int(blockDim.x) / 32) {
+    const int row = part / (W / UN) * UM, column = part % (W / UN) * UN;
+    if (row >= out || column >= in) continue;
+    const int start_a = Lines::start_of_a(row), start_b = Lines::start_of_b(column);
+    float sums[UM / 16][UN / 8][4] = {}, bias[UM / 16][4] = {};
+#pragma unroll 2
+    for (int k = 0; k < tile_rows; k += 16) {
+      Fragment a[UM / 16], b[UN / 16];
+#pragma unroll
+      for (int i = 0; i < UM / 16; i++) load_matrices<true>(a[i], grads + Lines::place(start_a, i, k));
+#pragma unroll
+      for (int j = 0; j < UN / 16; j++) load_matrices<true>(b[j], inputs + Lines::place(start_b, j, k));
+#pragma unroll
+      for (int i = 0; i < UM / 16; i++) {
+        if (column == 0) multiply_add(bias[i], a[i], ones, ones, S{});
+#pragma unroll
+        for (int j = 0; j < UN / 8; j++)
+          multiply_add(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], S{});
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < UM / 16; i++) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int o = row + i * 16 + lane / 4 + half * 8;
+        if (o >= out) continue;
+        if (layer.bias_sums && column == 0 && lane % 4 == 0) {
+          float& place = layer.bias_sums[block + o];
+          place = add ? place + bias[i][half * 2] : bias[i][half * 2];
+        }
+        if (!layer.weight_sums) continue;
+#pragma unroll
+        for (int j = 0; j < UN / 8; j++) {
+          const int k = column + j * 8 + lane % 4 * 2;
+          float* const place = layer.weight_sums + block + o * in + k;
+          if (pairs && k < in) {
+            auto& pair = *reinterpret_cast<Vec<float, 2>*>(place);
+            Vec<float, 2> sum = {sums[i][j][half * 2], sums[i][j][half * 2 + 1]};
+            if (add) sum = {pair.element[0] + sum.element[0], pair.element[1] + sum.element[1]};
+            pair = sum;
+          } else {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+              if (k + e < in) place[e] = add ? place[e] + sums[i][j][half * 2 + e] : sums[i][j][half * 2 + e];
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// A block takes every gridDim.x-th tile of rows and adds up its own sums of weights and biases.
+template <class S, int W, class Kinds>
+__global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::backward_blocks)
+    mma_fused_backward(const FusedNetwork<S> p) {
+  using Shape = MmaFused<W>;
+  constexpr int fragments = Shape::backward_fragments, warp_rows = fragments * 16, stages = Shape::stages;
+  constexpr bool rolled = !is_light<Kinds>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile_rows = int(blockDim.x) / 32 * warp_rows;
+  const int own = warp * warp_rows * W, top = p.layers - 1;
+  S* const memory = dynamic_shared<S>();
+  S* const grads = memory + p.weight_elements;
+  // Of layer l, whose input is what the layer below saved; that of the last is the input of one more.
+  const auto input_of = [&](int l) { return grads + (1 + l % stages) * tile_rows * W; };
+  // The last layer down to which the gradient goes on through weights.
+  const int last_dgrad = p.grad_input ? 0 : p.lowest + 1;
+  const auto needs_input = [&](int l) {
+    return p.layer[l].weight_sums || (l > p.lowest && p.layer[l - 1].differentiates);
+  };
+  const auto load_input = [&](int l, int64_t first, int rows) {
+    load_lines<S, W>(input_of(l) + own, l == 0 ? p.input : p.layer[l - 1].saved, first, rows, warp_rows,
+                     l > top ? p.layer[top].out_features : p.layer[l].in_features, lane, 32);
+  };
+  // values *= act'(saved), saved being fragment (m, n) of lines
+  const auto differentiate = [&](float(&values)[fragments][2][4], const FusedLayer<S>& layer, const S* lines, int n) {
+    with_activation(layer.activation.kind, Kinds{}, [&](auto activation) {
+      using A = decltype(activation);
+      if constexpr (!std::is_same_v<A, Identity>) {
+        each_fragment<rolled>(values, [&](float(&value)[2][4], int m) {
+          Fragment packed;
+          float saved[2][4];
+          get<S, W>(packed, lines, m, n);
+          unpack<S>(saved, packed);
+#pragma unroll
+          for (int i = 0; i < 8; i++)
+            value[i / 4][i % 4] = A::template gradient<ScalarMath<float>>(value[i / 4][i % 4], saved[i / 4][i % 4],
+                                                                          layer.activation.scalars);
+        });
+      }
+    });
+  };
+  int place = 0;  // of weights that come by turns
+  if (p.slots == 0) {
+    for (int l = last_dgrad; l <= top; l++) load_weights<S, W, false>(memory + p.layer[l].place, p.layer[l]);
+  } else if (last_dgrad <= top) {
+    load_weights<S, W, false>(memory, p.layer[top]);
+  }
+  commit_copies();
+  const int64_t tile_step = int64_t(gridDim.x) * tile_rows;
+#pragma unroll 1
+  for (int64_t tile = int64_t(blockIdx.x) * tile_rows; tile < p.rows; tile += tile_step) {
+    const bool add = tile >= tile_step;
+    const int64_t first = tile + warp * warp_rows;
+    const int rows = rows_inside(first, p.rows, warp_rows);
+    const int last_features = p.layer[top].out_features;
+    load_lines<S, W>(grads + own, p.grad, first, rows, warp_rows, last_features, lane, 32);
+    if (p.layer[top].differentiates) load_input(top + 1, first, rows);
+    commit_copies();
+    if (stages == 2 && needs_input(top)) load_input(top, first, rows);
+    commit_copies();
+    wait_for_copies<stages == 2 ? 1 : 0>();
+    __syncwarp();
+    Fragment grad[fragments][W / 16];
+#pragma unroll(rolled ? 1 : W / 16)
+    for (int n = 0; n < W / 16; n++) {
+      if (n * 16 >= padded(last_features)) break;
+      float values[fragments][2][4];
+#pragma unroll
+      for (int m = 0; m < fragments; m++) {
+        Fragment packed;
+        get<S, W>(packed, grads + own, m, n);
+        unpack<S>(values[m], packed);
+      }
+      if (p.layer[top].differentiates) {
+        differentiate(values, p.layer[top], input_of(top + 1) + own, n);
+#pragma unroll
+        for (int m = 0; m < fragments; m++) {
+          Fragment packed;
+          pack<S>(packed, values[m]);
+          put<S, W>(grads + own, packed, m, n);
+        }
+      }
+      keep_block<S, W>(grad, values, n);
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int l = top; l >= p.lowest; l--) {
+      const FusedLayer<S>& layer = p.layer[l];
+      const int in = layer.in_features, out = layer.out_features;
+      const bool goes_on = l >= last_dgrad, converts = layer.weight_sums && l > 0 && !p.layer[l - 1].keeps_output;
+      S* const input = input_of(l);
+      if (stages == 1 && needs_input(l)) load_input(l, first, rows);
+      commit_copies();
+      wait_for_copies<0>();
+      __syncthreads();
+      const S* weights = memory + layer.place;
+      // What the next layer needs besides.
+      if (stages == 2 && l > p.lowest && needs_input(l - 1)) load_input(l - 1, first, rows);
+      const int next_dgrad = l > last_dgrad ? l - 1 : tile + tile_step < p.rows ? top : -1;
+      if (p.slots > 0 && goes_on) {
+        weights = memory + place;
+        if (p.slots == 2) {
+          place = p.weight_elements / 2 - place;
+          if (next_dgrad >= 0) load_weights<S, W, false>(memory + place, p.layer[next_dgrad]);
+        }
+      }
+      commit_copies();
+      Fragment next[fragments][W / 16];
+      if (goes_on) {
+#pragma unroll(rolled ? 1 : W / 16)
+        for (int n = 0; n < W / 16; n++) {
+          if (n * 16 >= in) break;
+          float sums[fragments][2][4] = {};
+          multiply_block<S, W, true>(sums, grad, weights, n, out);
+          if (l > 0 && p.layer[l - 1].differentiates) differentiate(sums, p.layer[l - 1], input + own, n);
+          mask(sums, n, in, rows);
+          keep_block<S, W>(next, sums, n);
+        }
+        clear_blocks(next, in);
+      }
+      if (converts) {
+        if constexpr (rolled) {
+          with_activation(p.layer[l - 1].activation.kind, Kinds{}, [&](auto activation) {
+            using A = decltype(activation);
+#pragma unroll 1
+            for (int block = 0; block < (in + 15) / 16 * fragments; block++) {
+              Fragment packed;
+              float values[2][4];
+              get<S, W>(packed, input + own, block % fragments, block / fragments);
+              unpack<S>(values, packed);
+#pragma unroll
+              for (int i = 0; i < 8; i++)
+                values[i / 4][i % 4] = A::template value<ScalarMath<float>>(values[i / 4][i % 4],
+                                                                            p.layer[l - 1].activation.scalars);
+              pack<S>(packed, values);
+              put<S, W>(input + own, packed, block % fragments, block / fragments);
+            }
+          });
+        }
+      }
+      if (converts || p.slots == 1) __syncthreads();
+      if (p.slots == 1 && goes_on && next_dgrad >= 0) load_weights<S, W, false>(memory, p.layer[next_dgrad]);
+      commit_copies();
+      if (layer.weight_sums || layer.bias_sums) add_sums<S, W>(p, layer, add, grads, input, tile_rows);
+      __syncthreads();
+      if (!goes_on) break;
+#pragma unroll
+      for (int n = 0; n < W / 16; n++) {
+#pragma unroll
+        for (int m = 0; m < fragments; m++) {
+#pragma unroll
+          for (int i = 0; i < 4; i++) grad[m][n][i] = next[m][n][i];
+          if (n * 16 < in) put<S, W>(grads + own, grad[m][n], m, n);
+        }
+      }
+      if (l == 0) {
+        __syncwarp();
+        store_lines<S, W>(p.grad_input + first * in, grads + own, rows, in);
+        __syncwarp();
+      }
+    }
+  }
+  wait_for_copies<0>();
+}
+
+}  // namespace fastmlp::cuda
