@@ -147,7 +147,7 @@ __device__ __forceinline__ void keep_sums(Features<C, Tile::BN, Tile::BM>& to, c
 }
 
 template <class S, int width, int TM>
-__global__ void __launch_bounds__(fused_threads, fused_blocks_at_once)
+__global__ void __launch_bounds__(fused_threads, TM == 8 ? 3 : fused_blocks_at_once)
     fused_forward(const FusedNetwork<S> p) {
   using C = Compute<S>;
   using Tile = FusedTile<width, TM>;
