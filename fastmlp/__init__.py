@@ -8,6 +8,7 @@ from fastmlp.frozen import FrozenMLP, freeze
 from fastmlp.modules import MLP, Linear, Sequential
 from fastmlp.reference import Sin
 from fastmlp.training import TrainStep
+from fastmlp.tuning import autotune
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "Sin",
     "TrainStep",
     "__version__",
+    "autotune",
     "convert",
     "explain",
     "freeze",

@@ -72,11 +72,16 @@ def product(a: Bounded, b: Bounded, dtype: torch.dtype, more: Tensor | None = No
     return Bounded(value, gamma(terms + 1, dtype) * (magnitude + carried) + carried)
 
 
+def activate(z: Tensor, act: Activation) -> Tensor:
+    """PyTorch's activation as its CPU computes it: on GPUs its hardswish of float64 has a sixth of single precision."""
+    return reference.activate(z.cpu(), act.name, act.parameters).to(z.device)
+
+
 def slope(z: Tensor, act: Activation) -> Tensor:
     """act'(z) as torch's autograd has it."""
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
-        y = reference.activate(leaf, act.name, act.parameters)
+        y = activate(leaf, act)
         return torch.autograd.grad(y.sum(), leaf)[0]
 
 
@@ -96,7 +101,7 @@ def sampled(f: Callable[[Tensor], Tensor], z: Bounded) -> tuple[Tensor, Tensor]:
 
 def activated(z: Bounded, act: Activation, dtype: torch.dtype) -> Bounded:
     finfo = torch.finfo(working(dtype))
-    y, change = sampled(lambda v: reference.activate(v, act.name, act.parameters), z)
+    y, change = sampled(lambda v: activate(v, act), z)
     if act.name == "identity":
         return Bounded(y, z.error)
     scale = y.abs() + z.value.abs() * slope(z.value, act).abs()
@@ -113,7 +118,7 @@ def differentiated(g: Bounded, z: Bounded, act: Activation, dtype: torch.dtype) 
     d, change = sampled(lambda v: slope(v, act), z)
     error = change + ULPS * finfo.eps * (1 + z.value.abs() * steepest(act)).clamp(max=1 + steepest(act))
     # Derivatives that are taken from the output y change by at most 2 |y| where y changes by |y|.
-    y = reference.activate(z.value, act.name, act.parameters)
+    y = activate(z.value, act)
     error = error + finfo.eps * d.abs() + 2 * torch.finfo(dtype).eps * y.abs().clamp(max=1 + steepest(act))
     carried = g.error * (d.abs() + error)
     return Bounded(g.value * d, g.value.abs() * error + carried + finfo.tiny)
@@ -138,10 +143,13 @@ def network(
     biases: Sequence[Tensor | None],
     activations: Sequence[Activation],
     grad: Tensor | Callable[[Bounded], Bounded],
+    rounds_sums: bool = False,
 ) -> Expected:
     """Bounds for two-dimensional arguments, whose dtype is the one computed in.
 
-    The gradient with respect to the output is given, or follows from the output.
+    The gradient with respect to the output is given, or follows from the output. With `rounds_sums` a pre-activation
+    is stored before the activation is computed from it, as PyTorch does, and as fastmlp does where PyTorch's library
+    multiplies.
     """
     dtype = input.dtype
     output = Bounded.exact(input)
@@ -151,6 +159,8 @@ def network(
     for weight, bias, act in zip(weights, biases, activations, strict=True):
         more = None if bias is None else bias.detach().double()
         z = product(output, Bounded.exact(weight.t()), dtype, more)
+        if rounds_sums:
+            z = stored(z, dtype)
         output = activated(z, act, dtype)
         if len(zs) + 1 < len(weights):
             output = stored(output, dtype)

@@ -70,10 +70,12 @@ class KernelChecks:
     Attributes:
         extension: gives the extension, which takes a while to build.
         device: where its tensors live.
+        rounds_sums: whether a library may multiply, which stores sums before an activation is computed from them.
     """
 
     extension: Callable[[], Any]
     device: str
+    rounds_sums: bool = False
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, dtype=dtype, device=self.device)
@@ -94,7 +96,7 @@ class KernelChecks:
         extension = self.extension()
         has_bias = [b is not None for b in biases]
         parameters = [t for pair in zip(weights, biases, strict=True) for t in pair if t is not None]
-        expected = network(input, weights, biases, acts, grad)
+        expected = network(input, weights, biases, acts, grad, self.rounds_sums)
         stack = self.native(has_bias, acts)
         output, hidden = extension.forward(stack, input, parameters)
         assert_within(output, expected.output, "output")

@@ -34,7 +34,7 @@ if not torch.cuda.is_available():
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
-checks = KernelChecks(lambda: _C, "cuda")
+checks = KernelChecks(lambda: _C, "cuda", rounds_sums=True)
 
 #: Half a second of the GPU's time.
 A_WHILE = 1_000_000_000

@@ -331,7 +331,7 @@ template <class S> Plan Kernels<S>::plan(const Context& context, Epilogue epilog
         const Plan plan = plan_of(tile);
         const int64_t blocks = plan.row_tiles * plan.column_tiles * plan.parts;
         return tile_cost(costs.tile[tile], ceil_div(blocks, multiprocessors), std::min(plan.part, p.k)) *
-               (vectors || !Family::reads_vectors ? 1 : cost_of_elements);
+               (vectors || !Family::reads_vectors ? 1 : cost_of_elements(Family::costs));
       };
       TileSize found = small_tile;
       for (const TileSize tile : {medium_tile, large_tile, library_call}) {

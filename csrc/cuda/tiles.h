@@ -45,10 +45,10 @@ struct TileCost {
   double start, latency, term, finish;
 };
 
-// Microseconds of a call, with what the host takes longer than for a kernel of ours, and what the passes after it cost;
-// TFLOP/s and TB/s.
+// Microseconds of a call, with one for what the host takes longer than for a kernel of ours, and of the passes after it;
+// TFLOP/s, and TB/s of operands and of results, which these passes read and write again.
 struct LibraryCost {
-  double start, tflops, tbytes;
+  double start, tflops, reads, writes;
 };
 
 struct Costs {
@@ -60,19 +60,22 @@ enum class CostKind { float32, float64, tensor_cores };
 
 // clang-format off
 constexpr Costs all_costs[3][3] = {
-    {{{{3.58, 0.0077, 0.0933, 1.742}, {2.88, 0.0371, 0.0364, 0.430}, {2.56, 0.0206, 0.0117, 0.131}}, {8.16, 41.7, 1.50}},
-     {{{2.41, 0.0001, 0.0969, 7.327}, {3.30, 0.0373, 0.0319, 2.199}, {4.47, 0.0197, 0.0096, 0.701}}, {12.79, 45.4, 1.39}},
-     {{{0.46, 0.1142, 0.0896, 2.742}, {1.43, 0.0411, 0.0311, 0.706}, {1.58, 0.0264, 0.0086, 0.194}}, {5.94, 47.1, 1.99}}},
-    {{{{2.71, 0.0019, 0.1031, 0.994}, {2.71, 0.0019, 0.1031, 0.994}, {2.15, 0.0392, 0.0313, 0.243}}, {8.90, 25.6, 1.86}},
-     {{{2.72, 0.0001, 0.0953, 3.359}, {2.72, 0.0001, 0.0953, 3.359}, {4.39, 0.0399, 0.0276, 0.979}}, {9.50, 49.7, 1.80}},
-     {{{2.40, 0.1050, 0.0914, 1.562}, {2.40, 0.1050, 0.0914, 1.562}, {1.59, 0.0383, 0.0274, 0.368}}, {5.22, 53.1, 2.24}}},
-    {{{{4.35, 0.0164, 0.0097, 2.747}, {2.89, 0.0093, 0.0044, 0.495}, {2.41, 0.0036, 0.0021, 0.183}}, {5.28, 741.0, 3.15}},
-     {{{3.31, 0.0014, 0.0115, 9.154}, {5.06, 0.0080, 0.0037, 1.124}, {4.33, 0.0034, 0.0019, 0.663}}, {9.03, 579.0, 1.99}},
-     {{{3.45, 0.0210, 0.0103, 1.853}, {2.29, 0.0115, 0.0037, 0.462}, {2.02, 0.0054, 0.0027, 0.177}}, {5.35, 773.0, 2.67}}},
+    {{{{5.29, 0.0950, 0.0907, 0.301}, {2.62, 0.0394, 0.0363, 0.363}, {2.65, 0.0181, 0.0116, 0.135}}, {5.48, 47.7, 1.36, 3.79}},
+     {{{9.10, 0.0970, 0.0917, 0.662}, {4.77, 0.0371, 0.0328, 1.212}, {4.75, 0.0179, 0.0098, 0.566}}, {10.66, 50.2, 1.92, 0.90}},
+     {{{3.36, 0.1016, 0.0913, 0.287}, {1.48, 0.0426, 0.0306, 0.733}, {1.73, 0.0248, 0.0086, 0.179}}, {5.31, 52.2, 1.25, 5.25}}},
+    {{{{3.81, 0.1063, 0.1039, 0.249}, {3.80, 0.1064, 0.1039, 0.251}, {2.71, 0.0346, 0.0308, 0.317}}, {5.74, 30.6, 2.21, 0.78}},
+     {{{5.02, 0.0030, 0.0969, 0.747}, {3.75, 0.0457, 0.0959, 2.707}, {4.79, 0.0360, 0.0277, 0.729}}, {8.51, 62.7, 2.67, 0.75}},
+     {{{3.12, 0.0038, 0.0923, 1.297}, {3.16, 0.0106, 0.0921, 1.300}, {1.75, 0.0346, 0.0253, 0.349}}, {3.84, 58.3, 1.68, 3.68}}},
+    {{{{4.84, 0.0159, 0.0100, 2.608}, {2.86, 0.0087, 0.0042, 0.464}, {2.41, 0.0033, 0.0022, 0.189}}, {3.82, 916.3, 2.98, 1.80}},
+     {{{3.76, 0.0176, 0.0099, 10.743}, {5.37, 0.0077, 0.0036, 1.185}, {4.09, 0.0042, 0.0020, 0.686}}, {8.63, 857.2, 2.54, 0.75}},
+     {{{3.09, 0.0236, 0.0117, 1.932}, {2.01, 0.0117, 0.0039, 0.562}, {1.69, 0.0050, 0.0025, 0.222}}, {3.62, 838.4, 1.54, 3.91}}},
 };
 // clang-format on
 
 constexpr const Costs& costs_of(CostKind kind, Epilogue epilogue) { return all_costs[int(kind)][int(epilogue)]; }
+
+// What reading operands element by element multiplies the cost of a tile by.
+constexpr double cost_of_elements(CostKind kind) { return kind == CostKind::tensor_cores ? 2.0 : 1.1; }
 
 // For `waves` blocks on each multiprocessor, each with sums over k terms.
 constexpr double tile_cost(const TileCost& cost, int64_t waves, int64_t k) {
@@ -81,12 +84,10 @@ constexpr double tile_cost(const TileCost& cost, int64_t waves, int64_t k) {
 
 constexpr double library_cost(const LibraryCost& cost, int64_t m, int64_t n, int64_t k, size_t element_bytes) {
   const double products = 2e-6 * double(m) * double(n) * double(k);
-  const double bytes = 1e-6 * double(element_bytes) * (double(m) * double(k) + double(n) * double(k) + double(m) * double(n));
-  return cost.start + std::max(products / cost.tflops, bytes / cost.tbytes);
+  const double read = 1e-6 * double(element_bytes) * double(k) * (double(m) + double(n));
+  const double written = 1e-6 * double(element_bytes) * double(m) * double(n);
+  return cost.start + std::max(products / cost.tflops, read / cost.reads) + written / cost.writes;
 }
-
-// What reading operands element by element multiplies the cost of a tile by.
-constexpr double cost_of_elements = 1.5;
 
 // Cards whose library has instructions that our kernels do not use (wgmma, tcgen05). Measured on sm_90; sm_100 is taken
 // to be like it. Elsewhere the library is called where the user has measured it to be the faster.
