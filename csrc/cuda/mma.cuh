@@ -3,6 +3,8 @@
 // and element by element. Launched by products.cuh.
 #pragma once
 
+#include <type_traits>
+
 #include "epilogue.cuh"
 
 namespace fastmlp::cuda {
@@ -103,7 +105,7 @@ template <class S, class Tile, int rows, Read read> class Copier {
           copy_async16(place(to, i), from + i * distance, inside ? 16 : 0);
         } else {
           staged[i] = {};
-          if (inside) staged[i] = *reinterpret_cast<const Chunk*>(from + i * distance);
+          if (inside) staged[i] = *reinterpret_cast<const uint4*>(from + i * distance);
         }
       }
     }
@@ -113,12 +115,11 @@ template <class S, class Tile, int rows, Read read> class Copier {
   __device__ __forceinline__ void store(Target& to) const {
     if constexpr (!asynchronous) {
 #pragma unroll
-      for (int i = 0; i < count; i++) *reinterpret_cast<Chunk*>(place(to, i)) = staged[i];
+      for (int i = 0; i < count; i++) *reinterpret_cast<uint4*>(place(to, i)) = staged[i];
     }
   }
 
  private:
-  using Chunk = Vec<S, chunk_elements>;
   static constexpr int hop = threads / chunks;  // lines, from one chunk of the thread to its next
   static_assert(threads % chunks == 0 && hop % 8 == 0, "a thread's lines have the same permutation");
 
@@ -137,19 +138,21 @@ template <class S, class Tile, int rows, Read read> class Copier {
     for (int i = 0; i < count; i++) {
       const S* const source = from + i * (line_hop() * stride + chunk_hop() * chunk_elements * k_stride);
       const int depth = (chunk + i * chunk_hop()) * chunk_elements;
-      staged[i] = {};
+      uint32_t words[4] = {};
 #pragma unroll
       for (int e = 0; e < chunk_elements; e++) {
-        if (line + i * line_hop() < rows_left && depth + e < depth_left) staged[i].element[e] = source[e * k_stride];
+        if (line + i * line_hop() < rows_left && depth + e < depth_left)
+          words[e / 2] |= uint32_t(source[e * k_stride].bits) << e % 2 * 16;
       }
+      staged[i] = {words[0], words[1], words[2], words[3]};
     }
   }
 
   const S* from;  // the thread's first chunk of the next tile
   int64_t stride, k_stride;
   int line, chunk, rows_left;
-  bool lines_first;  // neighbouring threads have neighbouring lines
-  Chunk staged[asynchronous ? 1 : count];
+  bool lines_first;                        // neighbouring threads have neighbouring lines
+  uint4 staged[asynchronous ? 1 : count];  // words: elements of 16 bits would be taken apart and put together
 };
 
 template <class A, class B, class Slab, class RowSums, int stages> union MmaShared {
@@ -196,70 +199,65 @@ __global__ void __launch_bounds__(Tile::threads) mma_product(const Product<S> p)
   const int start_a = CopierA::Target::start_of_a(warp_row * WM),
             start_b = CopierB::Target::start_of_b(warp_column * WN);
   float sums[WM / 16][WN / 8][4] = {};
-  // Each row of A is read by every column of tiles; the first one sums it, as a product with a column of ones, of which
-  // each warp beside others has some depths.
-  const bool sums_rows = epilogue == Epilogue::wgrad && column_tile == 0 && p.row_sums;
-  const uint32_t ones = Narrow<S>::from(1).bits * 0x10001u;
-  float row_sums[WM / 16][4] = {};
-
   int left = int(k_end - k_begin);  // of k
 #pragma unroll
   for (int stage = 0; stage + 1 < stages; stage++) {
     load(stage, left - stage * BK);
     store(stage);
   }
-  int stage = 0;
+  // With or without the sums of A's rows, which are a product with a column of ones.
+  const auto multiply_tiles = [&](auto sums_rows) {
+    float row_sums[WM / 16][4] = {};
+    int stage = 0;
 #pragma unroll 1
-  for (; left > 0; left -= BK) {
-    wait_for_copies<stages - 2>();
-    __syncthreads();
-    // Into the stage that all threads had read before this barrier.
-    const int next = stage == 0 ? stages - 1 : stage - 1;
-    load(next, left - (stages - 1) * BK);
+    for (; left > 0; left -= BK) {
+      wait_for_copies<stages - 2>();
+      __syncthreads();
+      // Into the stage that all threads had read before this barrier.
+      const int next = stage == 0 ? stages - 1 : stage - 1;
+      load(next, left - (stages - 1) * BK);
 #pragma unroll
-    for (int kk = 0; kk < BK; kk += 16) {
-      uint32_t rows[WM / 16][4], columns[WN / 16][4];
+      for (int kk = 0; kk < BK; kk += 16) {
+        uint32_t rows[WM / 16][4], columns[WN / 16][4];
 #pragma unroll
-      for (int i = 0; i < WM / 16; i++) memory.operands.a[stage].load(rows[i], start_a, i, kk);
+        for (int i = 0; i < WM / 16; i++) memory.operands.a[stage].load(rows[i], start_a, i, kk);
 #pragma unroll
-      for (int j = 0; j < WN / 16; j++) memory.operands.b[stage].load(columns[j], start_b, j, kk);
+        for (int j = 0; j < WN / 16; j++) memory.operands.b[stage].load(columns[j], start_b, j, kk);
 #pragma unroll
-      for (int i = 0; i < WM / 16; i++) {
+        for (int i = 0; i < WM / 16; i++) {
 #pragma unroll
-        for (int j = 0; j < WN / 8; j++)
-          multiply_add(sums[i][j], rows[i], columns[j / 2][j % 2 * 2], columns[j / 2][j % 2 * 2 + 1], S{});
-      }
-    }
-    store(next);
-    if constexpr (epilogue == Epilogue::wgrad) {
-      if (sums_rows) {
-#pragma unroll 1
-        for (int kk = warp_column * 16; kk < BK; kk += Tile::warp_columns * 16) {
+          for (int j = 0; j < WN / 8; j++)
+            multiply_add(sums[i][j], rows[i], columns[j / 2][j % 2 * 2], columns[j / 2][j % 2 * 2 + 1], S{});
+        }
+        if constexpr (sums_rows) {
+          const uint32_t ones = Narrow<S>::from(1).bits * 0x10001u;
+          // Warps beside each other have the same rows: each takes some of the depths.
+          if (kk / 16 % Tile::warp_columns == warp_column) {
 #pragma unroll
-          for (int i = 0; i < WM / 16; i++) {
-            uint32_t rows[4];
-            memory.operands.a[stage].load(rows, start_a, i, kk);
-            multiply_add(row_sums[i], rows, ones, ones, S{});
+            for (int i = 0; i < WM / 16; i++) multiply_add(row_sums[i], rows[i], ones, ones, S{});
           }
         }
       }
+      store(next);
+      stage = stage + 1 == stages ? 0 : stage + 1;
     }
-    stage = stage + 1 == stages ? 0 : stage + 1;
-  }
-  wait_for_copies<0>();
-
-  if constexpr (epilogue == Epilogue::wgrad) {
-    if (sums_rows) {
+    wait_for_copies<0>();
+    if constexpr (sums_rows) {
       __syncthreads();
-      // All columns of the product are the same; a lane has rows g and g + 8.
+      // All columns of that product are the same; a lane has rows g and g + 8.
 #pragma unroll
       for (int i = 0; i < WM / 16; i++) {
-        if (lane % 4 > 0) continue;
-        memory.row_sums[warp_column][warp_row * WM + i * 16 + lane / 4] = row_sums[i][0];
-        memory.row_sums[warp_column][warp_row * WM + i * 16 + lane / 4 + 8] = row_sums[i][2];
+        float* const to = &memory.row_sums[warp_column][warp_row * WM + i * 16 + lane / 4];
+        if (lane % 4 == 0) to[0] = row_sums[i][0], to[8] = row_sums[i][2];
       }
       finish_row_sums(p, memory.row_sums, int64_t(row_tile) * BM, blockIdx.z);
     }
+  };
+  // Every column of tiles reads the same rows; the first one sums them.
+  if (epilogue == Epilogue::wgrad && column_tile == 0 && p.row_sums) {
+    if constexpr (epilogue == Epilogue::wgrad) multiply_tiles(std::true_type());
+  } else {
+    multiply_tiles(std::false_type());
   }
 
   Finisher<S, epilogue, RowSlab, Tile::threads> finisher(p, int64_t(row_tile) * BM, int64_t(column_tile) * BN,
