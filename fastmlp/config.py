@@ -121,7 +121,7 @@ def show_config() -> None:
     rows = [
         ("fastmlp", f"{_version()} in {Path(__file__).parent}"),
         ("torch", f"{torch.__version__}, built with {read_build()['torch']}"),
-        ("cuda", "built in" if read_build()["cuda"] else "not built in"),
+        ("cuda", "built in" if read_build()["cuda"] else _without_cuda()),
         ("machine", f"{platform.machine()}, {platform.python_implementation()} {platform.python_version()}"),
         ("threads", str(torch.get_num_threads())),
         ("devices", ", ".join(_C.devices())),
@@ -133,6 +133,11 @@ def show_config() -> None:
         rows.append((f"isa {isa['name']}", f"{state}; {isa['description']}"))
     for name, text in rows:
         print(f"{name:13} {text}")
+
+
+def _without_cuda() -> str:
+    # The command helps only where torch has CUDA.
+    return "not built in" if torch.version.cuda is None else f"not built in: {_C.device_obstacle('cuda')}"
 
 
 def _version() -> str:

@@ -63,7 +63,8 @@ def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tile", [(32, 32, 16), (16, 64, 64), (64, 64, 32)], ids=str)
 def test_shapes_around_tiles(tile: tuple[int, int, int], dtype: torch.dtype) -> None:
     for m, n, k in shapes_around(*tile):
-        checks.one_layer(m, n, k, dtype, resolve("relu"), bias=(m + n + k) % 3 > 0)
+        for act in (resolve("relu"), IDENTITY):
+            checks.one_layer(m, n, k, dtype, act, bias=(m + n + k) % 3 > 0)
 
 
 #: M, N and K for which the static table takes each size of tile on cards from a T4 to a B200, aligned and not; long
@@ -78,7 +79,8 @@ LARGE = (
 
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_large_shapes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    checks.one_layer(*shape, dtype, resolve("silu"))
+    for act in (resolve("silu"), IDENTITY):
+        checks.one_layer(*shape, dtype, act)
 
 
 def test_every_activation(dtype: torch.dtype, activation: Activation) -> None:
