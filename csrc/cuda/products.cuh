@@ -152,10 +152,26 @@ struct FusedPlan {
 // Shared memory of a block, by what all cards of the architectures have.
 constexpr int64_t block_shared(int architecture) { return (architecture >= 80 ? 99 : 64) << 10; }
 
+// Registers for the largest of the gradients of weights.
+template <class S> void hold_largest(FusedNetwork<S>& p, int count) {
+  for (int h = 0; h < count; h++) {
+    int64_t most = 0;
+    int largest = -1;
+    for (int l = p.lowest; l < p.layers; l++) {
+      const FusedLayer<S>& layer = p.layer[l];
+      const int64_t weights = int64_t(layer.out_features) * layer.in_features;
+      if (!layer.weight_sums || layer.held >= 0 || weights <= most) continue;
+      most = weights;
+      largest = l;
+    }
+    if (largest >= 0) p.layer[largest].held = h;
+  }
+}
+
 // Gives the layers' weights their places, too. Weights stay in shared memory if all fit beside the rows; else two
 // layers' do, the next one's ahead, if the layers are small or the batch has no more tiles than the card has
 // multiprocessors; else one's, for more blocks at once.
-template <class S, int W, bool backward> FusedPlan plan_fused(const Context& context, FusedNetwork<S>& p) {
+template <class S, int W, class Kinds, bool backward> FusedPlan plan_fused(const Context& context, FusedNetwork<S>& p) {
   using Shape = MmaFused<W>;
   constexpr int64_t warp_rows = 16 * (backward ? Shape::backward_fragments : Shape::forward_fragments);
   constexpr int64_t warp_elements = warp_rows * W * (backward ? 1 + Shape::stages : 1);
@@ -175,6 +191,9 @@ template <class S, int W, bool backward> FusedPlan plan_fused(const Context& con
   if (bytes(all) > limit) p.slots = (W <= 64 || few) && bytes(2 * largest) <= limit ? 2 : 1;
   p.weight_elements = int(p.slots == 0 ? all : p.slots * largest);
   while (bytes(p.weight_elements) > limit) warps--;
+  if constexpr (backward) {
+    if (warps == Shape::backward_threads / 32) hold_largest(p, held_parts<W, Kinds>);
+  }
   FusedPlan plan;
   plan.threads = unsigned(warps * 32);
   plan.shared_bytes = size_t(bytes(p.weight_elements));
@@ -315,7 +334,7 @@ template <class S> void Kernels<S>::fused_forward(const Context& context, const 
   } else if constexpr (has_mma<S>) {
     with_mma_fused(p, [&](auto width, auto kinds) {
       FusedNetwork<S> planned = p;
-      const FusedPlan plan = plan_fused<S, width, false>(context, planned);
+      const FusedPlan plan = plan_fused<S, width, decltype(kinds), false>(context, planned);
       check_fused(launch(mma_fused_forward<S, width, decltype(kinds)>, dim3(unsigned(plan.blocks)), dim3(plan.threads),
                          plan.shared_bytes, context.stream, planned),
                   "mma_fused_forward", p);
@@ -326,9 +345,9 @@ template <class S> void Kernels<S>::fused_forward(const Context& context, const 
 template <class S> int64_t Kernels<S>::fused_blocks(const Context& context, const FusedNetwork<S>& p) {
   int64_t blocks = std::min(ceil_div(p.rows, fused_backward_rows), 2 * tile_row(context.architecture).multiprocessors);
   if constexpr (has_mma<S>) {
-    with_mma_fused(p, [&](auto width, auto) {
+    with_mma_fused(p, [&](auto width, auto kinds) {
       FusedNetwork<S> planned = p;
-      blocks = plan_fused<S, width, true>(context, planned).blocks;
+      blocks = plan_fused<S, width, decltype(kinds), true>(context, planned).blocks;
     });
   }
   return blocks;
@@ -341,7 +360,7 @@ template <class S> void Kernels<S>::fused_backward(const Context& context, const
   } else if constexpr (has_mma<S>) {
     with_mma_fused(p, [&](auto width, auto kinds) {
       FusedNetwork<S> planned = p;
-      const FusedPlan plan = plan_fused<S, width, true>(context, planned);
+      const FusedPlan plan = plan_fused<S, width, decltype(kinds), true>(context, planned);
       check_fused(launch(mma_fused_backward<S, width, decltype(kinds)>, dim3(unsigned(blocks)), dim3(plan.threads),
                          plan.shared_bytes, context.stream, planned),
                   "mma_fused_backward", p);
