@@ -78,7 +78,8 @@ __device__ __forceinline__ uint32_t narrow_pair(float low, float high, Float16) 
 }
 __device__ __forceinline__ uint32_t narrow_pair(float low, float high, BFloat16) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return uint32_t(__bfloat16_as_ushort(__low2bfloat16(pair))) | uint32_t(__bfloat16_as_ushort(__high2bfloat16(pair))) << 16;
+  return uint32_t(__bfloat16_as_ushort(__low2bfloat16(pair))) | uint32_t(__bfloat16_as_ushort(__high2bfloat16(pair)))
+                                                                    << 16;
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }

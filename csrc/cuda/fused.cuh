@@ -228,8 +228,7 @@ template <class S> __global__ void __launch_bounds__(fused_threads, 2) fused_bac
       const int out = layer.out_features, in = layer.in_features;
       if (layer.weight_sums) load_input(l, first, rows);
       __syncthreads();
-      if (layer.weight_sums)
-        add_weight_sums<C, Tile::BM>(layer.weight_sums + block, add, grad, memory.input, out, in);
+      if (layer.weight_sums) add_weight_sums<C, Tile::BM>(layer.weight_sums + block, add, grad, memory.input, out, in);
       if (layer.bias_sums && int(threadIdx.x) < out) {
         C sum = 0;
         for (int row = 0; row < rows; row++) sum += grad[threadIdx.x][row];

@@ -24,7 +24,7 @@ template <> struct MmaFused<64> {
   static constexpr int part_rows = 32, part_columns = 32, held = 3;
 };
 template <> struct MmaFused<128> {
-  static constexpr int forward_fragments = 2, forward_threads = 128, forward_blocks = 3;
+  static constexpr int forward_fragments = 2, forward_threads = 128, forward_blocks = 2;
   static constexpr int backward_fragments = 1, backward_threads = 256, backward_blocks = 1, stages = 1;
   static constexpr int part_rows = 32, part_columns = 64, held = 1;
 };

@@ -1,6 +1,6 @@
 // Narrow networks on tensor cores, depth-fused: float16 and bfloat16. A warp owns rows and takes them through all
-// layers in registers: the sums that one layer's products leave, activated and rounded, lie as the next one's operand A.
-// Shared memory holds weights, and rows on their way in and out. Launched by products.cuh.
+// layers in registers: the sums that one layer's products leave, activated and rounded, lie as the next one's operand
+// A. Shared memory holds weights, and rows on their way in and out. Launched by products.cuh.
 #pragma once
 
 #include "fused.h"
@@ -61,7 +61,8 @@ __device__ __forceinline__ void mask(float (&values)[fragments][2][4], int n, in
   for (int m = 0; m < fragments; m++) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      const bool inside = n * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2 < features && m * 16 + lane / 4 + i / 2 % 2 * 8 < rows;
+      const bool inside =
+          n * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2 < features && m * 16 + lane / 4 + i / 2 % 2 * 8 < rows;
       if (!inside) values[m][i / 4][i % 4] = 0;
     }
   }
@@ -109,8 +110,8 @@ struct LinePart {
   }
 };
 
-// `lines` lines of rows of x from row `first` on, of which `rows` are inside; zeros past these and past the features, up
-// to the padded ones. All of `threads` threads call it; what they copy is there after the wait for their groups.
+// `lines` lines of rows of x from row `first` on, of which `rows` are inside; zeros past these and past the features,
+// up to the padded ones. All of `threads` threads call it; what they copy is there after the wait for their groups.
 template <class S, int W>
 __device__ __forceinline__ void load_lines(S* to, const StridedMatrix<S>& x, int64_t first, int rows, int lines,
                                            int features, int thread, int threads) {
@@ -305,7 +306,7 @@ __global__ void __launch_bounds__(MmaFused<W>::forward_threads, MmaFused<W>::for
         }
         with_activation(layer.activation.kind, Kinds{}, [&](auto activation) {
           using A = decltype(activation);
-          each_fragment<rolled>(sums, [&](float(&values)[2][4], int) {
+          each_fragment<rolled>(sums, [&](float (&values)[2][4], int) {
 #pragma unroll
             for (int i = 0; i < 8; i++)
               values[i / 4][i % 4] =
@@ -456,11 +457,11 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
                      l > top ? p.layer[top].out_features : p.layer[l].in_features, lane, 32);
   };
   // values *= act'(saved), saved being fragment (m, n) of lines
-  const auto differentiate = [&](float(&values)[fragments][2][4], const FusedLayer<S>& layer, const S* lines, int n) {
+  const auto differentiate = [&](float (&values)[fragments][2][4], const FusedLayer<S>& layer, const S* lines, int n) {
     with_activation(layer.activation.kind, Kinds{}, [&](auto activation) {
       using A = decltype(activation);
       if constexpr (!std::is_same_v<A, Identity>) {
-        each_fragment<rolled>(values, [&](float(&value)[2][4], int m) {
+        each_fragment<rolled>(values, [&](float (&value)[2][4], int m) {
           Fragment packed;
           float saved[2][4];
           get<S, W>(packed, lines, m, n);
@@ -565,8 +566,8 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
               unpack<S>(values, packed);
 #pragma unroll
               for (int i = 0; i < 8; i++)
-                values[i / 4][i % 4] = A::template value<ScalarMath<float>>(values[i / 4][i % 4],
-                                                                            p.layer[l - 1].activation.scalars);
+                values[i / 4][i % 4] =
+                    A::template value<ScalarMath<float>>(values[i / 4][i % 4], p.layer[l - 1].activation.scalars);
               pack<S>(packed, values);
               put<S, W>(input + own, packed, block % fragments, block / fragments);
             }

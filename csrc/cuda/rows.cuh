@@ -96,8 +96,7 @@ template <class S> __global__ void __launch_bounds__(pass_threads) sum_fused(con
 #pragma unroll 1
   for (int i = 0; i < p.segments; i++) {
     const auto& segment = p.segment[i];
-    if (column >= segment.begin && column < segment.end)
-      segment.output[column - segment.begin] = Narrow<S>::from(sum);
+    if (column >= segment.begin && column < segment.end) segment.output[column - segment.begin] = Narrow<S>::from(sum);
   }
 }
 

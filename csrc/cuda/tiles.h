@@ -18,7 +18,7 @@ struct TileRow {
   int64_t multiprocessors;  // blocks that fill the card once
   int64_t large_from;       // blocks of the large tile from which it is taken
   int64_t medium_from;
-  int64_t shared_kib;        // shared memory of a multiprocessor
+  int64_t shared_kib;  // shared memory of a multiprocessor
 };
 
 constexpr TileRow tile_rows[] = {
