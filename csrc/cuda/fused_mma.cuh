@@ -9,7 +9,8 @@
 namespace fastmlp::cuda {
 
 // Activations of so little code that it may stand in a kernel once for each register: layers are then unrolled, and
-// what they leave stays where it is. Other networks take a kernel that loops. A prefix, for its numbering.
+// what they leave stays where it is. Other networks take a kernel that loops. A prefix, for its numbering. Relu comes
+// with the rounding there, and its derivative is a mask.
 using LightActivations = ActivationList<Identity, Relu>;
 template <class Kinds> constexpr bool is_light = Kinds::size == LightActivations::size;
 
@@ -35,6 +36,11 @@ template <class S> __device__ __forceinline__ void unpack(float (&to)[2][4], con
 template <class S> __device__ __forceinline__ void pack(Fragment& to, const float (&from)[2][4]) {
 #pragma unroll
   for (int i = 0; i < 4; i++) to[i] = narrow_pair(from[i / 2][i % 2 * 2], from[i / 2][i % 2 * 2 + 1], S{});
+}
+
+template <class S> __device__ __forceinline__ void pack_above_zero(Fragment& to, const float (&from)[2][4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) to[i] = narrow_pair_above_zero(from[i / 2][i % 2 * 2], from[i / 2][i % 2 * 2 + 1], S{});
 }
 
 // Of lines, fragment `m` of 16 lines and `n` of 16 features.
@@ -192,20 +198,14 @@ __device__ __forceinline__ void multiply_block(float (&sums)[fragments][2][4], c
   });
 }
 
-// to[.][n] = fragments, where n may only be known at run time.
-template <class S, int W, int fragments>
-__device__ __forceinline__ void keep_block(Fragment (&to)[fragments][W / 16], const float (&values)[fragments][2][4],
-                                           int n) {
+// to[n] = fragment, where n may only be known at run time.
+template <int blocks>
+__device__ __forceinline__ void keep_block(Fragment (&to)[blocks], const Fragment& fragment, int n) {
 #pragma unroll
-  for (int m = 0; m < fragments; m++) {
-    Fragment packed;
-    pack<S>(packed, values[m]);
+  for (int block = 0; block < blocks; block++) {
 #pragma unroll
-    for (int block = 0; block < W / 16; block++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        if (block == n) to[m][block][i] = packed[i];
-      }
+    for (int i = 0; i < 4; i++) {
+      if (block == n) to[block][i] = fragment[i];
     }
   }
 }
@@ -296,25 +296,36 @@ __global__ void __launch_bounds__(MmaFused<W>::forward_threads, MmaFused<W>::for
           }
         }
         multiply_block<S, W, false>(sums, x, weights, n, in);
-        if (layer.pre_activation) {
+        if constexpr (rolled) {
+          if (layer.pre_activation) {
 #pragma unroll
-          for (int m = 0; m < fragments; m++) {
-            Fragment packed;
-            pack<S>(packed, sums[m]);
-            put<S, W>(lines, packed, m, n);
+            for (int m = 0; m < fragments; m++) {
+              Fragment packed;
+              pack<S>(packed, sums[m]);
+              put<S, W>(lines, packed, m, n);
+            }
           }
-        }
-        with_activation(layer.activation.kind, Kinds{}, [&](auto activation) {
-          using A = decltype(activation);
-          each_fragment<rolled>(sums, [&](float (&values)[2][4], int) {
+          with_activation(layer.activation.kind, Kinds{}, [&](auto activation) {
+            using A = decltype(activation);
+            each_fragment<rolled>(sums, [&](float (&values)[2][4], int) {
 #pragma unroll
-            for (int i = 0; i < 8; i++)
-              values[i / 4][i % 4] =
-                  A::template value<ScalarMath<float>>(values[i / 4][i % 4], layer.activation.scalars);
+              for (int i = 0; i < 8; i++)
+                values[i / 4][i % 4] =
+                    A::template value<ScalarMath<float>>(values[i / 4][i % 4], layer.activation.scalars);
+            });
           });
-        });
+        }
         mask(sums, n, out, warp_rows);
-        keep_block<S, W>(next, sums, n);
+        Fragment packed[fragments];
+#pragma unroll
+        for (int m = 0; m < fragments; m++) {
+          if (!rolled && layer.differentiates) {
+            pack_above_zero<S>(packed[m], sums[m]);
+          } else {
+            pack<S>(packed[m], sums[m]);
+          }
+          keep_block(next[m], packed[m], n);
+        }
       }
       clear_blocks(next, out);
       if (layer.pre_activation) {
@@ -476,6 +487,13 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
   };
   constexpr int holds = held_parts<W, Kinds>;
   WeightPart<W> held[holds > 0 ? holds : 1] = {};
+  // The same of Relu.
+  const auto drop = [&](Fragment& fragment, const S* lines, int m, int n) {
+    Fragment saved;
+    get<S, W>(saved, lines, m, n);
+#pragma unroll
+    for (int i = 0; i < 4; i++) fragment[i] &= above_zero_mask(saved[i], S{});
+  };
   int place = 0;  // of weights that come by turns
   if (p.slots == 0) {
     for (int l = last_dgrad; l <= top; l++) load_weights<S, W, false>(memory + p.layer[l].place, p.layer[l]);
@@ -500,23 +518,27 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
 #pragma unroll(rolled ? 1 : W / 16)
     for (int n = 0; n < W / 16; n++) {
       if (n * 16 >= padded(last_features)) break;
-      float values[fragments][2][4];
+      Fragment packed[fragments];
 #pragma unroll
-      for (int m = 0; m < fragments; m++) {
-        Fragment packed;
-        get<S, W>(packed, grads + own, m, n);
-        unpack<S>(values[m], packed);
-      }
+      for (int m = 0; m < fragments; m++) get<S, W>(packed[m], grads + own, m, n);
       if (p.layer[top].differentiates) {
-        differentiate(values, p.layer[top], input_of(top + 1) + own, n);
+        const S* const saved = input_of(top + 1) + own;
+        if constexpr (rolled) {
+          float values[fragments][2][4];
+#pragma unroll
+          for (int m = 0; m < fragments; m++) unpack<S>(values[m], packed[m]);
+          differentiate(values, p.layer[top], saved, n);
+#pragma unroll
+          for (int m = 0; m < fragments; m++) pack<S>(packed[m], values[m]);
+        }
 #pragma unroll
         for (int m = 0; m < fragments; m++) {
-          Fragment packed;
-          pack<S>(packed, values[m]);
-          put<S, W>(grads + own, packed, m, n);
+          if (!rolled) drop(packed[m], saved, m, n);
+          put<S, W>(grads + own, packed[m], m, n);
         }
       }
-      keep_block<S, W>(grad, values, n);
+#pragma unroll
+      for (int m = 0; m < fragments; m++) keep_block(grad[m], packed[m], n);
     }
     __syncwarp();
 #pragma unroll 1
@@ -548,9 +570,16 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
           if (n * 16 >= in) break;
           float sums[fragments][2][4] = {};
           multiply_block<S, W, true>(sums, grad, weights, n, out);
-          if (l > 0 && p.layer[l - 1].differentiates) differentiate(sums, p.layer[l - 1], input + own, n);
+          const bool differentiates = l > 0 && p.layer[l - 1].differentiates;
+          if (rolled && differentiates) differentiate(sums, p.layer[l - 1], input + own, n);
           mask(sums, n, in, rows);
-          keep_block<S, W>(next, sums, n);
+#pragma unroll
+          for (int m = 0; m < fragments; m++) {
+            Fragment packed;
+            pack<S>(packed, sums[m]);
+            if (!rolled && differentiates) drop(packed, input + own, m, n);
+            keep_block(next[m], packed, n);
+          }
         }
         clear_blocks(next, in);
       }
