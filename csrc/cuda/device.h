@@ -90,14 +90,54 @@ template <> struct Narrow<BFloat16> {
   static __device__ __forceinline__ BFloat16 from(float x) { return {__bfloat16_as_ushort(__float2bfloat16_rn(x))}; }
 };
 
-// Two of them in a word, the first one low.
-__device__ __forceinline__ uint32_t narrow_pair(float low, float high, Float16) {
-  const __half2 pair = __floats2half2_rn(low, high);
+// Pairs of them in a word, the first one low: from two numbers; from these where they are not negative, else zero; and
+// the mask of those in a pair that are positive or NaN.
+__device__ __forceinline__ uint32_t bits_of(__half2 pair) {
   return uint32_t(__half_as_ushort(__low2half(pair))) | uint32_t(__half_as_ushort(__high2half(pair))) << 16;
 }
+__device__ __forceinline__ uint32_t bits_of(__nv_bfloat162 pair) {
+  return uint32_t(__bfloat16_as_ushort(__low2bfloat16(pair))) | uint32_t(__bfloat16_as_ushort(__high2bfloat16(pair)))
+                                                                    << 16;
+}
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high, Float16) {
+  return bits_of(__floats2half2_rn(low, high));
+}
 __device__ __forceinline__ uint32_t narrow_pair(float low, float high, BFloat16) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return uint32_t(__bfloat16_as_ushort(__low2bfloat16(pair))) | uint32_t(__bfloat16_as_ushort(__high2bfloat16(pair))) << 16;
+  return bits_of(__floats2bfloat162_rn(low, high));
+}
+__device__ __forceinline__ uint32_t narrow_pair_above_zero(float low, float high, Float16) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t pair;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return narrow_pair(low < 0 ? 0 : low, high < 0 ? 0 : high, Float16{});
+#endif
+}
+__device__ __forceinline__ uint32_t narrow_pair_above_zero(float low, float high, BFloat16) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t pair;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return narrow_pair(low < 0 ? 0 : low, high < 0 ? 0 : high, BFloat16{});
+#endif
+}
+__device__ __forceinline__ uint32_t above_zero_mask(uint32_t pair, Float16) {
+  const __half2 values = __halves2half2(__ushort_as_half(uint16_t(pair)), __ushort_as_half(uint16_t(pair >> 16)));
+  return __hgtu2_mask(values, __floats2half2_rn(0, 0));
+}
+__device__ __forceinline__ uint32_t above_zero_mask(uint32_t pair, BFloat16) {
+#if __CUDA_ARCH__ >= 900
+  const __nv_bfloat162 values =
+      __halves2bfloat162(__ushort_as_bfloat16(uint16_t(pair)), __ushort_as_bfloat16(uint16_t(pair >> 16)));
+  return __hgtu2_mask(values, __floats2bfloat162_rn(0, 0));
+#else
+  // Without comparisons of pairs. The difference has the sign bit where the pair has zero, and never borrows; NaN that
+  // arithmetic makes is positive.
+  const uint32_t zeros = 0x80008000u - (pair & 0x7fff7fffu);
+  return ~__byte_perm(zeros | pair, 0, 0xbb99);
+#endif
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }

@@ -13,17 +13,17 @@ constexpr int most_fused_layers = 16;  // so many fit into a kernel's argument
 
 // On tensor cores, layers of up to W features: a warp's fragments of 16 rows, a block's threads, and how many blocks of
 // a multiprocessor the registers are made for. Backward has `stages` tiles of inputs, the next layer's ahead, and gives
-// a warp part_rows x part_columns of the gradient of weights.
+// a warp part_rows x part_columns of the gradient of weights, which registers hold for `held` layers.
 template <int W> struct MmaFused;
 template <> struct MmaFused<64> {
   static constexpr int forward_fragments = 2, forward_threads = 128, forward_blocks = 4;
-  static constexpr int backward_fragments = 2, backward_threads = 128, backward_blocks = 3, stages = 2;
-  static constexpr int part_rows = 32, part_columns = 32;
+  static constexpr int backward_fragments = 2, backward_threads = 128, backward_blocks = 2, stages = 2;
+  static constexpr int part_rows = 32, part_columns = 32, held = 3;
 };
 template <> struct MmaFused<128> {
   static constexpr int forward_fragments = 2, forward_threads = 128, forward_blocks = 2;
   static constexpr int backward_fragments = 1, backward_threads = 256, backward_blocks = 1, stages = 1;
-  static constexpr int part_rows = 32, part_columns = 64;
+  static constexpr int part_rows = 32, part_columns = 64, held = 1;
 };
 
 // Features that a product of fragments takes in place of so many.
@@ -55,6 +55,7 @@ template <class S> struct FusedLayer {
   bool differentiates = false;  // is not the identity
   C* weight_sums = nullptr;
   C* bias_sums = nullptr;
+  int held = -1;  // on tensor cores: which of the sums that stay in registers are the weights', if any
 };
 
 template <class S> struct FusedNetwork {

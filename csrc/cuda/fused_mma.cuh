@@ -1,6 +1,6 @@
 // Narrow networks on tensor cores, depth-fused: float16 and bfloat16. A warp owns rows and takes them through all
-// layers in registers: the sums that one layer's products leave, activated and rounded, lie as the next one's operand A.
-// Shared memory holds weights, and rows on their way in and out. Launched by products.cuh.
+// layers in registers: the sums that one layer's products leave, activated and rounded, lie as the next one's operand
+// A. Shared memory holds weights, and rows on their way in and out. Launched by products.cuh.
 #pragma once
 
 #include "fused.h"
@@ -9,9 +9,13 @@
 namespace fastmlp::cuda {
 
 // Activations of so little code that it may stand in a kernel once for each register: layers are then unrolled, and
-// what they leave stays where it is. Other networks take a kernel that loops. A prefix, for its numbering.
+// what they leave stays where it is. Other networks take a kernel that loops. A prefix, for its numbering. Relu comes
+// with the rounding there, and its derivative is a mask.
 using LightActivations = ActivationList<Identity, Relu>;
 template <class Kinds> constexpr bool is_light = Kinds::size == LightActivations::size;
+
+// The code of the others takes registers.
+template <int W, class Kinds> constexpr int held_parts = MmaFused<W>::held - (is_light<Kinds> ? 0 : 1);
 
 // Lines of features in shared memory, [..., W], as operands whose terms lie along a line, or across lines.
 template <class S, int W> using AlongLines = OperandTile<S, W, W, false>;
@@ -32,6 +36,11 @@ template <class S> __device__ __forceinline__ void unpack(float (&to)[2][4], con
 template <class S> __device__ __forceinline__ void pack(Fragment& to, const float (&from)[2][4]) {
 #pragma unroll
   for (int i = 0; i < 4; i++) to[i] = narrow_pair(from[i / 2][i % 2 * 2], from[i / 2][i % 2 * 2 + 1], S{});
+}
+
+template <class S> __device__ __forceinline__ void pack_above_zero(Fragment& to, const float (&from)[2][4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) to[i] = narrow_pair_above_zero(from[i / 2][i % 2 * 2], from[i / 2][i % 2 * 2 + 1], S{});
 }
 
 // Of lines, fragment `m` of 16 lines and `n` of 16 features.
@@ -58,7 +67,8 @@ __device__ __forceinline__ void mask(float (&values)[fragments][2][4], int n, in
   for (int m = 0; m < fragments; m++) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      const bool inside = n * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2 < features && m * 16 + lane / 4 + i / 2 % 2 * 8 < rows;
+      const bool inside =
+          n * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2 < features && m * 16 + lane / 4 + i / 2 % 2 * 8 < rows;
       if (!inside) values[m][i / 4][i % 4] = 0;
     }
   }
@@ -106,8 +116,8 @@ struct LinePart {
   }
 };
 
-// `lines` lines of rows of x from row `first` on, of which `rows` are inside; zeros past these and past the features, up
-// to the padded ones. All of `threads` threads call it; what they copy is there after the wait for their groups.
+// `lines` lines of rows of x from row `first` on, of which `rows` are inside; zeros past these and past the features,
+// up to the padded ones. All of `threads` threads call it; what they copy is there after the wait for their groups.
 template <class S, int W>
 __device__ __forceinline__ void load_lines(S* to, const StridedMatrix<S>& x, int64_t first, int rows, int lines,
                                            int features, int thread, int threads) {
@@ -188,20 +198,14 @@ __device__ __forceinline__ void multiply_block(float (&sums)[fragments][2][4], c
   });
 }
 
-// to[.][n] = fragments, where n may only be known at run time.
-template <class S, int W, int fragments>
-__device__ __forceinline__ void keep_block(Fragment (&to)[fragments][W / 16], const float (&values)[fragments][2][4],
-                                           int n) {
+// to[n] = fragment, where n may only be known at run time.
+template <int blocks>
+__device__ __forceinline__ void keep_block(Fragment (&to)[blocks], const Fragment& fragment, int n) {
 #pragma unroll
-  for (int m = 0; m < fragments; m++) {
-    Fragment packed;
-    pack<S>(packed, values[m]);
+  for (int block = 0; block < blocks; block++) {
 #pragma unroll
-    for (int block = 0; block < W / 16; block++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        if (block == n) to[m][block][i] = packed[i];
-      }
+    for (int i = 0; i < 4; i++) {
+      if (block == n) to[block][i] = fragment[i];
     }
   }
 }
@@ -235,11 +239,11 @@ __global__ void __launch_bounds__(MmaFused<W>::forward_threads, MmaFused<W>::for
     load_weights<S, W, true>(memory, p.layer[0]);
   }
   commit_copies();
-  const int64_t tile_step = int64_t(gridDim.x) * tile_rows;
+  const int tiles = int((p.rows + tile_rows - 1) / tile_rows);
   bool waits = p.slots == 0;  // for the weights of all layers
 #pragma unroll 1
-  for (int64_t tile = int64_t(blockIdx.x) * tile_rows; tile < p.rows; tile += tile_step) {
-    const int64_t first = tile + warp * warp_rows;
+  for (int tile = int(blockIdx.x); tile < tiles; tile += int(gridDim.x)) {
+    const int64_t first = int64_t(tile) * tile_rows + warp * warp_rows;
     const int rows = rows_inside(first, p.rows, warp_rows);
     load_lines<S, W>(lines, p.input, first, rows, warp_rows, p.layer[0].in_features, lane, 32);
     commit_copies();
@@ -273,7 +277,7 @@ __global__ void __launch_bounds__(MmaFused<W>::forward_threads, MmaFused<W>::for
         wait_for_copies<0>();
         __syncthreads();
         const bool last = l + 1 == p.layers;
-        if (!last || tile + tile_step < p.rows) load_weights<S, W, true>(memory + place, p.layer[last ? 0 : l + 1]);
+        if (!last || tile + int(gridDim.x) < tiles) load_weights<S, W, true>(memory + place, p.layer[last ? 0 : l + 1]);
         commit_copies();
       }
       const auto* const bias = reinterpret_cast<const float*>(weights + padded(out) * W);
@@ -292,25 +296,36 @@ __global__ void __launch_bounds__(MmaFused<W>::forward_threads, MmaFused<W>::for
           }
         }
         multiply_block<S, W, false>(sums, x, weights, n, in);
-        if (layer.pre_activation) {
+        if constexpr (rolled) {
+          if (layer.pre_activation) {
 #pragma unroll
-          for (int m = 0; m < fragments; m++) {
-            Fragment packed;
-            pack<S>(packed, sums[m]);
-            put<S, W>(lines, packed, m, n);
+            for (int m = 0; m < fragments; m++) {
+              Fragment packed;
+              pack<S>(packed, sums[m]);
+              put<S, W>(lines, packed, m, n);
+            }
           }
-        }
-        with_activation(layer.activation.kind, Kinds{}, [&](auto activation) {
-          using A = decltype(activation);
-          each_fragment<rolled>(sums, [&](float(&values)[2][4], int) {
+          with_activation(layer.activation.kind, Kinds{}, [&](auto activation) {
+            using A = decltype(activation);
+            each_fragment<rolled>(sums, [&](float (&values)[2][4], int) {
 #pragma unroll
-            for (int i = 0; i < 8; i++)
-              values[i / 4][i % 4] =
-                  A::template value<ScalarMath<float>>(values[i / 4][i % 4], layer.activation.scalars);
+              for (int i = 0; i < 8; i++)
+                values[i / 4][i % 4] =
+                    A::template value<ScalarMath<float>>(values[i / 4][i % 4], layer.activation.scalars);
+            });
           });
-        });
+        }
         mask(sums, n, out, warp_rows);
-        keep_block<S, W>(next, sums, n);
+        Fragment packed[fragments];
+#pragma unroll
+        for (int m = 0; m < fragments; m++) {
+          if (!rolled && layer.differentiates) {
+            pack_above_zero<S>(packed[m], sums[m]);
+          } else {
+            pack<S>(packed[m], sums[m]);
+          }
+          keep_block(next[m], packed[m], n);
+        }
       }
       clear_blocks(next, out);
       if (layer.pre_activation) {
@@ -337,62 +352,52 @@ __global__ void __launch_bounds__(MmaFused<W>::forward_threads, MmaFused<W>::for
   wait_for_copies<0>();
 }
 
-// weight_sums (+)= grad^T input and bias_sums (+)= the sums of grad's columns, over the rows of a tile. A warp has
-// parts of the weights; those at their left edge multiply by a column of ones besides.
-template <class S, int W>
-__device__ __forceinline__ void add_sums(const FusedNetwork<S>& p, const FusedLayer<S>& layer, bool add, const S* grads,
-                                         const S* inputs, int tile_rows) {
-  using Lines = AcrossLines<S, W>;
-  constexpr int UM = MmaFused<W>::part_rows, UN = MmaFused<W>::part_columns;
-  const int out = layer.out_features, in = layer.in_features, lane = threadIdx.x % 32;
-  const uint32_t ones = narrow_pair(1, 1, S{});
-  const int64_t block = int64_t(blockIdx.x) * p.sums_stride;
+// A warp's part of the gradient of a layer's weights.
+template <int W> using WeightPart = float[MmaFused<W>::part_rows / 16][MmaFused<W>::part_columns / 8][4];
+
+struct PartPlace {
+  int row, column;
+};
+
+template <int W> constexpr int weight_parts = W / MmaFused<W>::part_rows * (W / MmaFused<W>::part_columns);
+
+template <int W> __device__ __forceinline__ PartPlace place_of_part(int part) {
+  constexpr int across = W / MmaFused<W>::part_columns;
+  return {part / across * MmaFused<W>::part_rows, part % across * MmaFused<W>::part_columns};
+}
+
+// Between a part and its place in the sums of a block, [out_features, in_features].
+template <int W, bool stores>
+__device__ __forceinline__ void move_part(WeightPart<W>& part, PartPlace at, float* sums, int out, int in) {
+  const int lane = threadIdx.x % 32;
   const bool pairs = in % 2 == 0;
-#pragma unroll 1
-  for (int part = int(threadIdx.x) / 32; part < W / UM * (W / UN); part += int(blockDim.x) / 32) {
-    const int row = part / (W / UN) * UM, column = part % (W / UN) * UN;
-    if (row >= out || column >= in) continue;
-    const int start_a = Lines::start_of_a(row), start_b = Lines::start_of_b(column);
-    float sums[UM / 16][UN / 8][4] = {}, bias[UM / 16][4] = {};
-#pragma unroll 2
-    for (int k = 0; k < tile_rows; k += 16) {
-      Fragment a[UM / 16], b[UN / 16];
 #pragma unroll
-      for (int i = 0; i < UM / 16; i++) load_matrices<true>(a[i], grads + Lines::place(start_a, i, k));
+  for (int i = 0; i < MmaFused<W>::part_rows / 16; i++) {
 #pragma unroll
-      for (int j = 0; j < UN / 16; j++) load_matrices<true>(b[j], inputs + Lines::place(start_b, j, k));
+    for (int half = 0; half < 2; half++) {
+      const int row = at.row + i * 16 + lane / 4 + half * 8;
 #pragma unroll
-      for (int i = 0; i < UM / 16; i++) {
-        if (column == 0) multiply_add(bias[i], a[i], ones, ones, S{});
-#pragma unroll
-        for (int j = 0; j < UN / 8; j++)
-          multiply_add(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], S{});
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < UM / 16; i++) {
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int o = row + i * 16 + lane / 4 + half * 8;
-        if (o >= out) continue;
-        if (layer.bias_sums && column == 0 && lane % 4 == 0) {
-          float& place = layer.bias_sums[block + o];
-          place = add ? place + bias[i][half * 2] : bias[i][half * 2];
-        }
-        if (!layer.weight_sums) continue;
-#pragma unroll
-        for (int j = 0; j < UN / 8; j++) {
-          const int k = column + j * 8 + lane % 4 * 2;
-          float* const place = layer.weight_sums + block + o * in + k;
-          if (pairs && k < in) {
-            auto& pair = *reinterpret_cast<Vec<float, 2>*>(place);
-            Vec<float, 2> sum = {sums[i][j][half * 2], sums[i][j][half * 2 + 1]};
-            if (add) sum = {pair.element[0] + sum.element[0], pair.element[1] + sum.element[1]};
-            pair = sum;
+      for (int j = 0; j < MmaFused<W>::part_columns / 8; j++) {
+        const int column = at.column + j * 8 + lane % 4 * 2;
+        float* const place = sums + row * in + column;
+        float* const values = part[i][j] + half * 2;
+        const int inside = row < out ? in - column : 0;
+        if (pairs && inside > 0) {
+          auto& pair = *reinterpret_cast<Vec<float, 2>*>(place);
+          if constexpr (stores) {
+            pair = {values[0], values[1]};
           } else {
+            const Vec<float, 2> found = pair;
+            values[0] = found.element[0];
+            values[1] = found.element[1];
+          }
+        } else {
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-              if (k + e < in) place[e] = add ? place[e] + sums[i][j][half * 2 + e] : sums[i][j][half * 2 + e];
+          for (int e = 0; e < 2; e++) {
+            if constexpr (stores) {
+              if (e < inside) place[e] = values[e];
+            } else {
+              values[e] = e < inside ? place[e] : 0;
             }
           }
         }
@@ -401,7 +406,46 @@ __device__ __forceinline__ void add_sums(const FusedNetwork<S>& p, const FusedLa
   }
 }
 
-// A block takes every gridDim.x-th tile of rows and adds up its own sums of weights and biases.
+// part += grad^T input over the rows of a tile, and (+)= to bias_sums, if not null, the sums of grad's columns, which
+// parts at the left edge get from a column of ones.
+template <class S, int W>
+__device__ __forceinline__ void add_part(WeightPart<W>& part, PartPlace at, float* bias_sums, bool add, const S* grads,
+                                         const S* inputs, int tile_rows, int out) {
+  using Lines = AcrossLines<S, W>;
+  constexpr int rows = MmaFused<W>::part_rows / 16, columns = MmaFused<W>::part_columns / 16;
+  const int start_a = Lines::start_of_a(at.row), start_b = Lines::start_of_b(at.column), lane = threadIdx.x % 32;
+  const bool sums_bias = bias_sums && at.column == 0;
+  const uint32_t ones = narrow_pair(1, 1, S{});
+  float bias[rows][4] = {};
+#pragma unroll 1
+  for (int k = 0; k < tile_rows; k += 16) {
+    Fragment a[rows], b[columns];
+#pragma unroll
+    for (int i = 0; i < rows; i++) load_matrices<true>(a[i], grads + Lines::place(start_a, i, k));
+#pragma unroll
+    for (int j = 0; j < columns; j++) load_matrices<true>(b[j], inputs + Lines::place(start_b, j, k));
+#pragma unroll
+    for (int i = 0; i < rows; i++) {
+#pragma unroll
+      for (int j = 0; j < 2 * columns; j++)
+        multiply_add(part[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], S{});
+      if (sums_bias) multiply_add(bias[i], a[i], ones, ones, S{});
+    }
+  }
+  if (!sums_bias || lane % 4 > 0) return;
+#pragma unroll
+  for (int i = 0; i < rows; i++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int row = at.row + i * 16 + lane / 4 + half * 8;
+      if (row >= out) continue;
+      bias_sums[row] = add ? bias_sums[row] + bias[i][half * 2] : bias[i][half * 2];
+    }
+  }
+}
+
+// A block takes every gridDim.x-th tile of rows and adds up its own sums of weights and biases: of a few layers in
+// registers until the end, of others in global memory, tile after tile.
 template <class S, int W, class Kinds>
 __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::backward_blocks)
     mma_fused_backward(const FusedNetwork<S> p) {
@@ -424,11 +468,11 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
                      l > top ? p.layer[top].out_features : p.layer[l].in_features, lane, 32);
   };
   // values *= act'(saved), saved being fragment (m, n) of lines
-  const auto differentiate = [&](float(&values)[fragments][2][4], const FusedLayer<S>& layer, const S* lines, int n) {
+  const auto differentiate = [&](float (&values)[fragments][2][4], const FusedLayer<S>& layer, const S* lines, int n) {
     with_activation(layer.activation.kind, Kinds{}, [&](auto activation) {
       using A = decltype(activation);
       if constexpr (!std::is_same_v<A, Identity>) {
-        each_fragment<rolled>(values, [&](float(&value)[2][4], int m) {
+        each_fragment<rolled>(values, [&](float (&value)[2][4], int m) {
           Fragment packed;
           float saved[2][4];
           get<S, W>(packed, lines, m, n);
@@ -441,6 +485,15 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
       }
     });
   };
+  constexpr int holds = held_parts<W, Kinds>;
+  WeightPart<W> held[holds > 0 ? holds : 1] = {};
+  // The same of Relu.
+  const auto drop = [&](Fragment& fragment, const S* lines, int m, int n) {
+    Fragment saved;
+    get<S, W>(saved, lines, m, n);
+#pragma unroll
+    for (int i = 0; i < 4; i++) fragment[i] &= above_zero_mask(saved[i], S{});
+  };
   int place = 0;  // of weights that come by turns
   if (p.slots == 0) {
     for (int l = last_dgrad; l <= top; l++) load_weights<S, W, false>(memory + p.layer[l].place, p.layer[l]);
@@ -448,11 +501,10 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
     load_weights<S, W, false>(memory, p.layer[top]);
   }
   commit_copies();
-  const int64_t tile_step = int64_t(gridDim.x) * tile_rows;
+  const int tiles = int((p.rows + tile_rows - 1) / tile_rows);
 #pragma unroll 1
-  for (int64_t tile = int64_t(blockIdx.x) * tile_rows; tile < p.rows; tile += tile_step) {
-    const bool add = tile >= tile_step;
-    const int64_t first = tile + warp * warp_rows;
+  for (int tile = int(blockIdx.x); tile < tiles; tile += int(gridDim.x)) {
+    const int64_t first = int64_t(tile) * tile_rows + warp * warp_rows;
     const int rows = rows_inside(first, p.rows, warp_rows);
     const int last_features = p.layer[top].out_features;
     load_lines<S, W>(grads + own, p.grad, first, rows, warp_rows, last_features, lane, 32);
@@ -466,23 +518,27 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
 #pragma unroll(rolled ? 1 : W / 16)
     for (int n = 0; n < W / 16; n++) {
       if (n * 16 >= padded(last_features)) break;
-      float values[fragments][2][4];
+      Fragment packed[fragments];
 #pragma unroll
-      for (int m = 0; m < fragments; m++) {
-        Fragment packed;
-        get<S, W>(packed, grads + own, m, n);
-        unpack<S>(values[m], packed);
-      }
+      for (int m = 0; m < fragments; m++) get<S, W>(packed[m], grads + own, m, n);
       if (p.layer[top].differentiates) {
-        differentiate(values, p.layer[top], input_of(top + 1) + own, n);
+        const S* const saved = input_of(top + 1) + own;
+        if constexpr (rolled) {
+          float values[fragments][2][4];
+#pragma unroll
+          for (int m = 0; m < fragments; m++) unpack<S>(values[m], packed[m]);
+          differentiate(values, p.layer[top], saved, n);
+#pragma unroll
+          for (int m = 0; m < fragments; m++) pack<S>(packed[m], values[m]);
+        }
 #pragma unroll
         for (int m = 0; m < fragments; m++) {
-          Fragment packed;
-          pack<S>(packed, values[m]);
-          put<S, W>(grads + own, packed, m, n);
+          if (!rolled) drop(packed[m], saved, m, n);
+          put<S, W>(grads + own, packed[m], m, n);
         }
       }
-      keep_block<S, W>(grad, values, n);
+#pragma unroll
+      for (int m = 0; m < fragments; m++) keep_block(grad[m], packed[m], n);
     }
     __syncwarp();
 #pragma unroll 1
@@ -498,7 +554,7 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
       const S* weights = memory + layer.place;
       // What the next layer needs besides.
       if (stages == 2 && l > p.lowest && needs_input(l - 1)) load_input(l - 1, first, rows);
-      const int next_dgrad = l > last_dgrad ? l - 1 : tile + tile_step < p.rows ? top : -1;
+      const int next_dgrad = l > last_dgrad ? l - 1 : tile + int(gridDim.x) < tiles ? top : -1;
       if (p.slots > 0 && goes_on) {
         weights = memory + place;
         if (p.slots == 2) {
@@ -514,9 +570,16 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
           if (n * 16 >= in) break;
           float sums[fragments][2][4] = {};
           multiply_block<S, W, true>(sums, grad, weights, n, out);
-          if (l > 0 && p.layer[l - 1].differentiates) differentiate(sums, p.layer[l - 1], input + own, n);
+          const bool differentiates = l > 0 && p.layer[l - 1].differentiates;
+          if (rolled && differentiates) differentiate(sums, p.layer[l - 1], input + own, n);
           mask(sums, n, in, rows);
-          keep_block<S, W>(next, sums, n);
+#pragma unroll
+          for (int m = 0; m < fragments; m++) {
+            Fragment packed;
+            pack<S>(packed, sums[m]);
+            if (!rolled && differentiates) drop(packed, input + own, m, n);
+            keep_block(next[m], packed, n);
+          }
         }
         clear_blocks(next, in);
       }
@@ -532,8 +595,8 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
               unpack<S>(values, packed);
 #pragma unroll
               for (int i = 0; i < 8; i++)
-                values[i / 4][i % 4] = A::template value<ScalarMath<float>>(values[i / 4][i % 4],
-                                                                            p.layer[l - 1].activation.scalars);
+                values[i / 4][i % 4] =
+                    A::template value<ScalarMath<float>>(values[i / 4][i % 4], p.layer[l - 1].activation.scalars);
               pack<S>(packed, values);
               put<S, W>(input + own, packed, block % fragments, block / fragments);
             }
@@ -543,7 +606,26 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
       if (converts || p.slots == 1) __syncthreads();
       if (p.slots == 1 && goes_on && next_dgrad >= 0) load_weights<S, W, false>(memory, p.layer[next_dgrad]);
       commit_copies();
-      if (layer.weight_sums || layer.bias_sums) add_sums<S, W>(p, layer, add, grads, input, tile_rows);
+      const bool add = tile >= int(gridDim.x);
+      const int64_t block = int64_t(blockIdx.x) * p.sums_stride;
+      float* const bias_sums = layer.bias_sums ? layer.bias_sums + block : nullptr;
+#pragma unroll
+      for (int h = 0; h < holds; h++) {
+        const PartPlace at = place_of_part<W>(warp);
+        if (layer.held == h && at.row < out && at.column < in)
+          add_part<S, W>(held[h], at, bias_sums, add, grads, input, tile_rows, out);
+      }
+      if (layer.held < 0 && (layer.weight_sums || layer.bias_sums)) {
+#pragma unroll 1
+        for (int part = warp; part < weight_parts<W>; part += int(blockDim.x) / 32) {
+          const PartPlace at = place_of_part<W>(part);
+          if (at.row >= out || at.column >= in) continue;
+          WeightPart<W> sums = {};
+          if (add && layer.weight_sums) move_part<W, false>(sums, at, layer.weight_sums + block, out, in);
+          add_part<S, W>(sums, at, bias_sums, add, grads, input, tile_rows, out);
+          if (layer.weight_sums) move_part<W, true>(sums, at, layer.weight_sums + block, out, in);
+        }
+      }
       __syncthreads();
       if (!goes_on) break;
 #pragma unroll
@@ -563,6 +645,15 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
     }
   }
   wait_for_copies<0>();
+#pragma unroll
+  for (int h = 0; h < holds; h++) {
+    for (int l = p.lowest; l <= top; l++) {
+      const FusedLayer<S>& layer = p.layer[l];
+      if (layer.held == h)
+        move_part<W, true>(held[h], place_of_part<W>(warp), layer.weight_sums + blockIdx.x * p.sums_stride,
+                           layer.out_features, layer.in_features);
+    }
+  }
 }
 
 }  // namespace fastmlp::cuda

@@ -87,7 +87,8 @@ template <class S> void fused_backward_of(const Context& context, const Backward
   int weights[most_fused_layers] = {}, biases[most_fused_layers] = {};
   for (size_t l = lowest; l < pass.network.layers.size(); l++) {
     const Layer& layer = pass.network.layers[l];
-    if (pass.grad_weights[l]) weights[l] = add_segment(sums, pass.grad_weights[l], layer.out_features * layer.in_features);
+    if (pass.grad_weights[l])
+      weights[l] = add_segment(sums, pass.grad_weights[l], layer.out_features * layer.in_features);
     if (pass.grad_biases[l]) biases[l] = add_segment(sums, pass.grad_biases[l], layer.out_features);
   }
   p.sums_stride = sums.stride;

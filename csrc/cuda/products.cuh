@@ -215,14 +215,33 @@ struct FusedPlan {
 // Shared memory of a block, by what all cards of the architectures have.
 constexpr int64_t block_shared(int architecture) { return (architecture >= 80 ? 99 : 64) << 10; }
 
+// Registers for the largest of the gradients of weights.
+template <class S> void hold_largest(FusedNetwork<S>& p, int count) {
+  for (int h = 0; h < count; h++) {
+    int64_t most = 0;
+    int largest = -1;
+    for (int l = p.lowest; l < p.layers; l++) {
+      const FusedLayer<S>& layer = p.layer[l];
+      const int64_t weights = int64_t(layer.out_features) * layer.in_features;
+      if (!layer.weight_sums || layer.held >= 0 || weights <= most) continue;
+      most = weights;
+      largest = l;
+    }
+    if (largest >= 0) p.layer[largest].held = h;
+  }
+}
+
 // Gives the layers' weights their places, too. Weights stay in shared memory if all fit beside the rows; else two
-// layers' do, the next one's ahead, if the layers are small or the batch has no more tiles than the card has
-// multiprocessors; else one's, for more blocks at once.
-template <class S, int W, bool backward> FusedPlan plan_fused(const Context& context, FusedNetwork<S>& p) {
+// layers' do, the next one's ahead, where that costs no block at once, or the batch has no more tiles than the card has
+// multiprocessors; else one's.
+template <class S, int W, class Kinds, bool backward> FusedPlan plan_fused(const Context& context, FusedNetwork<S>& p) {
   using Shape = MmaFused<W>;
   constexpr int64_t warp_rows = 16 * (backward ? Shape::backward_fragments : Shape::forward_fragments);
   constexpr int64_t warp_elements = warp_rows * W * (backward ? 1 + Shape::stages : 1);
-  const TileRow& row = tile_row(context.architecture);
+  constexpr int64_t most_warps = (backward ? Shape::backward_threads : Shape::forward_threads) / 32;
+  constexpr int64_t by_registers = backward ? Shape::backward_blocks : Shape::forward_blocks;
+  constexpr int64_t reserved = 1 << 10;  // of each block's shared memory, by CUDA
+  const TileRow row = tile_row(context.architecture);
   const int64_t limit = block_shared(context.architecture);
   int64_t all = 0, largest = 0;
   for (int l = 0; l < p.layers; l++) {
@@ -232,23 +251,27 @@ template <class S, int W, bool backward> FusedPlan plan_fused(const Context& con
     all += elements;
     largest = std::max(largest, elements);
   }
-  int64_t warps = (backward ? Shape::backward_threads : Shape::forward_threads) / 32;
+  int64_t warps = most_warps;
   const auto bytes = [&](int64_t weights) { return int64_t(sizeof(S)) * (weights + warps * warp_elements); };
-  const bool few = ceil_div(p.rows, warps * warp_rows) <= row.multiprocessors;
-  if (bytes(all) > limit) p.slots = (W <= 64 || few) && bytes(2 * largest) <= limit ? 2 : 1;
+  const auto blocks_at_once = [&](int64_t weights) {
+    return std::clamp<int64_t>((row.shared_kib << 10) / (bytes(weights) + reserved), 1, by_registers);
+  };
+  if (bytes(all) > limit) {
+    const bool few = ceil_div(p.rows, warps * warp_rows) <= row.multiprocessors;
+    const bool two = bytes(2 * largest) <= limit && (few || blocks_at_once(2 * largest) == blocks_at_once(largest));
+    p.slots = two ? 2 : 1;
+  }
   p.weight_elements = int(p.slots == 0 ? all : p.slots * largest);
   while (bytes(p.weight_elements) > limit) warps--;
+  if constexpr (backward) {
+    if (warps == most_warps) hold_largest(p, held_parts<W, Kinds>);
+  }
+  // As few blocks as give each the same number of tiles.
+  const int64_t tiles = ceil_div(p.rows, warps * warp_rows);
   FusedPlan plan;
   plan.threads = unsigned(warps * 32);
   plan.shared_bytes = size_t(bytes(p.weight_elements));
-  constexpr int64_t by_registers = backward ? Shape::backward_blocks : Shape::forward_blocks;
-  constexpr int64_t reserved = 1 << 10;  // of each block, by CUDA
-  const int64_t at_once =
-      row.multiprocessors *
-      std::clamp<int64_t>((row.shared_kib << 10) / (int64_t(plan.shared_bytes) + reserved), 1, by_registers);
-  // As few as give each the same number of tiles.
-  const int64_t tiles = ceil_div(p.rows, warps * warp_rows);
-  plan.blocks = ceil_div(tiles, ceil_div(tiles, at_once));
+  plan.blocks = ceil_div(tiles, ceil_div(tiles, row.multiprocessors * blocks_at_once(p.weight_elements)));
   return plan;
 }
 
@@ -433,7 +456,7 @@ template <class S> void Kernels<S>::fused_forward(const Context& context, const 
   } else if constexpr (has_mma<S>) {
     with_mma_fused(p, [&](auto width, auto kinds) {
       FusedNetwork<S> planned = p;
-      const FusedPlan plan = plan_fused<S, width, false>(context, planned);
+      const FusedPlan plan = plan_fused<S, width, decltype(kinds), false>(context, planned);
       check_fused(launch(mma_fused_forward<S, width, decltype(kinds)>, dim3(unsigned(plan.blocks)), dim3(plan.threads),
                          plan.shared_bytes, context.stream, planned),
                   "mma_fused_forward", p);
@@ -451,9 +474,9 @@ template <class S> int64_t Kernels<S>::fused_blocks(const Context& context, cons
       blocks = ceil_div(runs, ceil_div(runs, at_once));
     });
   } else if constexpr (has_mma<S>) {
-    with_mma_fused(p, [&](auto width, auto) {
+    with_mma_fused(p, [&](auto width, auto kinds) {
       FusedNetwork<S> planned = p;
-      blocks = plan_fused<S, width, true>(context, planned).blocks;
+      blocks = plan_fused<S, width, decltype(kinds), true>(context, planned).blocks;
     });
   }
   return blocks;
@@ -468,7 +491,7 @@ template <class S> void Kernels<S>::fused_backward(const Context& context, const
   } else if constexpr (has_mma<S>) {
     with_mma_fused(p, [&](auto width, auto kinds) {
       FusedNetwork<S> planned = p;
-      const FusedPlan plan = plan_fused<S, width, true>(context, planned);
+      const FusedPlan plan = plan_fused<S, width, decltype(kinds), true>(context, planned);
       check_fused(launch(mma_fused_backward<S, width, decltype(kinds)>, dim3(unsigned(blocks)), dim3(plan.threads),
                          plan.shared_bytes, context.stream, planned),
                   "mma_fused_backward", p);

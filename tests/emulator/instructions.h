@@ -79,6 +79,12 @@ template <> struct Narrow<BFloat16> {
 template <class S> uint32_t narrow_pair(float low, float high, S) {
   return uint32_t(Narrow<S>::from(low).bits) | uint32_t(Narrow<S>::from(high).bits) << 16;
 }
+template <class S> uint32_t narrow_pair_above_zero(float low, float high, S) {
+  return narrow_pair(low < 0 ? 0 : low, high < 0 ? 0 : high, S{});
+}
+template <class S> uint32_t above_zero_mask(uint32_t pair, S) {
+  return (widen(S{uint16_t(pair)}) <= 0 ? 0 : 0xffffu) | (widen(S{uint16_t(pair >> 16)}) <= 0 ? 0 : 0xffff0000u);
+}
 
 inline void copy_async16(void* to, const void* from, int bytes) {
   const emulator::Unseen unseen;
