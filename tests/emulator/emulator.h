@@ -18,7 +18,8 @@
 #include <cstdint>
 #include <cstring>
 
-#define __global__
+// Kernels have names that dladdr() finds (translated.h).
+#define __global__ __attribute__((visibility("default")))
 #define __device__
 #define __host__
 #define __forceinline__ inline
@@ -36,8 +37,9 @@ struct alignas(16) uint4 {
 };
 
 // Of the fiber that runs now.
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+[[gnu::visibility("default")]] inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 #include "fibers.h"
+#include "translated.h"
 #include "launch.h"
 #include "instructions.h"

@@ -6,7 +6,7 @@
 
 #include <mutex>
 
-namespace emulator {
+namespace emulator [[gnu::visibility("default")]] {
 
 #if defined(__SANITIZE_ADDRESS__)
 inline void poison(void* p, size_t bytes) { ASAN_POISON_MEMORY_REGION(p, bytes); }
@@ -16,9 +16,10 @@ inline void poison(void*, size_t) {}
 inline void unpoison(void*, size_t) {}
 #endif
 
-// NaN in every dtype, with a red zone behind it.
-inline void* take_shared(size_t bytes) {
-  const size_t at = (block->used + 127) / 128 * 128;
+// NaN in every dtype, with a red zone behind it. At a multiple of the alignment, but of no greater power of two up to
+// 128.
+inline void* take_shared(size_t bytes, size_t alignment) {
+  const size_t at = (block->used + 127) / 128 * 128 + alignment % 128;
   unsigned char* const data = block->arena + at;
   block->used = at + bytes + redzone_bytes;
   unpoison(data, bytes);
@@ -26,7 +27,7 @@ inline void* take_shared(size_t bytes) {
   return data;
 }
 
-inline void* shared_object(const void* key, size_t bytes) {
+inline void* shared_object(const void* key, size_t bytes, size_t alignment = 128) {
   const Unseen unseen;
   for (const SharedObject& object : block->objects) {
     if (object.key == key) return object.data;
@@ -34,7 +35,7 @@ inline void* shared_object(const void* key, size_t bytes) {
   block->static_bytes += bytes;
   if (block->static_bytes > static_shared_limit) fail("more than 48 KiB of static shared memory");
   if (block->static_bytes + block->dynamic_bytes > shared_limit) fail("more than 99 KiB of shared memory");
-  block->objects.push_back({key, take_shared(bytes)});
+  block->objects.push_back({key, take_shared(bytes, alignment)});
   return block->objects.back().data;
 }
 
@@ -138,7 +139,7 @@ class Launch {
     block_.ready.clear();
     block_.at_barrier = 0;
     block_.live = int(block_.fibers.size());
-    block_.dynamic = block_.dynamic_bytes > 0 ? take_shared(block_.dynamic_bytes) : nullptr;
+    block_.dynamic = block_.dynamic_bytes > 0 ? take_shared(block_.dynamic_bytes, 128) : nullptr;
     for (size_t t = 0; t < block_.fibers.size(); t++) start_fiber(t, memory.stacks[t]);
     switch_to(next());
 #if defined(__SANITIZE_THREAD__)
@@ -150,6 +151,7 @@ class Launch {
 #endif
     if (block_.error.empty() && block_.live > 0) block_.error = deadlock();
     if (!block_.error.empty()) throw Error(block_.error);
+    profile.end_block();
   }
 
   void start_fiber(size_t number, char* stack) {
@@ -210,7 +212,19 @@ const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   if (const char* order = std::getenv("FASTMLP_EMULATOR_ORDER")) emulator::set_order(order);
-  emulator::Launch(grid, block, shared_bytes, [&] { kernel(P(a)...); }).run();
+  if (emulator::route == 0) {
+    emulator::Launch(grid, block, shared_bytes, [&] { kernel(P(a)...); }).run();
+    return nullptr;
+  }
+  std::string name;
+  const auto translated = emulator::translation_of(reinterpret_cast<const void*>(kernel), name);
+  const auto start = [&](P... parameters) {
+    const void* const addresses[] = {&parameters...};
+    emulator::profile.begin(name);
+    emulator::Launch(grid, block, shared_bytes, [&] { translated(addresses); }).run();
+    emulator::executed.insert(name);
+  };
+  start(P(a)...);
   return nullptr;
 }
 

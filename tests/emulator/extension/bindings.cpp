@@ -4,6 +4,7 @@
 #include <torch/extension.h>
 
 #include "cuda/network.h"
+#include "emulated.h"
 #include "operations.h"
 
 namespace fastmlp::emulated {
@@ -42,9 +43,6 @@ using Emulated = Operations<Device>;
 
 }  // namespace
 
-// In kernels.cpp, where the emulator is.
-void set_order(const std::string& name);
-
 }  // namespace fastmlp::emulated
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -76,6 +74,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     tile = tile_ < 0 ? std::nullopt : std::optional(cuda::TileSize(tile_));
     set_order(order);
   });
+  // The architecture whose translated kernels run, or 0: those of the host compiler.
+  m.def("set_route", &set_route);
+  m.def("take_executed", &take_executed);
+  m.def("set_profile", &set_profile);
+  m.def("take_profile", &take_profile);
   // BM, BN and BK by falling size.
   m.def("tiles", [](int architecture_, const at::Tensor& like) {
     cuda::Context context;

@@ -5,8 +5,27 @@
 #include "cuda/dtypes/float32.cu"
 #include "cuda/dtypes/float64.cu"
 
+#include "emulated.h"
+
 namespace fastmlp::emulated {
 
 void set_order(const std::string& name) { emulator::set_order(name); }
+
+void set_route(int architecture) { emulator::set_route(architecture); }
+
+std::vector<std::string> take_executed() {
+  std::vector<std::string> names(emulator::executed.begin(), emulator::executed.end());
+  emulator::executed.clear();
+  return names;
+}
+
+void set_profile(bool on) { emulator::profile.on = on; }
+
+std::vector<ProfileRow> take_profile() {
+  std::vector<ProfileRow> rows;
+  for (const auto& row : emulator::profile.take())
+    rows.emplace_back(row.kernel, row.site, row.shared, row.bytes, row.accesses, row.actual, row.ideal);
+  return rows;
+}
 
 }  // namespace fastmlp::emulated

@@ -1,0 +1,121 @@
+"""From csrc/cuda by nvcc to PTX, to C++, to libraries that `_C_emulated` runs kernels of."""
+
+import ctypes
+import hashlib
+import os
+import subprocess
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+
+from tests.emulated import ROOT, emulated
+from tests.emulator.ptx.translate import Kernel, translate
+
+BUILD = ROOT / "build" / "ptx"
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+#: As setup.py compiles the kernels; lines of the CUDA source for the memory profile.
+NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-ptx"]
+#: Products and sums are fused where the PTX says so, and nowhere else.
+CXX_FLAGS = ["-std=c++20", "-O1", "-finline-small-functions", "-mfma", "-mf16c", "-ffp-contract=off", "-fPIC", "-w"]
+
+
+def nvcc() -> Path:
+    """Of CUDA_HOME, of the packages of the extra gpu-proof, or of the path."""
+    candidates = []
+    if home := os.environ.get("CUDA_HOME"):
+        candidates.append(Path(home, "bin", "nvcc"))
+    if (package := find_spec("nvidia")) and package.submodule_search_locations:
+        candidates += [Path(p, "cu13", "bin", "nvcc") for p in package.submodule_search_locations]
+    if found := which("nvcc"):
+        candidates.append(Path(found))
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    raise RuntimeError(
+        "no nvcc: set CUDA_HOME to a toolkit of CUDA 13, or install the packages of the extra gpu-proof "
+        "(nvidia-cuda-nvcc and others from PyPI)"
+    )
+
+
+def run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+
+
+def digest(*parts: str | bytes) -> str:
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part.encode() if isinstance(part, str) else part)
+    return whole.hexdigest()[:16]
+
+
+def contents(folder: Path) -> bytes:
+    """Of all files of C++ and CUDA in a folder."""
+    endings = {".h", ".cuh", ".cu"}
+    return b"".join(f.read_bytes() for f in sorted(folder.rglob("*")) if f.suffix in endings)
+
+
+def ptx_of(source: Path, architecture: int, sources: Path = ROOT / "csrc") -> str:
+    """The PTX that nvcc makes of a file; kept until anything in `sources` changes."""
+    key = digest(contents(sources), source.read_bytes(), str(NVCC_FLAGS), str(nvcc()))
+    output = BUILD / f"{source.stem}_{architecture}_{key}.ptx"
+    if not output.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        partial = output.with_suffix(f".{os.getpid()}")
+        run([str(nvcc()), *NVCC_FLAGS, f"-arch=compute_{architecture}", "-o", str(partial), str(source)])
+        partial.replace(output)
+    return output.read_text(encoding="utf-8")
+
+
+@cache
+def headers() -> bytes:
+    return contents(ROOT / "tests/emulator") + (ROOT / "csrc/problem.h").read_bytes()
+
+
+def library(kernel: Kernel) -> Path:
+    """Compiled; kept as long as its text and the emulator stay."""
+    sanitizers = os.environ.get("FASTMLP_SANITIZE")
+    flags = [*CXX_FLAGS, *([f"-fsanitize={sanitizers}"] if sanitizers else [])]
+    name = digest(kernel.text, headers(), str(flags))
+    output = BUILD / f"{name}.so"
+    if not output.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        text = BUILD / f"{name}.cpp"
+        text.write_text(kernel.text, encoding="utf-8")
+        partial = output.with_suffix(f".{os.getpid()}")
+        include = [f"-I{ROOT / folder}" for folder in ("csrc", "tests/emulator", "tests/emulator/ptx")]
+        run(["g++", *flags, "-shared", *include, "-o", str(partial), str(text)])
+        partial.replace(output)
+    return output
+
+
+def demangled(names: Iterable[str]) -> list[str]:
+    answer = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return answer.stdout.splitlines()
+
+
+def compile_all(kernels: Iterable[Kernel]) -> list[Path]:
+    """Side by side, as many as MAX_JOBS says, or as there are processors."""
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        return list(pool.map(library, kernels))
+
+
+def load(
+    architecture: int, dtypes: Iterable[str] = DTYPES, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, Kernel]:
+    """Builds the kernels of csrc/cuda for some dtypes and loads them into `_C_emulated`; by mangled name.
+
+    Args:
+        wanted: Which kernels, by their demangled names.
+    """
+    emulated()  # the emulator of all libraries
+    kernels = [k for dtype in dtypes for k in translate(ptx_of(ROOT / f"csrc/cuda/dtypes/{dtype}.cu", architecture))]
+    names = demangled(k.name for k in kernels)
+    chosen = [k for k, name in zip(kernels, names, strict=True) if wanted(name)]
+    for path in compile_all(chosen):
+        ctypes.CDLL(str(path))
+    return {k.name: k for k in chosen}
