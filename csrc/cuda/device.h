@@ -22,8 +22,9 @@
 
 namespace fastmlp::cuda {
 
+// Aligned for accesses of 16 bytes, whatever the members of T ask for.
 template <class T> __device__ __forceinline__ T& shared() {
-  __shared__ T object;
+  __shared__ __align__(16) T object;
   return object;
 }
 

@@ -18,8 +18,7 @@
 #include <cstdint>
 #include <cstring>
 
-// Kernels have names that dladdr() finds (translated.h).
-#define __global__ __attribute__((visibility("default")))
+#define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
@@ -37,7 +36,7 @@ struct alignas(16) uint4 {
 };
 
 // Of the fiber that runs now.
-[[gnu::visibility("default")]] inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 #include "fibers.h"
 #include "translated.h"

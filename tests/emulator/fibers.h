@@ -21,7 +21,7 @@ extern "C" void __tsan_ignore_thread_begin();
 extern "C" void __tsan_ignore_thread_end();
 #endif
 
-namespace emulator [[gnu::visibility("default")]] {
+namespace emulator {
 
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;

@@ -6,7 +6,7 @@
 
 #include <mutex>
 
-namespace emulator [[gnu::visibility("default")]] {
+namespace emulator {
 
 #if defined(__SANITIZE_ADDRESS__)
 inline void poison(void* p, size_t bytes) { ASAN_POISON_MEMORY_REGION(p, bytes); }

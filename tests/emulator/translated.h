@@ -1,7 +1,7 @@
 // Kernels that tests/emulator/ptx translated from nvcc's PTX, and the memory profile of their runs. Part of emulator.h.
 // Libraries of such kernels are loaded beside `_C_emulated`; they register here when they are, and launch.h runs them
 // in place of the host compiler's kernels of the same name once set_route() names their architecture. All libraries
-// share one emulator: its namespace is visible, so that the loader unites its variables.
+// share one emulator: its symbols are visible everywhere, so that the loader unites its variables.
 #pragma once
 
 #include <dlfcn.h>
@@ -10,8 +10,9 @@
 #include <array>
 #include <map>
 #include <set>
+#include <tuple>
 
-namespace emulator [[gnu::visibility("default")]] {
+namespace emulator {
 
 // Takes the addresses of the parameters, as cudaLaunchKernel does.
 using TranslatedKernel = void (*)(const void* const* parameters);
@@ -49,7 +50,7 @@ class Profile {
  public:
   struct Row {
     std::string kernel;
-    int site = 0;  // of the kernel's instructions that access memory
+    int line = 0;  // of the PTX
     bool shared = false;
     int bytes = 0;
     int64_t accesses = 0, actual = 0, ideal = 0;
@@ -59,21 +60,19 @@ class Profile {
 
   void begin(const std::string& kernel) { kernel_ = kernel; }
 
-  void note(int site, uint64_t address, size_t bytes, bool shared) {
+  void note(int line, uint64_t address, size_t bytes, bool shared) {
     const Unseen unseen;
-    Site& at = sites_[site];
-    at.shared = shared;
+    Site& at = sites_[{line, shared}];
     at.bytes = int(bytes);
     at.addresses.resize(block->fibers.size());
     at.addresses[size_t(current - block->fibers.data())].push_back(address);
   }
 
   void end_block() {
-    for (auto& [number, site] : sites_) {
-      Row& row = rows_[{kernel_, number}];
+    for (auto& [place, site] : sites_) {
+      Row& row = rows_[{kernel_, place}];
       row.kernel = kernel_;
-      row.site = number;
-      row.shared = site.shared;
+      std::tie(row.line, row.shared) = place;
       row.bytes = site.bytes;
       for (size_t warp = 0; warp < site.addresses.size(); warp += warp_size) count(row, site, warp);
     }
@@ -88,14 +87,15 @@ class Profile {
   }
 
  private:
+  // Of an instruction: its line, and whether it is its access to shared memory; copies have one of either kind.
+  using Place = std::pair<int, bool>;
   struct Site {
-    bool shared = false;
     int bytes = 0;
     std::vector<std::vector<uint64_t>> addresses;  // of each thread, in its order
   };
 
   static void count(Row& row, const Site& site, size_t warp) {
-    const size_t lanes = site.shared ? 128 / size_t(std::max(4, site.bytes)) : warp_size;
+    const size_t lanes = row.shared ? 128 / size_t(std::max(4, site.bytes)) : warp_size;
     size_t executions = 0;
     for (size_t lane = 0; lane < warp_size; lane++)
       executions = std::max(executions, site.addresses[warp + lane].size());
@@ -107,12 +107,12 @@ class Profile {
           if (n >= site.addresses[lane].size()) continue;
           for (uint64_t byte = 0; byte < uint64_t(site.bytes); byte++) {
             const uint64_t address = site.addresses[lane][n] + byte;
-            units.insert(site.shared ? address / 4 : address);
+            units.insert(row.shared ? address / 4 : address);
             sectors.insert(address / 32);
           }
         }
         if (units.empty()) continue;
-        if (site.shared) {
+        if (row.shared) {
           std::array<int64_t, 32> words{};
           for (uint64_t word : units) words[word % 32]++;
           row.actual += *std::max_element(words.begin(), words.end());
@@ -126,14 +126,14 @@ class Profile {
   }
 
   std::string kernel_;
-  std::map<int, Site> sites_;
-  std::map<std::pair<std::string, int>, Row> rows_;
+  std::map<Place, Site> sites_;
+  std::map<std::pair<std::string, Place>, Row> rows_;
 };
 
 inline Profile profile;
 
-inline void note_access(int site, uint64_t address, size_t bytes, bool shared) {
-  if (profile.on) profile.note(site, address, bytes, shared);
+inline void note_access(int line, uint64_t address, size_t bytes, bool shared) {
+  if (profile.on) profile.note(line, address, bytes, shared);
 }
 
 }  // namespace emulator

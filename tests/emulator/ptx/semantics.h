@@ -261,17 +261,20 @@ inline b16 to_bfloat16(f32 a) { return fastmlp::cuda::Narrow<fastmlp::BFloat16>:
 // Two halves of a register, the low one first.
 template <class W, class H> W pack(H low, H high) { return W(W(low) | W(high) << bits_of<H>); }
 
-// ---- memory
+// ---- memory; `line` is that of the PTX
 
 enum class Space { global, shared, local, param };
 
-template <size_t bytes> void* at(u64 address) {
-  if (address % bytes != 0) emulator::fail("an access of " + std::to_string(bytes) + " bytes is misaligned");
+template <size_t bytes> void* at(u64 address, int line) {
+  if (address % bytes != 0)
+    emulator::fail("PTX line " + std::to_string(line) + ": an access of " + std::to_string(bytes) +
+                   " bytes is misaligned");
   return reinterpret_cast<void*>(address);
 }
 inline u64 address_of(const void* p) { return reinterpret_cast<u64>(p); }
-inline u64 shared_address(u32 offset, size_t bytes) {
-  if (offset + bytes > emulator::block->used) emulator::fail("an access behind the end of shared memory");
+inline u64 shared_address(u32 offset, size_t bytes, int line) {
+  if (offset + bytes > emulator::block->used)
+    emulator::fail("PTX line " + std::to_string(line) + ": an access behind the end of shared memory");
   return address_of(emulator::block->arena) + offset;
 }
 inline u32 shared_offset(void* p) { return u32(static_cast<unsigned char*>(p) - emulator::block->arena); }
@@ -281,23 +284,23 @@ template <class T, int count> struct Elements {
   T element[count];
 };
 
-template <Space space, class T, int count> Elements<T, count> load(u64 address, int site) {
+template <Space space, class T, int count> Elements<T, count> load(u64 address, int line) {
   constexpr size_t bytes = sizeof(T) * count;
-  if constexpr (space == Space::shared) address = shared_address(u32(address), bytes);
-  const auto* const from = static_cast<const T*>(at<bytes>(address));
+  if constexpr (space == Space::shared) address = shared_address(u32(address), bytes, line);
+  const auto* const from = static_cast<const T*>(at<bytes>(address, line));
   if constexpr (space == Space::shared || space == Space::global)
-    emulator::note_access(site, address, bytes, space == Space::shared);
+    emulator::note_access(line, address, bytes, space == Space::shared);
   Elements<T, count> loaded;
   for (int i = 0; i < count; i++) loaded.element[i] = from[i];
   return loaded;
 }
 
-template <Space space, class T, int count> void store(u64 address, int site, const Elements<T, count>& elements) {
+template <Space space, class T, int count> void store(u64 address, int line, const Elements<T, count>& elements) {
   constexpr size_t bytes = sizeof(T) * count;
-  if constexpr (space == Space::shared) address = shared_address(u32(address), bytes);
-  auto* const to = static_cast<T*>(at<bytes>(address));
+  if constexpr (space == Space::shared) address = shared_address(u32(address), bytes, line);
+  auto* const to = static_cast<T*>(at<bytes>(address, line));
   if constexpr (space == Space::shared || space == Space::global)
-    emulator::note_access(site, address, bytes, space == Space::shared);
+    emulator::note_access(line, address, bytes, space == Space::shared);
   for (int i = 0; i < count; i++) to[i] = elements.element[i];
 }
 
@@ -306,7 +309,7 @@ inline u32 shared_variable(const char* name, size_t bytes, size_t alignment) {
   return shared_offset(emulator::shared_object(name, bytes, alignment));
 }
 
-// ---- warps and blocks; `line` is that of the PTX
+// ---- warps and blocks
 
 inline void bar_sync(u32 barrier, int line) {
   if (barrier != 0) emulator::fail("bar.sync of another barrier than 0");
@@ -315,16 +318,16 @@ inline void bar_sync(u32 barrier, int line) {
 [[noreturn]] inline void trap(int line) { emulator::fail("trap in line " + std::to_string(line)); }
 
 // `to` is a shared, `from` a global address.
-inline void cp_async16(u32 to, u64 from, u32 bytes, int site) {
-  const u64 target = shared_address(to, 16);
-  emulator::note_access(site, target, 16, true);
-  if (bytes > 0) emulator::note_access(site + 1, from, bytes, false);
+inline void cp_async16(u32 to, u64 from, u32 bytes, int line) {
+  const u64 target = shared_address(to, 16, line);
+  emulator::note_access(line, target, 16, true);
+  if (bytes > 0) emulator::note_access(line, from, bytes, false);
   fastmlp::cuda::copy_async16(reinterpret_cast<void*>(target), reinterpret_cast<const void*>(from), int(bytes));
 }
 
-template <bool transposed> Elements<u32, 4> ldmatrix(u32 row, int site, int line) {
-  const u64 address = shared_address(row, 16);
-  emulator::note_access(site, address, 16, true);
+template <bool transposed> Elements<u32, 4> ldmatrix(u32 row, int line) {
+  const u64 address = shared_address(row, 16, line);
+  emulator::note_access(line, address, 16, true);
   u32 fragment[4];
   fastmlp::cuda::load_matrices<transposed>(fragment, reinterpret_cast<const void*>(address), line);
   return {{fragment[0], fragment[1], fragment[2], fragment[3]}};

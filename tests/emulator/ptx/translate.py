@@ -32,10 +32,9 @@ _CPP = {f"b{bits}": f"u{bits}" for bits in (8, 16, 32, 64)} | {"pred": "bool"}
 
 @dataclass(frozen=True)
 class Site:
-    """An instruction that accesses memory; its place in a kernel's list is its number in the profile."""
+    """An instruction that accesses memory."""
 
     opcode: str
-    line: int  # of the PTX
     source: Source
     section: str  # main loop, before or after
 
@@ -44,7 +43,7 @@ class Site:
 class Kernel:
     name: str  # mangled
     text: str  # C++
-    sites: list[Site]
+    sites: dict[int, Site]  # by lines of the PTX
 
 
 def cpp(type: str) -> str:
@@ -96,7 +95,7 @@ class Translator:
         #: What names of memory stand for in C++, and whether that is a shared offset.
         self.symbols: dict[str, str] = {}
         self.shared: set[str] = set()
-        self.sites: list[Site] = []
+        self.sites: dict[int, Site] = {}
         self.sections = main_loops(function.body)
         self.place = 0
 
@@ -172,15 +171,12 @@ class Translator:
             raise PtxError(line, f"{operand!r} is not {count} registers")
         return names
 
-    def site(self, s: Instruction, sites: int = 1) -> int:
-        """The number of a new site."""
-        if not self.function.kernel:
-            return -1
+    def note(self, s: Instruction) -> None:
+        """That it accesses memory."""
         section = "after" if self.sections and self.place > self.sections[0][0] else "before"
         if any(begin <= self.place <= end for begin, end in self.sections):
             section = "main loop"
-        self.sites += [Site(s.opcode, s.line, s.source, section)] * sites
-        return len(self.sites) - sites
+        self.sites[s.line] = Site(s.opcode, s.source, section)
 
     # ---- instructions
 
@@ -201,15 +197,15 @@ class Translator:
         if s.opcode in LOADS:
             space, type, count = LOADS[s.opcode]
             address = self.address(o[1], space, line)
-            site = self.site(s) if space in ("global", "shared") else -1
-            call = f"load<Space::{space}, {cpp(type)}, {count}>({address}, {site})"
+            self.note(s)
+            call = f"load<Space::{space}, {cpp(type)}, {count}>({address}, {line})"
             return self.spread(o[0], type, count, call, line)
         if s.opcode in STORES:
             space, type, count = STORES[s.opcode]
             values = ", ".join(self.value(x, type, line) for x in self.elements(o[1], count, line))
             address = self.address(o[0], space, line)
-            site = self.site(s) if space in ("global", "shared") else -1
-            return f"store<Space::{space}, {cpp(type)}, {count}>({address}, {site}, {{{{{values}}}}});"
+            self.note(s)
+            return f"store<Space::{space}, {cpp(type)}, {count}>({address}, {line}, {{{{{values}}}}});"
         if s.opcode in PRODUCTS:
             call, of_a, of_b = PRODUCTS[s.opcode]
             lists = [
@@ -219,7 +215,8 @@ class Translator:
             arguments = ", ".join(f"{{{{{values}}}}}" for values in lists)
             return self.spread(o[0], "f32", 4, f"{call}({arguments}, {line})", line)
         if s.opcode in MATRIX_LOADS:
-            call = f"{MATRIX_LOADS[s.opcode]}({self.address(o[1], 'shared', line)}, {self.site(s)}, {line})"
+            self.note(s)
+            call = f"{MATRIX_LOADS[s.opcode]}({self.address(o[1], 'shared', line)}, {line})"
             return self.spread(o[0], "u32", 4, call, line)
         return self.control(s)
 
@@ -266,8 +263,9 @@ class Translator:
                         raise PtxError(line, f"unknown argument {name!r}")
                 return f"f_{o[1]}({', '.join(f'c_{name}' for name in names)});"
             case "cp.async.cg.shared.global" if len(o) == 4 and o[2] == "16":
+                self.note(s)
                 to, of = self.address(o[0], "shared", line), self.address(o[1], "global", line)
-                return f"cp_async16({to}, {of}, {self.value(o[3], 'u32', line)}, {self.site(s, 2)});"
+                return f"cp_async16({to}, {of}, {self.value(o[3], 'u32', line)}, {line});"
             case "cp.async.commit_group":
                 return "fastmlp::cuda::commit_copies();"
             case "cp.async.wait_group" if o[0].isdigit():
