@@ -221,8 +221,8 @@ const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
   const auto start = [&](P... parameters) {
     const void* const addresses[] = {&parameters...};
     emulator::profile.begin(name);
-    emulator::Launch(grid, block, shared_bytes, [&] { translated(addresses); }).run();
     emulator::executed.insert(name);
+    emulator::Launch(grid, block, shared_bytes, [&] { translated(addresses); }).run();
   };
   start(P(a)...);
   return nullptr;

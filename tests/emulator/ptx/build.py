@@ -3,8 +3,9 @@
 import ctypes
 import hashlib
 import os
+import re
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from pathlib import Path
 from shutil import which
 
 from tests.emulated import ROOT, emulated
+from tests.emulator.ptx.names import launches, readable
 from tests.emulator.ptx.translate import Kernel, translate
 
 BUILD = ROOT / "build" / "ptx"
@@ -59,10 +61,11 @@ def contents(folder: Path) -> bytes:
     return b"".join(f.read_bytes() for f in sorted(folder.rglob("*")) if f.suffix in endings)
 
 
-def ptx_of(source: Path, architecture: int, sources: Path = ROOT / "csrc") -> str:
-    """The PTX that nvcc makes of a file; kept until anything in `sources` changes."""
-    key = digest(contents(sources), source.read_bytes(), str(NVCC_FLAGS), str(nvcc()))
-    output = BUILD / f"{source.stem}_{architecture}_{key}.ptx"
+def ptx_of(dtype: str, architecture: int, csrc: Path = ROOT / "csrc") -> str:
+    """The PTX of a dtype's kernels; kept until anything in `csrc` changes."""
+    source = csrc / f"cuda/dtypes/{dtype}.cu"
+    key = digest(contents(csrc), str(NVCC_FLAGS), str(nvcc()))
+    output = BUILD / f"{dtype}_{architecture}_{key}.ptx"
     if not output.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         partial = output.with_suffix(f".{os.getpid()}")
@@ -93,29 +96,30 @@ def library(kernel: Kernel) -> Path:
     return output
 
 
-def demangled(names: Iterable[str]) -> list[str]:
-    answer = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    return answer.stdout.splitlines()
-
-
 def compile_all(kernels: Iterable[Kernel]) -> list[Path]:
     """Side by side, as many as MAX_JOBS says, or as there are processors."""
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         return list(pool.map(library, kernels))
 
 
-def load(
-    architecture: int, dtypes: Iterable[str] = DTYPES, wanted: Callable[[str], bool] = lambda name: True
-) -> dict[str, Kernel]:
-    """Builds the kernels of csrc/cuda for some dtypes and loads them into `_C_emulated`; by mangled name.
+def load_all(kernels: list[Kernel]) -> dict[str, Kernel]:
+    """By mangled name."""
+    emulated()  # the emulator of all libraries
+    for path in compile_all(kernels):
+        ctypes.CDLL(str(path))
+    return {k.name: k for k in kernels}
+
+
+def load(architecture: int, dtype: str, wanted: str = "") -> dict[str, Kernel]:
+    """Builds the kernels that csrc/cuda launches for a dtype, and loads them into `_C_emulated`; by mangled name.
 
     Args:
-        wanted: Which kernels, by their demangled names.
+        architecture: 80 for compute_80.
+        wanted: A regular expression: those whose readable() name has it.
     """
-    emulated()  # the emulator of all libraries
-    kernels = [k for dtype in dtypes for k in translate(ptx_of(ROOT / f"csrc/cuda/dtypes/{dtype}.cu", architecture))]
-    names = demangled(k.name for k in kernels)
-    chosen = [k for k, name in zip(kernels, names, strict=True) if wanted(name)]
-    for path in compile_all(chosen):
-        ctypes.CDLL(str(path))
-    return {k.name: k for k in chosen}
+    chosen = [
+        k
+        for k in translate(ptx_of(dtype, architecture))
+        if launches(k.name, architecture) and re.search(wanted, readable(k.name))
+    ]
+    return load_all(chosen)

@@ -186,8 +186,8 @@ class Parser:
         for attribute in re.findall(r"\.(\w+)", attributes):
             if attribute not in _ATTRIBUTES:
                 raise PtxError(line, f"unknown attribute .{attribute} of {name}")
-        declared = [[variable(v, line) for v in split_operands(text or "")] for text in (results, parameters)]
-        function = Function(name, kind == "entry", *declared)
+        given, taken = ([variable(v, line) for v in split_operands(text or "")] for text in (results, parameters))
+        function = Function(name, kind == "entry", given, taken)
         depth, source = 1, Source()
         while depth > 0:
             if not self.skip_blanks():

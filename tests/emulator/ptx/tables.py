@@ -119,8 +119,7 @@ MOVES = {
     **alike("mov", 1, "mov", (*BITS, *INTEGERS, *FLOATS, "pred")),
     # Global, local and generic addresses are the host's.
     **{
-        f"cvta.{space}.u64": Form("mov<u64>", "u64", ("u64",))
-        for space in ("global", "to.global", "local", "to.local")
+        f"cvta.{space}.u64": Form("mov<u64>", "u64", ("u64",)) for space in ("global", "to.global", "local", "to.local")
     },
 }
 
@@ -131,11 +130,7 @@ CONVERSIONS = {
         for of in ("u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64")
         if to != of
     },
-    **{
-        f"cvt.rn.{to}.{of}": Form(f"convert<{to}, {of}>", to, (of,))
-        for to in FLOATS
-        for of in INTEGERS
-    },
+    **{f"cvt.rn.{to}.{of}": Form(f"convert<{to}, {of}>", to, (of,)) for to in FLOATS for of in INTEGERS},
     **{
         f"cvt.rni.{to}.{of}": Form(f"to_nearest_integer<{to}, {of}>", to, (of,))
         for to in ("s32", "s64")

@@ -165,8 +165,6 @@ class Translator:
     def elements(self, operand: str, count: int, line: int) -> list[str]:
         """The registers of a vector operand."""
         names = [n.strip() for n in operand.strip("{}").split(",")]
-        if operand.startswith("{") != (count > 1) and not (count == 1 and len(names) == 1):
-            raise PtxError(line, f"{operand!r} is not {count} registers")
         if len(names) != count:
             raise PtxError(line, f"{operand!r} is not {count} registers")
         return names
@@ -182,7 +180,12 @@ class Translator:
 
     def instruction(self, s: Instruction) -> str:
         statement = self.statement(s)
-        return f"if ({'!' * s.predicate.startswith('!')}v_{s.predicate.lstrip('!')}) {statement}" if s.predicate else statement
+        if not s.predicate:
+            return statement
+        register = s.predicate.lstrip("!")
+        if self.storage(f"%{register}", s.line) != "bool":
+            raise PtxError(s.line, f"{s.predicate} is no predicate")
+        return f"if ({'!' if s.predicate.startswith('!') else ''}v_{register}) {statement}"
 
     def statement(self, s: Instruction) -> str:
         o, line = s.operands, s.line
@@ -202,10 +205,10 @@ class Translator:
             return self.spread(o[0], type, count, call, line)
         if s.opcode in STORES:
             space, type, count = STORES[s.opcode]
-            values = ", ".join(self.value(x, type, line) for x in self.elements(o[1], count, line))
+            stored = ", ".join(self.value(x, type, line) for x in self.elements(o[1], count, line))
             address = self.address(o[0], space, line)
             self.note(s)
-            return f"store<Space::{space}, {cpp(type)}, {count}>({address}, {line}, {{{{{values}}}}});"
+            return f"store<Space::{space}, {cpp(type)}, {count}>({address}, {line}, {{{{{stored}}}}});"
         if s.opcode in PRODUCTS:
             call, of_a, of_b = PRODUCTS[s.opcode]
             lists = [
@@ -312,7 +315,7 @@ class Translator:
         shared = [v for v in self.module.variables if v.space == "shared" and v.name in words]
         top = [s for s in f.body if isinstance(s, Variable)]
         names = {v.name for v in (*shared, *(v for v in top if v.space == "shared"))}
-        lines = [f"const char n_{name}[] = \"{name}\";" for name in sorted(names)]
+        lines = [f'const char n_{name}[] = "{name}";' for name in sorted(names)]
         if f.kernel:
             lines.append("void kernel(const void* const* parameters) {")
             lines += [
@@ -354,8 +357,11 @@ def constant(v: Variable) -> str:
     return f"alignas({max(v.alignment, 8)}) const {_STORAGE[v.type]} c_{v.name}[{count}] = {{{values}}};"
 
 
-def translate(text: str) -> list[Kernel]:
+def translate(text: str, route: int | None = None) -> list[Kernel]:
     """All kernels of a PTX text.
+
+    Args:
+        route: The number that `_C_emulated` knows them by, instead of the text's architecture.
 
     Raises:
         PtxError: if there is anything in it that is not known.
@@ -372,6 +378,7 @@ def translate(text: str) -> list[Kernel]:
             translator = Translator(module, function, names)
             body = translator.translate()
             calls = [line for name, lines in called.items() if any(f"f_{name}(" in b for b in body) for line in lines]
-            tail = [f'const emulator::RegisterTranslated registered({module.target}, "{function.name}", &kernel);', "}"]
+            number = module.target if route is None else route
+            tail = [f'const emulator::RegisterTranslated registered({number}, "{function.name}", &kernel);', "}"]
             kernels.append(Kernel(function.name, "\n".join([*head, *calls, *body, *tail]) + "\n", translator.sites))
     return kernels
