@@ -173,8 +173,14 @@ LOADS = {
     for t in MEMORY_TYPES
 }
 STORES = {
-    f"st.{space}{vector}.{t}": (space, t, count)
-    for space in ("global", "shared", "local", "param")
+    f"st.{words}{vector}.{t}": (space, t, count)
+    for words, space in (
+        ("global", "global"),
+        ("global.wb", "global"),
+        ("shared", "shared"),
+        ("local", "local"),
+        ("param", "param"),
+    )
     for vector, count in (("", 1), (".v2", 2), (".v4", 4))
     for t in MEMORY_TYPES
 }
