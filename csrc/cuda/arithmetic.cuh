@@ -45,6 +45,17 @@ template <class S, int count> struct alignas(count * sizeof(S) < 16 ? count * si
 
 template <class S> constexpr int per_16_bytes = int(16 / sizeof(S));
 
+// To global memory, 16 bytes at a time. Where another branch stores single elements, nvcc would take an assignment apart
+// too.
+template <class S, int count> __device__ __forceinline__ void store(S* to, const Vec<S, count>& from) {
+  using Word = std::conditional_t<sizeof(from) < 16, uint2, uint4>;
+  static_assert(sizeof(from) % sizeof(Word) == 0);
+  Word words[sizeof(from) / sizeof(Word)];
+  memcpy(words, &from, sizeof(from));
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(from) / sizeof(Word); i++) __stwb(reinterpret_cast<Word*>(to) + i, words[i]);
+}
+
 // Four elements of a row, of which `valid` exist: at once if `vectors` says that the address and the count allow it.
 template <class S>
 __device__ __forceinline__ void load4(Compute<S> (&to)[4], const S* from, int64_t stride, int valid, bool vectors) {
@@ -63,7 +74,7 @@ template <class S> __device__ __forceinline__ void store4(S* to, const Compute<S
     Vec<S, 4> v;
 #pragma unroll
     for (int e = 0; e < 4; e++) v.element[e] = Narrow<S>::from(from[e]);
-    *reinterpret_cast<Vec<S, 4>*>(to) = v;
+    store(to, v);
   } else {
 #pragma unroll
     for (int e = 0; e < 4; e++) {

@@ -39,5 +39,6 @@ struct alignas(16) uint4 {
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 #include "fibers.h"
+#include "translated.h"
 #include "launch.h"
 #include "instructions.h"

@@ -19,6 +19,10 @@ template <class T> T __shfl_down_sync(unsigned mask, T value, int distance, int 
   });
 }
 
+// Stores to global memory of 8 and 16 bytes.
+inline void __stwb(uint2* to, uint2 value) { *to = value; }
+inline void __stwb(uint4* to, uint4 value) { *to = value; }
+
 // e^(x^2) erfc(x), which C++ does not have.
 template <class T> T scaled_erfc(T x) {
   const long double v = x;

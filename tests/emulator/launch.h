@@ -150,6 +150,7 @@ class Launch {
 #endif
     if (block_.error.empty() && block_.live > 0) block_.error = deadlock();
     if (!block_.error.empty()) throw Error(block_.error);
+    profile.end_block();
   }
 
   void start_fiber(size_t number, char* stack) {
@@ -223,7 +224,19 @@ const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
   const std::lock_guard lock(one_at_a_time);
   if (emulator::launches_before_failure >= 0 && emulator::launches_before_failure-- == 0) return emulator::refusal;
   if (const char* order = std::getenv("FASTMLP_EMULATOR_ORDER")) emulator::set_order(order);
-  emulator::Launch(grid, block, shared_bytes, [&] { kernel(P(a)...); }).run();
+  if (emulator::route == 0) {
+    emulator::Launch(grid, block, shared_bytes, [&] { kernel(P(a)...); }).run();
+    return nullptr;
+  }
+  std::string name;
+  const auto translated = emulator::translation_of(reinterpret_cast<const void*>(kernel), name);
+  const auto start = [&](P... parameters) {
+    const void* const addresses[] = {&parameters...};
+    emulator::profile.begin(name);
+    emulator::executed.insert(name);
+    emulator::Launch(grid, block, shared_bytes, [&] { translated(addresses); }).run();
+  };
+  start(P(a)...);
   return nullptr;
 }
 

@@ -4,6 +4,7 @@
 #include <torch/extension.h>
 
 #include "cuda/network.h"
+#include "emulated.h"
 #include "operations.h"
 #include "storage.h"
 
@@ -43,10 +44,6 @@ using Emulated = Operations<Device>;
 
 }  // namespace
 
-// In kernels.cpp, where the emulator is.
-void set_order(const std::string& name);
-void refuse_launch(int number);
-
 }  // namespace fastmlp::emulated
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -80,6 +77,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   // The launch of this number from now on, from 0, fails; a negative number: none.
   m.def("refuse_launch", &refuse_launch);
+  // The architecture whose translated kernels run, or 0: those of the host compiler.
+  m.def("set_route", &set_route);
+  m.def("take_executed", &take_executed);
+  m.def("set_profile", &set_profile);
+  m.def("take_profile", &take_profile);
   // BM, BN and BK by falling size.
   m.def("tiles", [](int architecture_, const at::Tensor& like) {
     cuda::Context context;
