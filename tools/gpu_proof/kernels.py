@@ -49,8 +49,7 @@ def parse(demangled: str) -> Kernel | None:
     dtype = DTYPES.get(arguments.split(",")[0].strip())
     if dtype is None:
         return None
-    tile = re.search(r"\w+<([\d, ]+)>", arguments)
-    numbers = tuple(map(int, tile[1].split(","))) if tile else ()
+    numbers = tuple(map(int, re.findall(r"(?<![\w)])\d+\b", arguments)))
     options = tuple(enumerators()[name][int(number)] for name, number in re.findall(r"\((\w+)\)(\d+)", arguments))
     return Kernel(family, dtype, numbers, options)
 

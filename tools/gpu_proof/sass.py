@@ -2,15 +2,19 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: Multiply-adds, of which a main loop should consist: ordinary units, then tensor cores.
-MATH = ("FFMA", "FFMA2", "DFMA", "HMMA", "DMMA")
+#: Multiply-adds, of which a main loop should consist, on ordinary units and on tensor cores.
+ORDINARY = ("FFMA", "FFMA2", "DFMA")
+TENSOR = ("HMMA", "DMMA")
+
+#: Of shared memory, in a main loop.
+FEWEST_READS = 8
 
 _SECTION = re.compile(r"\s*\.section\s+\.text\.([^,\s]+)")
 _LABEL = re.compile(r"(\.L_\w+):")
-_INSTRUCTION = re.compile(r"\s*(?:\{\s*)?/\*([0-9a-f]+)\*/\s+(?:\{\s*)?(.+?)\s*;?\s*\}?\s*$")
+_INSTRUCTION = re.compile(r"\s*(?:\{\s*)?/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(\S.*)")
 _PREDICATE = re.compile(r"@!?U?P\w+\s+")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 
@@ -44,28 +48,31 @@ def functions(text: str) -> dict[str, list[Instruction]]:
         elif match := _LABEL.match(line):
             labels[name][match[1]] = len(lines[name])
         elif match := _INSTRUCTION.match(line):
-            lines[name].append(_PREDICATE.sub("", match[2], count=1))
+            lines[name].append(_PREDICATE.sub("", match[1], count=1))
     return {name: [_instruction(body, labels[name]) for body in bodies] for name, bodies in lines.items()}
 
 
 def _instruction(body: str, labels: dict[str, int]) -> Instruction:
     target = _TARGET.search(body) if body.startswith("BRA") else None
-    return Instruction(body.split()[0], labels.get(target[1]) if target else None)
+    return Instruction(body.split()[0].rstrip(";"), labels.get(target[1]) if target else None)
 
 
-def loops(code: Sequence[Instruction]) -> Iterator[tuple[int, int]]:
-    """Yield first and last index of the innermost loops: branches back, without another one in between."""
+def loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
+    """Return each loop, from where a branch goes back to up to the branch, without the loops in it."""
     ends = [(i.target, at) for at, i in enumerate(code) if i.target is not None and i.target <= at]
+    found = []
     for first, last in ends:
-        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in ends):
-            yield first, last
+        within = [(a, b) for a, b in ends if (a, b) != (first, last) and first <= a and b <= last]
+        found.append([code[at] for at in range(first, last + 1) if not any(a <= at <= b for a, b in within)])
+    return found
 
 
 @dataclass(frozen=True)
 class Mix:
-    """The instructions of a kernel's main loop, the innermost one with the most multiply-adds."""
+    """The instructions of one loop."""
 
     opcodes: Counter[str]  # with modifiers
+    math_names: tuple[str, ...]  # those that count as multiply-adds: of tensor cores, if the kernel uses them
 
     @property
     def total(self) -> int:
@@ -79,7 +86,7 @@ class Mix:
     @property
     def math(self) -> int:
         """Return the number of multiply-adds."""
-        return self.count(*MATH)
+        return self.count(*self.math_names)
 
     @property
     def share(self) -> float:
@@ -93,8 +100,15 @@ def _is(opcode: str, name: str) -> bool:
     return found == first and all(m in others for m in modifiers)
 
 
-def main_loop(code: Sequence[Instruction]) -> Mix | None:
-    """Return the mix of the main loop; None if no loop multiplies and adds."""
-    mixes = [Mix(Counter(i.opcode for i in code[first : last + 1])) for first, last in loops(code)]
-    best = max(mixes, key=lambda mix: mix.math, default=None)
-    return best if best is not None and best.math > 0 else None
+def main_loops(code: Sequence[Instruction]) -> list[Mix]:
+    """Return the loops that a kernel spends its time in.
+
+    NOP does not count: for processors whose units for a dtype are few it fills the time between multiply-adds. Main
+    loops multiply and add what comes from shared memory: at least eight reads of it, which a loop over the rows of an
+    epilogue has not, and at least half as many multiply-adds as any other such loop.
+    """
+    names = TENSOR if any(i.name in TENSOR for i in code) else ORDINARY
+    mixes = [Mix(Counter(i.opcode for i in loop if i.name != "NOP"), names) for loop in loops(code)]
+    mixes = [mix for mix in mixes if mix.math > 0 and mix.count("LDS", "LDSM") >= FEWEST_READS]
+    most = max((mix.math for mix in mixes), default=0)
+    return [mix for mix in mixes if 2 * mix.math >= most]
