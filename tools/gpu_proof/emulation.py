@@ -92,7 +92,10 @@ def build(variant: Variant, csrc: Path = CSRC, dtype: str | None = None, name: s
     """
     folder = BUILD / "emulated" / (name or variant.name.replace(", ", "_"))
     extension = EMULATOR / "extension"
-    shared = [extension / "bindings.cpp", *(CSRC / f"{n}.cpp" for n in ("activation_info", "checks", "passes", "stack"))]
+    shared = [
+        extension / "bindings.cpp",
+        *(CSRC / f"{n}.cpp" for n in ("activation_info", "checks", "passes", "stack")),
+    ]
     jobs = [(source, CSRC, ("-g0",), True) for source in shared]
     for stem in dict.fromkeys(KERNELS.values()):
         changed = dtype is None or KERNELS[dtype] == stem

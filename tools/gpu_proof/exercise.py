@@ -4,8 +4,10 @@ Small enough for ThreadSanitizer: some blocks, some tiles of k, aligned and ragg
 """
 
 import argparse
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -27,10 +29,15 @@ def network(dtype: torch.dtype, rows: int, widths: Sequence[int], activation: st
     )
 
 
-def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yield names and what they run."""
+#: Kernels that run in every case of a network by layers, besides its products.
+PASSES = ("elementwise", "sum_rows")
+
+
+def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None], tuple[str, ...]]]:
+    """Yield names, what they run, and the families of kernels that they are about."""
     like = torch.empty(0, dtype=dtype)
     for architecture in (75, 80) if dtype == torch.bfloat16 else (80,):
+        product = "mma_product" if dtype.itemsize == 2 and architecture >= 80 else "simt_product"
         for tile, (bm, bn, bk) in enumerate(emulated().tiles(architecture, like)):
 
             def layers(rows: int, widths: list[int], architecture: int = architecture, tile: int = tile) -> None:
@@ -38,37 +45,41 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
                 network(dtype, rows, widths, "silu")
 
             name = f"sm_{architecture} tile {bm}x{bn}x{bk}"
-            yield f"{name} aligned", lambda f=layers, m=bm + 8, k=2 * bk + 8, n=bn + 8: f(m, [k, n, 8])
+            aligned = partial(layers, bm + 8, [2 * bk + 8, bn + 8, 8])
+            yield f"{name} aligned", aligned, (product, *PASSES)
             if tile > 0:
-                yield f"{name} ragged", lambda f=layers, m=bm + 1, k=2 * bk + 3, n=bn + 1: f(m, [k, n, 3])
+                ragged = partial(layers, bm + 1, [2 * bk + 3, bn + 1, 3])
+                yield f"{name} ragged", ragged, (product, *PASSES)
 
     def long_batch() -> None:
         set_up(80, 2, "2", fuses=False)
         network(dtype, 560, [7, 9, 3], "tanh")
 
-    yield "long batch", long_batch
+    yield "long batch", long_batch, ("mma_product" if dtype.itemsize == 2 else "simt_product", *PASSES)
 
     def fused() -> None:
         set_up(75, order="1")
         network(dtype, 70, [7, 40, 9, 5], "gelu")
 
-    yield "narrow network", fused
+    if dtype == torch.float32:
+        yield "narrow network", fused, ("fused_backward", "fused_forward", "sum_rows")
 
 
 def main() -> None:
     """Run all cases of the dtypes asked for."""
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_proof.exercise", description=__doc__)
     parser.add_argument("dtypes", nargs="+", metavar="DTYPE")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has it")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="cases whose name has it")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.dtypes:
         torch.manual_seed(0)
-        for case, function in cases(getattr(torch, name)):
-            if options.only in case:
+        for case, function, families in cases(getattr(torch, name)):
+            if re.search(options.only, case):
                 started = time.perf_counter()
                 function()
-                print(f"{name} {case}: {time.perf_counter() - started:.1f} s", flush=True)
+                seconds = time.perf_counter() - started
+                print(f"{name} {case}: {seconds:.1f} s; {' '.join(families)}", flush=True)
     print("passed")
 
 
