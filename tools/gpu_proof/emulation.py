@@ -1,4 +1,4 @@
-"""Builds `_C_emulated` as the gates want it: with sanitizers or coverage, from the sources as they are or with a defect.
+"""Builds `_C_emulated` as the gates want it: with sanitizers or coverage, from sources as they are or with a defect.
 
 Only the kernels are instrumented. The files that know torch are compiled once for all.
 """
@@ -92,16 +92,14 @@ def build(variant: Variant, csrc: Path = CSRC, dtype: str | None = None, name: s
     """
     folder = BUILD / "emulated" / (name or variant.name.replace(", ", "_"))
     extension = EMULATOR / "extension"
-    shared = [
-        extension / "bindings.cpp",
-        *(CSRC / f"{n}.cpp" for n in ("activation_info", "checks", "passes", "stack")),
-    ]
-    jobs = [(source, CSRC, ("-g0",), True) for source in shared]
+    shared = [CSRC / f"{stem}.cpp" for stem in ("activation_info", "checks", "passes", "stack")]
+    jobs: list[tuple[Path, Path, Sequence[str], bool]] = []
+    jobs += [(source, CSRC, PLAIN.flags, True) for source in (extension / "bindings.cpp", *shared)]
     for stem in dict.fromkeys(KERNELS.values()):
         changed = dtype is None or KERNELS[dtype] == stem
-        # First, so that the linker takes its copy of what several files define.
-        jobs.insert(0 if changed else len(jobs), (extension / f"{stem}.cpp", csrc if changed else CSRC,
-                                                  variant.flags, False))  # fmt: skip
+        job = (extension / f"{stem}.cpp", csrc if changed else CSRC, variant.flags, False)
+        # What changed comes first: the linker takes the first copy of what several files define.
+        jobs.insert(0 if changed else len(jobs), job)
     objects = side_by_side(lambda job: _compile(*job), jobs)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "_C_emulated.so"

@@ -1,4 +1,4 @@
-"""Gate `executed`: tests/test_cuda_kernels.py in the emulator, and proof that it runs every kernel that nvcc compiles."""
+"""Gate `executed`: tests/test_cuda_kernels.py in the emulator, which must run every kernel that nvcc compiles."""
 
 import gzip
 import json

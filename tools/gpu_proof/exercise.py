@@ -1,6 +1,7 @@
 """Runs each family of kernels on a few small shapes against the specification, in a process that gates start.
 
-Small enough for ThreadSanitizer: some blocks, some tiles of k, aligned and ragged. tests/test_cuda_kernels.py has the rest.
+Small enough for ThreadSanitizer: some blocks, some tiles of k, aligned and ragged. tests/test_cuda_kernels.py has the
+rest.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Gate `linked`: the real extension, built for all architectures against a torch with CUDA, imported without a driver.
 
-It needs a virtual environment of its own, of 5.5 GB, which it makes under build/; the rest of the project is tested with
-a torch without CUDA.
+It needs a virtual environment of its own, of 5.5 GB, which it makes under build/: the rest of the project is tested
+with a torch without CUDA.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -28,7 +29,8 @@ for name in ("forward", "infer", "backward"):
     keys = ("CPU", "CUDA", "Meta")
     kernels[name] = [k for k in keys if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmlp::{name}", k)]
 fastmlp.MLP(3, [4], 2)(torch.randn(5, 3)).sum().backward()
-print(json.dumps({"torch": torch.__version__, "gpu": torch.cuda.is_available(), "devices": _C.devices(), "kernels": kernels}))
+gpu = torch.cuda.is_available()
+print(json.dumps({"torch": torch.__version__, "gpu": gpu, "devices": _C.devices(), "kernels": kernels}))
 """
 
 
@@ -45,8 +47,6 @@ def environment() -> Path:
 
 
 def _toolkit_packages() -> list[str]:
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return [name for name in project["optional-dependencies"]["gpu-proof"] if name.startswith("nvidia-")]
 
@@ -87,8 +87,8 @@ def wheel(venv: Path, source: Path) -> Path:
     if not stamp.exists():
         for old in (*folder.glob("built_*"), *folder.glob("dist/*")):
             old.unlink()
-        path = f"{venv / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        variables = {"PATH": path, "CUDA_HOME": str(toolkit_of(venv)), "FASTMLP_CUDA": "1"}
+        tools = f"{venv / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        variables = {"PATH": tools, "CUDA_HOME": str(toolkit_of(venv)), "FASTMLP_CUDA": "1"}
         command = ["-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", "dist", "."]
         run([venv / "bin/python", *command], cwd=folder, env=variables, seconds=4 * 3600)
         stamp.touch()
