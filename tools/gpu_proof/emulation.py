@@ -22,10 +22,6 @@ EMULATOR = ROOT / "tests/emulator"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ("-std=c++20", "-fPIC", "-O1", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi")
 
-#: The files whose dtypes' kernels a defect can be planted in.
-KERNELS = {"float32": "kernels", "float64": "kernels", "bfloat16": "kernels_16_bits", "float16": "kernels_16_bits"}
-
-
 @dataclass(frozen=True)
 class Variant:
     """A way to instrument the kernels."""
@@ -72,34 +68,32 @@ def _compile(source: Path, csrc: Path, flags: Sequence[str], torch: bool) -> Pat
         if torch:
             folders += include_paths("cpu")
         names = ("-DTORCH_EXTENSION_NAME=_C_emulated", "-DTORCH_API_INCLUDE_EXTENSION_H", "-fopenmp")
-        made = folder / f"{stem}.{os.getpid()}.o"
-        run([CXX, *FLAGS, *flags, *names, *(f"-I{f}" for f in folders), "-c", source, "-o", made])
-        # gcc names the notes of coverage after the object.
-        if made.with_suffix(".gcno").exists():
-            made.with_suffix(".gcno").rename(target.with_suffix(".gcno"))
+        # Counters know the object's name, so that it is theirs from the start.
+        made = target if "--coverage" in flags else folder / f"{stem}.{os.getpid()}.o"
+        run([CXX, *FLAGS, *flags, *names, *(f"-I{f}" for f in folders), "-x", "c++", "-c", source, "-o", made])
         made.rename(target)
     return target
 
 
-def build(variant: Variant, csrc: Path = CSRC, dtype: str | None = None, name: str = "") -> Path:
-    """Return the extension, built as the variant says.
+def build(variant: Variant, planted: Path | None = None, dtype: str = "") -> Path:
+    """Return the extension, its kernels built as the variant says.
 
     Args:
         variant: how the kernels are instrumented.
-        csrc: where their sources are, if not in the checkout.
-        dtype: whose kernels to compile from `csrc`; all others come from the checkout.
-        name: of the folder that it is built in.
+        planted: a checkout whose csrc the kernels of `dtype` are to come from; all else is this one's.
+        dtype: the one.
     """
-    folder = BUILD / "emulated" / (name or variant.name.replace(", ", "_"))
     extension = EMULATOR / "extension"
-    shared = [CSRC / f"{stem}.cpp" for stem in ("activation_info", "checks", "passes", "stack")]
+    plain = [CSRC / f"{stem}.cpp" for stem in ("activation_info", "checks", "passes", "stack")]
     jobs: list[tuple[Path, Path, Sequence[str], bool]] = []
-    jobs += [(source, CSRC, PLAIN.flags, True) for source in (extension / "bindings.cpp", *shared)]
-    for stem in dict.fromkeys(KERNELS.values()):
-        changed = dtype is None or KERNELS[dtype] == stem
-        job = (extension / f"{stem}.cpp", csrc if changed else CSRC, variant.flags, False)
-        # What changed comes first: the linker takes the first copy of what several files define.
-        jobs.insert(0 if changed else len(jobs), job)
+    jobs += [(source, CSRC, PLAIN.flags, True) for source in (extension / "bindings.cpp", *plain)]
+    jobs += [(extension / f"{stem}.cpp", CSRC, variant.flags, False) for stem in ("kernels", "kernels_16_bits")]
+    folder = BUILD / "emulated" / variant.name.replace(", ", "_")
+    if planted is not None:
+        # First: of what several files define, templates all, the linker takes the first.
+        csrc = planted / "csrc"
+        jobs.insert(0, (csrc / f"cuda/dtypes/{dtype}.cu", csrc, variant.flags, False))
+        folder = BUILD / "emulated" / planted.name
     objects = side_by_side(lambda job: _compile(*job), jobs)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "_C_emulated.so"

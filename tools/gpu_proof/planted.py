@@ -82,7 +82,7 @@ def show(defect: Defect) -> Caught:
     root = tree(defect)
     if defect.gate in VARIANTS:
         variant = VARIANTS[defect.gate]
-        extension = build(variant, root / "csrc", defect.dtype, f"planted_{root.name}")
+        extension = build(variant, root, defect.dtype)
         command = ["-m", "tools.gpu_proof.exercise", defect.dtype, "--only", defect.case]
         done = execute(extension, variant, command)
         found = re.search(defect.says, done.stdout)
