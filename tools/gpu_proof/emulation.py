@@ -22,6 +22,7 @@ EMULATOR = ROOT / "tests/emulator"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ("-std=c++20", "-fPIC", "-O1", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi")
 
+
 @dataclass(frozen=True)
 class Variant:
     """A way to instrument the kernels."""

@@ -58,12 +58,14 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None], tuple[s
 
     yield "long batch", long_batch, ("mma_product" if dtype.itemsize == 2 else "simt_product", *PASSES)
 
-    def fused() -> None:
-        set_up(75, order="1")
-        network(dtype, 70, [7, 40, 9, 5], "gelu")
+    def fused(widths: list[int], activation: str) -> None:
+        set_up(80, order="1")
+        network(dtype, 70, widths, activation)
 
-    if dtype == torch.float32:
-        yield "narrow network", fused, ("fused_backward", "fused_forward", "sum_rows")
+    kinds = ("mma_fused_backward", "mma_fused_forward") if dtype.itemsize == 2 else ("fused_backward", "fused_forward")
+    if dtype != torch.float64:
+        yield "narrow network", partial(fused, [7, 40, 9, 5], "gelu"), (*kinds, "sum_fused")
+        yield "network of 128 features", partial(fused, [8, 128, 16], "relu"), (*kinds, "sum_fused")
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ class Kernel:
 
     family: str  # the template's name
     dtype: str
-    numbers: tuple[int, ...]  # those of its tile, in the order of the tile's parameters
-    options: tuple[str, ...]  # its enumerators, as `along_k` or `forward`
+    numbers: tuple[int, ...]  # of its tile or its own, in the order of the template's parameters
+    options: tuple[str, ...]  # its enumerators, as `along_k` or `forward`, and how many activations it knows
 
     def __str__(self) -> str:
         """Return for example `simt_product float32 128x128x8x8x8 along_k along_k forward`."""
@@ -50,7 +50,10 @@ def parse(demangled: str) -> Kernel | None:
     if dtype is None:
         return None
     numbers = tuple(map(int, re.findall(r"(?<![\w)])\d+\b", arguments)))
+    activations = re.search(r"ActivationList<([^<>]*)>", arguments)
     options = tuple(enumerators()[name][int(number)] for name, number in re.findall(r"\((\w+)\)(\d+)", arguments))
+    if activations is not None:
+        options += (f"{activations[1].count(',') + 1} activations",)
     return Kernel(family, dtype, numbers, options)
 
 
