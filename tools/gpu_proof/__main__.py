@@ -61,7 +61,7 @@ class Proof:
             self.out.print(f"{nvcc_version()} in {toolkit()}")
             cubins = self._timed("compiling", self._compile)
         if "compiled" in self.gates:
-            self._gate("compiled", lambda: [compiled.check_cubins(cubins)])
+            self._gate("compiled", lambda: self._check_compiled(cubins))
             columns, lines = compiled.table(cubins)
             self._table("registers of a thread, bytes of static shared memory of a block", ["kernel", *columns], lines)
         if "read" in self.gates:
@@ -82,6 +82,12 @@ class Proof:
 
     def _compile(self) -> list[compiled.Cubin]:
         return compiled.compile_all(self.dtypes, self.architectures, CSRC)
+
+    def _check_compiled(self, cubins: list[compiled.Cubin]) -> list[Outcome]:
+        found = [compiled.check_cubins(cubins)]
+        if not self.quick:
+            found.append(compiled.check_ptx(self.dtypes, cubins, CSRC))
+        return found
 
     def _timed(self, name: str, function: Callable[[], T]) -> T:
         started = time.perf_counter()

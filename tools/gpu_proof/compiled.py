@@ -102,11 +102,20 @@ def compile_cubin(dtype: str, architecture: int, csrc: Path, name: str = "") -> 
     return Cubin(dtype, architecture, cubin, read_usage(log.read_text()))
 
 
-def compile_ptx(dtype: str, architecture: int, csrc: Path) -> int:
-    """Compile one dtype to PTX; return how many kernels that holds."""
-    text = run([tool("nvcc"), *FLAGS, "-ptx", f"-arch=compute_{architecture}", "-o", "/dev/stdout",
-                csrc / f"cuda/dtypes/{dtype}.cu"])  # fmt: skip
-    return text.count(".visible .entry ")
+def check_ptx(dtypes: Sequence[str], cubins: Iterable[Cubin], csrc: Path) -> Outcome:
+    """Compile to PTX of the newest architecture, which has every kernel that its machine code has."""
+    newest = max(ARCHITECTURES)
+    expected = {cubin.dtype: len(cubin.usage) for cubin in cubins if cubin.architecture == newest}
+
+    def count(dtype: str) -> int:
+        arguments = ("-ptx", f"-arch=compute_{newest}", "-o", "/dev/stdout", csrc / f"cuda/dtypes/{dtype}.cu")
+        return run([tool("nvcc"), *FLAGS, *arguments]).count(".visible .entry ")
+
+    outcome = Outcome()
+    for dtype, found in zip(dtypes, side_by_side(count, dtypes), strict=True):
+        passed = found == expected[dtype]
+        outcome.checks.append(Check("compiled", "", dtype, f"compute_{newest}", f"PTX of {found} kernels", passed))
+    return outcome
 
 
 def check_cubins(cubins: Iterable[Cubin]) -> Outcome:
