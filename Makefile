@@ -5,6 +5,8 @@
 #   make demo VENV=/path                with the environment elsewhere
 #   make bench BENCH=--quick            with options of `python -m benchmarks.report`
 #   make account                        where the time of a training step goes
+#   make gpu-proof                      what can be proved of the CUDA kernels without a GPU (docs/gpu.md); hours
+#   make gpu-proof PROOF='--only read'  one gate of it
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,14 +19,15 @@ export MAX_JOBS ?= $(JOBS)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 SANITIZED := build/sanitized
 
-.PHONY: demo test build lint pytest other-isas sanitize bench account models tiles format clean
+.PHONY: demo test build lint pytest other-isas sanitize bench account models gpu-proof gpu-proof-quick tiles format clean
 .DELETE_ON_ERROR:
 
 demo: build
 	python -m fastmlp demo
 
-# Lint, types, all tests, then the kernels once more on the other instruction sets and under sanitizers.
-test: lint sanitize other-isas pytest
+# Lint, types, all tests, the kernels once more on the other instruction sets and under sanitizers, and the quick part of
+# what is proved of the CUDA kernels.
+test: lint sanitize other-isas gpu-proof-quick pytest
 
 build: $(VENV)/built
 
@@ -79,7 +82,7 @@ sanitize: $(SANITIZED)/done
 # that go with it, and does not replace it.
 EXTRA := import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
   print(*project["optional-dependencies"][sys.argv[1]])
-$(VENV)/bench $(VENV)/models: $(VENV)/built
+$(VENV)/bench $(VENV)/models $(VENV)/gpu-proof: $(VENV)/built
 	python -m pip install --quiet '$(TORCH)' $$(python -c '$(EXTRA)' $(@F))
 	touch $@
 
@@ -91,6 +94,12 @@ account: $(VENV)/bench
 
 models: $(VENV)/models
 	python -m benchmarks.models
+
+gpu-proof: $(VENV)/gpu-proof
+	python -m tools.gpu_proof $(PROOF)
+
+gpu-proof-quick: $(VENV)/gpu-proof
+	python -m tools.gpu_proof --quick
 
 # The measurements behind the cache blocks of csrc/cpu/tiles.h: make tiles TILES='avx2 float64'
 build/tune_tiles: tools/tune_tiles.cpp $(SOURCES)

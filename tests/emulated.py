@@ -1,8 +1,10 @@
 """Builds and loads `_C_emulated`: the CUDA kernels, run on CPU tensors by tests/emulator.
 
 FASTMLP_SANITIZE=address,undefined (or thread): with these sanitizers of the compiler.
+FASTMLP_EMULATED=/path/_C_emulated.so: this one, which tools/gpu_proof has built.
 """
 
+import importlib.util
 import os
 from functools import cache
 from pathlib import Path
@@ -18,6 +20,13 @@ FUSED = ["-mfma", "-mf16c", "-ffp-contract=fast"]
 @cache
 def emulated() -> Any:
     """The extension; compiled at the first call, and again when a source has changed."""
+    if built := os.environ.get("FASTMLP_EMULATED"):
+        spec = importlib.util.spec_from_file_location("_C_emulated", built)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
     sanitizers = os.environ.get("FASTMLP_SANITIZE")
     sanitize = [f"-fsanitize={sanitizers}", "-g1"] if sanitizers else ["-g0"]
     folder = ROOT / "build" / ("emulated" + (f"_{sanitizers}" if sanitizers else ""))

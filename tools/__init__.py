@@ -1,0 +1,1 @@
+"""Tools of the project's own making and proving; nothing here is installed."""

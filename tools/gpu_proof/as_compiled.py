@@ -1,0 +1,52 @@
+"""Gate `as compiled`: the PTX that nvcc emits, translated and run by tests/emulator/ptx, a row for each kernel."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools.gpu_proof.checks import Check, Outcome
+from tools.gpu_proof.emulation import PLAIN, build
+from tools.gpu_proof.kernels import ROOT
+from tools.gpu_proof.toolchain import toolkit
+
+MODULE = "tests.emulator.ptx"
+
+
+def run_module(dtypes: Sequence[str], architectures: Sequence[int], checks: Sequence[str], root: Path) -> str:
+    """Return what the translator's command prints, run in `root`."""
+    wanted = [*("--arch", *map(str, architectures)), *("--dtype", *dtypes), *("--check", *checks)]
+    environment = {**os.environ, "CUDA_HOME": str(toolkit()), "FASTMLP_EMULATED": str(build(PLAIN))}
+    command = [sys.executable, "-m", MODULE, *wanted]
+    done = subprocess.run(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    return done.stdout
+
+
+def check(
+    dtypes: Sequence[str],
+    architectures: Sequence[int],
+    checks: Sequence[str] = ("bits", "bounds", "profile"),
+    root: Path = ROOT,
+) -> Outcome:
+    """Run the translated kernels; each row is a check."""
+    outcome = Outcome(columns=("kernel", "dtype", "for", "check", "result"), title="PTX of nvcc, executed")
+    if importlib.util.find_spec(MODULE) is None:
+        outcome.checks.append(Check("as compiled", "", "", "PTX", f"there is no {MODULE}", False))
+        return outcome
+    for dtype in dtypes:
+        said = run_module([dtype], architectures, checks, root)
+        rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+        if not rows:
+            outcome.checks.append(Check("as compiled", "", dtype, "PTX", f"no row: {said[-400:]}", False))
+        for row in rows:
+            where = f"compute_{row['architecture']}"
+            passed = row["result"].startswith("passed")
+            what = f"{row['kernel']}: {row['check']} {row['result']}"
+            outcome.checks.append(Check("as compiled", row["kernel"].split()[0], dtype, where, what, passed))
+            outcome.lines.append((row["kernel"], dtype, where, row["check"], row["result"]))
+    return outcome
