@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "../activation_info.h"
+#include "tiles.h"
 #include "workspace.h"
 
 namespace fastmlp::cuda {
@@ -28,6 +29,12 @@ template <class F> void with_fused_storage(DType dtype, const F& f) {
     case DType::float64:
       return;  // goes_fused says no
   }
+}
+
+bool pays_by_table(const Network& network, bool backward) {
+  int64_t widest = 0;
+  for (const Layer& layer : network.layers) widest = std::max({widest, layer.in_features, layer.out_features});
+  return widest <= always_fused_width || network.rows <= fused_rows(network.dtype, backward);
 }
 
 template <class S> StridedMatrix<S> strided(const Matrix& x) {
@@ -109,9 +116,9 @@ template <class S> void fused_backward_of(const Context& context, const Backward
 
 }  // namespace
 
-bool goes_fused(const Context& context, const Network& network) {
+bool goes_fused(const Context& context, const Network& network, bool backward) {
   const auto fits = [](int64_t features) { return features >= 1 && features <= fused_width; };
-  return context.fuses && has_kernels(context.architecture, network.dtype) && network.rows > 0 &&
+  return context.fuses.value_or(pays_by_table(network, backward)) && has_kernels(context.architecture, network.dtype) && network.rows > 0 &&
          network.layers.size() >= 2 && network.layers.size() <= size_t(most_fused_layers) &&
          fits(network.layers[0].in_features) &&
          std::all_of(network.layers.begin(), network.layers.end(),

@@ -47,7 +47,7 @@ struct Context {
   int architecture = 0;  // 80 for compute capability 8.0
   void* stream = nullptr;
   std::optional<TileSize> tile;                 // in place of the table's choice, where there is such a kernel
-  bool fuses = true;                            // narrow networks go through one kernel
+  std::optional<bool> fuses;                    // narrow networks go through one kernel; not given: by tiles.h
   bool tf32 = false;                            // PyTorch may round operands of float32 products to TF32
   std::function<void*(size_t bytes)> allocate;  // aligned to 256
   // Null if there is none.

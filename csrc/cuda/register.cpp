@@ -31,16 +31,16 @@ int architecture_of(int device) {
 
 // For tests and measurements: what passes run with in place of the table's choice.
 struct Forced {
-  std::atomic<int> tile{-1};
-  std::atomic<bool> fuses{true};
+  std::atomic<int> tile{-1}, fuses{-1};
 };
 Forced forced;
 
-void set_up(int64_t tile, bool fuses) {
+// Negative: by tiles.h.
+void set_up(int64_t tile, int64_t fuses) {
   TORCH_CHECK_VALUE(tile >= -1 && tile <= library_call, "fastmlp: tile is ", tile, ", expected -1 to ",
                     int(library_call));
   forced.tile = int(tile);
-  forced.fuses = fuses;
+  forced.fuses = fuses < 0 ? -1 : int(fuses > 0);
 }
 
 // What was measured for products, and whether others are measured as they come.
@@ -162,7 +162,7 @@ struct Device {
     context.architecture = architecture_of(input.device().index());
     context.stream = c10::cuda::getCurrentCUDAStream().stream();
     if (forced.tile >= 0) context.tile = TileSize(forced.tile.load());
-    context.fuses = forced.fuses;
+    if (forced.fuses >= 0) context.fuses = forced.fuses > 0;
     context.tf32 = at::globalContext().allowTF32CuBLAS();
     context.library = [&](const LibraryProduct& product) { multiply_by_torch(product, input.device()); };
     context.allocate = [&](size_t bytes) {
@@ -199,7 +199,7 @@ const RegisterDevice registered(c10::kCUDA, {&Cuda::forward, &Cuda::infer, &Cuda
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastmlp, m) {
-  m.def("cuda_set_up(int tile, bool fuses) -> ()", &set_up);
+  m.def("cuda_set_up(int tile, int fuses) -> ()", &set_up);
   m.def("cuda_measure(bool enabled) -> ()", &measure);
   m.def("cuda_choices() -> int[]", &choices);
   m.def("cuda_add_choices(int[] choices) -> ()", &add_choices);
