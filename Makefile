@@ -6,6 +6,7 @@
 #   make bench BENCH=--quick            with options of `python -m benchmarks.report`
 #   make account                        where the time of a training step goes
 #   make gpu-proof                      what can be proved of the CUDA kernels without a GPU (docs/gpu.md); hours
+#   make gpu-test TORCH='torch==2.14.1'  on a machine with a GPU and a CUDA toolkit: its tests and benchmark
 #   make gpu-proof PROOF='--only read'  one gate of it
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
@@ -19,7 +20,7 @@ export MAX_JOBS ?= $(JOBS)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 SANITIZED := build/sanitized
 
-.PHONY: demo test build lint pytest other-isas sanitize bench account models gpu-proof gpu-proof-quick tiles format clean
+.PHONY: demo test build lint pytest other-isas sanitize bench account models gpu-proof gpu-proof-quick gpu-test tiles format clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -100,6 +101,14 @@ gpu-proof: $(VENV)/gpu-proof
 
 gpu-proof-quick: $(VENV)/gpu-proof
 	python -m tools.gpu_proof --quick
+
+# Tests that need a GPU, then the benchmark; both can be sent as they are printed, and out/gpu.json.
+gpu-test: export FASTMLP_CUDA = 1
+gpu-test: build
+	python -m fastmlp info
+	python -m pytest tests/test_cuda.py
+	mkdir -p out
+	python -m fastmlp bench --device cuda --output out/gpu.json
 
 # The measurements behind the cache blocks of csrc/cpu/tiles.h: make tiles TILES='avx2 float64'
 build/tune_tiles: tools/tune_tiles.cpp $(SOURCES)

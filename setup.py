@@ -1,7 +1,7 @@
 """Builds the extension fastmlp._C; all metadata stands in pyproject.toml.
 
-FASTMLP_CUDA=0 (default), 1 or auto: with CUDA kernels, or if torch and a toolkit have CUDA. Not by default until a GPU
-has run them.
+FASTMLP_CUDA=auto (default), 0 or 1: with CUDA kernels if torch and a toolkit have CUDA; without; with them or an error.
+They are compiled for the cards of this machine, for all architectures if it has none, or as TORCH_CUDA_ARCH_LIST says.
 FASTMLP_SANITIZE=address,undefined: a build for tests, with these sanitizers of the compiler.
 """
 
@@ -38,7 +38,7 @@ def cuda_obstacle() -> str | None:
 @cache
 def wants_cuda() -> bool:
     """What FASTMLP_CUDA asks for, or an error if it cannot be had."""
-    choice = os.environ.get("FASTMLP_CUDA", "0")
+    choice = os.environ.get("FASTMLP_CUDA", "auto")
     if choice not in ("0", "1", "auto"):
         raise SystemExit(f"FASTMLP_CUDA must be 0, 1 or auto, got {choice!r}")
     if choice == "0":
@@ -60,7 +60,7 @@ class Build(BuildExtension):
         path.write_text(json.dumps(info) + "\n", encoding="utf-8")
 
 
-compile_flags = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+compile_flags = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 link_flags = ["-fopenmp"]
 if sanitizers := os.environ.get("FASTMLP_SANITIZE"):
     flags = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
@@ -70,9 +70,10 @@ else:
     link_flags += ["-Wl,--strip-debug"]
 
 if wants_cuda():
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX")
     # activation.h is constexpr, which this flag lets device code call.
-    nvcc_flags = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
+    nvcc_flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
     extension = CUDAExtension(
         "fastmlp._C",
         sorted(glob("csrc/**/*.cpp", recursive=True) + glob("csrc/**/*.cu", recursive=True)),

@@ -15,7 +15,7 @@ from fastmlp.activations import IDENTITY, resolve
 from tests.bounds import assert_within, network
 from tests.conftest import DTYPES
 from tests.emulated import emulated
-from tests.kernel_checks import LAYOUTS, KernelChecks, shapes_around
+from tests.kernel_checks import LAYOUTS, KernelChecks, edges, shapes_around
 
 checks = KernelChecks(emulated, "cpu")
 check, one_layer, chain, native = checks.check, checks.one_layer, checks.chain, checks.native
