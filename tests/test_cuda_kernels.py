@@ -20,6 +20,11 @@ from tests.kernel_checks import LAYOUTS, KernelChecks, edges, shapes_around
 checks = KernelChecks(emulated, "cpu")
 check, one_layer, chain, native = checks.check, checks.one_layer, checks.chain, checks.native
 
+#: Sums are rounded before an activation.
+by_library = KernelChecks(emulated, "cpu", rounds_sums=True)
+#: As csrc/cuda/tiles.h numbers what is no tile.
+LIBRARY = 3
+
 ORDERS = ("fifo", "lifo", "1", "2")
 #: Dtypes of the kernels that take a whole network; bfloat16 has them from sm_80 on.
 FUSED = [dtype for dtype in DTYPES if dtype != torch.float64]
@@ -88,6 +93,15 @@ def test_networks(dtype: torch.dtype, activation: Activation) -> None:
 @pytest.mark.parametrize("dtype", FUSED, ids=str)
 def test_fused_networks_of_every_activation(dtype: torch.dtype, activation: Activation) -> None:
     checks.networks(dtype, activation)
+
+
+@pytest.mark.parametrize("epilogue", ["bias", "no_bias"])
+def test_products_of_the_library(dtype: torch.dtype, activation: Activation, epilogue: str) -> None:
+    """PyTorch multiplies, and passes of ours do what epilogues do: networks, single layers, gradients of biases."""
+    set_up(tile=LIBRARY, fuses=False)
+    by_library.networks(dtype, activation)
+    for act in (activation, IDENTITY):
+        by_library.one_layer(70, 9, 24, dtype, act, bias=epilogue == "bias")
 
 
 def test_same_bits_in_every_order(dtype: torch.dtype) -> None:

@@ -1,7 +1,6 @@
 // The only file of the CUDA device that knows torch: device guard, current stream, torch's caching allocator, and the
 // operators for the dispatcher. What it shares with other devices is in operations.h. Never waits for the device.
 #include <ATen/ATen.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <ATen/cuda/CUDAGraphsUtils.cuh>
 #include <c10/cuda/CUDAException.h>
@@ -15,6 +14,7 @@
 
 #include "../devices.h"
 #include "../operations.h"
+#include "library.h"
 #include "network.h"
 #include "tuning.h"
 
@@ -103,40 +103,6 @@ void add_choices(at::IntArrayRef all) {
 }
 
 void measure(bool enabled) { measured.measure(enabled); }
-
-at::ScalarType scalar_type_of(DType dtype) {
-  switch (dtype) {
-    case DType::float32:
-      return at::kFloat;
-    case DType::float64:
-      return at::kDouble;
-    case DType::bfloat16:
-      return at::kBFloat16;
-    case DType::float16:
-      return at::kHalf;
-  }
-  TORCH_INTERNAL_ASSERT(false);
-}
-
-// On the current stream.
-void multiply_by_torch(const LibraryProduct& p, c10::Device device) {
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  const auto options = at::TensorOptions(device).dtype(scalar_type_of(p.dtype));
-  const auto view = [&](void* data, at::IntArrayRef sizes, at::IntArrayRef strides) {
-    return at::for_blob(data, sizes).strides(strides).target_device(device).options(options).make_tensor();
-  };
-  const auto matrix = [&](const Matrix& x, int64_t rows, int64_t columns) {
-    return view(x.data, {rows, columns}, {x.row_stride, x.column_stride});
-  };
-  at::Tensor output = view(p.output, {p.m, p.n}, {p.n, 1});
-  const at::Tensor a = matrix(p.a, p.m, p.k), b = matrix(p.b, p.k, p.n);
-  if (p.bias.data) {
-    const at::Tensor bias = view(p.bias.data, {p.n}, {p.bias.stride});
-    p.relu ? at::_addmm_activation_out(output, bias, a, b) : at::addmm_out(output, bias, a, b);
-  } else {
-    at::mm_out(output, a, b);
-  }
-}
 
 struct Device {
   static constexpr const char* name = "CUDA";

@@ -3,6 +3,7 @@
 // that what a kernel leaves out shows.
 #include <torch/extension.h>
 
+#include "cuda/library.h"
 #include "cuda/network.h"
 #include "emulated.h"
 #include "operations.h"
@@ -28,6 +29,9 @@ struct Device {
     context.architecture = architecture;
     context.tile = tile;
     context.fuses = fuses;
+    // Only where a test asks for it: the table knows an architecture's library, and this one is the CPU's.
+    if (tile == cuda::library_call)
+      context.library = [](const cuda::LibraryProduct& product) { cuda::multiply_by_torch(product, at::kCPU); };
     context.allocate = [&](size_t bytes) {
       TORCH_CHECK(!workspace.defined(), "a pass allocates its workspace once");
       workspace = at::full({int64_t(bytes)}, 0xff, at::kByte);
