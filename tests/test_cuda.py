@@ -8,9 +8,11 @@ memory that runs out.
 import copy
 import gc
 import io
+import json
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +34,11 @@ if "cuda" not in _C.devices():
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU", allow_module_level=True)
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    # Of torch's own, at the first compilation.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
 
 checks = KernelChecks(lambda: _C, "cuda", rounds_sums=True)
 
@@ -81,6 +87,56 @@ LARGE = (
 def test_large_shapes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     for act in (resolve("silu"), IDENTITY):
         checks.one_layer(*shape, dtype, act)
+
+
+@pytest.fixture
+def set_up() -> Iterator[Callable[[int, int], None]]:
+    """What passes run with: a tile as csrc/cuda/tiles.h numbers them, and whether networks are fused; -1: by the table."""
+    yield torch.ops.fastmlp.cuda_set_up
+    torch.ops.fastmlp.cuda_set_up(-1, -1)
+
+
+@pytest.mark.parametrize("fuses", [0, 1], ids=["by_layers", "fused"])
+@pytest.mark.parametrize("tile", range(4), ids=["large", "medium", "small", "library"])
+def test_every_way(tile: int, fuses: int, dtype: torch.dtype, set_up: Callable[[int, int], None]) -> None:
+    set_up(tile, fuses)
+    for act in ("relu", "tanh", "silu"):
+        checks.networks(dtype, resolve(act))
+        checks.chain(300, (64, 128, 96, 40), resolve(act), IDENTITY, dtype)
+        checks.one_layer(150, 136, 72, dtype, resolve(act))
+
+
+def test_tf32_where_torch_allows_it() -> None:
+    """Large products and wide networks; nothing else changes."""
+    input, weight = checks.randn(512, 512), checks.randn(512, 512)
+    exact = input.double() @ weight.double().T
+    errors = {}
+    for allowed in (False, True):
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        found = functional.linear(input, weight)
+        errors[allowed] = float((found - exact).norm() / exact.norm())
+        assert torch.equal(found, torch.nn.functional.linear(input, weight)) or not allowed
+    torch.backends.cuda.matmul.allow_tf32 = False
+    # Ten bits of fraction in place of 23.
+    assert errors[False] < 2**-20 < errors[True] < 2**-10
+
+
+def test_autotune_measures_once(tmp_path: Path) -> None:
+    file = tmp_path / "choices.json"
+    model, x = as_mlp(native_network(torch.float32)), checks.randn(77, 6)
+    state = torch.cuda.get_rng_state()
+    torch.ops.fastmlp.cuda_set_up(-1, 0)
+    with fastmlp.autotune(file):
+        model(x).sum().backward()
+    written = file.read_text()
+    with fastmlp.autotune(file):
+        model(x).sum().backward()
+    torch.ops.fastmlp.cuda_set_up(-1, -1)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert file.read_text() == written
+    # A product of each layer: forward, and the gradients of weights and inputs.
+    rows = json.loads(written)
+    assert {row["epilogue"] for row in rows if 77 in (row["m"], row["k"])} == {0, 1, 2}
 
 
 def test_every_activation(dtype: torch.dtype, activation: Activation) -> None:
@@ -592,6 +648,8 @@ def test_graphs_of_both_passes(networked: tuple[fastmlp.MLP, Tensor]) -> None:
         assert_equal(found, results(model, x))
 
 
+# make_graphed_callables itself runs the first backward on a stream of its own.
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node:UserWarning")
 def test_graphed_callables(networked: tuple[fastmlp.MLP, Tensor]) -> None:
     model, x = networked
     plain = copy.deepcopy(model)
