@@ -38,7 +38,6 @@ class Activation:
     name: str
     scalars: tuple[float, float]
     kind: int = field(compare=False)  # the number of the activation in the operators' schemas
-    _hash: int = field(compare=False)
 
     def __init__(self, name: str, **parameters: float) -> None:
         if name not in DEFAULTS:
@@ -55,15 +54,14 @@ class Activation:
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "scalars", padded[:2])
         object.__setattr__(self, "kind", _KINDS[name])
-        object.__setattr__(self, "_hash", hash((self.kind, self.scalars)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By name: kinds may be numbered otherwise where this is read.
         return _rebuild, (self.name, self.parameters)
 
     def __hash__(self) -> int:
-        # Asked at every call of a layer, so computed once.
-        return self._hash
+        # Asked at every call of a layer, and by torch.compile, which cannot trace a tuple's in PyTorch 2.11.
+        return self.kind
 
     @property
     def parameters(self) -> dict[str, float]:

@@ -93,9 +93,9 @@ def composed_forward(
 
 def _captured(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
     # An exported program must run where fastmlp is not installed; functorch's transforms see
-    # through reference.mlp only.
+    # through reference.mlp only. What is_exporting() returns: that itself is always true under Dynamo in PyTorch 2.11.
     if (
-        torch.compiler.is_exporting()
+        torch.compiler._is_exporting_flag
         or torch._C._are_functorch_transforms_active()
         or input.dtype not in ops.DTYPES
         or input.device.type not in ops.DEVICES

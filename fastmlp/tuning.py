@@ -11,7 +11,7 @@ import torch
 
 from fastmlp._load import _C
 
-_ops = torch.ops.fastmlp
+_ops = torch.ops.fastmlp_cuda
 
 #: What a choice is, in the order of the extension's numbers.
 FIELDS = ("architecture", "dtype", "epilogue", "vectors", "m", "n", "k", "tile")
@@ -50,14 +50,14 @@ def autotune(path: str | os.PathLike[str] | None = None) -> Iterator[None]:
         raise RuntimeError("fastmlp: autotune needs a GPU, and torch.cuda.is_available() is False")
     file = default_path() if path is None else Path(path)
     if file.exists():
-        _ops.cuda_add_choices(read(file))
-    before = _ops.cuda_choices()
-    _ops.cuda_measure(True)
+        _ops.add_choices(read(file))
+    before = _ops.choices()
+    _ops.measure(True)
     try:
         yield
     finally:
-        _ops.cuda_measure(False)
-        choices = _ops.cuda_choices()
+        _ops.measure(False)
+        choices = _ops.choices()
         if choices != before or not file.exists():
             write(file, choices)
 

@@ -91,9 +91,9 @@ def test_large_shapes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def set_up() -> Iterator[Callable[[int, int], None]]:
-    """What passes run with: a tile by its number in csrc/cuda/tiles.h, and whether networks are fused; -1: the table's."""
-    yield torch.ops.fastmlp.cuda_set_up
-    torch.ops.fastmlp.cuda_set_up(-1, -1)
+    """Sets what runs: a tile by its number in csrc/cuda/tiles.h, and whether networks are fused; -1: by the table."""
+    yield torch.ops.fastmlp_cuda.set_up
+    torch.ops.fastmlp_cuda.set_up(-1, -1)
 
 
 @pytest.mark.parametrize("fuses", [0, 1], ids=["by_layers", "fused"])
@@ -124,13 +124,13 @@ def test_autotune_measures_once(tmp_path: Path) -> None:
     file = tmp_path / "choices.json"
     model, x = as_mlp(native_network(torch.float32)), checks.randn(77, 6)
     state = torch.cuda.get_rng_state()
-    torch.ops.fastmlp.cuda_set_up(-1, 0)
+    torch.ops.fastmlp_cuda.set_up(-1, 0)
     with fastmlp.autotune(file):
         model(x).sum().backward()
     written = file.read_text()
     with fastmlp.autotune(file):
         model(x).sum().backward()
-    torch.ops.fastmlp.cuda_set_up(-1, -1)
+    torch.ops.fastmlp_cuda.set_up(-1, -1)
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert file.read_text() == written
     # A product of each layer: forward, and the gradients of weights and inputs.

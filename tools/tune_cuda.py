@@ -76,7 +76,7 @@ def calls(m: int, n: int, k: int, dtype: torch.dtype) -> Iterator[tuple[str, Cal
 
 def measure(output: Path) -> None:
     """Times everything, and writes a list of rows."""
-    set_up = torch.ops.fastmlp.cuda_set_up
+    set_up = torch.ops.fastmlp_cuda.set_up
     rows: list[dict[str, Any]] = []
     for dtype in DTYPES:
         for m, n, k in SHAPES:

@@ -164,11 +164,12 @@ const RegisterDevice registered(c10::kCUDA, {&Cuda::forward, &Cuda::infer, &Cuda
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(fastmlp, m) {
-  m.def("cuda_set_up(int tile, int fuses) -> ()", &set_up);
-  m.def("cuda_measure(bool enabled) -> ()", &measure);
-  m.def("cuda_choices() -> int[]", &choices);
-  m.def("cuda_add_choices(int[] choices) -> ()", &add_choices);
+// Not among the operators of networks: nothing of it is computed, or captured by a compiler.
+TORCH_LIBRARY(fastmlp_cuda, m) {
+  m.def("set_up(int tile, int fuses) -> ()", &set_up);
+  m.def("measure(bool enabled) -> ()", &measure);
+  m.def("choices() -> int[]", &choices);
+  m.def("add_choices(int[] choices) -> ()", &add_choices);
 }
 
 TORCH_LIBRARY_IMPL(fastmlp, CUDA, m) {
