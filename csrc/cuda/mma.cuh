@@ -77,8 +77,7 @@ template <class S, class Tile, int rows, Read read> class Copier {
       : rows_left(size - first < rows ? int(size - first) : rows) {
     stride = read == Read::along_rows ? 1 : operand.stride;
     k_stride = read == Read::along_k ? 1 : operand.k_stride;
-    // Unsigned and known to be so small, which saves registers.
-    const unsigned t = threadIdx.x % threads;
+    const int t = int(threadIdx.x);
     // Neighbouring threads read neighbouring memory.
     lines_first = read == Read::elements && k_stride != 1;
     line = lines_first ? t % Target::lines : t / chunks;
@@ -169,9 +168,10 @@ template <class A, class B, class Slab, class RowSums, int stages> union MmaShar
   RowSums row_sums;
 };
 
-// At least one block of a multiprocessor, which is no bound: without it the compiler spills to let more of them in.
+// Of elements at least one block of a multiprocessor, which is no bound: without it the compiler spills to let more of
+// them in.
 template <class S, class Tile, Read read_a, Read read_b, Epilogue epilogue>
-__global__ void __launch_bounds__(Tile::threads, 1) mma_product(const Product<S> p) {
+__global__ void __launch_bounds__(Tile::threads, read_a == Read::elements ? 1 : 0) mma_product(const Product<S> p) {
   constexpr int BM = Tile::BM, BN = Tile::BN, BK = Tile::BK, WM = Tile::WM, WN = Tile::WN;
   constexpr int slab_rows = BM / Tile::passes;
   using CopierA = Copier<S, Tile, BM, read_a>;
