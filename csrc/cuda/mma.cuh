@@ -132,19 +132,23 @@ template <class S, class Tile, int rows, Read read> class Copier {
   __device__ __forceinline__ int line_hop() const { return lines_first ? 0 : hop; }
   __device__ __forceinline__ int chunk_hop() const { return lines_first ? threads / Target::lines : 0; }
 
+  // From element to element: with an address computed for each, registers would not suffice.
   __device__ __forceinline__ void gather(int depth_left) {
     static_assert(threads % Target::lines == 0);
+    const int64_t turn = line_hop() * stride + (chunk_hop() - 1) * chunk_elements * k_stride;
+    const S* source = from;
 #pragma unroll
     for (int i = 0; i < count; i++) {
-      const S* const source = from + i * (line_hop() * stride + chunk_hop() * chunk_elements * k_stride);
-      const int depth = (chunk + i * chunk_hop()) * chunk_elements;
+      const int inside =
+          line + i * line_hop() < rows_left ? depth_left - (chunk + i * chunk_hop()) * chunk_elements : 0;
       uint32_t words[4] = {};
 #pragma unroll
       for (int e = 0; e < chunk_elements; e++) {
-        if (line + i * line_hop() < rows_left && depth + e < depth_left)
-          words[e / 2] |= uint32_t(source[e * k_stride].bits) << e % 2 * 16;
+        if (e < inside) words[e / 2] |= uint32_t(source->bits) << e % 2 * 16;
+        source += k_stride;
       }
       staged[i] = {words[0], words[1], words[2], words[3]};
+      source += turn;
     }
   }
 
@@ -164,8 +168,10 @@ template <class A, class B, class Slab, class RowSums, int stages> union MmaShar
   RowSums row_sums;
 };
 
+// Of elements at least one block of a multiprocessor, which is no bound: without it the compiler spills to let more of
+// them in.
 template <class S, class Tile, Read read_a, Read read_b, Epilogue epilogue>
-__global__ void __launch_bounds__(Tile::threads) mma_product(const Product<S> p) {
+__global__ void __launch_bounds__(Tile::threads, read_a == Read::elements ? 1 : 0) mma_product(const Product<S> p) {
   constexpr int BM = Tile::BM, BN = Tile::BN, BK = Tile::BK, WM = Tile::WM, WN = Tile::WN;
   constexpr int slab_rows = BM / Tile::passes;
   using CopierA = Copier<S, Tile, BM, read_a>;
