@@ -3,6 +3,8 @@
 // A. Shared memory holds weights, and rows on their way in and out. Launched by products.cuh.
 #pragma once
 
+#include <utility>
+
 #include "fused.h"
 #include "mma.cuh"
 
@@ -92,6 +94,15 @@ __device__ __forceinline__ void each_fragment(T (&values)[fragments][2][4], cons
 #pragma unroll
     for (int m = 0; m < fragments; m++) f(values[m], m);
   }
+}
+
+// f(0) to f(count - 1) with numbers that are types: what they index stays in registers, whoever compiles.
+template <int... number, class F>
+__device__ __forceinline__ void each_number(std::integer_sequence<int, number...>, const F& f) {
+  (f(std::integral_constant<int, number>()), ...);
+}
+template <int count, class F> __device__ __forceinline__ void each_number(const F& f) {
+  each_number(std::make_integer_sequence<int, count>(), f);
 }
 
 // f(the number of 16s that hold the padded features).
@@ -452,8 +463,9 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
   using Shape = MmaFused<W>;
   constexpr int fragments = Shape::backward_fragments, warp_rows = fragments * 16, stages = Shape::stages;
   constexpr bool rolled = !is_light<Kinds>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile_rows = int(blockDim.x) / 32 * warp_rows;
-  const int own = warp * warp_rows * W, top = p.layers - 1;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int tile_rows = W > 64 ? int(blockDim.x) / 32 * warp_rows : Shape::backward_threads / 32 * warp_rows;
+  const int own = warp * warp_rows * W;
   S* const memory = dynamic_shared<S>();
   S* const grads = memory + p.weight_elements;
   // Of layer l, whose input is what the layer below saved; that of the last is the input of one more.
@@ -465,7 +477,7 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
   };
   const auto load_input = [&](int l, int64_t first, int rows) {
     load_lines<S, W>(input_of(l) + own, l == 0 ? p.input : p.layer[l - 1].saved, first, rows, warp_rows,
-                     l > top ? p.layer[top].out_features : p.layer[l].in_features, lane, 32);
+                     l >= p.layers ? p.layer[p.layers - 1].out_features : p.layer[l].in_features, lane, 32);
   };
   // values *= act'(saved), saved being fragment (m, n) of lines
   const auto differentiate = [&](float (&values)[fragments][2][4], const FusedLayer<S>& layer, const S* lines, int n) {
@@ -496,9 +508,9 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
   };
   int place = 0;  // of weights that come by turns
   if (p.slots == 0) {
-    for (int l = last_dgrad; l <= top; l++) load_weights<S, W, false>(memory + p.layer[l].place, p.layer[l]);
-  } else if (last_dgrad <= top) {
-    load_weights<S, W, false>(memory, p.layer[top]);
+    for (int l = last_dgrad; l < p.layers; l++) load_weights<S, W, false>(memory + p.layer[l].place, p.layer[l]);
+  } else if (last_dgrad < p.layers) {
+    load_weights<S, W, false>(memory, p.layer[p.layers - 1]);
   }
   commit_copies();
   const int tiles = int((p.rows + tile_rows - 1) / tile_rows);
@@ -506,11 +518,11 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
   for (int tile = int(blockIdx.x); tile < tiles; tile += int(gridDim.x)) {
     const int64_t first = int64_t(tile) * tile_rows + warp * warp_rows;
     const int rows = rows_inside(first, p.rows, warp_rows);
-    const int last_features = p.layer[top].out_features;
+    const int last_features = p.layer[p.layers - 1].out_features;
     load_lines<S, W>(grads + own, p.grad, first, rows, warp_rows, last_features, lane, 32);
-    if (p.layer[top].differentiates) load_input(top + 1, first, rows);
+    if (p.layer[p.layers - 1].differentiates) load_input(p.layers, first, rows);
     commit_copies();
-    if (stages == 2 && needs_input(top)) load_input(top, first, rows);
+    if (stages == 2 && needs_input(p.layers - 1)) load_input(p.layers - 1, first, rows);
     commit_copies();
     wait_for_copies<stages == 2 ? 1 : 0>();
     __syncwarp();
@@ -521,13 +533,13 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
       Fragment packed[fragments];
 #pragma unroll
       for (int m = 0; m < fragments; m++) get<S, W>(packed[m], grads + own, m, n);
-      if (p.layer[top].differentiates) {
-        const S* const saved = input_of(top + 1) + own;
+      if (p.layer[p.layers - 1].differentiates) {
+        const S* const saved = input_of(p.layers) + own;
         if constexpr (rolled) {
           float values[fragments][2][4];
 #pragma unroll
           for (int m = 0; m < fragments; m++) unpack<S>(values[m], packed[m]);
-          differentiate(values, p.layer[top], saved, n);
+          differentiate(values, p.layer[p.layers - 1], saved, n);
 #pragma unroll
           for (int m = 0; m < fragments; m++) pack<S>(packed[m], values[m]);
         }
@@ -542,7 +554,7 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
     }
     __syncwarp();
 #pragma unroll 1
-    for (int l = top; l >= p.lowest; l--) {
+    for (int l = p.layers - 1; l >= p.lowest; l--) {
       const FusedLayer<S>& layer = p.layer[l];
       const int in = layer.in_features, out = layer.out_features;
       const bool goes_on = l >= last_dgrad, converts = layer.weight_sums && l > 0 && !p.layer[l - 1].keeps_output;
@@ -554,7 +566,7 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
       const S* weights = memory + layer.place;
       // What the next layer needs besides.
       if (stages == 2 && l > p.lowest && needs_input(l - 1)) load_input(l - 1, first, rows);
-      const int next_dgrad = l > last_dgrad ? l - 1 : tile + int(gridDim.x) < tiles ? top : -1;
+      const int next_dgrad = l > last_dgrad ? l - 1 : tile + int(gridDim.x) < tiles ? p.layers - 1 : -1;
       if (p.slots > 0 && goes_on) {
         weights = memory + place;
         if (p.slots == 2) {
@@ -609,12 +621,11 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
       const bool add = tile >= int(gridDim.x);
       const int64_t block = int64_t(blockIdx.x) * p.sums_stride;
       float* const bias_sums = layer.bias_sums ? layer.bias_sums + block : nullptr;
-#pragma unroll
-      for (int h = 0; h < holds; h++) {
+      each_number<holds>([&](auto h) {
         const PartPlace at = place_of_part<W>(warp);
         if (layer.held == h && at.row < out && at.column < in)
           add_part<S, W>(held[h], at, bias_sums, add, grads, input, tile_rows, out);
-      }
+      });
       if (layer.held < 0 && (layer.weight_sums || layer.bias_sums)) {
 #pragma unroll 1
         for (int part = warp; part < weight_parts<W>; part += int(blockDim.x) / 32) {
@@ -645,15 +656,14 @@ __global__ void __launch_bounds__(MmaFused<W>::backward_threads, MmaFused<W>::ba
     }
   }
   wait_for_copies<0>();
-#pragma unroll
-  for (int h = 0; h < holds; h++) {
-    for (int l = p.lowest; l <= top; l++) {
+  each_number<holds>([&](auto h) {
+    for (int l = p.lowest; l < p.layers; l++) {
       const FusedLayer<S>& layer = p.layer[l];
       if (layer.held == h)
         move_part<W, true>(held[h], place_of_part<W>(warp), layer.weight_sums + blockIdx.x * p.sums_stride,
                            layer.out_features, layer.in_features);
     }
-  }
+  });
 }
 
 }  // namespace fastmlp::cuda
