@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar, get_args
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tools.gpu_proof import as_compiled, compiled, executed, linked, planted, read, sanitized
@@ -122,7 +123,7 @@ class Proof:
 
         self.caught = self._timed("planted defects", show_all)
         rows = [(c.defect.name, f"csrc/{c.defect.file}", c.defect.dtype, c.defect.gate,
-                 c.answer[:110] if c.caught else f"NOT CAUGHT: {c.answer}") for c in self.caught]  # fmt: skip
+                 escape(c.answer[:110] if c.caught else f"NOT CAUGHT: {c.answer}")) for c in self.caught]  # fmt: skip
         self._table("planted defects", ("defect", "file", "dtype", "shown to", "which says"), rows)
 
     def _table(self, title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:

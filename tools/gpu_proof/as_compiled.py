@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.markup import escape
+
 from tools.gpu_proof.checks import Check, Outcome
 from tools.gpu_proof.kernels import ROOT
 from tools.gpu_proof.toolchain import run, toolkit
@@ -51,5 +53,5 @@ def check(
             passed = row["result"].startswith("passed")
             what = f"{row['kernel']}: {row['check']} {row['result']}"
             outcome.checks.append(Check("as compiled", row["kernel"].split()[0], dtype, where, what, passed))
-            outcome.lines.append((row["kernel"], dtype, where, row["check"], row["result"]))
+            outcome.lines.append((row["kernel"], dtype, where, row["check"], escape(row["result"])))
     return outcome
