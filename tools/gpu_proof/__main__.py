@@ -5,6 +5,7 @@ Fails if anything does, or if a planted defect goes unnoticed. --quick is the pa
 
 import argparse
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -141,7 +142,9 @@ class Proof:
         failures = [check for check in checks if not check.passed]
         missed = [caught for caught in self.caught if not caught.caught]
         times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
-        self.out.print(f"{sum(self.seconds.values()):.0f} s: {times}")
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = used.ru_utime + used.ru_stime
+        self.out.print(f"{sum(self.seconds.values()):.0f} s, {cpu:.0f} s of processors: {times}")
         self.out.print(
             f"{len(checks) - len(failures)} checks hold, {len(failures)} fail; "
             f"{len(self.caught) - len(missed)} planted defects caught, {len(missed)} missed"
