@@ -17,8 +17,10 @@ from tools.gpu_proof.toolchain import run, toolkit
 MODULE = "tests.emulator.ptx"
 
 
-def run_module(dtypes: Sequence[str], architectures: Sequence[int], checks: Sequence[str], root: Path) -> str:
-    """Return what the translator's command prints, run in `root`."""
+def run_module(
+    dtypes: Sequence[str], architectures: Sequence[int], checks: Sequence[str], root: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run the translator's command in `root`."""
     wanted = [*("--arch", *map(str, architectures)), *("--dtype", *dtypes), *("--check", *checks)]
     environment = {**os.environ, "CUDA_HOME": str(toolkit())}
     if root != ROOT:
@@ -26,10 +28,9 @@ def run_module(dtypes: Sequence[str], architectures: Sequence[int], checks: Sequ
         run([sys.executable, "-c", "from tests.emulated import emulated; emulated()"])
         environment["FASTMLP_EMULATED"] = str(ROOT / "build/emulated/_C_emulated.so")
     command = [sys.executable, "-m", MODULE, *wanted]
-    done = subprocess.run(
+    return subprocess.run(
         command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
-    return done.stdout
 
 
 def check(
@@ -44,10 +45,11 @@ def check(
         outcome.checks.append(Check("as compiled", "", "", "PTX", f"there is no {MODULE}", False))
         return outcome
     for dtype in dtypes:
-        said = run_module([dtype], architectures, checks, root)
-        rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
-        if not rows:
-            outcome.checks.append(Check("as compiled", "", dtype, "PTX", f"no row: {said[-400:]}", False))
+        done = run_module([dtype], architectures, checks, root)
+        rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        if not rows or (done.returncode != 0 and all(row["result"].startswith("passed") for row in rows)):
+            what = f"exit code {done.returncode} after {len(rows)} rows: {done.stdout[-400:]}"
+            outcome.checks.append(Check("as compiled", "", dtype, "PTX", what, False))
         for row in rows:
             where = f"compute_{row['architecture']}"
             passed = row["result"].startswith("passed")
