@@ -5,21 +5,22 @@ Fails if anything does, or if a planted defect goes unnoticed. --quick is the pa
 
 import argparse
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TypeVar, get_args
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tools.gpu_proof import as_compiled, compiled, executed, linked, planted, read, sanitized
 from tools.gpu_proof.checks import Check, Gate, Outcome, kinds
-from tools.gpu_proof.emulation import ADDRESS, CSRC, THREAD
+from tools.gpu_proof.emulation import ADDRESS, CSRC, THREAD, VARIANTS, build
 from tools.gpu_proof.kernels import demangle
 from tools.gpu_proof.planted import Caught
-from tools.gpu_proof.toolchain import nvcc_version, toolkit
+from tools.gpu_proof.toolchain import nvcc_version, side_by_side, toolkit
 
 #: Of --quick: one dtype for each family of kernels, two architectures, and the cases of exercise.py that match.
 QUICK_DTYPES = ("float32", "float16")
@@ -109,13 +110,21 @@ class Proof:
 
     def _plant(self) -> None:
         """Show each defect to its gate, if that one is asked for."""
-        for defect in planted.defects():
-            gate = defect.gate if defect.gate in GATES else "sanitized"
-            if gate in self.gates and (defect.quick or not self.quick):
-                found = self._timed("planted defects", partial(planted.show, defect))
-                self.caught.append(found)
+        chosen = [
+            defect
+            for defect in planted.defects()
+            if (defect.gate if defect.gate in GATES else "sanitized") in self.gates and (defect.quick or not self.quick)
+        ]
+
+        def show_all() -> list[Caught]:
+            # What all defects of a build have in common is made before they run side by side.
+            for name in dict.fromkeys(defect.gate for defect in chosen if defect.gate in VARIANTS):
+                build(VARIANTS[name])
+            return side_by_side(planted.show, chosen)
+
+        self.caught = self._timed("planted defects", show_all)
         rows = [(c.defect.name, f"csrc/{c.defect.file}", c.defect.dtype, c.defect.gate,
-                 c.answer[:110] if c.caught else f"NOT CAUGHT: {c.answer}") for c in self.caught]  # fmt: skip
+                 escape(c.answer[:110] if c.caught else f"NOT CAUGHT: {c.answer}")) for c in self.caught]  # fmt: skip
         self._table("planted defects", ("defect", "file", "dtype", "shown to", "which says"), rows)
 
     def _table(self, title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
@@ -133,7 +142,9 @@ class Proof:
         failures = [check for check in checks if not check.passed]
         missed = [caught for caught in self.caught if not caught.caught]
         times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
-        self.out.print(f"{sum(self.seconds.values()):.0f} s: {times}")
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = used.ru_utime + used.ru_stime
+        self.out.print(f"{sum(self.seconds.values()):.0f} s, {cpu:.0f} s of processors: {times}")
         self.out.print(
             f"{len(checks) - len(failures)} checks hold, {len(failures)} fail; "
             f"{len(self.caught) - len(missed)} planted defects caught, {len(missed)} missed"

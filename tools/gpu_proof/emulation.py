@@ -43,7 +43,11 @@ PLAIN = Variant("plain", ("-g0",))
 COVERAGE = Variant("coverage", ("-g0", "--coverage"))
 ADDRESS = Variant(
     "ASan, UBSan",
-    ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+    (
+        *("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+        # ASan finds what these would, and they take long to compile.
+        "-fno-sanitize=null,vptr,object-size",
+    ),
     ("libasan.so", "libubsan.so"),
     (("ASAN_OPTIONS", "detect_leaks=0"), ("UBSAN_OPTIONS", "print_stacktrace=1:halt_on_error=1")),
 )
