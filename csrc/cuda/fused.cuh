@@ -91,8 +91,7 @@ __device__ __forceinline__ void fill(Features<C, width, BM>& to, const StridedMa
 // sums += a b for the rows in shared memory; b is [depth, columns]. Waits first for whoever wrote a, and at the end
 // until all have read it.
 template <class Tile, class S, class C>
-__device__ __forceinline__ void multiply_narrow(C (&sums)[Tile::TM][Tile::TN],
-                                                const Features<C, Tile::BN, Tile::BM>& a,
+__device__ __forceinline__ void multiply_narrow(C (&sums)[Tile::TM][Tile::TN], const Features<C, Tile::BN, Tile::BM>& a,
                                                 FusedWeights<C, Tile>& weights, const Operand<S>& b, int columns,
                                                 int depth) {
   constexpr int BK = Tile::BK, TM = Tile::TM, TN = Tile::TN;
@@ -262,8 +261,7 @@ __device__ __forceinline__ void add_bias_sums(C* bias_sums, bool add, const Feat
 
 // A block takes every gridDim.x-th run of rows and adds up its own sums of weights and biases.
 template <class S, int width>
-__global__ void __launch_bounds__(fused_threads, fused_blocks_at_once)
-    fused_backward(const FusedNetwork<S> p) {
+__global__ void __launch_bounds__(fused_threads, fused_blocks_at_once) fused_backward(const FusedNetwork<S> p) {
   using C = Compute<S>;
   using Tile = FusedTile<width, 4>;
   constexpr int BM = Tile::BM;

@@ -1,5 +1,5 @@
-// The products that PyTorch computes for products.cuh, on raw pointers of a device. Included by the files that know torch:
-// register.cpp, and the tests' extension, where the device is the CPU.
+// The products that PyTorch computes for products.cuh, on raw pointers of a device. Included by the files that know
+// torch: register.cpp, and the tests' extension, where the device is the CPU.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -31,10 +31,10 @@ template <class F> void with_fused_storage(DType dtype, const F& f) {
   }
 }
 
-bool pays_by_table(const Network& network, bool backward) {
+bool pays_by_table(const Network& network) {
   int64_t widest = 0;
   for (const Layer& layer : network.layers) widest = std::max({widest, layer.in_features, layer.out_features});
-  return widest <= always_fused_width || network.rows <= fused_rows(network.dtype, backward);
+  return widest <= always_fused_width || (network.dtype != DType::float32 && network.rows >= wide_fused_rows);
 }
 
 template <class S> StridedMatrix<S> strided(const Matrix& x) {
@@ -116,10 +116,10 @@ template <class S> void fused_backward_of(const Context& context, const Backward
 
 }  // namespace
 
-bool goes_fused(const Context& context, const Network& network, bool backward) {
+bool goes_fused(const Context& context, const Network& network) {
   const auto fits = [](int64_t features) { return features >= 1 && features <= fused_width; };
-  return context.fuses.value_or(pays_by_table(network, backward)) && has_kernels(context.architecture, network.dtype) && network.rows > 0 &&
-         network.layers.size() >= 2 && network.layers.size() <= size_t(most_fused_layers) &&
+  return context.fuses.value_or(pays_by_table(network)) && has_kernels(context.architecture, network.dtype) &&
+         network.rows > 0 && network.layers.size() >= 2 && network.layers.size() <= size_t(most_fused_layers) &&
          fits(network.layers[0].in_features) &&
          std::all_of(network.layers.begin(), network.layers.end(),
                      [&](const Layer& layer) { return fits(layer.out_features); });

@@ -6,8 +6,8 @@
 
 namespace fastmlp::cuda {
 
-// Whether forward_fused, or backward_fused, takes the network: by its dtype, widths and rows.
-bool goes_fused(const Context& context, const Network& network, bool backward);
+// Whether the functions below take the network: by its dtype, widths and rows.
+bool goes_fused(const Context& context, const Network& network);
 
 void forward_fused(const Context& context, const ForwardPass& pass);
 void backward_fused(const Context& context, const BackwardPass& pass);

@@ -205,12 +205,12 @@ template <class S> class Backward {
 }  // namespace
 
 void forward(const Context& context, const ForwardPass& pass) {
-  if (goes_fused(context, pass.network, false)) return forward_fused(context, pass);
+  if (goes_fused(context, pass.network)) return forward_fused(context, pass);
   with_storage(pass.network.dtype, [&](auto storage) { forward_of<decltype(storage)>(context, pass); });
 }
 
 void backward(const Context& context, const BackwardPass& pass) {
-  if (goes_fused(context, pass.network, true)) return backward_fused(context, pass);
+  if (goes_fused(context, pass.network)) return backward_fused(context, pass);
   with_storage(pass.network.dtype, [&](auto storage) {
     Backward<decltype(storage)> backward(context, pass);
     with_memory(context, [&](Carver& carver, bool run) { backward.run(carver, run); });

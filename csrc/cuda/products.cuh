@@ -116,8 +116,7 @@ template <class S> void multiply_by_library(const Context& context, Epilogue epi
   context.library(product);
   const Matrix written = gapless(sums, p.n);
   const bool done = product.relu || (!p.pre_activation && p.activation.kind == identity_kind);
-  if (forward && p.output && !done)
-    Kernels<S>::apply_activation(context, p.m, p.n, written, p.activation, p.output);
+  if (forward && p.output && !done) Kernels<S>::apply_activation(context, p.m, p.n, written, p.activation, p.output);
   if (epilogue == Epilogue::dgrad && (p.saved || p.column_sums)) {
     const Matrix saved{const_cast<S*>(p.saved), p.saved_stride, p.saved_column_stride};
     Kernels<S>::apply_gradient(context, p.m, p.n, written, saved, p.activation, p.saved ? p.output : nullptr,
@@ -196,8 +195,8 @@ template <class S, Elementwise what> void launch_elementwise(const Context& cont
   }
   p.run = rows_of_run(p.rows);
   constexpr int vector = per_16_bytes<S>;
-  const bool vectors = p.columns % vector == 0 && aligned(p.output, 16) && can_read_vectors(p.grad) &&
-                       can_read_vectors(p.saved);
+  const bool vectors =
+      p.columns % vector == 0 && aligned(p.output, 16) && can_read_vectors(p.grad) && can_read_vectors(p.saved);
   vectors ? launch_elementwise<S, what, vector>(context, p) : launch_elementwise<S, what, 1>(context, p);
 }
 
@@ -485,8 +484,9 @@ template <class S> int64_t Kernels<S>::fused_blocks(const Context& context, cons
 template <class S> void Kernels<S>::fused_backward(const Context& context, const FusedNetwork<S>& p, int64_t blocks) {
   if constexpr (std::is_same_v<S, float>) {
     with_fused_width(p, [&](auto width) {
-      check_fused(launch(cuda::fused_backward<S, width>, dim3(unsigned(blocks)), dim3(fused_threads), 0, context.stream, p),
-                  "fused_backward", p);
+      check_fused(
+          launch(cuda::fused_backward<S, width>, dim3(unsigned(blocks)), dim3(fused_threads), 0, context.stream, p),
+          "fused_backward", p);
     });
   } else if constexpr (has_mma<S>) {
     with_mma_fused(p, [&](auto width, auto kinds) {

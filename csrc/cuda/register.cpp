@@ -142,7 +142,8 @@ struct Device {
   static std::optional<TileSize> choose(const Context& context, const ProductKey& key, const at::Tensor& input) {
     const std::optional<TileSize> found = measured.find(key);
     const bool empty = key.m == 0 || key.n == 0 || key.k == 0;
-    if (found || empty || !measured.measures() || at::cuda::currentStreamCaptureStatus() != at::cuda::CaptureStatus::None)
+    if (found || empty || !measured.measures() ||
+        at::cuda::currentStreamCaptureStatus() != at::cuda::CaptureStatus::None)
       return found;
     // A generator of its own: the user's random numbers stay as they are.
     const at::Generator generator = at::cuda::detail::createCUDAGenerator(input.device().index());

@@ -78,8 +78,7 @@ __global__ void __launch_bounds__(pass_threads, 4) elementwise(const Elementwise
         }
       } else {
 #pragma unroll
-        for (int e = 0; e < vector; e++)
-          results[e] = A::template value<ScalarMath<C>>(saved[e], p.activation.scalars);
+        for (int e = 0; e < vector; e++) results[e] = A::template value<ScalarMath<C>>(saved[e], p.activation.scalars);
       }
       if (!p.output) continue;
       Vec<S, vector> written;

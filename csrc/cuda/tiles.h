@@ -45,8 +45,8 @@ struct TileCost {
   double start, latency, term, finish;
 };
 
-// Microseconds of a call, with one for what the host takes longer than for a kernel of ours, and of the passes after it;
-// TFLOP/s, and TB/s of operands and of results, which these passes read and write again.
+// Microseconds of a call, with one for what the host takes longer than for a kernel of ours, and of the passes after
+// it; TFLOP/s, and TB/s of operands and of results, which these passes read and write again.
 struct LibraryCost {
   double start, tflops, reads, writes;
 };
@@ -93,13 +93,10 @@ constexpr double library_cost(const LibraryCost& cost, int64_t m, int64_t n, int
 // to be like it. Elsewhere the library is called where the user has measured it to be the faster.
 constexpr bool library_has_costs(int architecture) { return architecture >= 90 && architecture < 120; }
 
-// Networks up to this width go through one kernel, wider ones if their batch is not larger than fused_rows: beyond it an
-// H100 was faster layer by layer (65536 rows of six layers of 128: see docs/gpu.md).
+// Networks up to this width go through one kernel. Wider ones do where an H100 was faster so than layer by layer: on
+// tensor cores, from so many rows on.
 constexpr int64_t always_fused_width = 64;
-constexpr int64_t fused_rows(DType dtype, bool backward) {
-  if (dtype == DType::float32) return backward ? 512 : 8192;
-  return backward ? 4096 : INT64_MAX;
-}
+constexpr int64_t wide_fused_rows = 4096;
 
 // Sums over so few terms of k are not cut further.
 constexpr int64_t shortest_part = 256;

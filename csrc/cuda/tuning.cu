@@ -55,8 +55,7 @@ template <class F> float least_time(void* stream, const F& function) {
 }
 
 // A product like the key's, with the operands' usual layouts, and relu where an activation may follow.
-template <class S>
-Product<S> product_of(const ProductKey& key, const std::function<void*(int64_t elements)>& random) {
+template <class S> Product<S> product_of(const ProductKey& key, const std::function<void*(int64_t elements)>& random) {
   // One element further, rows are not aligned, and are read one by one.
   const int64_t gap = key.vectors ? 0 : 1;
   const auto matrix = [&](int64_t rows, int64_t columns, bool along_columns) {
@@ -96,7 +95,8 @@ TileSize fastest_of(Context context, const ProductKey& key, const std::function<
     const Plan plan = Kernels<S>::plan(context, key.epilogue, p);
     // A candidate that there is no kernel for is planned as another.
     if (plan.tile != tile) continue;
-    p.partials = plan.parts > 1 ? static_cast<Compute<S>*>(random(plan.parts * p.m * p.n * elements_of_a_sum)) : nullptr;
+    p.partials =
+        plan.parts > 1 ? static_cast<Compute<S>*>(random(plan.parts * p.m * p.n * elements_of_a_sum)) : nullptr;
     p.column_sums = key.epilogue == Epilogue::dgrad
                         ? static_cast<Compute<S>*>(random(plan.row_tiles * p.n * elements_of_a_sum))
                         : nullptr;

@@ -18,8 +18,8 @@ namespace emulator {
 using TranslatedKernel = void (*)(const void* const* parameters);
 
 inline std::map<std::pair<int, std::string>, TranslatedKernel> translated;  // by architecture and mangled name
-inline int route = 0;                                                       // an architecture, or 0: the host compiler's kernels
-inline std::set<std::string> executed;                                      // names of translated kernels that ran
+inline int route = 0;                   // an architecture, or 0: the host compiler's kernels
+inline std::set<std::string> executed;  // names of translated kernels that ran
 
 inline void set_route(int architecture) { route = architecture; }
 
