@@ -15,8 +15,8 @@ void set_order(const std::string& name);
 void set_route(int architecture);
 std::vector<std::string> take_executed();
 
-// Kernel, line of the instruction in the PTX, whether it is shared memory, bytes of a lane, accesses of warps, and their
-// wavefronts or sectors: actual and ideal.
+// Kernel, line of the instruction in the PTX, whether it is shared memory, bytes of a lane, accesses of warps, and
+// their wavefronts or sectors: actual and ideal.
 using ProfileRow = std::tuple<std::string, int, bool, int, int64_t, int64_t, int64_t>;
 void set_profile(bool on);
 std::vector<ProfileRow> take_profile();

@@ -74,30 +74,44 @@ def ptx_of(dtype: str, architecture: int, csrc: Path = ROOT / "csrc") -> str:
     return output.read_text(encoding="utf-8")
 
 
+def flags() -> list[str]:
+    sanitizers = os.environ.get("FASTMLP_SANITIZE")
+    include = [f"-I{ROOT / folder}" for folder in ("csrc", "tests/emulator", "tests/emulator/ptx")]
+    return [*CXX_FLAGS, *([f"-fsanitize={sanitizers}"] if sanitizers else []), *include]
+
+
+def compile_cxx(command: list[str], output: Path) -> None:
+    """Whoever finds the output finds it whole."""
+    partial = output.with_suffix(f".{os.getpid()}")
+    run(["g++", *flags(), *command, "-o", str(partial)])
+    partial.replace(output)
+
+
 @cache
-def headers() -> bytes:
-    return contents(ROOT / "tests/emulator") + (ROOT / "csrc/problem.h").read_bytes()
+def workplace() -> Path:
+    """A folder for what is compiled with the emulator as it is, with semantics.h precompiled."""
+    headers = contents(ROOT / "tests/emulator") + (ROOT / "csrc/problem.h").read_bytes()
+    folder = BUILD / digest(headers, str(flags()))
+    precompiled = folder / "semantics.h.gch"
+    if not precompiled.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        compile_cxx(["-x", "c++-header", str(ROOT / "tests/emulator/ptx/semantics.h")], precompiled)
+    return folder
 
 
 def library(kernel: Kernel) -> Path:
     """Compiled; kept as long as its text and the emulator stay."""
-    sanitizers = os.environ.get("FASTMLP_SANITIZE")
-    flags = [*CXX_FLAGS, *([f"-fsanitize={sanitizers}"] if sanitizers else [])]
-    name = digest(kernel.text, headers(), str(flags))
-    output = BUILD / f"{name}.so"
+    output = workplace() / f"{digest(kernel.text)}.so"
     if not output.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        text = BUILD / f"{name}.cpp"
+        text = output.with_suffix(".cpp")
         text.write_text(kernel.text, encoding="utf-8")
-        partial = output.with_suffix(f".{os.getpid()}")
-        include = [f"-I{ROOT / folder}" for folder in ("csrc", "tests/emulator", "tests/emulator/ptx")]
-        run(["g++", *flags, "-shared", *include, "-o", str(partial), str(text)])
-        partial.replace(output)
+        compile_cxx(["-shared", str(text)], output)
     return output
 
 
 def compile_all(kernels: Iterable[Kernel]) -> list[Path]:
     """Side by side, as many as MAX_JOBS says, or as there are processors."""
+    workplace()
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         return list(pool.map(library, kernels))
 
