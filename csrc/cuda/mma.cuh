@@ -140,7 +140,8 @@ __global__ void __launch_bounds__(Tile::threads) mma_product(const Product<S> p)
   constexpr int slab_rows = BM / Tile::passes;
   using CopierA = Copier<S, Tile, BM, read_a>;
   using CopierB = Copier<S, Tile, BN, read_b>;
-  using RowSlab = Slab<float, slab_rows, BN>;
+  // Eight banks from row to row: four lanes write two columns each in each of four rows at once.
+  using RowSlab = Slab<float, slab_rows, BN, 8>;
   auto& memory = shared<MmaShared<typename CopierA::Target, typename CopierB::Target, RowSlab, stages>>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_row = warp / Tile::warp_columns, warp_column = warp % Tile::warp_columns;

@@ -44,7 +44,7 @@ template <class S> struct Product {
   C* column_sums = nullptr;  // [rows of tiles, n], or null
   C* partials = nullptr;     // [parts, m, n], or null
   int64_t part = 0;          // how much of k each of these sums: all of it without partials
-  bool vectors = false;      // output, pre_activation, saved and partials can be accessed four elements at a time
+  bool vectors = false;      // all but the operands can be accessed four elements at a time
 };
 
 }  // namespace fastmlp::cuda
