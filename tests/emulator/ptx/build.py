@@ -3,7 +3,6 @@
 import ctypes
 import hashlib
 import os
-import re
 import subprocess
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from pathlib import Path
 from shutil import which
 
 from tests.emulated import ROOT, emulated
-from tests.emulator.ptx.names import launches, readable
+from tests.emulator.ptx.names import launches
 from tests.emulator.ptx.translate import Kernel, translate
 
 BUILD = ROOT / "build" / "ptx"
@@ -124,16 +123,10 @@ def load_all(kernels: list[Kernel]) -> dict[str, Kernel]:
     return {k.name: k for k in kernels}
 
 
-def load(architecture: int, dtype: str, wanted: str = "") -> dict[str, Kernel]:
+def load(architecture: int, dtype: str) -> dict[str, Kernel]:
     """Builds the kernels that csrc/cuda launches for a dtype, and loads them into `_C_emulated`; by mangled name.
 
     Args:
         architecture: 80 for compute_80.
-        wanted: A regular expression: those whose readable() name has it.
     """
-    chosen = [
-        k
-        for k in translate(ptx_of(dtype, architecture))
-        if launches(k.name, architecture) and re.search(wanted, readable(k.name))
-    ]
-    return load_all(chosen)
+    return load_all([k for k in translate(ptx_of(dtype, architecture)) if launches(k.name, architecture)])
