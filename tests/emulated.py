@@ -13,8 +13,9 @@ from typing import Any
 from torch.utils.cpp_extension import load
 
 ROOT = Path(__file__).parent.parent
-#: nvcc fuses a * b + c, so the host compiler does too: sums of products have the same bits then.
-FUSED = ["-mfma", "-mf16c", "-ffp-contract=fast"]
+#: nvcc fuses a * b + c, so the host compiler does too: sums of products have the same bits then. Not vectorised, where
+#: gcc multiplies first and adds in order.
+FUSED = ["-mfma", "-mf16c", "-ffp-contract=fast", "-fno-tree-vectorize"]
 
 
 @cache

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 
 #include "../activation.h"
 #include "device.h"
@@ -45,8 +47,7 @@ template <class S, int count> struct alignas(count * sizeof(S) < 16 ? count * si
 
 template <class S> constexpr int per_16_bytes = int(16 / sizeof(S));
 
-// To global memory, 16 bytes at a time. Where another branch stores single elements, nvcc would take an assignment
-// apart too.
+// To global memory, 16 bytes at a time. An assignment nvcc takes apart where another branch stores single elements.
 template <class S, int count> __device__ __forceinline__ void store(S* to, const Vec<S, count>& from) {
   using Word = std::conditional_t<sizeof(from) < 16, uint2, uint4>;
   static_assert(sizeof(from) % sizeof(Word) == 0);

@@ -8,9 +8,9 @@
 namespace fastmlp::cuda {
 
 // Rows of a tile on their way out; padded, so that rows begin in different banks.
-template <class C, int rows_, int columns_> struct Slab {
+template <class C, int rows_, int columns_, int padding = 4> struct Slab {
   static constexpr int rows = rows_, columns = columns_;
-  C sums[rows][columns + 4];
+  C sums[rows][columns + padding];
 };
 
 // The sums over k of A's rows, from row `first` on: of each, `sharers` groups of threads have some depths, and they are
@@ -44,9 +44,7 @@ template <class S, Epilogue kind, class Slab, int threads> class Finisher {
     const int64_t left = p.n - first_column;
     valid = left < 0 ? 0 : left > 4 ? 4 : int(left);
     if constexpr (kind == Epilogue::forward) {
-#pragma unroll
-      for (int e = 0; e < 4; e++)
-        bias[e] = p.bias && e < valid ? widen(p.bias[(first_column + e) * p.bias_stride]) : C(0);
+      if (p.bias && valid > 0) load4(bias, p.bias + first_column * p.bias_stride, p.bias_stride, valid, p.vectors);
     }
   }
 
@@ -133,7 +131,7 @@ template <class S, Epilogue kind, class Slab, int threads> class Finisher {
   const Product<S>& p;
   int64_t first_row, first_column, part;
   int valid;
-  C bias[4];
+  C bias[4] = {};
   C column_sums[4] = {};
 };
 

@@ -179,7 +179,8 @@ __global__ void __launch_bounds__(Tile::threads, read_a == Read::elements ? 1 : 
   constexpr bool asynchronous = CopierA::asynchronous && CopierB::asynchronous;
   // Through registers one tile is on its way while another one is multiplied.
   constexpr int stages = asynchronous ? 3 : 2;
-  using RowSlab = Slab<float, slab_rows, BN>;
+  // Eight banks from row to row: four lanes write two columns each in each of four rows at once.
+  using RowSlab = Slab<float, slab_rows, BN, 8>;
   using RowSums = float[Tile::warp_columns][BM];
   auto& memory = shared<MmaShared<typename CopierA::Target, typename CopierB::Target, RowSlab, RowSums, stages>>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -39,7 +39,7 @@ template <class S> struct Product {
   S* row_sums = nullptr;      // [m], or null
   C* row_partials = nullptr;  // [parts, m], or null
   int64_t part = 0;           // how much of k each part sums: all of it without partials
-  bool vectors = false;       // output, pre_activation, saved and partials can be accessed four elements at a time
+  bool vectors = false;       // all but the operands can be accessed four elements at a time
 };
 
 }  // namespace fastmlp::cuda

@@ -48,6 +48,7 @@ template <class S> bool can_read(Read read, const Operand<S>& x, int64_t size, i
 template <class S> bool takes_vectors(const Product<S>& p) {
   constexpr size_t bytes = std::min<size_t>(16, 4 * sizeof(S));
   return p.n % 4 == 0 && aligned(p.output, bytes) && aligned(p.pre_activation, bytes) && aligned(p.partials, 16) &&
+         (!p.bias || (p.bias_stride == 1 && aligned(p.bias, bytes))) &&
          (!p.saved || (p.saved_column_stride == 1 && p.saved_stride % 4 == 0 && aligned(p.saved, bytes)));
 }
 

@@ -19,9 +19,11 @@ template <class T> T __shfl_down_sync(unsigned mask, T value, int distance, int 
   });
 }
 
-// Stores to global memory of 8 and 16 bytes.
-inline void __stwb(uint2* to, uint2 value) { *to = value; }
-inline void __stwb(uint4* to, uint4 value) { *to = value; }
+// Stores of 8 and 16 bytes to global memory.
+template <class T> void __stwb(T* to, T value) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(T) != 0) emulator::fail("a store of a vector is not aligned");
+  std::memcpy(static_cast<void*>(to), &value, sizeof value);
+}
 
 // e^(x^2) erfc(x), which C++ does not have.
 template <class T> T scaled_erfc(T x) {

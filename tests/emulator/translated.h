@@ -17,9 +17,12 @@ namespace emulator {
 // Takes the addresses of the parameters, as cudaLaunchKernel does.
 using TranslatedKernel = void (*)(const void* const* parameters);
 
-inline std::map<std::pair<int, std::string>, TranslatedKernel> translated;  // by architecture and mangled name
-inline int route = 0;                   // an architecture, or 0: the host compiler's kernels
-inline std::set<std::string> executed;  // names of translated kernels that ran
+// By architecture and mangled name.
+inline std::map<std::pair<int, std::string>, TranslatedKernel> translated;
+// The architecture whose kernels run, or 0: the host compiler's.
+inline int route = 0;
+// Translated kernels that were launched.
+inline std::set<std::string> executed;
 
 inline void set_route(int architecture) { route = architecture; }
 

@@ -20,9 +20,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=[80], help="compute capabilities: 80 for compute_80")
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument(
-        "--check", nargs="+", default=["bits", "bounds", "profile"], choices=["bits", "bounds", "profile"]
-    )
+    checks = ["bits", "bounds", "profile"]
+    parser.add_argument("--check", nargs="+", default=checks, choices=checks)
     arguments = parser.parse_args()
     failed = False
     for architecture in arguments.arch:

@@ -3,7 +3,6 @@
 import ctypes
 import hashlib
 import os
-import re
 import subprocess
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from pathlib import Path
 from shutil import which
 
 from tests.emulated import ROOT, emulated
-from tests.emulator.ptx.names import launches, readable
+from tests.emulator.ptx.names import launches
 from tests.emulator.ptx.translate import Kernel, translate
 
 BUILD = ROOT / "build" / "ptx"
@@ -74,30 +73,44 @@ def ptx_of(dtype: str, architecture: int, csrc: Path = ROOT / "csrc") -> str:
     return output.read_text(encoding="utf-8")
 
 
+def flags() -> list[str]:
+    sanitizers = os.environ.get("FASTMLP_SANITIZE")
+    include = [f"-I{ROOT / folder}" for folder in ("csrc", "tests/emulator", "tests/emulator/ptx")]
+    return [*CXX_FLAGS, *([f"-fsanitize={sanitizers}"] if sanitizers else []), *include]
+
+
+def compile_cxx(command: list[str], output: Path) -> None:
+    """Whoever finds the output finds it whole."""
+    partial = output.with_suffix(f".{os.getpid()}")
+    run(["g++", *flags(), *command, "-o", str(partial)])
+    partial.replace(output)
+
+
 @cache
-def headers() -> bytes:
-    return contents(ROOT / "tests/emulator") + (ROOT / "csrc/problem.h").read_bytes()
+def workplace() -> Path:
+    """A folder for what is compiled with the emulator as it is, with semantics.h precompiled."""
+    headers = contents(ROOT / "tests/emulator") + (ROOT / "csrc/problem.h").read_bytes()
+    folder = BUILD / digest(headers, str(flags()))
+    precompiled = folder / "semantics.h.gch"
+    if not precompiled.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        compile_cxx(["-x", "c++-header", str(ROOT / "tests/emulator/ptx/semantics.h")], precompiled)
+    return folder
 
 
 def library(kernel: Kernel) -> Path:
     """Compiled; kept as long as its text and the emulator stay."""
-    sanitizers = os.environ.get("FASTMLP_SANITIZE")
-    flags = [*CXX_FLAGS, *([f"-fsanitize={sanitizers}"] if sanitizers else [])]
-    name = digest(kernel.text, headers(), str(flags))
-    output = BUILD / f"{name}.so"
+    output = workplace() / f"{digest(kernel.text)}.so"
     if not output.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        text = BUILD / f"{name}.cpp"
+        text = output.with_suffix(".cpp")
         text.write_text(kernel.text, encoding="utf-8")
-        partial = output.with_suffix(f".{os.getpid()}")
-        include = [f"-I{ROOT / folder}" for folder in ("csrc", "tests/emulator", "tests/emulator/ptx")]
-        run(["g++", *flags, "-shared", *include, "-o", str(partial), str(text)])
-        partial.replace(output)
+        compile_cxx(["-shared", str(text)], output)
     return output
 
 
 def compile_all(kernels: Iterable[Kernel]) -> list[Path]:
     """Side by side, as many as MAX_JOBS says, or as there are processors."""
+    workplace()
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         return list(pool.map(library, kernels))
 
@@ -110,16 +123,10 @@ def load_all(kernels: list[Kernel]) -> dict[str, Kernel]:
     return {k.name: k for k in kernels}
 
 
-def load(architecture: int, dtype: str, wanted: str = "") -> dict[str, Kernel]:
+def load(architecture: int, dtype: str) -> dict[str, Kernel]:
     """Builds the kernels that csrc/cuda launches for a dtype, and loads them into `_C_emulated`; by mangled name.
 
     Args:
         architecture: 80 for compute_80.
-        wanted: A regular expression: those whose readable() name has it.
     """
-    chosen = [
-        k
-        for k in translate(ptx_of(dtype, architecture))
-        if launches(k.name, architecture) and re.search(wanted, readable(k.name))
-    ]
-    return load_all(chosen)
+    return load_all([k for k in translate(ptx_of(dtype, architecture)) if launches(k.name, architecture)])

@@ -154,6 +154,8 @@ template <class T> T shr(T a, u32 count) {
   if (count < u32(bits_of<T>)) return T(a >> count);
   return std::is_signed_v<T> && a < 0 ? T(-1) : T(0);
 }
+// The high word of two that are shifted to the left.
+inline u32 shf_l_wrap(u32 low, u32 high, u32 count) { return u32((u64(high) << 32 | low) << (count & 31) >> 32); }
 // The low `length` bits of a in place of those of b from `position` on.
 template <class T> T bfi(T a, T b, u32 position, u32 length) {
   position &= 0xff;

@@ -79,7 +79,7 @@ BYTES = {f"{kind}{8 * size}": size for size in (1, 2, 4, 8) for kind in "bsu"} |
 
 _VARIABLE = re.compile(
     r"(?:\.(?:visible|extern|weak)\s+)*\.(?P<space>reg|local|shared|param|global|const)\s+(?:\.align\s+(?P<align>\d+)\s+)?"
-    r"\.(?P<type>\w+)\s+%?(?P<name>[\w$]+)(?:<(?P<many>\d+)>|\[(?P<size>\d*)\])?(?:\s*=\s*\{(?P<values>[^}]*)\})?$"
+    r"\.(?P<type>\w+)\s+(?:\.ptr\s+\.align\s+\d+\s+)?%?(?P<name>[\w$]+)(?:<(?P<many>\d+)>|\[(?P<size>\d*)\])?(?:\s*=\s*\{(?P<values>[^}]*)\})?$"
 )
 _INSTRUCTION = re.compile(r"(?:@(!?%[\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 _FUNCTION = re.compile(

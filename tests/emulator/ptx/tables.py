@@ -69,6 +69,7 @@ LOGIC = {
     **alike("bit_not", 1, "not", (*BITS, "pred")),
     **{f"shl.{t}": Form(f"shl<{t}>", t, (t, "u32")) for t in BITS},
     **{f"shr.{t}": Form(f"shr<{t}>", t, (t, "u32")) for t in (*BITS, *INTEGERS)},
+    "shf.l.wrap.b32": Form("shf_l_wrap", "b32", ("b32", "b32", "u32")),
     **{f"bfi.{t}": Form(f"bfi<{t}>", t, (t, t, "u32", "u32")) for t in ("b32", "b64")},
     **{f"clz.{t}": Form(f"clz<{t}>", "u32", (t,)) for t in ("b32", "b64")},
 }
