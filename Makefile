@@ -106,7 +106,7 @@ gpu-proof-quick: $(VENV)/gpu-proof
 gpu-test: export FASTMLP_CUDA = 1
 gpu-test: build
 	python -m fastmlp info
-	python -m pytest tests/test_cuda.py
+	python -m pytest tests/test_gpu_kernels.py tests/test_cuda.py
 	mkdir -p out
 	python -m fastmlp bench --device cuda --output out/gpu.json
 

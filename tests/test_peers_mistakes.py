@@ -259,7 +259,7 @@ def test_odd_batches(checks: KernelChecks, dtype: torch.dtype) -> None:
 
 
 def test_very_large_batches() -> None:
-    """It crashed at very large ones, too. (Beyond 2^31 elements: tests/test_cuda.py, tests/test_process.py.)"""
+    """It crashed at very large ones, too. (Beyond 2^31 elements: tests/test_gpu_kernels.py, tests/test_process.py.)"""
     for checks in (checks for name, checks in BACKENDS.items() if name != "emulator"):
         checks.chain(2**20 + 1, (3, 4, 2), resolve("relu"), IDENTITY)
 
