@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU, by `make gpu-test`: held to the bounds of the emulator's tests, tests/test_cuda_kernels.py.
+"""The CUDA kernels on a GPU, by `make gpu-test`: held to the bounds of the emulator's: test_cuda_kernels.py.
 
 Larger shapes too, and whichever way products go.
 """
@@ -76,13 +76,18 @@ def test_tf32_where_torch_allows_it() -> None:
     input, weight = checks.randn(512, 512), checks.randn(512, 512)
     exact = input.double() @ weight.double().T
     errors = {}
-    for allowed in (False, True):
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-        found = functional.linear(input, weight)
-        errors[allowed] = float((found - exact).norm() / exact.norm())
-    torch.backends.cuda.matmul.allow_tf32 = False
+    for name, (unset, *values) in {
+        "fp32_precision": ("ieee", "ieee", "tf32"),
+        "allow_tf32": (False, False, True),
+    }.items():
+        for value in values:
+            setattr(torch.backends.cuda.matmul, name, value)
+            found = functional.linear(input, weight)
+            setattr(torch.backends.cuda.matmul, name, unset)
+            errors[name, value] = float((found - exact).norm() / exact.norm())
     # Ten bits of fraction in place of 23.
-    assert errors[False] < 2**-20 < errors[True] < 2**-10
+    assert errors["allow_tf32", False] < 2**-20 < errors["allow_tf32", True] < 2**-10
+    assert errors["fp32_precision", "ieee"] < 2**-20 < errors["fp32_precision", "tf32"] < 2**-10
 
 
 def test_every_activation(dtype: torch.dtype, activation: Activation) -> None:

@@ -129,7 +129,9 @@ struct Device {
     context.stream = c10::cuda::getCurrentCUDAStream().stream();
     if (forced.tile >= 0) context.tile = TileSize(forced.tile.load());
     if (forced.fuses >= 0) context.fuses = forced.fuses > 0;
-    context.tf32 = at::globalContext().allowTF32CuBLAS();
+    // Not allowTF32CuBLAS(), which raises where the setting was made by its newer name.
+    context.tf32 = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+                   at::Float32Precision::TF32;
     context.library = [&](const LibraryProduct& product) { multiply_by_torch(product, input.device()); };
     context.allocate = [&](size_t bytes) {
       workspace = at::empty({int64_t(bytes)}, at::TensorOptions(input.device()).dtype(at::kByte));
