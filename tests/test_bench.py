@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastmlp
 from fastmlp import bench
 from fastmlp.__main__ import main
 
@@ -30,7 +31,7 @@ def test_the_report_has_what_was_printed(
 
 
 def test_a_wrong_result_has_no_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.fastmlp, "convert", Shifted)
+    monkeypatch.setattr(fastmlp, "convert", Shifted)
     assert main(["bench", "--network", "policy", "--quick"]) == 1
     assert "inference of policy at batch 1" in capsys.readouterr().err
 

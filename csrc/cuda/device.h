@@ -68,7 +68,8 @@ const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
   // Forgotten there, since it is told here.
   if (error != cudaSuccess) cudaGetLastError();
   if (error == cudaErrorNoKernelImageForDevice)
-    return "this build has no kernels for the GPU's architecture; build fastmlp on this machine, or with the architecture "
+    return "this build has no kernels for the GPU's architecture; build fastmlp on this machine, or with the "
+           "architecture "
            "in TORCH_CUDA_ARCH_LIST";
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
