@@ -71,7 +71,7 @@ def test_failing_launches_raise(dtype: torch.dtype, fuses: bool) -> None:
             try:
                 run()
             except RuntimeError as error:
-                kernel = r"simt_product|mma_product|elementwise|sum_rows|fused_forward|fused_backward"
+                kernel = r"(simt|mma)_product|elementwise|sum_rows|(mma_)?fused_(forward|backward)|sum_fused"
                 text = (
                     rf"fastmlp: CUDA kernel ({kernel}) failed for M = \d+, N = \d+, K = \d+: the emulator was told to"
                 )
