@@ -65,8 +65,8 @@ template <class S> struct Kernels {
   // output[i] = the sum of partials[., i] over `count` rows, in an order that depends on the shape alone.
   static void sum_partials(const Context& context, const C* partials, int64_t count, int64_t columns, S* output);
 
-  // Narrow networks; not for float64, nor for bfloat16 where tensor cores do not know it. The sums of backward are those
-  // of `blocks` blocks; fused_blocks says how many the card takes.
+  // Narrow networks; not for float64, nor for bfloat16 where tensor cores do not know it. The sums of backward are
+  // those of `blocks` blocks; fused_blocks says how many the card takes.
   static void fused_forward(const Context& context, const FusedNetwork<S>& network);
   static int64_t fused_blocks(const Context& context, const FusedNetwork<S>& network);
   static void fused_backward(const Context& context, const FusedNetwork<S>& network, int64_t blocks);
