@@ -45,7 +45,7 @@ ADDRESS = Variant(
     "ASan, UBSan",
     (
         *("-g1", "-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
-        # By calls: all checks in line take three times as long to compile.
+        # By calls: checks in line take longer to compile.
         *("--param", "asan-instrumentation-with-call-threshold=0"),
     ),
     ("libasan.so", "libubsan.so"),
