@@ -44,9 +44,9 @@ COVERAGE = Variant("coverage", ("-g0", "--coverage"))
 ADDRESS = Variant(
     "ASan, UBSan",
     (
-        *("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
-        # ASan finds what these would, and they take long to compile.
-        "-fno-sanitize=null,vptr,object-size",
+        *("-g1", "-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+        # By calls: checks in line take longer to compile.
+        *("--param", "asan-instrumentation-with-call-threshold=0"),
     ),
     ("libasan.so", "libubsan.so"),
     (("ASAN_OPTIONS", "detect_leaks=0"), ("UBSAN_OPTIONS", "print_stacktrace=1:halt_on_error=1")),
