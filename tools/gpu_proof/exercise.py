@@ -13,19 +13,19 @@ from itertools import pairwise
 
 import torch
 
-from fastmlp.activations import IDENTITY, resolve
+from fastmlp.activations import resolve
 from tests.emulated import emulated
 from tests.test_cuda_kernels import check, set_up
 
 
-def network(dtype: torch.dtype, rows: int, widths: Sequence[int], activation: str) -> None:
+def network(dtype: torch.dtype, rows: int, widths: Sequence[int], activation: str, last: str = "identity") -> None:
     """Run forward and backward of layers of these widths; every second one has no bias."""
     pairs = list(pairwise(widths))
     check(
         torch.randn(rows, widths[0], dtype=dtype),
         [torch.randn(n, k, dtype=dtype) / k**0.5 for k, n in pairs],
         [torch.randn(n, dtype=dtype) if i % 2 == 0 else None for i, (_, n) in enumerate(pairs)],
-        [resolve(activation)] * (len(pairs) - 1) + [IDENTITY],
+        [resolve(activation)] * (len(pairs) - 1) + [resolve(last)],
         torch.randn(rows, widths[-1], dtype=dtype),
     )
 
@@ -54,7 +54,7 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None], tuple[s
 
     def long_batch() -> None:
         set_up(80, 2, "2", fuses=False)
-        network(dtype, 560, [7, 9, 3], "tanh")
+        network(dtype, 560, [7, 9, 3], "tanh", "sigmoid")
 
     yield "long batch", long_batch, ("mma_product" if dtype.itemsize == 2 else "simt_product", *PASSES)
 
