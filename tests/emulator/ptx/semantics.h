@@ -12,8 +12,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "problem.h"
-#include "emulator.h"
+#include "cuda/device.h"
 #include "translated.h"
 
 namespace ptx {
