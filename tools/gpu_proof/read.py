@@ -13,16 +13,19 @@ from tools.gpu_proof.toolchain import run, side_by_side, tool
 COLUMNS = ("kernel", "for", "multiply-adds", "LDS.128", "LDS", "LDSM", "LDG", "LDGSTS", "STS", "barriers", "local")
 
 
-def math_of_tile(kernel: Kernel, architecture: int) -> int:
-    """Return how many multiply-adds a thread has for one tile of k.
+def math_of_tile(kernel: Kernel, architecture: int) -> tuple[int, ...]:
+    """Return how many multiply-adds a thread may have for one tile of k.
 
     The tiles of simt.cuh are BM BN BK TM TN, with TM TN BK; those of mma.cuh BM BN BK WM WN, with products of 16x8x16
-    for a warp, or before sm_80 of half that depth.
+    for a warp, or before sm_80 of half that depth. Their wgrad has a second loop, with a product of ones for each 16
+    rows: the sums of rows.
     """
     *_, bk, m, n = kernel.numbers[:5]
     if kernel.family == "mma_product":
-        return prod((m // 16, n // 8, bk // (8 if architecture < 80 else 16)))
-    return prod((m, n, bk))
+        depth = bk // (8 if architecture < 80 else 16)
+        products = prod((m // 16, n // 8, depth))
+        return (products, products + m // 16 * depth) if "wgrad" in str(kernel) else (products,)
+    return (prod((m, n, bk)),)
 
 
 def read_cubin(cubin: Cubin) -> dict[Kernel, list[Mix]]:
@@ -46,10 +49,9 @@ def check_mix(kernel: Kernel, architecture: int, mixes: Sequence[Mix], rule: Map
         loads, stores, copies = mix.count("LDG", "LD"), mix.count("STS"), mix.count("LDGSTS")
         if rule.get("asynchronous") and (not copies or loads or stores):
             wrong.append(f"{loads} LDG and {stores} STS beside {copies} LDGSTS")
-        if rule.get("one_barrier") and mix.count("BAR") * math_of_tile(kernel, architecture) != mix.math:
-            wrong.append(
-                f"{mix.count('BAR')} barriers for {mix.math / math_of_tile(kernel, architecture):g} tiles of k"
-            )
+        tiles = math_of_tile(kernel, architecture)
+        if rule.get("one_barrier") and mix.math not in (mix.count("BAR") * tile for tile in tiles):
+            wrong.append(f"{mix.count('BAR')} barriers for {mix.math / tiles[0]:g} tiles of k")
         if mix.count("LDL", "STL"):
             wrong.append(f"{mix.count('LDL', 'STL')} accesses to local memory")
     return wrong
