@@ -49,9 +49,10 @@ def check_mix(kernel: Kernel, architecture: int, mixes: Sequence[Mix], rule: Map
         loads, stores, copies = mix.count("LDG", "LD"), mix.count("STS"), mix.count("LDGSTS")
         if rule.get("asynchronous") and (not copies or loads or stores):
             wrong.append(f"{loads} LDG and {stores} STS beside {copies} LDGSTS")
-        tiles = math_of_tile(kernel, architecture)
-        if rule.get("one_barrier") and mix.math not in (mix.count("BAR") * tile for tile in tiles):
-            wrong.append(f"{mix.count('BAR')} barriers for {mix.math / tiles[0]:g} tiles of k")
+        if rule.get("one_barrier"):
+            tiles = math_of_tile(kernel, architecture)
+            if mix.math not in [mix.count("BAR") * tile for tile in tiles]:
+                wrong.append(f"{mix.count('BAR')} barriers for {mix.math / tiles[0]:g} tiles of k")
         if mix.count("LDL", "STL"):
             wrong.append(f"{mix.count('LDL', 'STL')} accesses to local memory")
     return wrong
