@@ -32,15 +32,18 @@ test: lint sanitize other-isas gpu-proof-quick pytest
 
 build: $(VENV)/built
 
-$(VENV)/installed: pyproject.toml Makefile
+# One for each torch: another one is installed in its place.
+INSTALLED = $(VENV)/installed-$(subst =,,$(TORCH))
+$(INSTALLED): pyproject.toml Makefile
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet --upgrade pip
 	python -m pip install --quiet '$(TORCH)'
 	python -m pip install --quiet 'setuptools>=77' ninja numpy
+	rm -f $(VENV)/installed*
 	touch $@
 
 # The extension is built in place, so that tests and tools see the checkout.
-$(VENV)/built: $(VENV)/installed $(SOURCES)
+$(VENV)/built: $(INSTALLED) $(SOURCES)
 	python -m pip install --quiet --no-build-isolation --editable '.[demo,test,dev]'
 	touch $@
 
@@ -102,13 +105,13 @@ gpu-proof: $(VENV)/gpu-proof
 gpu-proof-quick: $(VENV)/gpu-proof
 	python -m tools.gpu_proof --quick
 
-# Tests that need a GPU, then the benchmark; both can be sent as they are printed, and out/gpu.json.
+# The benchmark, then the tests that need a GPU; both can be sent as they are printed, and out/gpu.json.
 gpu-test: export FASTMLP_CUDA = 1
 gpu-test: build
+	python -c "import sys; from fastmlp import _C; why = _C.device_obstacle('cuda'); sys.exit(why and 'make gpu-test: ' + why)"
 	python -m fastmlp info
-	python -m pytest tests/test_gpu_kernels.py tests/test_cuda.py
-	mkdir -p out
 	python -m fastmlp bench --device cuda --output out/gpu.json
+	python -m pytest tests/test_gpu_kernels.py tests/test_cuda.py
 
 # The measurements behind the cache blocks of csrc/cpu/tiles.h: make tiles TILES='avx2 float64'
 build/tune_tiles: tools/tune_tiles.cpp $(SOURCES)

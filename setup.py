@@ -32,6 +32,8 @@ def cuda_obstacle() -> str | None:
     if found is None or found[1] != torch.version.cuda.split(".")[0]:
         release = "an unknown release" if found is None else f"release {found[1]}"
         return f"torch has CUDA {torch.version.cuda}, but the toolkit in {CUDA_HOME} is of {release}"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (7, 5):
+        return f"{torch.cuda.get_device_name()} is older than sm_75"
     return None
 
 

@@ -90,6 +90,8 @@ def main(device: str, output: Path | None, networks: list[str], quick: bool) -> 
         WrongResult: if a result is further from the float64 network's than PyTorch's own allows.
         RuntimeError: if the device cannot be had, or fastmlp has no kernels for it.
     """
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
     console = Console()
     about = environment(device)
     for name, value in about.items():
@@ -166,7 +168,9 @@ def measured(name: str, batch: int, dtype: torch.dtype, device: str) -> Iterator
         expected = prepare(exact, input.double(), grad.double())()
         calls = [prepare(model, input, grad) for model in (eager, ours)]
         errors = [distance(call(), expected) for call in calls]
-        if not errors[1] <= MOST_ERROR * errors[0]:
+        # PyTorch's own error may be small by chance: a unit in the last place of each layer is nobody's fault.
+        least = torch.finfo(dtype).eps * (len(NETWORKS[name]) - 1)
+        if not errors[1] <= MOST_ERROR * max(errors[0], least):
             raise WrongResult(
                 f"{task} of {name} at batch {batch} in {dtype} is {errors[1]:.1e} from the float64 network, PyTorch's "
                 f"own {errors[0]:.1e}"

@@ -24,7 +24,8 @@ def autotune(path: str | os.PathLike[str] | None = None) -> Iterator[None]:
     The tiles of fastmlp's kernels compete with the library that PyTorch calls (`torch.addmm`), on random operands of
     the product's shape, dtype and alignment; the fastest is chosen from then on, after the context too. That takes
     some milliseconds for each new shape and waits for the GPU, so it is nothing for a training loop whose batches all
-    differ in size. While a CUDA graph is captured nothing is measured. The user's random numbers stay as they are.
+    differ in size. While a CUDA graph is captured nothing is measured, nor where there is no memory for these operands.
+    The user's random numbers stay as they are. Cards of one architecture share what was measured in a process.
 
     Choices are read from a file on entering, and written to it on leaving, one file for each kind of GPU and each
     version of fastmlp and PyTorch. To use what was measured without measuring: `with fastmlp.autotune(): pass`.
@@ -49,14 +50,16 @@ def autotune(path: str | os.PathLike[str] | None = None) -> Iterator[None]:
     if not torch.cuda.is_available():
         raise RuntimeError("fastmlp: autotune needs a GPU, and torch.cuda.is_available() is False")
     file = default_path() if path is None else Path(path)
+    # Where there can be no file is known before anything is measured.
+    file.parent.mkdir(parents=True, exist_ok=True)
     if file.exists():
         _ops.add_choices(read(file))
     before = _ops.choices()
-    _ops.measure(True)
+    measured = _ops.measure(True)
     try:
         yield
     finally:
-        _ops.measure(False)
+        _ops.measure(measured)
         choices = _ops.choices()
         if choices != before or not file.exists():
             write(file, choices)
@@ -85,9 +88,15 @@ def read(file: Path) -> list[int]:
 
 
 def write(file: Path, choices: list[int]) -> None:
-    """Writes the extension's numbers as a list of choices with named fields; all of it or nothing."""
+    """Writes the extension's numbers as choices with named fields, beside those of the file; all of it or nothing."""
     width = len(FIELDS)
-    rows = [dict(zip(FIELDS, choices[i : i + width], strict=True)) for i in range(0, len(choices), width)]
+    # By product, so that what another process wrote meanwhile stays.
+    tiles: dict[tuple[int, ...], int] = {}
+    for numbers in (read(file) if file.exists() else [], choices):
+        for i in range(0, len(numbers), width):
+            *product, tile = numbers[i : i + width]
+            tiles[tuple(product)] = tile
+    rows = [dict(zip(FIELDS, (*product, tile), strict=True)) for product, tile in tiles.items()]
     file.parent.mkdir(parents=True, exist_ok=True)
     # Another process may read or write it at the same time.
     unfinished = file.with_name(f"{file.name}.{os.getpid()}")

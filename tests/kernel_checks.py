@@ -1,4 +1,5 @@
-"""What the CUDA kernels must compute, whoever runs them: the emulator (test_cuda_kernels.py) or a GPU (test_cuda.py).
+"""What the CUDA kernels must compute, whoever runs them: the emulator (test_cuda_kernels.py) or a GPU
+(test_gpu_kernels.py).
 
 Arguments and the values that results are compared with live on the device of the kernels, so that a GPU checks itself.
 """
@@ -37,6 +38,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "strided": strided,
     "misaligned": misaligned,
     "padded_rows": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "odd_pitch": lambda x: torch.cat([x, x[:, :1]], 1)[:, :-1],
     "equal_rows": lambda x: x[:1].expand_as(x),
     "equal_columns": lambda x: x[:, :1].expand_as(x),
 }

@@ -1,5 +1,5 @@
 // What the kernels of fused.cuh compute: a whole network of narrow layers, forward or backward, in one launch. Filled
-// by network.cu from problem.h; their whole argument.
+// by narrow.cu from problem.h; their whole argument.
 #pragma once
 
 #include <cstdint>

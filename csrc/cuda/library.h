@@ -36,8 +36,7 @@ inline void multiply_by_torch(const LibraryProduct& p, c10::Device device) {
   at::Tensor output = view(p.output, {p.m, p.n}, {p.n, 1});
   const at::Tensor a = matrix(p.a, p.m, p.k), b = matrix(p.b, p.k, p.n);
   if (p.bias.data) {
-    const at::Tensor bias = view(p.bias.data, {p.n}, {p.bias.stride});
-    p.relu ? at::_addmm_activation_out(output, bias, a, b) : at::addmm_out(output, bias, a, b);
+    at::addmm_out(output, view(p.bias.data, {p.n}, {p.bias.stride}), a, b);
   } else {
     at::mm_out(output, a, b);
   }

@@ -113,10 +113,9 @@ template <class S> void multiply_by_library(const Context& context, Epilogue epi
   if (forward) product.bias = {const_cast<S*>(p.bias), p.bias_stride};
   S* const sums = p.pre_activation ? p.pre_activation : p.output;
   product.output = sums;
-  product.relu = forward && p.bias && !p.pre_activation && p.activation.kind == relu_kind;
   context.library(product);
   const Matrix written = gapless(sums, p.n);
-  const bool done = product.relu || (!p.pre_activation && p.activation.kind == identity_kind);
+  const bool done = !p.pre_activation && p.activation.kind == identity_kind;
   if (forward && p.output && !done) Kernels<S>::apply_activation(context, p.m, p.n, written, p.activation, p.output);
   if (epilogue == Epilogue::dgrad && (p.saved || p.column_sums)) {
     const Matrix saved{const_cast<S*>(p.saved), p.saved_stride, p.saved_column_stride};

@@ -15,15 +15,14 @@
 
 namespace fastmlp::cuda {
 
-// A product for the library that PyTorch calls: output = a b, with bias added to each row if it is not null, and then
-// relu if asked for, which takes a bias.
+// A product for the library that PyTorch calls: output = a b, with bias added to each row if it is not null. Without an
+// activation: what its ReLU makes of NaN is not written anywhere.
 struct LibraryProduct {
   DType dtype = DType::float32;
   int64_t m = 0, n = 0, k = 0;
   Matrix a, b;             // [m, k], [k, n]
   Vector bias;             // [n]
   void* output = nullptr;  // [m, n] without gaps
-  bool relu = false;
 };
 
 // What the choice of a tile depends on.

@@ -48,7 +48,7 @@ class Measured {
  public:
   bool is_used() const { return measures_ || !empty_; }
   bool measures() const { return measures_; }
-  void measure(bool measures) { measures_ = measures; }
+  bool measure(bool measures) { return measures_.exchange(measures); }
 
   std::optional<TileSize> find(const ProductKey& key) {
     const std::lock_guard lock(mutex_);
@@ -93,7 +93,8 @@ void add_choices(at::IntArrayRef all) {
   for (size_t i = 0; i < all.size(); i += numbers_of_choice) {
     const int64_t* const x = &all[i];
     TORCH_CHECK_VALUE(x[1] >= 0 && x[1] <= int64_t(DType::float16) && x[2] >= 0 && x[2] <= int64_t(Epilogue::wgrad) &&
-                          x[7] >= 0 && x[7] <= library_call,
+                          x[0] > 0 && x[0] < 1000 && x[4] >= 0 && x[5] >= 0 && x[6] >= 0 && x[7] >= 0 &&
+                          x[7] <= library_call,
                       "fastmlp: choices[", i / numbers_of_choice, "] is none of a product");
   }
   for (size_t i = 0; i < all.size(); i += numbers_of_choice) {
@@ -102,7 +103,8 @@ void add_choices(at::IntArrayRef all) {
   }
 }
 
-void measure(bool enabled) { measured.measure(enabled); }
+// Returns what it was before.
+bool measure(bool enabled) { return measured.measure(enabled); }
 
 struct Device {
   static constexpr const char* name = "CUDA";
@@ -137,7 +139,15 @@ struct Device {
       workspace = at::empty({int64_t(bytes)}, at::TensorOptions(input.device()).dtype(at::kByte));
       return workspace.data_ptr();
     };
-    if (measured.is_used()) context.measured = [&](const ProductKey& key) { return choose(context, key, input); };
+    // A pass plans its products twice, for memory and for launches: others may measure, or add choices, in between.
+    std::map<ProductKey, std::optional<TileSize>> chosen;
+    if (measured.is_used()) {
+      context.measured = [&](const ProductKey& key) {
+        const auto [place, is_new] = chosen.try_emplace(key);
+        if (is_new) place->second = choose(context, key, input);
+        return place->second;
+      };
+    }
     function(context);
   }
 
@@ -152,12 +162,17 @@ struct Device {
     Tensors memory;
     Context alone = context;
     alone.measured = nullptr;
-    const TileSize tile = fastest(alone, key, [&](int64_t elements) {
-      memory.push_back(at::empty({elements}, at::TensorOptions(input.device()).dtype(scalar_type_of(key.dtype))));
-      return memory.back().uniform_(-1, 1, generator).data_ptr();
-    });
-    measured.add(key, tile);
-    return tile;
+    try {
+      const TileSize tile = fastest(alone, key, [&](int64_t elements) {
+        memory.push_back(at::empty({elements}, at::TensorOptions(input.device()).dtype(scalar_type_of(key.dtype))));
+        return memory.back().uniform_(-1, 1, generator).data_ptr();
+      });
+      measured.add(key, tile);
+      return tile;
+    } catch (const c10::OutOfMemoryError&) {
+      // Measuring takes operands of its own. What leaves no room for these goes by the table.
+      return std::nullopt;
+    }
   }
 };
 
@@ -170,7 +185,7 @@ const RegisterDevice registered(c10::kCUDA, {&Cuda::forward, &Cuda::infer, &Cuda
 // Not among the operators of networks: nothing of it is computed, or captured by a compiler.
 TORCH_LIBRARY(fastmlp_cuda, m) {
   m.def("set_up(int tile, int fuses) -> ()", &set_up);
-  m.def("measure(bool enabled) -> ()", &measure);
+  m.def("measure(bool enabled) -> bool", &measure);
   m.def("choices() -> int[]", &choices);
   m.def("add_choices(int[] choices) -> ()", &add_choices);
 }
