@@ -310,6 +310,14 @@ inline u32 shared_variable(const char* name, size_t bytes, size_t alignment) {
   return shared_offset(emulator::shared_object(name, bytes, alignment));
 }
 
+// The launch's shared memory, which the emulator aligns to 128, as device.h declares it, and no better.
+inline u32 dynamic_shared_variable(size_t alignment) {
+  if (alignment != 128)
+    emulator::fail("dynamic shared memory is declared aligned to " + std::to_string(alignment) + ", not to 128");
+  if (!emulator::block->dynamic) emulator::fail("a kernel without dynamic shared memory from its launch uses it");
+  return shared_offset(emulator::block->dynamic);
+}
+
 // ---- warps and blocks
 
 inline void bar_sync(u32 barrier, int line) {

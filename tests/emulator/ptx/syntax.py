@@ -33,7 +33,10 @@ class Scope:
 
 @dataclass(frozen=True)
 class Variable:
-    """`.reg`, `.local`, `.shared`, `.param` or `.global`: `count` registers, or that many bytes of memory."""
+    """`.reg`, `.local`, `.shared`, `.param` or `.global`: `count` registers, or that many bytes of memory.
+
+    Shared memory of 0 bytes is the launch's: `.extern .shared .align 128 .b8 name[]`.
+    """
 
     space: str
     type: str
@@ -95,11 +98,12 @@ def variable(text: str, line: int) -> Variable:
     found = _VARIABLE.match(" ".join(text.split()))
     if found is None or found["type"] not in BYTES:
         raise PtxError(line, f"unknown declaration {text!r}")
-    if found["size"] == "":
-        raise PtxError(line, f"dynamic shared memory is not translated: {text!r}")
+    unsized = found["size"] == ""
+    if unsized and not re.match(r"\.extern\s+\.shared\s", text.strip()):
+        raise PtxError(line, f"no size is declared: {text!r}")
     size = BYTES[found["type"]]
     many = found["many"]
-    memory = int(found["size"] or 1) * size
+    memory = 0 if unsized else int(found["size"] or 1) * size
     return Variable(
         space=found["space"],
         type=found["type"],

@@ -291,6 +291,8 @@ class Translator:
         if v.space == "shared":
             self.symbols[v.name] = f"c_{v.name}"
             self.shared.add(v.name)
+            if v.count == 0:
+                return [f"const u32 c_{v.name} = dynamic_shared_variable({v.alignment});"]
             return [f"const u32 c_{v.name} = shared_variable(n_{v.name}, {v.count}, {v.alignment});"]
         raise PtxError(0, f".{v.space} variable {v.name} in a function")
 
