@@ -13,7 +13,7 @@ import torch
 
 from fastmlp.activations import resolve
 from tests.emulated import ROOT, emulated
-from tests.emulator.ptx.checks import Case, Row
+from tests.emulator.ptx.checks import FEW_MULTIPROCESSORS, Case, Row, many_rows
 from tests.emulator.ptx.names import readable
 from tests.emulator.ptx.translate import Kernel
 
@@ -51,8 +51,10 @@ def whole_tiles(dtype: torch.dtype) -> list[Case]:
     cases = [Case(128, (128, 128, 128), act, tile) for tile in range(3)]
     # Many rows: sums of partial sums.
     cases.append(Case(1024, (64, 128), act))
+    if dtype != torch.float64:
+        cases += [Case(128, (w, w, w), a, fuses=True) for w in (32, 64, 128) for a in (act, resolve("relu"))]
     if dtype == torch.float32:
-        cases.append(Case(128, (128, 128, 128), act, fuses=True))
+        cases += [Case(many_rows(w), (w, w, w), act, fuses=True, card=FEW_MULTIPROCESSORS) for w in (32, 64, 128)]
     return cases
 
 
