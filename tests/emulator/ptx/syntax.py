@@ -78,12 +78,8 @@ class Module:
 
 
 #: Bytes of PTX's types; predicates have none in memory.
-BYTES = {f"{kind}{8 * size}": size for size in (1, 2, 4, 8) for kind in "bsu"} | {
-    "f16": 2,
-    "f32": 4,
-    "f64": 8,
-    "pred": 1,
-}
+BYTES = {f"{kind}{8 * size}": size for size in (1, 2, 4, 8) for kind in "bsu"}
+BYTES |= {"f16": 2, "f32": 4, "f64": 8, "pred": 1}
 
 _VARIABLE = re.compile(
     r"(?:\.(?:visible|extern|weak)\s+)*\.(?P<space>reg|local|shared|param|global|const)\s+(?:\.align\s+(?P<align>\d+)\s+)?"
