@@ -26,6 +26,12 @@ SECTORS = 1.05
 AROUND_OF = {
     "fused_forward 32x4": 1.29,
     "fused_forward 32x8": 1.29,
+    "fused_backward 32": 1.45,
+    # Threads that sum a bias each read lines of their own.
+    "fused_backward 64": 1.27,
+    "fused_backward 128": 1.27,
+    # Of 16 bits: sums of 8 columns, 32 bytes, lie side by side (rows.cuh: sum_over_y).
+    "elementwise gradient vectors": 2.0,
 }
 #: Biases come one element after another of a quad (fused.cuh: fused_forward), three of four from the cache.
 SECTORS_OF = {
@@ -35,6 +41,12 @@ SECTORS_OF = {
     "fused_forward 64x8": 1.24,
     "fused_forward 128x4": 1.08,
     "fused_forward 128x8": 1.13,
+    # Sums of weights go out one after another of four (fused.cuh: add_weight_sums).
+    "fused_backward 32": 1.22,
+    "fused_backward 64": 1.60,
+    "fused_backward 128": 2.09,
+    # Of 16 bits: sums of columns go out one after another of 8.
+    "elementwise gradient vectors": 1.08,
 }
 
 
