@@ -13,7 +13,6 @@ failed; the first run compiles. tests/test_cuda_ptx.py is the part that CI runs.
 nvcc is that of CUDA_HOME or comes from PyPI: nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-crt, nvidia-cuda-runtime and
 nvidia-cuda-cccl, all ==13.0.*, which make the same PTX byte for byte. Besides, g++ and binutils (c++filt).
 
-Limits: those of the emulator (emulator.h); no dynamic shared memory, atomics, or shuffles, which no kernel uses. What
-is not known raises PtxError. Hardware's approximations (ex2.approx, rcp.approx, div.approx) and tensor cores round in
-their own way.
+Limits: those of the emulator (emulator.h); no atomics or shuffles, which no kernel uses. What is not known raises
+PtxError. Hardware's approximations (ex2.approx, rcp.approx, div.approx) and tensor cores round in their own way.
 """

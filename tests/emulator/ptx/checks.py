@@ -36,11 +36,12 @@ class Case:
     tile: int = -1
     fuses: bool = False
     order: str = "fifo"
+    card: int = 0  # another architecture, whose number of multiprocessors counts
 
     def run(self, dtype: torch.dtype, architecture: int, route: int) -> list[Tensor]:
         """What it computes, which is within the bounds; on translated kernels, or, with route 0, on the shim's."""
         torch.manual_seed(0)
-        set_up(architecture, self.tile, self.order, self.fuses)
+        set_up(self.card or architecture, self.tile, self.order, self.fuses)
         pairs = list(pairwise(self.widths))
         emulated().set_route(route)
         try:
@@ -71,9 +72,27 @@ def exact_cases(dtype: torch.dtype, architecture: int) -> Iterator[Case]:
         # Sums over the batch in several parts.
         yield Case(600, (9, 7), act)
         yield Case(600, (16, 8), act)
-        if dtype == torch.float32:
-            yield Case(35, (8, 40, 16, 12), act, fuses=True)
-            yield Case(70, (9, 1, 128, 2, 6), act, fuses=True)
+        yield from fused_cases(dtype, act)
+
+
+def fused_cases(dtype: torch.dtype, act: Activation) -> Iterator[Case]:
+    """Every width of the kernels, by vectors and by elements; with as many rows as their larger tiles take."""
+    if dtype == torch.float64:
+        return
+    yield Case(35, (8, 64, 16, 12), act, fuses=True)
+    yield Case(70, (9, 1, 128, 2, 6), act, fuses=True)
+    if dtype == torch.float32:
+        yield Case(35, (9, 17, 6), act, fuses=True)
+        for width in (32, 64, 128):
+            yield Case(many_rows(width), (1, 1, width), act, fuses=True, card=FEW_MULTIPROCESSORS)
+
+
+#: The T4: forward takes its large tiles of float32 from so many rows on as give each multiprocessor one.
+FEW_MULTIPROCESSORS = 75
+
+
+def many_rows(width: int) -> int:
+    return 40 * 8192 // width
 
 
 def bounded_cases(dtype: torch.dtype, activations: Iterable[Activation]) -> Iterator[Case]:
@@ -82,8 +101,7 @@ def bounded_cases(dtype: torch.dtype, activations: Iterable[Activation]) -> Iter
         for tile in range(3):
             yield Case(9, (8, 16, 8), act, tile)
             yield Case(9, (5, 9, 3), act, tile)
-        if dtype == torch.float32:
-            yield Case(35, (9, 17, 6), act, fuses=True)
+        yield from fused_cases(dtype, act)
 
 
 @dataclass

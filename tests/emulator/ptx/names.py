@@ -24,15 +24,22 @@ def readable(name: str) -> str:
     words = [found[1]]
     if tile := re.search(r"Tile<(\d+), (\d+), (\d+)", text):
         words.append("x".join(tile.groups()))
+    if width := re.search(r"fused_\w+<[\w:]+, (\d+)(?:, (\d+))?", text):
+        words.append("x".join(n for n in width.groups() if n))
+    if "ActivationList<Identity, Relu>" in text:
+        words.append("light")
     words += dict.fromkeys(_READS[int(n)] for n in re.findall(r"\(Read\)(\d)", text))
     words += [_EPILOGUES[int(n)] for n in re.findall(r"\(Epilogue\)(\d)", text)]
     words += [_PASSES[int(n)] for n in re.findall(r"\(Elementwise\)(\d)", text)]
+    words += ["vectors" if n != "1" else "elements" for n in re.findall(r"\(Elementwise\)\d, (\d+)", text)]
     return " ".join(words)
 
 
 def launches(name: str, architecture: int) -> bool:
     """Whether products.cuh ever launches that kernel there: bfloat16 has tensor cores from sm_80 on."""
     text = demangled(name)
-    if "<fastmlp::BFloat16" not in text or "_product" not in text:
+    if "<fastmlp::BFloat16" not in text or not ("_product" in text or "fused" in text):
         return True
+    if "fused" in text:
+        return architecture >= 80
     return ("mma_product" in text) == (architecture >= 80)

@@ -164,6 +164,17 @@ template <class T> T bfi(T a, T b, u32 position, u32 length) {
   return T((b & ~mask) | (shl(a, position) & mask));
 }
 template <class T> u32 clz(T a) { return u32(std::countl_zero(a)); }
+// Bytes of two words by their numbers in the selector's digits; of a digit from 8 on the byte's sign.
+inline u32 prmt(u32 a, u32 b, u32 selector) {
+  const u64 bytes = u64(b) << 32 | a;
+  u32 result = 0;
+  for (int i = 0; i < 4; i++) {
+    const u32 digit = selector >> 4 * i & 0xf;
+    const u8 byte = u8(bytes >> 8 * (digit & 7));
+    result |= u32(digit < 8 ? byte : byte & 0x80 ? 0xff : 0) << 8 * i;
+  }
+  return result;
+}
 template <class T> T mov(T a) { return a; }
 template <class T> T selp(T a, T b, bool p) { return p ? a : b; }
 
@@ -259,6 +270,21 @@ inline f32 from_half(b16 a) { return fastmlp::cuda::widen(fastmlp::Float16{a}); 
 inline b16 to_half(f32 a) { return a != a ? b16(0x7fff) : fastmlp::cuda::Narrow<fastmlp::Float16>::from(a).bits; }
 inline b16 to_bfloat16(f32 a) { return fastmlp::cuda::Narrow<fastmlp::BFloat16>::from(a).bits; }
 
+// Two numbers to the halves of a word; of those that are negative, zero.
+template <class S> u32 to_pair(f32 high, f32 low) { return fastmlp::cuda::narrow_pair(low, high, S{}); }
+template <class S> u32 to_pair_above_zero(f32 high, f32 low) {
+  return fastmlp::cuda::narrow_pair_above_zero(low, high, S{});
+}
+// Ones in the halves of a word where a is greater than b, or one of them NaN.
+template <class S> u32 gtu_mask(u32 a, u32 b) {
+  u32 mask = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const f32 of_a = fastmlp::cuda::widen(S{u16(a >> shift)}), of_b = fastmlp::cuda::widen(S{u16(b >> shift)});
+    mask |= gtu(of_a, of_b) ? 0xffffu << shift : 0;
+  }
+  return mask;
+}
+
 // Two halves of a register, the low one first.
 template <class W, class H> W pack(H low, H high) { return W(W(low) | W(high) << bits_of<H>); }
 
@@ -308,6 +334,14 @@ template <Space space, class T, int count> void store(u64 address, int line, con
 // A module's or a kernel's .shared variable: its offset, aligned as it says and no better.
 inline u32 shared_variable(const char* name, size_t bytes, size_t alignment) {
   return shared_offset(emulator::shared_object(name, bytes, alignment));
+}
+
+// The launch's shared memory, which the emulator aligns to 128, as device.h declares it, and no better.
+inline u32 dynamic_shared_variable(size_t alignment) {
+  if (alignment != 128)
+    emulator::fail("dynamic shared memory is declared aligned to " + std::to_string(alignment) + ", not to 128");
+  if (!emulator::block->dynamic) emulator::fail("a kernel without dynamic shared memory from its launch uses it");
+  return shared_offset(emulator::block->dynamic);
 }
 
 // ---- warps and blocks

@@ -33,7 +33,10 @@ class Scope:
 
 @dataclass(frozen=True)
 class Variable:
-    """`.reg`, `.local`, `.shared`, `.param` or `.global`: `count` registers, or that many bytes of memory."""
+    """`.reg`, `.local`, `.shared`, `.param` or `.global`: `count` registers, or that many bytes of memory.
+
+    Shared memory of 0 bytes is the launch's: `.extern .shared .align 128 .b8 name[]`.
+    """
 
     space: str
     type: str
@@ -75,7 +78,8 @@ class Module:
 
 
 #: Bytes of PTX's types; predicates have none in memory.
-BYTES = {f"{kind}{8 * size}": size for size in (1, 2, 4, 8) for kind in "bsu"} | {"f32": 4, "f64": 8, "pred": 1}
+BYTES = {f"{kind}{8 * size}": size for size in (1, 2, 4, 8) for kind in "bsu"}
+BYTES |= {"f16": 2, "f32": 4, "f64": 8, "pred": 1}
 
 _VARIABLE = re.compile(
     r"(?:\.(?:visible|extern|weak)\s+)*\.(?P<space>reg|local|shared|param|global|const)\s+(?:\.align\s+(?P<align>\d+)\s+)?"
@@ -95,11 +99,12 @@ def variable(text: str, line: int) -> Variable:
     found = _VARIABLE.match(" ".join(text.split()))
     if found is None or found["type"] not in BYTES:
         raise PtxError(line, f"unknown declaration {text!r}")
-    if found["size"] == "":
-        raise PtxError(line, f"dynamic shared memory is not translated: {text!r}")
+    unsized = found["size"] == ""
+    if unsized and not re.match(r"\.extern\s+\.shared\s", text.strip()):
+        raise PtxError(line, f"no size is declared: {text!r}")
     size = BYTES[found["type"]]
     many = found["many"]
-    memory = int(found["size"] or 1) * size
+    memory = 0 if unsized else int(found["size"] or 1) * size
     return Variable(
         space=found["space"],
         type=found["type"],
@@ -132,6 +137,8 @@ class Parser:
         self.text = re.sub(r"//[^\n]*|/\*.*?\*/", lambda m: re.sub(r"[^\n]", " ", m[0]), text, flags=re.S)
         self.position = 0
         self.line = 1
+        #: Registers of inline assembly that are declared without %.
+        self.bare: set[str] = set()
         self.files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', self.text, re.M))
 
     def advance(self, to: int) -> str:
@@ -188,6 +195,7 @@ class Parser:
                 raise PtxError(line, f"unknown attribute .{attribute} of {name}")
         given, taken = ([variable(v, line) for v in split_operands(text or "")] for text in (results, parameters))
         function = Function(name, kind == "entry", given, taken)
+        self.bare.clear()
         depth, source = 1, Source()
         while depth > 0:
             if not self.skip_blanks():
@@ -218,13 +226,17 @@ class Parser:
             type = re.match(r"\.reg\s+\.\w+\s", first)
             if others and type is None:
                 raise PtxError(line, f"unknown declaration {text!r}")
-            function.body.append(variable(first, line))
-            function.body += [variable(f"{type[0]}{name}", line) for name in others if type]
+            declared = [variable(first, line)]
+            declared += [variable(f"{type[0]}{name}", line) for name in others if type]
+            self.bare |= {v.name for v in declared if type and "%" not in text}
+            function.body += declared
         elif text:
             found = _INSTRUCTION.match(text)
             if found is None:
                 raise PtxError(line, f"cannot read {text!r}")
             predicate, opcode, operands = found.groups()
+            for name in self.bare:
+                operands = re.sub(rf"(?<![\w$%]){name}\b", f"%{name}", operands)
             function.body.append(
                 Instruction(line, opcode, split_operands(operands), (predicate or "").replace("%", ""), source)
             )

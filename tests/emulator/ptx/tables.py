@@ -71,6 +71,7 @@ LOGIC = {
     **{f"shr.{t}": Form(f"shr<{t}>", t, (t, "u32")) for t in (*BITS, *INTEGERS)},
     "shf.l.wrap.b32": Form("shf_l_wrap", "b32", ("b32", "b32", "u32")),
     **{f"bfi.{t}": Form(f"bfi<{t}>", t, (t, t, "u32", "u32")) for t in ("b32", "b64")},
+    "prmt.b32": Form("prmt", "b32", ("b32", "b32", "b32")),
     **{f"clz.{t}": Form(f"clz<{t}>", "u32", (t,)) for t in ("b32", "b64")},
 }
 
@@ -113,6 +114,8 @@ COMPARISONS = {
         for name in ("eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu")
         for t in FLOATS
     },
+    "set.gtu.u32.f16x2": Form("gtu_mask<fastmlp::Float16>", "u32", ("b32", "b32")),
+    "set.gtu.u32.bf16x2": Form("gtu_mask<fastmlp::BFloat16>", "u32", ("b32", "b32")),
     **{f"selp.{t}": Form(f"selp<{t}>", t, (t, t, "pred")) for t in (*BITS, *INTEGERS, *FLOATS)},
 }
 
@@ -144,6 +147,11 @@ CONVERSIONS = {
     "cvt.f32.f16": Form("from_half", "f32", ("b16",)),
     "cvt.rn.f16.f32": Form("to_half", "b16", ("f32",)),
     "cvt.rn.bf16.f32": Form("to_bfloat16", "b16", ("f32",)),
+    **{
+        f"cvt.rn{above_zero and '.relu'}.{name}.f32": Form(f"to_pair{above_zero}<{S}>", "b32", ("f32", "f32"))
+        for above_zero in ("", "_above_zero")
+        for name, S in (("f16x2", "fastmlp::Float16"), ("bf16x2", "fastmlp::BFloat16"))
+    },
 }
 
 #: What is a function of its operands alone.

@@ -23,7 +23,7 @@ from tests.emulator.ptx.syntax import (
 from tests.emulator.ptx.tables import FORMS, LOADS, MATRIX_LOADS, PRODUCTS, SPECIAL_REGISTERS, STORES
 
 _REGISTER = re.compile(r"%([A-Za-z_$]+)(\d*)$")
-_STORAGE = {"pred": "bool", "f32": "f32", "f64": "f64"} | {
+_STORAGE = {"pred": "bool", "f16": "u16", "f32": "f32", "f64": "f64"} | {
     f"{kind}{bits}": f"u{bits}" for kind in "bsu" for bits in (8, 16, 32, 64)
 }
 #: Two PTX types of the same C++ type.
@@ -257,6 +257,8 @@ class Translator:
                 return f"trap({line});"
             case "bar.sync" if len(o) == 1:
                 return f"bar_sync({self.value(o[0], 'u32', line)}, {line});"
+            case "bar.warp.sync" if len(o) == 1:
+                return f"__syncwarp({self.value(o[0], 'u32', line)}, {line});"
             case "call.uni" if len(o) == 3:
                 if o[1] not in self.device_functions:
                     raise PtxError(line, f"call of unknown function {o[1]}")
@@ -291,6 +293,8 @@ class Translator:
         if v.space == "shared":
             self.symbols[v.name] = f"c_{v.name}"
             self.shared.add(v.name)
+            if v.count == 0:
+                return [f"const u32 c_{v.name} = dynamic_shared_variable({v.alignment});"]
             return [f"const u32 c_{v.name} = shared_variable(n_{v.name}, {v.count}, {v.alignment});"]
         raise PtxError(0, f".{v.space} variable {v.name} in a function")
 
