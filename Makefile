@@ -55,7 +55,8 @@ lint: build
 	$(CXX_FILES) | xargs clang-format --dry-run --Werror
 	mypy
 
-pytest: $(VENV)/models
+# The extra gpu-proof brings the nvcc of tests/test_cuda_ptx.py.
+pytest: $(VENV)/models $(VENV)/gpu-proof
 	python -m pytest
 
 # On a processor without one of them the list that the tests enumerate is shorter.
