@@ -20,6 +20,7 @@
 #include "cpu/workspace.h"
 #include "frozen_device.h"
 #include "frozen_watch.h"
+#include "passes.h"
 #include "route.h"
 #include "stack.h"
 
@@ -68,20 +69,6 @@ struct Known {
 const Known& known() {
   static const Known all;
   return all;
-}
-
-at::ScalarType scalar_type_of(DType dtype) {
-  switch (dtype) {
-    case DType::float32:
-      return at::kFloat;
-    case DType::float64:
-      return at::kDouble;
-    case DType::bfloat16:
-      return at::kBFloat16;
-    case DType::float16:
-      return at::kHalf;
-  }
-  __builtin_unreachable();
 }
 
 // What one call works with: another thread may replace the network meanwhile.

@@ -73,6 +73,20 @@ std::optional<DType> dtype_of(at::ScalarType type) {
   }
 }
 
+at::ScalarType scalar_type_of(DType dtype) {
+  switch (dtype) {
+    case DType::float32:
+      return at::kFloat;
+    case DType::float64:
+      return at::kDouble;
+    case DType::bfloat16:
+      return at::kBFloat16;
+    case DType::float16:
+      return at::kHalf;
+  }
+  __builtin_unreachable();
+}
+
 ForwardTensors forward_pass(const char* device, const Stack& stack, const at::Tensor& input, at::TensorList parameters,
                             const at::Tensor& output, at::TensorList hidden) {
   ForwardTensors tensors;

@@ -17,6 +17,7 @@
 namespace fastmlp {
 
 std::optional<DType> dtype_of(at::ScalarType type);
+at::ScalarType scalar_type_of(DType dtype);
 
 // The passes point into tensors: those of the caller, and the two-dimensional forms that are kept here.
 struct ForwardTensors {

@@ -5,23 +5,10 @@
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
+#include "../passes.h"
 #include "products.h"
 
 namespace fastmlp::cuda {
-
-inline at::ScalarType scalar_type_of(DType dtype) {
-  switch (dtype) {
-    case DType::float32:
-      return at::kFloat;
-    case DType::float64:
-      return at::kDouble;
-    case DType::bfloat16:
-      return at::kBFloat16;
-    case DType::float16:
-      return at::kHalf;
-  }
-  TORCH_INTERNAL_ASSERT(false);
-}
 
 // On the current stream.
 inline void multiply_by_torch(const LibraryProduct& p, c10::Device device) {

@@ -3,8 +3,10 @@
 #include "narrow.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../activation_info.h"
+#include "../storage.h"
 #include "tiles.h"
 #include "workspace.h"
 
@@ -18,17 +20,11 @@ bool has_kernels(int architecture, DType dtype) {
   return dtype == DType::bfloat16 ? architecture >= 80 : dtype != DType::float64;
 }
 
+// For what goes_fused takes, so never for float64.
 template <class F> void with_fused_storage(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::float32:
-      return f(float{});
-    case DType::bfloat16:
-      return f(BFloat16{});
-    case DType::float16:
-      return f(Float16{});
-    case DType::float64:
-      return;  // goes_fused says no
-  }
+  with_storage(dtype, [&](auto storage) {
+    if constexpr (!std::is_same_v<decltype(storage), double>) f(storage);
+  });
 }
 
 bool pays_by_table(const Network& network) {

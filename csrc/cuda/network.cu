@@ -15,8 +15,6 @@
 namespace fastmlp::cuda {
 namespace {
 
-Matrix gapless(void* data, int64_t columns) { return {data, columns, 1}; }
-
 template <class S> Operand<S> rows_of(const Matrix& x) {
   return {static_cast<const S*>(x.data), x.row_stride, x.column_stride};
 }

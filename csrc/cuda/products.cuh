@@ -102,8 +102,6 @@ template <> inline constexpr DType dtype_of_storage<double> = DType::float64;
 template <> inline constexpr DType dtype_of_storage<BFloat16> = DType::bfloat16;
 template <> inline constexpr DType dtype_of_storage<Float16> = DType::float16;
 
-template <class S> Matrix gapless(const S* data, int64_t columns) { return {const_cast<S*>(data), columns, 1}; }
-
 // The library's product, then what an epilogue would have done, in place.
 template <class S> void multiply_by_library(const Context& context, Epilogue epilogue, const Product<S>& p) {
   const bool forward = epilogue == Epilogue::forward;

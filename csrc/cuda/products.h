@@ -41,6 +41,9 @@ struct ProductKey {
   }
 };
 
+// [rows, columns] row by row.
+inline Matrix gapless(void* data, int64_t columns) { return {data, columns, 1}; }
+
 // What a pass runs with. `allocate` is called at most once a pass, before anything is launched.
 struct Context {
   int architecture = 0;  // 80 for compute capability 8.0
