@@ -1,5 +1,6 @@
-// The only file of the CUDA device that knows torch: device guard, current stream, torch's caching allocator, and the
-// operators for the dispatcher. What it shares with other devices is in operations.h. Never waits for the device.
+// The file of the CUDA device that knows torch (with library.h, its products): device guard, current stream, torch's
+// caching allocator, and the operators for the dispatcher. What it shares with other devices is in operations.h. Never
+// waits for the device but where the user has asked for measurements.
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <ATen/cuda/CUDAGraphsUtils.cuh>
@@ -10,11 +11,11 @@
 
 #include <atomic>
 #include <map>
-#include <mutex>
 
 #include "../devices.h"
 #include "../operations.h"
 #include "library.h"
+#include "measured.h"
 #include "network.h"
 #include "tuning.h"
 
@@ -43,35 +44,6 @@ void set_up(int64_t tile, int64_t fuses) {
   forced.fuses = fuses < 0 ? -1 : int(fuses > 0);
 }
 
-// What was measured for products, and whether others are measured as they come.
-class Measured {
- public:
-  bool is_used() const { return measures_ || !empty_; }
-  bool measures() const { return measures_; }
-  bool measure(bool measures) { return measures_.exchange(measures); }
-
-  std::optional<TileSize> find(const ProductKey& key) {
-    const std::lock_guard lock(mutex_);
-    const auto found = choices_.find(key);
-    return found == choices_.end() ? std::nullopt : std::optional(found->second);
-  }
-
-  void add(const ProductKey& key, TileSize tile) {
-    const std::lock_guard lock(mutex_);
-    choices_[key] = tile;
-    empty_ = false;
-  }
-
-  std::map<ProductKey, TileSize> all() {
-    const std::lock_guard lock(mutex_);
-    return choices_;
-  }
-
- private:
-  std::atomic<bool> measures_{false}, empty_{true};
-  std::mutex mutex_;
-  std::map<ProductKey, TileSize> choices_;
-};
 Measured measured;
 
 // Eight numbers each, for the file that Python keeps: those of ProductKey in its order, and the tile.

@@ -1,6 +1,6 @@
 // What products cost on a GPU, by which products.cuh picks a tile: data, by architecture, dtype, epilogue and shape.
-// Costs were fitted to an H100's times of 44 shapes, all tiles and the library's product (tools/tune_cuda.py); other
-// cards take them with their own number of multiprocessors. Read by products.cuh and the fused strategy.
+// Costs were fitted to an H100's times of 44 to 46 shapes, all tiles and the library's product (tools/tune_cuda.py);
+// other cards take them with their own number of multiprocessors. Read by products.cuh and the fused strategy.
 #pragma once
 
 #include <algorithm>
