@@ -108,8 +108,10 @@ def check_ptx(dtypes: Sequence[str], cubins: Iterable[Cubin], csrc: Path) -> Out
     expected = {cubin.dtype: len(cubin.usage) for cubin in cubins if cubin.architecture == newest}
 
     def count(dtype: str) -> int:
-        arguments = ("-ptx", f"-arch=compute_{newest}", "-o", "/dev/stdout", csrc / f"cuda/dtypes/{dtype}.cu")
-        return run([tool("nvcc"), *FLAGS, *arguments]).count(".visible .entry ")
+        # A file: nvcc lets ptxas check what it wrote.
+        ptx = BUILD / "cubins" / f"{dtype}_compute_{newest}.ptx"
+        run([tool("nvcc"), *FLAGS, "-ptx", f"-arch=compute_{newest}", "-o", ptx, csrc / f"cuda/dtypes/{dtype}.cu"])
+        return ptx.read_text().count(".visible .entry ")
 
     outcome = Outcome()
     for dtype, found in zip(dtypes, side_by_side(count, dtypes), strict=True):
