@@ -144,6 +144,13 @@ __device__ __forceinline__ uint32_t above_zero_mask(uint32_t pair, BFloat16) {
 #endif
 }
 
+// threadIdx.x, read anew. What is computed from it behind a loop takes no registers in the loop.
+__device__ __forceinline__ unsigned read_thread_index() {
+  unsigned index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // Copies `bytes` (0 to 16) from global to shared memory and fills up to 16 with zeros; both addresses are aligned
@@ -167,6 +174,23 @@ __device__ __forceinline__ void copy_async16(void* to, const void* from, int byt
     words = make_uint4(parts[0], parts[1], parts[2], parts[3]);
   }
   *static_cast<uint4*>(to) = words;
+#endif
+}
+
+// The same of all 16 or none: `inside` may be a predicate then, which from sm_100 on the number of bytes does not
+// become.
+__device__ __forceinline__ void copy_async16_if(bool inside, void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "{\n"
+      ".reg .pred %%outside;\n"
+      "setp.eq.s32 %%outside, %2, 0;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, %%outside;\n"
+      "}" ::"r"(shared_address(to)),
+      "l"(from), "r"(int(inside))
+      : "memory");
+#else
+  copy_async16(to, from, inside ? 16 : 0);
 #endif
 }
 

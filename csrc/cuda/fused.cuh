@@ -9,7 +9,9 @@
 namespace fastmlp::cuda {
 
 constexpr int fused_threads = 128;
-constexpr int fused_blocks_at_once = 4;  // on a multiprocessor, by registers and shared memory
+// Blocks of a multiprocessor, by registers and shared memory.
+template <int TM> constexpr int fused_forward_blocks = TM == 8 ? 3 : 4;
+template <int width> constexpr int fused_backward_blocks = width > 64 ? 3 : 4;
 
 // Of layers up to `width` features: BM rows go through them together, each thread has TM x 8 sums.
 template <int width, int TM> using FusedTile = SimtTile<fused_threads * TM * 8 / width, width, 8, TM, 8>;
@@ -97,14 +99,14 @@ __device__ __forceinline__ void multiply_narrow(C (&sums)[Tile::TM][Tile::TN], c
   constexpr int BK = Tile::BK, TM = Tile::TM, TN = Tile::TN;
   constexpr int group_rows = Tile::BM / (TM / 4), group_columns = Tile::BN / (TN / 4);
   const int tx = threadIdx.x % (Tile::BN / TN) * 4, ty = threadIdx.x / (Tile::BN / TN) * 4;
-  Loader<S, Tile, Tile::BN, Read::elements> loader(b, 0, columns, 0);
-  loader.load(depth);
+  Loader<S, Tile, Tile::BN, Read::elements> loader(b, 0, columns, 0, depth);
+  loader.load();
   loader.store(weights[0]);
   __syncthreads();
   int stage = 0;
 #pragma unroll 1
   for (int k = 0; k < depth; k += BK) {
-    loader.load(depth - k - BK);
+    loader.load();
 #pragma unroll
     for (int kk = 0; kk < BK; kk++) {
       C rows[TM], line[TN];
@@ -146,8 +148,7 @@ __device__ __forceinline__ void keep_sums(Features<C, Tile::BN, Tile::BM>& to, c
 }
 
 template <class S, int width, int TM>
-__global__ void __launch_bounds__(fused_threads, TM == 8 ? 3 : fused_blocks_at_once)
-    fused_forward(const FusedNetwork<S> p) {
+__global__ void __launch_bounds__(fused_threads, fused_forward_blocks<TM>) fused_forward(const FusedNetwork<S> p) {
   using C = Compute<S>;
   using Tile = FusedTile<width, TM>;
   constexpr int BM = Tile::BM;
@@ -261,7 +262,7 @@ __device__ __forceinline__ void add_bias_sums(C* bias_sums, bool add, const Feat
 
 // A block takes every gridDim.x-th run of rows and adds up its own sums of weights and biases.
 template <class S, int width>
-__global__ void __launch_bounds__(fused_threads, fused_blocks_at_once) fused_backward(const FusedNetwork<S> p) {
+__global__ void __launch_bounds__(fused_threads, fused_backward_blocks<width>) fused_backward(const FusedNetwork<S> p) {
   using C = Compute<S>;
   using Tile = FusedTile<width, 4>;
   constexpr int BM = Tile::BM;

@@ -251,7 +251,6 @@ __global__ void __launch_bounds__(MmaFused<W>::forward_threads, MmaFused<W>::for
   }
   commit_copies();
   const int tiles = int((p.rows + tile_rows - 1) / tile_rows);
-  bool waits = p.slots == 0;  // for the weights of all layers
 #pragma unroll 1
   for (int tile = int(blockIdx.x); tile < tiles; tile += int(gridDim.x)) {
     const int64_t first = int64_t(tile) * tile_rows + warp * warp_rows;
@@ -260,8 +259,8 @@ __global__ void __launch_bounds__(MmaFused<W>::forward_threads, MmaFused<W>::for
     commit_copies();
     wait_for_copies<0>();
     __syncwarp();
-    if (waits) __syncthreads();
-    waits = false;
+    // For the weights of all layers.
+    if (p.slots == 0 && tile == int(blockIdx.x)) __syncthreads();
     Fragment x[fragments][W / 16];
 #pragma unroll
     for (int n = 0; n < W / 16; n++) {

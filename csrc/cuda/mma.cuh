@@ -102,7 +102,7 @@ template <class S, class Tile, int rows, Read read> class Copier {
       for (int i = 0; i < count; i++) {
         const bool inside = line + i * hop < lines_left;
         if constexpr (asynchronous) {
-          copy_async16(place(to, i), from + i * distance, inside ? 16 : 0);
+          copy_async16_if(inside, place(to, i), from + i * distance);
         } else {
           staged[i] = {};
           if (inside) staged[i] = *reinterpret_cast<const uint4*>(from + i * distance);

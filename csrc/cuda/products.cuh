@@ -466,7 +466,7 @@ template <class S> int64_t Kernels<S>::fused_blocks(const Context& context, cons
   if constexpr (std::is_same_v<S, float>) {
     with_fused_width(p, [&](auto width) {
       const int64_t runs = ceil_div(p.rows, FusedTile<width, 4>::BM);
-      const int64_t at_once = fused_blocks_at_once * tile_row(context.architecture).multiprocessors;
+      const int64_t at_once = fused_backward_blocks<width> * tile_row(context.architecture).multiprocessors;
       // As few as give each the same number of runs.
       blocks = ceil_div(runs, ceil_div(runs, at_once));
     });

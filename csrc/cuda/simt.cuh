@@ -26,8 +26,8 @@ template <class S, class Tile, int rows, Read read> class Loader {
   static_assert(rows * BK % (vector * threads) == 0, "the tile is dealt out evenly");
   using Buffer = C[BK][rows + 4];
 
-  // From row `first` of `size` rows on, and k on.
-  __device__ Loader(const Operand<S>& operand, int64_t first, int64_t size, int64_t k) {
+  // From row `first` of `size` rows on, and from k on, `depth_inside` of it.
+  __device__ Loader(const Operand<S>& operand, int64_t first, int64_t size, int64_t k, int depth_inside) {
     // Unsigned and known to be so small: what does not follow from it would cost registers in the main loop.
     const unsigned t = threadIdx.x % threads;
     if constexpr (read == Read::along_k) {
@@ -55,19 +55,20 @@ template <class S, class Tile, int rows, Read read> class Loader {
     from = operand.data + (first + read_row) * stride + (k + depth) * k_stride;
     hop = row_hop() * stride + depth_hop() * k_stride;
     step = BK * k_stride;
+    depth_left = depth_inside - depth;
   }
 
-  // The next tile, of which `depth_left` of k, if that is less than BK, are inside; the rest is zero. A vector is never
-  // half outside.
-  __device__ __forceinline__ void load(int depth_left) {
+  // The next tile; zeros outside. A vector is never half outside.
+  __device__ __forceinline__ void load() {
 #pragma unroll
     for (int i = 0; i < count; i++) {
       const bool row_inside = read != Read::elements || i * row_hop() < rows_left;
       staged[i] = {};
-      if (row_inside && depth + i * depth_hop() < depth_left)
+      if (row_inside && i * depth_hop() < depth_left)
         staged[i] = *reinterpret_cast<const Vec<S, vector>*>(from + i * hop);
     }
     from += step;
+    depth_left -= BK;
   }
 
   __device__ __forceinline__ void store(Buffer& to) const {
@@ -95,6 +96,7 @@ template <class S, class Tile, int rows, Read read> class Loader {
   int row, depth;        // of the thread's first vector in the tile
   bool k_first = false;  // elements one after another in memory are so along k
   int rows_left;         // of the operand, from that one on
+  int depth_left;        // the same of k, in the next tile
   Vec<S, vector> staged[count];
 };
 
@@ -131,24 +133,24 @@ __global__ void __launch_bounds__(Tile::threads, Tile::threads == 256 ? 2 : 1) s
   // For the epilogue: registers are scarce until then.
   auto& place = shared<TilePlace>();
   if (threadIdx.x == 0) place = {row_tile, column_tile};
-  Loader<S, Tile, BM, read_a> a(p.a, int64_t(row_tile) * BM, p.m, k_begin);
-  Loader<S, Tile, BN, read_b> b(p.b, int64_t(column_tile) * BN, p.n, k_begin);
+  int left = int(k_end - k_begin);  // of k
+  Loader<S, Tile, BM, read_a> a(p.a, int64_t(row_tile) * BM, p.m, k_begin, left);
+  Loader<S, Tile, BN, read_b> b(p.b, int64_t(column_tile) * BN, p.n, k_begin, left);
   C sums[TM][TN] = {};
   // Each row of A is read by every column of tiles; the first one sums it.
   const bool sums_rows = epilogue == Epilogue::wgrad && column_tile == 0 && p.row_sums;
   const int sharer = threadIdx.x / BM, row_to_sum = threadIdx.x % BM;
   C row_sum = 0;
 
-  int left = int(k_end - k_begin);  // of k
-  a.load(left);
-  b.load(left);
+  a.load();
+  b.load();
   a.store(memory.operands.a[0]);
   b.store(memory.operands.b[0]);
   __syncthreads();
   const auto multiply_tile = [&](int stage) {
     // Zeros behind the last tile: without a branch, loads stay ahead of the products.
-    a.load(left - BK);
-    b.load(left - BK);
+    a.load();
+    b.load();
 #pragma unroll
     for (int kk = 0; kk < BK; kk++) {
       C rows[TM], columns[TN];
@@ -190,13 +192,15 @@ __global__ void __launch_bounds__(Tile::threads, Tile::threads == 256 ? 2 : 1) s
     }
   }
 
+  const unsigned thread = read_thread_index();
   if constexpr (epilogue == Epilogue::wgrad) {
     if (sums_rows) {
-      memory.row_sums[sharer][row_to_sum] = row_sum;
+      memory.row_sums[thread / BM][thread % BM] = row_sum;
       finish_row_sums(p, memory.row_sums, int64_t(place.row) * BM, blockIdx.z);
     }
   }
 
+  const int slab_column = thread % (BN / TN) * 4, slab_row = thread / (BN / TN) * 4;
   using RowSlab = Slab<C, group_rows, BN>;
   Finisher<S, epilogue, RowSlab, Tile::threads> finisher(p, int64_t(place.row) * BM, int64_t(place.column) * BN,
                                                          blockIdx.z);
@@ -207,7 +211,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::threads == 256 ? 2 : 1) s
 #pragma unroll
     for (int i = 0; i < 4; i++) {
 #pragma unroll
-      for (int j = 0; j < TN; j++) memory.slab.sums[ty + i][j / 4 * group_columns + tx + j % 4] = sums[pass * 4 + i][j];
+      for (int j = 0; j < TN; j++)
+        memory.slab.sums[slab_row + i][j / 4 * group_columns + slab_column + j % 4] = sums[pass * 4 + i][j];
     }
     __syncthreads();
     finisher.finish(memory.slab, [&](int r) { return pass * group_rows + r; });

@@ -101,6 +101,8 @@ inline void copy_async16(void* to, const void* from, int bytes) {
   emulator::current->open.push_back({to, from, bytes});
 }
 
+inline void copy_async16_if(bool inside, void* to, const void* from) { copy_async16(to, from, inside ? 16 : 0); }
+
 inline void commit_copies() {
   const emulator::Unseen unseen;
   emulator::current->groups.push_back(std::move(emulator::current->open));

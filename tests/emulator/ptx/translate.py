@@ -270,7 +270,11 @@ class Translator:
             case "cp.async.cg.shared.global" if len(o) == 4 and o[2] == "16":
                 self.note(s)
                 to, of = self.address(o[0], "shared", line), self.address(o[1], "global", line)
-                return f"cp_async16({to}, {of}, {self.value(o[3], 'u32', line)}, {line});"
+                if _REGISTER.match(o[3]) and self.storage(o[3], line) == "bool":
+                    bytes = f"{self.variable(o[3])} ? 0 : 16"  # what is ignored is zero
+                else:
+                    bytes = self.value(o[3], "u32", line)
+                return f"cp_async16({to}, {of}, {bytes}, {line});"
             case "cp.async.commit_group":
                 return "fastmlp::cuda::commit_copies();"
             case "cp.async.wait_group" if o[0].isdigit():
