@@ -65,7 +65,7 @@ def test_special_values(dtype: torch.dtype, activation: Activation, translated: 
 
 
 def test_profile(dtype: torch.dtype) -> None:
-    """No bank conflicts, and whole sectors, but for what profile.py names."""
+    """No bank conflicts, and whole sectors."""
     name = str(dtype).removeprefix("torch.")
     ratios = summary(measure(kernels(name), dtype, ARCHITECTURE, whole_tiles(dtype)))
     assert len([r for r in ratios if "_product" in r.kernel]) == 9  # three tiles and epilogues

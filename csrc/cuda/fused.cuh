@@ -16,13 +16,16 @@ template <int width> constexpr int fused_backward_blocks = width > 64 ? 3 : 4;
 // Of layers up to `width` features: BM rows go through them together, each thread has TM x 8 sums.
 template <int width, int TM> using FusedTile = SimtTile<fused_threads * TM * 8 / width, width, 8, TM, 8>;
 
-// Lines of BM rows, one for each feature. Groups of four rows are permuted by the feature's number, so that threads on
-// neighbouring quads of features use different banks; so do threads on rows and quads.
+// Lines of BM rows, one for each feature. Groups of four rows are permuted by the number of the feature's quad, so that
+// threads on eight neighbouring quads of features use different banks; so do threads on rows and quads. Of up to 32
+// features the number's bits are rotated, since eight threads then have four quads of features and two of rows; its
+// parity stays, for add_bias_sums.
 template <class C, int width, int BM> struct Features {
   alignas(16) C elements[width * BM];
 
   static __device__ __forceinline__ int place(int feature, int row) {
-    return feature * BM + (row ^ (feature / 4 % 8 * 4));
+    const int turn = feature / 4 % 8 * 4;
+    return feature * BM + (row ^ (width > 32 ? turn : (turn * 2 % 32 + turn / 16 * 4) ^ turn % 8));
   }
   __device__ __forceinline__ C& at(int feature, int row) { return elements[place(feature, row)]; }
   __device__ __forceinline__ C at(int feature, int row) const { return elements[place(feature, row)]; }
@@ -171,16 +174,15 @@ __global__ void __launch_bounds__(fused_threads, fused_forward_blocks<TM>) fused
     with_activation(layer.activation.kind, Activations{}, [&](auto activation) {
       using A = decltype(activation);
       const bool vectors = has_vectors(layer.output, out) && has_vectors(layer.pre_activation, out);
+      const bool bias_vectors = layer.bias_stride == 1 && has_vectors(layer.bias, out);
       each_quad<BM>(out, [&](int row, int feature) {
         const int valid = valid_of_quad(feature, out);
         const bool writes = row < rows;
         const int64_t at = (first + row) * out + feature;
-        C quad[4];
+        C quad[4], bias[4] = {};
+        if (layer.bias) load4(bias, layer.bias + feature * layer.bias_stride, layer.bias_stride, valid, bias_vectors);
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-          quad[e] = features.at(feature + e, row);
-          if (layer.bias && e < valid) quad[e] += widen(layer.bias[(feature + e) * layer.bias_stride]);
-        }
+        for (int e = 0; e < 4; e++) quad[e] = features.at(feature + e, row) + bias[e];
         if (layer.pre_activation && writes) store4(layer.pre_activation + at, quad, valid, vectors);
 #pragma unroll
         for (int e = 0; e < 4; e++) {
@@ -209,6 +211,7 @@ __device__ __forceinline__ void add_weight_sums(C* weight_sums, bool add, const 
                                                 int in_features) {
   using Tile = WeightTile<width>;
   constexpr int TO = Tile::TO, TI = Tile::TI;
+  const bool vectors = has_vectors(weight_sums, in_features);
   const int in = threadIdx.x % Tile::columns * 4;
 #pragma unroll 1
   for (int pass = 0; pass < Tile::passes; pass++) {
@@ -234,11 +237,16 @@ __device__ __forceinline__ void add_weight_sums(C* weight_sums, bool add, const 
 #pragma unroll
     for (int i = 0; i < TO; i++) {
 #pragma unroll
-      for (int j = 0; j < TI; j++) {
-        const int o = out + i, k = in + j / 4 * Tile::columns * 4 + j % 4;
+      for (int j = 0; j < TI; j += 4) {
+        const int o = out + i, k = in + j / 4 * Tile::columns * 4;
         if (o >= out_features || k >= in_features) continue;
-        C& place = weight_sums[o * in_features + k];
-        place = add ? place + sums[i][j] : sums[i][j];
+        C* const place = weight_sums + o * in_features + k;
+        const int valid = valid_of_quad(k, in_features);
+        C quad[4] = {};
+        if (add) load4(quad, place, 1, valid, vectors);
+#pragma unroll
+        for (int e = 0; e < 4; e++) quad[e] += sums[i][j + e];
+        store4(place, quad, valid, vectors);
       }
     }
   }
@@ -248,13 +256,15 @@ __device__ __forceinline__ void add_weight_sums(C* weight_sums, bool add, const 
 template <class C, int width, int BM>
 __device__ __forceinline__ void add_bias_sums(C* bias_sums, bool add, const Features<C, width, BM>& grad,
                                               int out_features) {
+  static_assert(BM % 32 == 0);
   const int out = int(threadIdx.x);
   if (out >= out_features) return;
   C sum = 0;
 #pragma unroll 4
   for (int r = 0; r < BM; r += 4) {
     C grads[4];
-    grad.load(grads, out, r);
+    // In turns: the features of a quad have the same banks.
+    grad.load(grads, out, r ^ out % 4 * 8);
     sum += (grads[0] + grads[1]) + (grads[2] + grads[3]);
   }
   bias_sums[out] = add ? bias_sums[out] + sum : sum;

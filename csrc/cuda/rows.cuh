@@ -22,7 +22,7 @@ template <class S> struct ElementwiseArguments {
   ElementwiseOperand<S> grad, saved;  // [rows, columns]; saved is not read for the identity
   ActivationSpec activation;
   S* output = nullptr;                // [rows, columns] without gaps, or null
-  Compute<S>* column_sums = nullptr;  // [runs, columns], or null
+  Compute<S>* column_sums = nullptr;  // [runs, columns], aligned to 16 bytes, or null
 };
 
 constexpr int pass_threads = 256;
@@ -30,19 +30,21 @@ constexpr int sum_threads = 1024;  // of the second stage, which has few columns
 
 // Sums over threadIdx.y, always in the same order, which the threads with y 0 get. blockDim.y is a power of two.
 template <class C, int threads, int vector> __device__ void sum_over_y(C (&sums)[vector]) {
-  auto& rows = shared<Vec<C, vector>[threads]>();
-  Vec<C, vector>& own = rows[threadIdx.y * blockDim.x + threadIdx.x];
+  // Threads beside each other have 16 bytes beside each other.
+  constexpr int part = vector < per_16_bytes<C> ? vector : per_16_bytes<C>, parts = vector / part;
+  auto& rows = shared<Vec<C, part>[parts][threads]>();
+  const unsigned own = threadIdx.y * blockDim.x + threadIdx.x;
 #pragma unroll
-  for (int e = 0; e < vector; e++) own.element[e] = sums[e];
+  for (int e = 0; e < vector; e++) rows[e / part][own].element[e % part] = sums[e];
   for (unsigned half = blockDim.y / 2; half > 0; half /= 2) {
     __syncthreads();
     if (threadIdx.y >= half) continue;
-    const Vec<C, vector>& other = rows[(threadIdx.y + half) * blockDim.x + threadIdx.x];
+    const unsigned other = own + half * blockDim.x;
 #pragma unroll
-    for (int e = 0; e < vector; e++) own.element[e] += other.element[e];
+    for (int e = 0; e < vector; e++) rows[e / part][own].element[e % part] += rows[e / part][other].element[e % part];
   }
 #pragma unroll
-  for (int e = 0; e < vector; e++) sums[e] = own.element[e];
+  for (int e = 0; e < vector; e++) sums[e] = rows[e / part][own].element[e % part];
 }
 
 template <class S, int vector>
@@ -90,8 +92,10 @@ __global__ void __launch_bounds__(pass_threads, 4) elementwise(const Elementwise
   if (what == Elementwise::gradient && p.column_sums) {
     sum_over_y<C, pass_threads>(sums);
     if (threadIdx.y == 0 && column < p.columns) {
+      Vec<C, vector> written;
 #pragma unroll
-      for (int e = 0; e < vector; e++) p.column_sums[blockIdx.y * p.columns + column + e] = sums[e];
+      for (int e = 0; e < vector; e++) written.element[e] = sums[e];
+      *reinterpret_cast<Vec<C, vector>*>(p.column_sums + blockIdx.y * p.columns + column) = written;
     }
   }
 }

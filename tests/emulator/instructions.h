@@ -92,6 +92,8 @@ template <class S> uint32_t above_zero_mask(uint32_t pair, S) {
   return (widen(S{uint16_t(pair)}) <= 0 ? 0 : 0xffffu) | (widen(S{uint16_t(pair >> 16)}) <= 0 ? 0 : 0xffff0000u);
 }
 
+inline unsigned read_thread_index() { return threadIdx.x; }
+
 inline void copy_async16(void* to, const void* from, int bytes) {
   const emulator::Unseen unseen;
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)

@@ -17,37 +17,10 @@ from tests.emulator.ptx.checks import FEW_MULTIPROCESSORS, Case, Row, many_rows
 from tests.emulator.ptx.names import readable
 from tests.emulator.ptx.translate import Kernel
 
-#: Gates: wavefronts of shared memory in main loops and around them, and sectors of global memory.
+#: Gates, for every kernel: wavefronts of shared memory in main loops and around them, and sectors of global memory.
 MAIN_LOOP = 1.0
 AROUND = 1.05
 SECTORS = 1.05
-#: Kernels that miss a gate, and are held to what was measured instead.
-#: Lines of 32 rows have no banks for all of a warp's quads (fused.cuh: Features).
-AROUND_OF = {
-    "fused_forward 32x4": 1.29,
-    "fused_forward 32x8": 1.29,
-    "fused_backward 32": 1.45,
-    # Threads that sum a bias each read lines of their own.
-    "fused_backward 64": 1.27,
-    "fused_backward 128": 1.27,
-    # Of 16 bits: sums of 8 columns, 32 bytes, lie side by side (rows.cuh: sum_over_y).
-    "elementwise gradient vectors": 2.0,
-}
-#: Biases come one element after another of a quad (fused.cuh: fused_forward), three of four from the cache.
-SECTORS_OF = {
-    "fused_forward 32x4": 1.28,
-    "fused_forward 32x8": 1.30,
-    "fused_forward 64x4": 1.18,
-    "fused_forward 64x8": 1.24,
-    "fused_forward 128x4": 1.08,
-    "fused_forward 128x8": 1.13,
-    # Sums of weights go out one after another of four (fused.cuh: add_weight_sums).
-    "fused_backward 32": 1.22,
-    "fused_backward 64": 1.60,
-    "fused_backward 128": 2.09,
-    # Of 16 bits: sums of columns go out one after another of 8.
-    "elementwise gradient vectors": 1.08,
-}
 
 
 @dataclass(frozen=True)
@@ -136,10 +109,9 @@ class Ratios:
         found = []
         if self.main_loop > MAIN_LOOP:
             found.append(f"shared memory in the main loop at {self.main_loop:.2f}")
-        name = readable(self.kernel)
-        if self.around > AROUND_OF.get(name, AROUND):
+        if self.around > AROUND:
             found.append(f"shared memory around the main loop at {self.around:.2f}")
-        if self.sectors > SECTORS_OF.get(name, SECTORS):
+        if self.sectors > SECTORS:
             found.append(f"global sectors at {self.sectors:.2f}")
         return found
 

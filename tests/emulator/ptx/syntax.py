@@ -218,7 +218,8 @@ class Parser:
 
     def statement(self, function: Function, text: str, line: int, source: Source) -> None:
         if text.startswith(".pragma"):
-            if text != '.pragma "nounroll"':
+            # Advice: not to unroll a loop, or which bytes of a vector are used.
+            if not re.fullmatch(r'\.pragma "(nounroll|used_bytes_mask \d+)"', text):
                 raise PtxError(line, f"unknown {text}")
         elif text.startswith("."):
             # `.reg .u32 %a, %b` declares two.
