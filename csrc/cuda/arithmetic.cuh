@@ -57,28 +57,30 @@ template <class S, int count> __device__ __forceinline__ void store(S* to, const
   for (unsigned i = 0; i < sizeof(from) / sizeof(Word); i++) __stwb(reinterpret_cast<Word*>(to) + i, words[i]);
 }
 
-// Four elements of a row, of which `valid` exist: at once if `vectors` says that the address and the count allow it.
-template <class S>
-__device__ __forceinline__ void load4(Compute<S> (&to)[4], const S* from, int64_t stride, int valid, bool vectors) {
+// Elements of a row side by side, of which `valid` exist: at once if `vectors` says that address and `valid` allow it.
+template <class S, int count>
+__device__ __forceinline__ void load_run(Compute<S> (&to)[count], const S* from, int64_t stride, int valid,
+                                         bool vectors) {
   if (vectors) {
-    const auto v = *reinterpret_cast<const Vec<S, 4>*>(from);
+    const auto v = *reinterpret_cast<const Vec<S, count>*>(from);
 #pragma unroll
-    for (int e = 0; e < 4; e++) to[e] = widen(v.element[e]);
+    for (int e = 0; e < count; e++) to[e] = widen(v.element[e]);
   } else {
 #pragma unroll
-    for (int e = 0; e < 4; e++) to[e] = e < valid ? widen(from[e * stride]) : Compute<S>(0);
+    for (int e = 0; e < count; e++) to[e] = e < valid ? widen(from[e * stride]) : Compute<S>(0);
   }
 }
 
-template <class S> __device__ __forceinline__ void store4(S* to, const Compute<S> (&from)[4], int valid, bool vectors) {
+template <class S, int count>
+__device__ __forceinline__ void store_run(S* to, const Compute<S> (&from)[count], int valid, bool vectors) {
   if (vectors) {
-    Vec<S, 4> v;
+    Vec<S, count> v;
 #pragma unroll
-    for (int e = 0; e < 4; e++) v.element[e] = Narrow<S>::from(from[e]);
+    for (int e = 0; e < count; e++) v.element[e] = Narrow<S>::from(from[e]);
     store(to, v);
   } else {
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
+    for (int e = 0; e < count; e++) {
       if (e < valid) to[e] = Narrow<S>::from(from[e]);
     }
   }

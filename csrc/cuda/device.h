@@ -138,9 +138,11 @@ __device__ __forceinline__ uint32_t above_zero_mask(uint32_t pair, BFloat16) {
   return __hgtu2_mask(values, __floats2bfloat162_rn(0, 0));
 #else
   // Without comparisons of pairs. The difference has the sign bit where the pair has zero, and never borrows; NaN that
-  // arithmetic makes is positive.
+  // arithmetic makes is positive. Signs are spread over their halves by prmt itself: __byte_perm has no way to say so.
   const uint32_t zeros = 0x80008000u - (pair & 0x7fff7fffu);
-  return ~__byte_perm(zeros | pair, 0, 0xbb99);
+  uint32_t signs;
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(signs) : "r"(zeros | pair));
+  return ~signs;
 #endif
 }
 

@@ -32,19 +32,19 @@ __device__ void finish_row_sums(const Product<S>& p, const Compute<S> (&sums)[sh
   }
 }
 
-// One thread's part: four columns, and every `step`th row.
+// One thread's part: 16 bytes of sums beside each other, and every `step`th row.
 template <class S, Epilogue kind, class Slab, int threads> class Finisher {
  public:
   using C = Compute<S>;
-  static constexpr int quads = Slab::columns / 4, step = threads / quads;
-  static_assert(threads % quads == 0 && Slab::rows % step == 0, "rows of the slab are dealt out evenly");
+  static constexpr int count = per_16_bytes<C>, runs = Slab::columns / count, step = threads / runs;
+  static_assert(threads % runs == 0 && Slab::rows % step == 0, "rows of the slab are dealt out evenly");
 
   __device__ Finisher(const Product<S>& product, int64_t row, int64_t column, int64_t part)
-      : p(product), first_row(row), first_column(column + threadIdx.x % quads * 4), part(part) {
+      : p(product), first_row(row), first_column(column + threadIdx.x % runs * count), part(part) {
     const int64_t left = p.n - first_column;
-    valid = left < 0 ? 0 : left > 4 ? 4 : int(left);
+    valid = left < 0 ? 0 : left > count ? count : int(left);
     if constexpr (kind == Epilogue::forward) {
-      if (p.bias && valid > 0) load4(bias, p.bias + first_column * p.bias_stride, p.bias_stride, valid, p.vectors);
+      if (p.bias && valid > 0) load_run(bias, p.bias + first_column * p.bias_stride, p.bias_stride, valid, p.vectors);
     }
   }
 
@@ -52,17 +52,17 @@ template <class S, Epilogue kind, class Slab, int threads> class Finisher {
   template <class RowOf> __device__ void finish(const Slab& slab, const RowOf& row_of) {
     if (valid == 0) return;
     if constexpr (kind == Epilogue::wgrad) {
-      each_row(slab, row_of, [&](int64_t at, int64_t, C(&sums)[4]) {
+      each_row(slab, row_of, [&](int64_t at, int64_t, C(&sums)[count]) {
         if (p.partials) {
-          store4(p.partials + part * p.m * p.n + at, sums, valid, p.vectors);
+          store_run(p.partials + part * p.m * p.n + at, sums, valid, p.vectors);
         } else {
-          store4(p.output + at, sums, valid, p.vectors);
+          store_run(p.output + at, sums, valid, p.vectors);
         }
       });
     } else {
       with_activation(p.activation.kind, Activations{}, [&](auto activation) {
         using A = decltype(activation);
-        each_row(slab, row_of, [&](int64_t at, int64_t row, C(&sums)[4]) {
+        each_row(slab, row_of, [&](int64_t at, int64_t row, C(&sums)[count]) {
           if constexpr (kind == Epilogue::forward) {
             forward<A>(at, sums);
           } else {
@@ -80,12 +80,12 @@ template <class S, Epilogue kind, class Slab, int threads> class Finisher {
       if (!p.column_sums) return;
       __syncthreads();
 #pragma unroll
-      for (int e = 0; e < 4; e++) slab.sums[threadIdx.x / quads][threadIdx.x % quads * 4 + e] = column_sums[e];
+      for (int e = 0; e < count; e++) slab.sums[threadIdx.x / runs][threadIdx.x % runs * count + e] = column_sums[e];
       __syncthreads();
       for (int column = threadIdx.x; column < Slab::columns; column += threads) {
         C sum = 0;
         for (int r = 0; r < step; r++) sum += slab.sums[r][column];
-        const int64_t n = first_column - threadIdx.x % quads * 4 + column;
+        const int64_t n = first_column - threadIdx.x % runs * count + column;
         if (n < p.n) p.column_sums[row_of_tiles * p.n + n] = sum;
       }
     }
@@ -94,45 +94,45 @@ template <class S, Epilogue kind, class Slab, int threads> class Finisher {
  private:
   template <class RowOf, class F> __device__ void each_row(const Slab& slab, const RowOf& row_of, const F& f) {
 #pragma unroll 1
-    for (int r = threadIdx.x / quads; r < Slab::rows; r += step) {
+    for (int r = threadIdx.x / runs; r < Slab::rows; r += step) {
       const int64_t row = first_row + row_of(r);
       if (row >= p.m) return;
-      C sums[4];
+      C sums[count];
 #pragma unroll
-      for (int e = 0; e < 4; e++) sums[e] = slab.sums[r][threadIdx.x % quads * 4 + e];
+      for (int e = 0; e < count; e++) sums[e] = slab.sums[r][threadIdx.x % runs * count + e];
       f(row * p.n + first_column, row, sums);
     }
   }
 
-  template <class A> __device__ void forward(int64_t at, C (&sums)[4]) {
+  template <class A> __device__ void forward(int64_t at, C (&sums)[count]) {
 #pragma unroll
-    for (int e = 0; e < 4; e++) sums[e] += bias[e];
-    if (p.pre_activation) store4(p.pre_activation + at, sums, valid, p.vectors);
+    for (int e = 0; e < count; e++) sums[e] += bias[e];
+    if (p.pre_activation) store_run(p.pre_activation + at, sums, valid, p.vectors);
     if (!p.output) return;
 #pragma unroll
-    for (int e = 0; e < 4; e++) sums[e] = A::template value<ScalarMath<C>>(sums[e], p.activation.scalars);
-    store4(p.output + at, sums, valid, p.vectors);
+    for (int e = 0; e < count; e++) sums[e] = A::template value<ScalarMath<C>>(sums[e], p.activation.scalars);
+    store_run(p.output + at, sums, valid, p.vectors);
   }
 
-  template <class A> __device__ void dgrad(int64_t at, int64_t row, C (&sums)[4]) {
+  template <class A> __device__ void dgrad(int64_t at, int64_t row, C (&sums)[count]) {
     if (p.saved) {
-      C saved[4];
-      load4(saved, p.saved + row * p.saved_stride + first_column * p.saved_column_stride, p.saved_column_stride, valid,
-            p.vectors);
+      C saved[count];
+      load_run(saved, p.saved + row * p.saved_stride + first_column * p.saved_column_stride, p.saved_column_stride,
+               valid, p.vectors);
 #pragma unroll
-      for (int e = 0; e < 4; e++)
+      for (int e = 0; e < count; e++)
         sums[e] = A::template gradient<ScalarMath<C>>(sums[e], saved[e], p.activation.scalars);
     }
 #pragma unroll
-    for (int e = 0; e < 4; e++) column_sums[e] += sums[e];
-    store4(p.output + at, sums, valid, p.vectors);
+    for (int e = 0; e < count; e++) column_sums[e] += sums[e];
+    store_run(p.output + at, sums, valid, p.vectors);
   }
 
   const Product<S>& p;
   int64_t first_row, first_column, part;
   int valid;
-  C bias[4] = {};
-  C column_sums[4] = {};
+  C bias[count] = {};
+  C column_sums[count] = {};
 };
 
 }  // namespace fastmlp::cuda

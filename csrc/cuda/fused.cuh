@@ -73,7 +73,7 @@ template <class S> __device__ __forceinline__ bool has_vectors(const S* x, int f
 template <class S>
 __device__ __forceinline__ void load_quad(Compute<S> (&to)[4], const StridedMatrix<S>& x, bool vectors, int64_t row,
                                           int feature, int valid) {
-  load4(to, x.data + row * x.row_stride + feature * x.column_stride, x.column_stride, valid, vectors && valid == 4);
+  load_run(to, x.data + row * x.row_stride + feature * x.column_stride, x.column_stride, valid, vectors && valid == 4);
 }
 
 // to = value(quad of x) where row and feature exist, else 0, for whole lines.
@@ -91,6 +91,26 @@ __device__ __forceinline__ void fill(Features<C, width, BM>& to, const StridedMa
 #pragma unroll
     for (int e = 0; e < 4; e++) to.at(feature + e, row) = e < valid ? quad[e] : C(0);
   });
+}
+
+// The sums of all rows begin with the biases of their features.
+template <class Tile, class S, class C>
+__device__ __forceinline__ void begin_with_bias(C (&sums)[Tile::TM][Tile::TN], const FusedLayer<S>& layer) {
+  constexpr int group_columns = Tile::BN / (Tile::TN / 4);
+  const bool vectors = layer.bias_stride == 1 && has_vectors(layer.bias, layer.out_features);
+#pragma unroll
+  for (int j = 0; j < Tile::TN; j += 4) {
+    const int feature = j / 4 * group_columns + threadIdx.x % (Tile::BN / Tile::TN) * 4;
+    const int valid = valid_of_quad(feature, layer.out_features);
+    C bias[4] = {};
+    if (layer.bias && valid > 0)
+      load_run(bias, layer.bias + feature * layer.bias_stride, layer.bias_stride, valid, vectors);
+#pragma unroll
+    for (int i = 0; i < Tile::TM; i++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) sums[i][j + e] = bias[e];
+    }
+  }
 }
 
 // sums += a b for the rows in shared memory; b is [depth, columns]. Waits first for whoever wrote a, and at the end
@@ -165,7 +185,8 @@ __global__ void __launch_bounds__(fused_threads, fused_forward_blocks<TM>) fused
   for (int l = 0; l < p.layers; l++) {
     const FusedLayer<S>& layer = p.layer[l];
     const int out = layer.out_features;
-    C sums[Tile::TM][Tile::TN] = {};
+    C sums[Tile::TM][Tile::TN];
+    begin_with_bias<Tile>(sums, layer);
     multiply_narrow<Tile>(sums, features, weights,
                           Operand<S>{layer.weight.data, layer.weight.row_stride, layer.weight.column_stride}, out,
                           layer.in_features);
@@ -174,22 +195,20 @@ __global__ void __launch_bounds__(fused_threads, fused_forward_blocks<TM>) fused
     with_activation(layer.activation.kind, Activations{}, [&](auto activation) {
       using A = decltype(activation);
       const bool vectors = has_vectors(layer.output, out) && has_vectors(layer.pre_activation, out);
-      const bool bias_vectors = layer.bias_stride == 1 && has_vectors(layer.bias, out);
       each_quad<BM>(out, [&](int row, int feature) {
         const int valid = valid_of_quad(feature, out);
         const bool writes = row < rows;
         const int64_t at = (first + row) * out + feature;
-        C quad[4], bias[4] = {};
-        if (layer.bias) load4(bias, layer.bias + feature * layer.bias_stride, layer.bias_stride, valid, bias_vectors);
+        C quad[4];
 #pragma unroll
-        for (int e = 0; e < 4; e++) quad[e] = features.at(feature + e, row) + bias[e];
-        if (layer.pre_activation && writes) store4(layer.pre_activation + at, quad, valid, vectors);
+        for (int e = 0; e < 4; e++) quad[e] = features.at(feature + e, row);
+        if (layer.pre_activation && writes) store_run(layer.pre_activation + at, quad, valid, vectors);
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           quad[e] = A::template value<ScalarMath<C>>(quad[e], layer.activation.scalars);
           if (e < valid) features.at(feature + e, row) = quad[e];
         }
-        if (layer.output && writes) store4(layer.output + at, quad, valid, vectors);
+        if (layer.output && writes) store_run(layer.output + at, quad, valid, vectors);
       });
     });
   }
@@ -243,10 +262,10 @@ __device__ __forceinline__ void add_weight_sums(C* weight_sums, bool add, const 
         C* const place = weight_sums + o * in_features + k;
         const int valid = valid_of_quad(k, in_features);
         C quad[4] = {};
-        if (add) load4(quad, place, 1, valid, vectors);
+        if (add) load_run(quad, place, 1, valid, vectors);
 #pragma unroll
         for (int e = 0; e < 4; e++) quad[e] += sums[i][j + e];
-        store4(place, quad, valid, vectors);
+        store_run(place, quad, valid, vectors);
       }
     }
   }
@@ -347,7 +366,7 @@ __global__ void __launch_bounds__(fused_threads, fused_backward_blocks<width>) f
           C quad[4];
 #pragma unroll
           for (int e = 0; e < 4; e++) quad[e] = grad.at(feature + e, row);
-          store4(p.grad_input + (first + row) * in + feature, quad, valid_of_quad(feature, in), vectors);
+          store_run(p.grad_input + (first + row) * in + feature, quad, valid_of_quad(feature, in), vectors);
         });
       }
     }

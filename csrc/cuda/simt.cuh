@@ -1,6 +1,6 @@
 // Products on the ordinary arithmetic units: float32 and float64, and 16-bit dtypes where there are no tensor cores for
-// them. A block computes a tile of C; each thread TM x TN of its elements, in groups of four, so that operands come
-// from shared memory 16 bytes at a time. Launched by products.cuh.
+// them. A block computes a tile of C; each thread TM x TN of its elements, in groups of 16 bytes, which come from
+// shared memory at once. Launched by products.cuh.
 #pragma once
 
 #include "epilogue.cuh"
@@ -11,7 +11,7 @@ namespace fastmlp::cuda {
 template <int BM_, int BN_, int BK_, int TM_, int TN_> struct SimtTile {
   static constexpr int BM = BM_, BN = BN_, BK = BK_, TM = TM_, TN = TN_;
   static constexpr int threads = BM / TM * (BN / TN);
-  static constexpr int passes = TM / 4;         // of the epilogue, each with one group of rows of every thread
+  static constexpr int passes = TM / 4;         // of the epilogue, each with four rows of every thread
   static constexpr int sharers = threads / BM;  // threads that sum one row of A
 };
 
@@ -114,18 +114,19 @@ struct TilePlace {
 };
 
 template <class C> __device__ __forceinline__ void load_group(C* to, const C* from) {
-  const auto group = *reinterpret_cast<const Vec<C, 4>*>(from);
+  const auto group = *reinterpret_cast<const Vec<C, per_16_bytes<C>>*>(from);
 #pragma unroll
-  for (int e = 0; e < 4; e++) to[e] = group.element[e];
+  for (int e = 0; e < per_16_bytes<C>; e++) to[e] = group.element[e];
 }
 
 template <class S, class Tile, Read read_a, Read read_b, Epilogue epilogue>
 __global__ void __launch_bounds__(Tile::threads, Tile::threads == 256 ? 2 : 1) simt_product(const Product<S> p) {
   using C = Compute<S>;
   constexpr int BM = Tile::BM, BN = Tile::BN, BK = Tile::BK, TM = Tile::TM, TN = Tile::TN;
-  constexpr int group_rows = BM / (TM / 4), group_columns = BN / (TN / 4);
+  constexpr int group = per_16_bytes<C>;
+  constexpr int group_rows = BM / (TM / group), group_columns = BN / (TN / group);
   auto& memory = shared<SimtShared<C, Tile>>();
-  const int tx = threadIdx.x % (BN / TN) * 4, ty = threadIdx.x / (BN / TN) * 4;
+  const int tx = threadIdx.x % (BN / TN) * group, ty = threadIdx.x / (BN / TN) * group;
   const unsigned column_tiles = unsigned((p.n + BN - 1) / BN);
   const unsigned row_tile = blockIdx.x / column_tiles, column_tile = blockIdx.x % column_tiles;
   const int64_t k_begin = blockIdx.z * p.part;
@@ -155,10 +156,11 @@ __global__ void __launch_bounds__(Tile::threads, Tile::threads == 256 ? 2 : 1) s
     for (int kk = 0; kk < BK; kk++) {
       C rows[TM], columns[TN];
 #pragma unroll
-      for (int i = 0; i < TM; i += 4) load_group(rows + i, &memory.operands.a[stage][kk][i / 4 * group_rows + ty]);
+      for (int i = 0; i < TM; i += group)
+        load_group(rows + i, &memory.operands.a[stage][kk][i / group * group_rows + ty]);
 #pragma unroll
-      for (int j = 0; j < TN; j += 4)
-        load_group(columns + j, &memory.operands.b[stage][kk][j / 4 * group_columns + tx]);
+      for (int j = 0; j < TN; j += group)
+        load_group(columns + j, &memory.operands.b[stage][kk][j / group * group_columns + tx]);
 #pragma unroll
       for (int i = 0; i < TM; i++) {
 #pragma unroll
@@ -200,8 +202,9 @@ __global__ void __launch_bounds__(Tile::threads, Tile::threads == 256 ? 2 : 1) s
     }
   }
 
-  const int slab_column = thread % (BN / TN) * 4, slab_row = thread / (BN / TN) * 4;
-  using RowSlab = Slab<C, group_rows, BN>;
+  const int slab_column = thread % (BN / TN) * group, slab_row = thread / (BN / TN) * group;
+  constexpr int slab_rows = BM / Tile::passes;
+  using RowSlab = Slab<C, slab_rows, BN>;
   Finisher<S, epilogue, RowSlab, Tile::threads> finisher(p, int64_t(place.row) * BM, int64_t(place.column) * BN,
                                                          blockIdx.z);
   // Unrolled, so that the registers of the sums that went out are free.
@@ -210,12 +213,12 @@ __global__ void __launch_bounds__(Tile::threads, Tile::threads == 256 ? 2 : 1) s
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < 4; i++) {
+      C* const line = memory.slab.sums[i / group * group_rows + slab_row + i % group];
 #pragma unroll
-      for (int j = 0; j < TN; j++)
-        memory.slab.sums[slab_row + i][j / 4 * group_columns + slab_column + j % 4] = sums[pass * 4 + i][j];
+      for (int j = 0; j < TN; j++) line[j / group * group_columns + slab_column + j % group] = sums[pass * 4 + i][j];
     }
     __syncthreads();
-    finisher.finish(memory.slab, [&](int r) { return pass * group_rows + r; });
+    finisher.finish(memory.slab, [&](int r) { return pass * slab_rows + r; });
   }
   finisher.finish_columns(memory.slab, place.row);
 }

@@ -38,6 +38,9 @@ inline TranslatedKernel translation_of(const void* kernel, std::string& name) {
   if (dladdr(kernel, &info) == 0 || !info.dli_sname || info.dli_saddr != kernel)
     throw Error("the emulator finds no name of a kernel");
   name = info.dli_sname;
+  // nvcc has one kernel for each architecture where the host compiler has one for each staging.
+  const std::string by_registers = "StagingE1";
+  if (const size_t at = name.find(by_registers); at != std::string::npos) name[at + by_registers.size() - 1] = '0';
   const auto found = translated.find({route, name});
   if (found == translated.end())
     throw Error("no translated kernel for compute_" + std::to_string(route) + " is loaded of " + name);
