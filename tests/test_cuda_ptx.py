@@ -27,7 +27,7 @@ from tests.emulator.ptx.syntax import PtxError
 from tests.emulator.ptx.translate import Kernel, translate
 
 ARCHITECTURE = 80
-DTYPES = ("float32", "float16")
+DTYPES = ("float32", "bfloat16")
 
 
 @cache
@@ -119,8 +119,8 @@ def test_lost_permutation_of_chunks_is_seen(tmp_path: Path) -> None:
     """Rows of a matrix that lie in the same banks."""
     changes = ("(chunk ^ (line / lines_of_banks % permuted))", "chunk")
     csrc = changed_sources(tmp_path, "cuda/mma.cuh", changes)
-    planted = plant(ptx_of("float16", ARCHITECTURE, csrc), "mma_product 64x64x32 along_k forward")
-    assert profile_of(planted, torch.float16, 1).main_loop > 1.5
+    planted = plant(ptx_of("bfloat16", ARCHITECTURE, csrc), "mma_product 64x64x32 along_k forward")
+    assert profile_of(planted, torch.bfloat16, 1).main_loop > 1.5
 
 
 SMALL = "simt_product 32x32x16 along_k forward"

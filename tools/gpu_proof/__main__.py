@@ -27,8 +27,8 @@ QUICK_DTYPES = ("float32", "float16")
 QUICK_ARCHITECTURES = (80, 90)
 QUICK_CASES = {ADDRESS.name: "", THREAD.name: "tile (64x64|16x64|32x32).* aligned|narrow"}
 
-#: Architectures whose PTX is translated and run.
-PTX_ARCHITECTURES = (80, 90)
+#: Architectures whose PTX is translated and run: those from which on device.h has other code.
+PTX_ARCHITECTURES = (75, 80, 90)
 
 T = TypeVar("T")
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from tools.gpu_proof.checks import Check, Outcome
 from tools.gpu_proof.emulation import ADDRESS, THREAD, Variant, build, execute
+from tools.gpu_proof.toolchain import side_by_side
 
 #: What a line says that a sanitizer or the emulator found something, or that a result is wrong.
 SAID = re.compile(
@@ -17,8 +18,9 @@ def exercise(variant: Variant, dtypes: Sequence[str], cases: str) -> Outcome:
     """Run the small shapes of tools/gpu_proof/exercise.py under one sanitizer, a dtype at a time."""
     outcome = Outcome(columns=("sanitizer", "dtype", "case", "seconds"), title="small shapes under sanitizers")
     extension = build(variant)
-    for dtype in dtypes:
-        done = execute(extension, variant, ["-m", "tools.gpu_proof.exercise", dtype, "--only", cases])
+    commands = [["-m", "tools.gpu_proof.exercise", dtype, "--only", cases] for dtype in dtypes]
+    runs = side_by_side(lambda command: execute(extension, variant, command), commands)
+    for dtype, done in zip(dtypes, runs, strict=True):
         passed = done.returncode == 0 and done.stdout.rstrip().endswith("passed") and not SAID.search(done.stdout)
         found = SAID.search(done.stdout)
         said = found[0] if found else done.stdout[-400:]
