@@ -498,9 +498,11 @@ template <class S> void Kernels<S>::fused_backward(const Context& context, const
 }
 
 template <class S> void Kernels<S>::sum_fused(const Context& context, const FusedSums<S>& sums) {
-  const dim3 block = pass_block(sums.count, sums.stride, pass_threads);
-  const dim3 grid(unsigned(ceil_div(sums.stride, block.x)));
-  check(launch(cuda::sum_fused<S>, grid, block, 0, context.stream, sums), "sum_fused", sums.count, sums.stride, 0);
+  if constexpr (std::is_same_v<S, float> || has_mma<S>) {
+    const dim3 block = pass_block(sums.count, sums.stride, pass_threads);
+    const dim3 grid(unsigned(ceil_div(sums.stride, block.x)));
+    check(launch(cuda::sum_fused<S>, grid, block, 0, context.stream, sums), "sum_fused", sums.count, sums.stride, 0);
+  }
 }
 
 }  // namespace fastmlp::cuda
