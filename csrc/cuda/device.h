@@ -155,6 +155,13 @@ __device__ __forceinline__ unsigned read_thread_index() {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
+// To shared memory at once; an assignment nvcc may take apart.
+__device__ __forceinline__ void store_shared16(void* to, const uint4& words) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(to)), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
 // Copies `bytes` (0 to 16) from global to shared memory and fills up to 16 with zeros; both addresses are aligned
 // to 16. The thread sees them after the wait for their group, other threads after a barrier behind that. Before sm_80
 // the copy goes through registers at once.
@@ -175,7 +182,7 @@ __device__ __forceinline__ void copy_async16(void* to, const void* from, int byt
     }
     words = make_uint4(parts[0], parts[1], parts[2], parts[3]);
   }
-  *static_cast<uint4*>(to) = words;
+  store_shared16(to, words);
 #endif
 }
 

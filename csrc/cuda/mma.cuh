@@ -115,7 +115,7 @@ template <class S, class Tile, int rows, Read read> class Copier {
   __device__ __forceinline__ void store(Target& to) const {
     if constexpr (!asynchronous) {
 #pragma unroll
-      for (int i = 0; i < count; i++) *reinterpret_cast<uint4*>(place(to, i)) = staged[i];
+      for (int i = 0; i < count; i++) store_shared16(place(to, i), staged[i]);
     }
   }
 

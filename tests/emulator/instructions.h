@@ -94,6 +94,8 @@ template <class S> uint32_t above_zero_mask(uint32_t pair, S) {
 
 inline unsigned read_thread_index() { return threadIdx.x; }
 
+inline void store_shared16(void* to, const uint4& words) { *static_cast<uint4*>(to) = words; }
+
 inline void copy_async16(void* to, const void* from, int bytes) {
   const emulator::Unseen unseen;
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
