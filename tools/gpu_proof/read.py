@@ -40,9 +40,10 @@ def check_mix(kernel: Kernel, architecture: int, mixes: Sequence[Mix], rule: Map
     if not mixes:
         return ["has no main loop"]
     wrong = []
-    tiles = math_of_tile(kernel, architecture)
+    tiles = math_of_tile(kernel, architecture) if rule.get("one_barrier") else ()
     for mix in mixes:
-        sums_rows = mix.count("BAR") * tiles[-1] == mix.math != mix.count("BAR") * tiles[0]
+        by_tiles = [mix.count("BAR") * tile for tile in tiles]
+        sums_rows = mix.math in by_tiles[1:]
         least_share = rule.get("share_with_row_sums" if sums_rows else "share", rule.get("share", 0))
         if mix.share < least_share:
             wrong.append(f"{mix.share:.1%} multiply and add, fewer than {least_share:.0%}")
@@ -52,7 +53,7 @@ def check_mix(kernel: Kernel, architecture: int, mixes: Sequence[Mix], rule: Map
         loads, stores, copies = mix.count("LDG", "LD"), mix.count("STS"), mix.count("LDGSTS")
         if rule.get("asynchronous") and (not copies or loads or stores):
             wrong.append(f"{loads} LDG and {stores} STS beside {copies} LDGSTS")
-        if rule.get("one_barrier") and mix.math not in [mix.count("BAR") * tile for tile in tiles]:
+        if tiles and mix.math not in by_tiles:
             wrong.append(f"{mix.count('BAR')} barriers for {mix.math / tiles[0]:g} tiles of k")
         if mix.count("LDL", "STL"):
             wrong.append(f"{mix.count('LDL', 'STL')} accesses to local memory")
