@@ -157,6 +157,28 @@ def test_copies_are_asynchronous() -> None:
         assert read.check_mix(kernel, 80, mixes, rule) == what
 
 
+def test_loops_that_sum_rows_have_a_floor_of_their_own() -> None:
+    kernel = Kernel("mma_product", "float16", (128, 128, 32, 64, 64), ("along_rows", "along_rows", "wgrad"))
+    rule = compiled.rule_of("read", kernel, 120)
+    assert rule is not None
+    for products, others, floor in ((64, 60, ""), (64, 100, "38%"), (72, 100, ""), (72, 140, "32%")):
+        loop = [*["LDSM.16.MT88.4 R4, [R2]"] * 16, *["HMMA.16816.F32 R0, R4, R8, R0"] * products, "BAR.SYNC 0x0"]
+        loop += ["LDGSTS.E.BYPASS.128 [R1], [R2.64]", *["IADD3 R2, R2, 0x1, RZ"] * others]
+        mixes = sass.main_loops(sass.functions(disassembly(".L_x_0:", *loop, "BRA `(.L_x_0)"))[SIMT])
+        wrong = "; ".join(read.check_mix(kernel, 120, mixes, rule))
+        assert wrong.endswith(f"multiply and add, fewer than {floor}") if floor else not wrong
+
+
+def test_kernels_without_tiles_of_k_are_judged_too() -> None:
+    kernel = Kernel("fused_forward", "float32", (64, 4), ())
+    rule = compiled.rule_of("read", kernel, 80)
+    assert rule is not None
+    for others, wrong in ((0, 0), (TILE, 1)):
+        loop = [*LOADS, *["FFMA R0, R4, R5, R0"] * TILE, *["IADD3 R2, R2, 0x1, RZ"] * others]
+        mixes = sass.main_loops(sass.functions(disassembly(".L_x_0:", *loop, "BRA `(.L_x_0)"))[SIMT])
+        assert len(read.check_mix(kernel, 80, mixes, rule)) == wrong
+
+
 @pytest.mark.parametrize("defect", planted.defects(), ids=lambda defect: defect.name)
 def test_planted_defects_apply(defect: planted.Defect) -> None:
     assert planted.plant(defect) != (ROOT / "csrc" / defect.file).read_text()
