@@ -51,6 +51,29 @@ def wants_cuda() -> bool:
     return obstacle is None
 
 
+def architectures() -> str:
+    """What the kernels are compiled for: what TORCH_CUDA_ARCH_LIST says, the cards of this machine, or all.
+
+    Of the newest there is PTX too, which newer cards compile; but not of sm_75, whose code lacks the products of
+    bfloat16 on tensor cores that newer cards are asked for.
+    """
+    if (listed := os.environ.get("TORCH_CUDA_ARCH_LIST")) is not None:
+        if re.search(r"\b7\.\d\+PTX|\bTuring\+PTX", listed):
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST={listed} asks for PTX of an architecture before 8.0, which lacks kernels that "
+                "newer cards are asked for; leave +PTX to 8.0 or newer"
+            )
+        return listed
+    if not torch.cuda.is_available():
+        return "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+    # Of a card that is newer than torch, PTX of the newest that torch knows.
+    known = max(int(n) for name in torch.cuda.get_arch_list() for n in re.findall(r"sm_(\d+)", name))
+    cards = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    found = sorted({min(card, divmod(known, 10)) for card in cards})
+    names = [f"{major}.{minor}" for major, minor in found]
+    return ";".join(names) + ("+PTX" if found[-1] >= (8, 0) else "")
+
+
 class Build(BuildExtension):
     """Writes beside the extension which torch it belongs to, for fastmlp/_load.py to check."""
 
@@ -72,8 +95,7 @@ else:
     link_flags += ["-Wl,--strip-debug"]
 
 if wants_cuda():
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
     # activation.h is constexpr, which this flag lets device code call.
     nvcc_flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
     extension = CUDAExtension(

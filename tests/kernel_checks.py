@@ -33,6 +33,11 @@ def misaligned(x: Tensor) -> Tensor:
     return buffer[1:].view_as(x)
 
 
+def parts_of_chunks(x: Tensor) -> Tensor:
+    """Rows begin at multiples of eight elements, and what follows them is no zero."""
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % 8), value=7.0)[:, : x.shape[1]]
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda x: x.t().contiguous().t(),
     "strided": strided,
@@ -168,6 +173,18 @@ class KernelChecks:
         for i, (found, bound) in enumerate(zip(gradients, expected.gradients, strict=True)):
             assert_within(found, bound, f"gradient {i}")
 
+    def fused_parts_of_chunks(self, dtype: torch.dtype, act: Activation) -> None:
+        """Chunks of 16 bytes of which only a part is inside."""
+        for widths in ((9, 20, 6), (9, 68, 6), (15, 1, 63)):
+            pairs = list(pairwise(widths))
+            self.check(
+                parts_of_chunks(self.randn(35, widths[0], dtype=dtype)),
+                [parts_of_chunks(self.randn(n, k, dtype=dtype) / k**0.5) for k, n in pairs],
+                [self.randn(n, dtype=dtype) for _, n in pairs],
+                [act] * len(pairs),
+                parts_of_chunks(self.randn(35, widths[-1], dtype=dtype)),
+            )
+
     def whole_numbers(self, dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]]) -> None:
         """However the sums are cut, nothing is rounded but the result: a sum that stops in 16 bits shows."""
 
@@ -213,11 +230,16 @@ class KernelChecks:
                 assert (ours is not None) == need
                 assert ours is None or torch.equal(ours, whole)
 
-    def special_values(self, dtype: torch.dtype, activation: Activation) -> None:
-        """NaN, infinities, zeros and kinks, with gradients of one, zero and infinity, as torch has them on the CPU."""
+    def special_values(self, dtype: torch.dtype, activation: Activation, layers: int = 1) -> None:
+        """NaN, infinities, zeros and kinks, with gradients of one, zero and infinity, as torch has them on the CPU.
+
+        Of two layers, the second is the identity, and its weight one.
+        """
         inf, nan, big = float("inf"), float("nan"), torch.finfo(dtype).max
         points = [nan, inf, -inf, 0.0, 3.0, -3.0, 1.0, -1.0, big, -big]
-        one, stack = torch.ones(1, 1, dtype=dtype, device=self.device), self.native((False,), (activation,))
+        has_bias, acts = (False,) * layers, (activation, IDENTITY)[:layers]
+        weights, stack = [torch.ones(1, 1, dtype=dtype, device=self.device)] * layers, self.native(has_bias, acts)
+        needs = [True] + [False] * layers
         for seed in (1.0, 0.0, inf):
             # Many copies, so that torch's vectorised loop computes the first; its scalar tail may differ.
             z = torch.tensor(points, dtype=dtype).repeat(16)
@@ -226,9 +248,9 @@ class KernelChecks:
             grad = torch.full_like(z, seed)
             (expected,) = torch.autograd.grad(y, leaf, grad)
             column, seeds = z[:, None].to(self.device), grad[:, None].to(self.device)
-            output, hidden = self.extension().forward(stack, column, [one])
-            saved = (hidden or [output])[: stack_of((False,), (activation,)).saved]
-            (gradient, _) = self.extension().backward(stack, seeds, column, saved, [one], [True, False])
+            output, hidden = self.extension().forward(stack, column, weights)
+            saved = [*hidden, output][: stack_of(has_bias, acts).saved]
+            (gradient, *_) = self.extension().backward(stack, seeds, column, saved, weights, needs)
             for found, torchs, what in ((output, y.detach(), "value"), (gradient, expected, "gradient")):
                 ours = found[:, 0].cpu()
                 same = (ours.isnan() == torchs.isnan()) & (ours.isinf() == torchs.isinf())

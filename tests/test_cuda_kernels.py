@@ -150,6 +150,14 @@ def test_fused_widths(act: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FUSED, ids=str)
+@pytest.mark.parametrize("act", ["relu", "silu"])
+@pytest.mark.parametrize("architecture", [75, 80])
+def test_rows_of_fused_networks_end_in_a_chunk(architecture: int, act: str, dtype: torch.dtype) -> None:
+    set_up(architecture)
+    checks.fused_parts_of_chunks(dtype, resolve(act))
+
+
+@pytest.mark.parametrize("dtype", FUSED, ids=str)
 @pytest.mark.parametrize("act", ["relu", "tanh", "silu"])
 @pytest.mark.parametrize("architecture", [75, 80])
 def test_weights_of_fused_networks_take_turns(architecture: int, act: str, dtype: torch.dtype) -> None:
@@ -168,6 +176,13 @@ def test_blocks_of_fused_networks_take_several_runs_of_rows(dtype: torch.dtype) 
     fused_network([3, 5, 2], rows, dtype, resolve("tanh"), resolve("sigmoid"))
     if dtype != torch.float32:
         fused_network([2, 65, 1], 128 * 40 + 70 if architecture == 75 else 128 * 108 + 70, dtype, resolve("relu"))
+
+
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_many_rows_of_fused_networks_take_large_tiles(width: int) -> None:
+    """Forward of float32 has eight rows a thread from so many rows on as give a T4's multiprocessors one tile each."""
+    set_up(75)
+    fused_network([1, 1, width], 40 * 8192 // width, torch.float32, resolve("relu"))
 
 
 @pytest.mark.parametrize("dtype", FUSED, ids=str)
@@ -278,3 +293,8 @@ def test_bias_gradient_with_and_without_the_weight_s(dtype: torch.dtype, batch: 
 
 def test_special_values_are_torch_s(dtype: torch.dtype, activation: Activation, without_onednn: None) -> None:
     checks.special_values(dtype, activation)
+
+
+@pytest.mark.parametrize("dtype", FUSED, ids=str)
+def test_special_values_of_fused_networks(dtype: torch.dtype, activation: Activation, without_onednn: None) -> None:
+    checks.special_values(dtype, activation, layers=2)

@@ -62,6 +62,7 @@ def translated(dtype: torch.dtype) -> Iterator[None]:
 def test_special_values(dtype: torch.dtype, activation: Activation, translated: None, without_onednn: None) -> None:
     """NaN and infinities in libdevice's functions."""
     test_cuda_kernels.test_special_values_are_torch_s(dtype, activation, None)
+    test_cuda_kernels.test_special_values_of_fused_networks(dtype, activation, None)
 
 
 def test_profile(dtype: torch.dtype) -> None:

@@ -31,7 +31,8 @@ constexpr int warp_size = 32;
 constexpr size_t page_bytes = 4096;
 constexpr size_t stack_bytes = 256 << 10;
 constexpr size_t static_shared_limit = 48 << 10;
-constexpr size_t shared_limit = 99 << 10;  // with dynamic shared memory, on sm_86, 89 and 120
+// With dynamic shared memory: 64 KiB on sm_75, 99 on sm_86, 89 and 120, and so on all from sm_80 on.
+inline size_t shared_limit = 99 << 10;
 constexpr size_t redzone_bytes = 64;
 constexpr size_t arena_bytes = 512 << 10;
 

@@ -33,7 +33,8 @@ inline void* shared_object(const void* key, size_t bytes, size_t alignment) {
   }
   block->static_bytes += bytes;
   if (block->static_bytes > static_shared_limit) fail("more than 48 KiB of static shared memory");
-  if (block->static_bytes + block->dynamic_bytes > shared_limit) fail("more than 99 KiB of shared memory");
+  if (block->static_bytes + block->dynamic_bytes > shared_limit)
+    fail("more than " + std::to_string(shared_limit >> 10) + " KiB of shared memory");
   block->objects.push_back({key, take_shared(bytes, alignment)});
   return block->objects.back().data;
 }
@@ -81,7 +82,8 @@ class Launch {
     if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y == 0 || grid.y > 65535 || grid.z == 0 || grid.z > 65535)
       throw Error("invalid launch: a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
                   std::to_string(grid.z));
-    if (shared_bytes > shared_limit) throw Error("invalid launch: more than 99 KiB of shared memory");
+    if (shared_bytes > shared_limit)
+      throw Error("invalid launch: more than " + std::to_string(shared_limit >> 10) + " KiB of shared memory");
     block = &block_;
     current = &block_.main;
     gridDim = grid;

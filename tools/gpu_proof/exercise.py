@@ -15,7 +15,7 @@ import torch
 
 from fastmlp.activations import resolve
 from tests.emulated import emulated
-from tests.test_cuda_kernels import check, set_up
+from tests.test_cuda_kernels import check, checks, set_up
 
 
 def network(dtype: torch.dtype, rows: int, widths: Sequence[int], activation: str, last: str = "identity") -> None:
@@ -62,9 +62,14 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None], tuple[s
         set_up(80, order="1")
         network(dtype, 70, widths, activation)
 
+    def ends_in_a_chunk() -> None:
+        set_up(80, order="1")
+        checks.fused_parts_of_chunks(dtype, resolve("silu"))
+
     kinds = ("mma_fused_backward", "mma_fused_forward") if dtype.itemsize == 2 else ("fused_backward", "fused_forward")
     if dtype != torch.float64:
         yield "narrow network", partial(fused, [7, 40, 9, 5], "gelu"), (*kinds, "sum_fused")
+        yield "network of rows that end in a chunk", ends_in_a_chunk, (*kinds, "sum_fused")
         yield "network of 128 features", partial(fused, [8, 128, 16], "relu"), (*kinds, "sum_fused")
 
 

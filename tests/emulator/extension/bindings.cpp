@@ -75,6 +75,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   // What the next passes run with; a negative tile leaves the choice to the table.
   m.def("set_up", [](int architecture_, int tile_, const std::string& order, bool fuses_) {
     architecture = architecture_;
+    set_shared_limit(architecture);
     fuses = fuses_;
     tile = tile_ < 0 ? std::nullopt : std::optional(cuda::TileSize(tile_));
     set_order(order);

@@ -10,6 +10,7 @@ namespace fastmlp::emulated {
 
 void set_order(const std::string& name);
 void refuse_launch(int number);
+void set_shared_limit(int architecture);
 
 // Kernels that were translated from PTX: which architecture's run, 0 for none, and the names of those that ran since
 // the last call.

@@ -16,6 +16,7 @@
 namespace fastmlp::emulated {
 
 void set_order(const std::string& name) { emulator::set_order(name); }
+void set_shared_limit(int architecture) { emulator::shared_limit = size_t(architecture < 80 ? 64 : 99) << 10; }
 void refuse_launch(int number) { emulator::launches_before_failure = number; }
 
 void set_route(int architecture) { emulator::set_route(architecture); }

@@ -21,6 +21,7 @@ from fastmlp.activations import resolve
 from tests.emulated import emulated
 from tests.emulator.ptx.names import readable
 from tests.emulator.ptx.translate import Kernel
+from tests.kernel_checks import parts_of_chunks
 from tests.test_cuda_kernels import ORDERS, check, set_up
 
 EXACT = [resolve(name) for name in ("identity", "relu", "leaky_relu", "hardswish")]
@@ -35,6 +36,7 @@ class Case:
     act: Activation
     tile: int = -1
     fuses: bool = False
+    padded: bool = False  # rows begin 16 bytes apart or a multiple, and end before
     order: str = "fifo"
     card: int = 0  # another architecture, whose number of multiprocessors counts
 
@@ -43,14 +45,15 @@ class Case:
         torch.manual_seed(0)
         set_up(self.card or architecture, self.tile, self.order, self.fuses)
         pairs = list(pairwise(self.widths))
+        arrange = parts_of_chunks if self.padded else torch.clone
         emulated().set_route(route)
         try:
             return check(
-                torch.randn(self.rows, self.widths[0], dtype=dtype),
-                [torch.randn(n, k, dtype=dtype) / k**0.5 for k, n in pairs],
+                arrange(torch.randn(self.rows, self.widths[0], dtype=dtype)),
+                [arrange(torch.randn(n, k, dtype=dtype) / k**0.5) for k, n in pairs],
                 [torch.randn(n, dtype=dtype) if i % 2 == 0 else None for i, (_, n) in enumerate(pairs)],
                 [self.act] * len(pairs),
-                torch.randn(self.rows, self.widths[-1], dtype=dtype),
+                arrange(torch.randn(self.rows, self.widths[-1], dtype=dtype)),
             )
         finally:
             emulated().set_route(0)
@@ -81,6 +84,8 @@ def fused_cases(dtype: torch.dtype, act: Activation) -> Iterator[Case]:
         return
     yield Case(35, (8, 64, 16, 12), act, fuses=True)
     yield Case(70, (9, 1, 128, 2, 6), act, fuses=True)
+    yield Case(35, (9, 20, 6), act, fuses=True, padded=True)
+    yield Case(35, (9, 68, 6), act, fuses=True, padded=True)
     if dtype == torch.float32:
         yield Case(35, (9, 17, 6), act, fuses=True)
         # Many rows take long: each activation in one of the three kernels.
@@ -103,6 +108,10 @@ def bounded_cases(dtype: torch.dtype, activations: Iterable[Activation]) -> Iter
             yield Case(9, (8, 16, 8), act, tile)
             yield Case(9, (5, 9, 3), act, tile)
         yield from fused_cases(dtype, act)
+
+
+#: In place of a kernel's name, where a case fails before it has run any.
+NO_KERNEL = "none"
 
 
 @dataclass
@@ -129,9 +138,9 @@ class Row:
 def rows_of(
     kernels: Iterable[str], tallies: dict[str, Tally], dtype: torch.dtype, architecture: int, check: str
 ) -> list[Row]:
-    """A kernel that no case has run has failed."""
+    """A kernel that no case has run has failed; so has a case that has run none."""
     rows = []
-    for name in kernels:
+    for name in [*kernels, *(other for other in tallies if other == NO_KERNEL)]:
         tally = tallies.get(name, Tally(failures=["was not run"]))
         result = f"failed: {tally.failures[0]}" if tally.failures else f"passed: {tally.cases} cases"
         rows.append(Row(readable(name), str(dtype).removeprefix("torch."), architecture, check, result))
@@ -151,7 +160,7 @@ def run_cases(
         except (AssertionError, RuntimeError) as error:
             failure = f"{case}: {str(error).splitlines()[0]}"
         ran = emulated().take_executed()
-        for name in ran:
+        for name in ran or ([NO_KERNEL] if failure else []):
             tallies[name].cases += 1
             tallies[name].failures += [failure] * bool(failure)
     return tallies
