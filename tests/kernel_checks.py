@@ -173,7 +173,7 @@ class KernelChecks:
         for i, (found, bound) in enumerate(zip(gradients, expected.gradients, strict=True)):
             assert_within(found, bound, f"gradient {i}")
 
-    def fused_parts_of_chunks(self, dtype: torch.dtype, act: Activation) -> None:
+    def narrow_parts_of_chunks(self, dtype: torch.dtype, act: Activation) -> None:
         """Chunks of 16 bytes of which only a part is inside."""
         for widths in ((9, 20, 6), (9, 68, 6), (15, 1, 63)):
             pairs = list(pairwise(widths))

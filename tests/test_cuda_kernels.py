@@ -154,7 +154,7 @@ def test_fused_widths(act: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("architecture", [75, 80])
 def test_rows_of_fused_networks_end_in_a_chunk(architecture: int, act: str, dtype: torch.dtype) -> None:
     set_up(architecture)
-    checks.fused_parts_of_chunks(dtype, resolve(act))
+    checks.narrow_parts_of_chunks(dtype, resolve(act))
 
 
 @pytest.mark.parametrize("dtype", FUSED, ids=str)

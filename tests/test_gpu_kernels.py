@@ -121,8 +121,16 @@ def test_only_needed_gradients(dtype: torch.dtype) -> None:
     checks.needed_gradients(dtype)
 
 
-def test_special_values_are_torch_s(dtype: torch.dtype, activation: Activation, without_onednn: None) -> None:
-    checks.special_values(dtype, activation)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_special_values_are_torch_s(
+    layers: int, dtype: torch.dtype, activation: Activation, without_onednn: None
+) -> None:
+    checks.special_values(dtype, activation, layers)
+
+
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_rows_of_narrow_networks_end_in_a_chunk(act: str, dtype: torch.dtype) -> None:
+    checks.narrow_parts_of_chunks(dtype, resolve(act))
 
 
 def test_same_bits_twice(dtype: torch.dtype) -> None:

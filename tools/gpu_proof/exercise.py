@@ -64,7 +64,7 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None], tuple[s
 
     def ends_in_a_chunk() -> None:
         set_up(80, order="1")
-        checks.fused_parts_of_chunks(dtype, resolve("silu"))
+        checks.narrow_parts_of_chunks(dtype, resolve("silu"))
 
     kinds = ("mma_fused_backward", "mma_fused_forward") if dtype.itemsize == 2 else ("fused_backward", "fused_forward")
     if dtype != torch.float64:
