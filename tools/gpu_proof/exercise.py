@@ -54,7 +54,7 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None], tuple[s
 
     def long_batch() -> None:
         set_up(80, 2, "2", fuses=False)
-        network(dtype, 560, [7, 9, 3], "tanh", "sigmoid")
+        network(dtype, 560, [7, 9, 5, 3], "tanh", "sigmoid")
 
     yield "long batch", long_batch, ("mma_product" if dtype.itemsize == 2 else "simt_product", *PASSES)
 
