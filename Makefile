@@ -5,7 +5,7 @@
 #   make demo VENV=/path                with the environment elsewhere
 #   make bench BENCH=--quick            with options of `python -m benchmarks.report`
 #   make account                        where the time of a training step goes
-#   make gpu-proof                      what can be proved of the CUDA kernels without a GPU (docs/gpu.md); hours
+#   make gpu-proof                      what can be proved of the CUDA kernels without a GPU (docs/gpu.md); about an hour
 #   make gpu-test TORCH='torch==2.14.1'  on a machine with a GPU and a CUDA toolkit: its tests and benchmark
 #   make gpu-proof PROOF='--only read'  one gate of it
 TORCH ?= torch==2.13.0
