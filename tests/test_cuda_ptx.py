@@ -73,6 +73,15 @@ def test_profile(dtype: torch.dtype) -> None:
     assert [(readable(r.kernel), r.misses(), r.worst) for r in ratios if r.misses()] == []
 
 
+def test_a_case_that_runs_no_kernel_has_failed() -> None:
+    """As where none is loaded for its architecture: nothing else would tell."""
+    case = checks.Case(9, (8, 16, 8), resolve("relu"))
+    tallies = checks.run_cases([case], torch.float32, ARCHITECTURE + 1, lambda case, results: None)
+    (row,) = checks.rows_of([], tallies, torch.float32, ARCHITECTURE + 1, "bits")
+    assert not row.passed
+    assert "no translated kernel" in row.result
+
+
 # What the gates are for: each planted defect is caught. Kernels with defects have a route of their own.
 PLANTED = 1000
 
