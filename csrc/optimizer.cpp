@@ -107,9 +107,15 @@ class States {
   Py_ssize_t at_ = 0;
 };
 
+// Whether elements of the same index lie at the same place. The stride of a dimension of size 1 is never used, and may
+// be anything; so may all strides of a tensor without elements.
 bool lies_like(const at::Tensor& tensor, const at::Tensor& like) {
-  return tensor.scalar_type() == like.scalar_type() && tensor.sizes() == like.sizes() &&
-         tensor.strides() == like.strides();
+  if (tensor.scalar_type() != like.scalar_type() || tensor.sizes() != like.sizes()) return false;
+  if (tensor.strides() == like.strides() || like.numel() == 0) return true;
+  for (int64_t d = 0; d < like.dim(); d++) {
+    if (like.size(d) != 1 && tensor.stride(d) != like.stride(d)) return false;
+  }
+  return true;
 }
 
 bool is_counter(PyObject* object) {
@@ -223,8 +229,7 @@ bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tenso
     return true;
   };
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const at::Tensor& own = grads_.emplace_back(lies_like(grad, p) ? grad : at::empty_like(p).copy_(grad));
-  update.grad = own.const_data_ptr();
+  update.grad = grad.const_data_ptr();
   bool fits = true;
   if (group.spec.rule == Rule::sgd) {
     if (group.spec.momentum != 0) {
@@ -261,11 +266,12 @@ bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tenso
   }
   if (!fits) {
     written_.shrink(written);
-    grads_.pop_back();
     missing_.erase(missing_.begin() + std::ptrdiff_t(missing), missing_.end());
     return false;
   }
   written_.push_back(p);
+  if (!lies_like(grad, p)) strays_.emplace_back(updates_.size(), parameter);
+  grads_.push_back(grad);
   updates_.push_back(update);
   return true;
 }
@@ -284,6 +290,11 @@ void OptimizerStep::apply() {
   for (const at::Tensor& counter : at::TensorList(counters_)) {
     write_counter(counter, read_counter(counter) + 1);
     counter.unsafeGetTensorImpl()->bump_version();
+  }
+  for (const auto& [i, parameter] : strays_) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    grads_[i] = at::empty_like(THPVariable_Unpack(parameter)).copy_(grads_[i]);
+    updates_[i].grad = grads_[i].const_data_ptr();
   }
   {
     constexpr int64_t worth_releasing = 1 << 14;  // elements: some microseconds

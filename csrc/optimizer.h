@@ -8,6 +8,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <deque>
+#include <utility>
 #include <vector>
 
 #include "borrowed.h"
@@ -17,7 +18,8 @@ namespace fastmlp {
 
 class OptimizerStep {
  public:
-  // The gradient of a parameter; undefined if it has none and is not to move.
+  // The gradient of a parameter; undefined if it has none and is not to move. Its numbers are read by apply() only, so
+  // that they may be written until then.
   using GradOf = c10::function_ref<at::Tensor(PyObject*)>;
 
   // Reads, and writes nothing. Raises KeyError for a group without an entry that torch would miss too.
@@ -47,7 +49,9 @@ class OptimizerStep {
   py::object state_;
   std::vector<Update> updates_;
   Borrowed written_, counters_;  // whose versions count
-  std::vector<at::Tensor> grads_;
+  std::vector<at::Tensor> grads_;  // one an update
+  // Updates whose gradient lies otherwise than its parameter, which is named too: apply() copies it.
+  std::vector<std::pair<size_t, PyObject*>> strays_;
   std::deque<Missing> missing_;
   std::vector<PyObject*> left_;
 };

@@ -1,7 +1,9 @@
 """What the extension reports (instruction sets, activations), as parameters of the tests."""
 
+import ctypes
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +31,24 @@ ACTIVATIONS = [Activation(name) for name in DEFAULTS] + [
     Activation("elu", alpha=-0.7),
     Activation("softplus", beta=2.5, threshold=1.0),
 ]
+
+
+#: What torch's allocator of the CPU writes into new memory, as 32 bits.
+JUNK = 0x7FEDBEEF
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned() -> Iterator[None]:
+    """Torch's allocator fills new memory with junk, which is NaN in float32 and 1.7e308 in float64.
+
+    So whoever reads memory of a tensor that nobody has written is found out, in the extension too:
+    `torch.utils.deterministic.fill_uninitialized_memory` is about the operators `empty` alone.
+    """
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    fill = ctypes.c_bool.in_dll(library, "FLAGS_caffe2_cpu_allocator_do_junk_fill")
+    before, fill.value = fill.value, True
+    yield
+    fill.value = before
 
 
 @pytest.fixture(params=ISAS)

@@ -1,6 +1,7 @@
 """What TrainStep leaves behind besides numbers: whose memory gradients are in, version counters, the state's form."""
 
 import copy
+import itertools
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import fastmlp
+from tests.conftest import ISAS, JUNK
+from tests.rounding import Results
 from tests.test_train_step_rules import F64, batch, gradients_left_behind, network, sgd
-from tests.training import Loop, Optimizer
+from tests.training import Loop, Maker, Optimizer, assert_equal_to_rounding, everything
 
 
 @pytest.fixture(autouse=True)
@@ -216,3 +219,81 @@ def test_copies_of_a_step(way: Callable[[Any], Any]) -> None:
     if way is not copy.copy:
         assert all(torch.equal(p, value) for p, value in zip(model.parameters(), before, strict=True))
         assert torch.equal(step(x, y), loss)
+
+
+# Memory that nobody has written yet.
+
+
+def test_new_memory_holds_junk() -> None:
+    """Of torch's operators, and of the extension's own allocations, small and large."""
+    for n in (1, 1000, 10_000_000):
+        assert torch.empty(n, dtype=torch.int32)[-1].item() == JUNK
+    x = torch.zeros(1, 0)
+    output, _ = fastmlp._C.forward(fastmlp._C.Stack([False], [0], [0.0, 0.0]), x, [torch.zeros(0, 0)])
+    assert output.numel() == 0
+    assert torch.empty(3).isnan().all()
+
+
+def stored(x: Tensor, layout: str) -> Tensor:
+    """The same numbers, lying otherwise."""
+    if layout == "transposed":
+        return x.t().contiguous().t() if x.dim() == 2 else x.clone()
+    if layout == "odd strides":
+        # What a dimension of one element has for its stride means nothing.
+        return x.clone().as_strided(x.shape, [7 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)])
+    return x.repeat_interleave(2, -1)[..., ::2]  # with gaps
+
+
+def relaid(widths: tuple[int, ...], layout: str) -> nn.Sequential:
+    layers = [nn.Linear(k, n, dtype=F64) for k, n in itertools.pairwise(widths)]
+    for layer in layers:
+        for name, p in list(layer.named_parameters()):
+            setattr(layer, name, nn.Parameter(stored(p.detach(), layout)))
+            assert torch.equal(getattr(layer, name), p)
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("widths", [(3, 2), (1, 3), (3, 1), (1, 1), (5, 4, 1, 3)], ids=str)
+@pytest.mark.parametrize("layout", ["transposed", "odd strides", "gaps"])
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.1}, {"accumulate": 2}, {"keep_grads": False}], ids=str)
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_parameters_in_any_layout(kind: str, options: dict[str, Any], layout: str, widths: tuple[int, ...]) -> None:
+    def scenario(make: Maker) -> Results:
+        model = relaid(widths, layout)
+        arguments: dict[str, Any] = {"momentum": 0.9} if kind == "SGD" else {"amsgrad": True}
+        optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.1, **arguments)
+        step = make(model, nn.MSELoss(), optimizer, **options)
+        found = [step(torch.randn(4, widths[0], dtype=F64), torch.randn(4, widths[-1], dtype=F64)) for _ in range(4)]
+        return {"losses": torch.stack(found)} | everything(model, optimizer)
+
+    assert_equal_to_rounding(scenario, ISAS)
+
+
+@pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract:UserWarning")
+@pytest.mark.parametrize("layout", ["transposed", "odd strides", "gaps"])
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.1}], ids=str)
+def test_gradients_in_any_layout_are_added_to(options: dict[str, Any], layout: str) -> None:
+    """The loop may have left them so, before a window of accumulation or within it."""
+
+    def scenario(make: Maker) -> Results:
+        model = network()
+        optimizer = sgd(model.parameters())
+        step, found = make(model, nn.MSELoss(), optimizer, accumulate=3, **options), []
+        for call in range(6):
+            if call % 3 < 2:
+                for p in model.parameters():
+                    p.grad = stored(torch.ones_like(p) if p.grad is None else p.grad, layout)
+            found.append(step(*batch()))
+        return {"losses": torch.stack(found)} | everything(model, optimizer)
+
+    assert_equal_to_rounding(scenario, ISAS)
+
+
+def test_state_of_one_column_in_odd_strides() -> None:
+    """It lies as its parameter does, whatever the strides of single elements: nothing is left to PyTorch's step."""
+    p = nn.Parameter(torch.ones(3, 1))
+    optimizer = fastmlp.optim.SGD([p], lr=0.5, momentum=0.5)
+    optimizer.state[p]["momentum_buffer"] = torch.zeros(3, 1).as_strided((3, 1), (1, 7))
+    p.grad = torch.ones(3, 1).as_strided((3, 1), (1, 5))
+    assert fastmlp._C.step_optimizer(optimizer, fastmlp._C.rules()["sgd"], False) == []
+    assert p.tolist() == [[0.5]] * 3
