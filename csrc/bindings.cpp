@@ -59,9 +59,22 @@ std::optional<std::string> obstacle_of(py::handle input, const py::tuple& parame
   return why ? std::optional<std::string>(why) : std::nullopt;
 }
 
+// An object whose __init__ has not run holds nothing.
+TrainStep& initialised(const py::object& self) {
+  TORCH_CHECK_TYPE(py::isinstance<TrainStep>(self) && py::detail::is_holder_constructed(self.ptr()),
+                   "fastmlp: this is no TrainStep, or one whose __init__ was never called");
+  return py::cast<TrainStep&>(self);
+}
+
+const Stack& initialised(const c10::intrusive_ptr<Stack>& stack) {
+  TORCH_CHECK_TYPE(stack, "fastmlp: stack is None, expected a Stack");
+  return *stack;
+}
+
 // The direct route, or None if something stands in its way.
 std::optional<at::Tensor> try_run(const c10::intrusive_ptr<Stack>& stack, py::handle input,
                                   const py::tuple& parameters) {
+  initialised(stack);
   if (obstacle(input.ptr(), items_of(parameters))) return std::nullopt;
   Borrowed unpacked;
   for (const py::handle parameter : parameters) unpacked.push_back(THPVariable_Unpack(parameter.ptr()));
@@ -83,10 +96,11 @@ void collect_train_steps(PyHeapTypeObject* heap_type) {
 }
 
 // Below autograd, as inside a kernel that the dispatcher calls.
-template <auto function, class... Args> auto direct(const Args&... args) {
+template <auto function, class... Args> auto direct(const c10::intrusive_ptr<Stack>& given, const Args&... args) {
+  const Stack& stack = initialised(given);
   const py::gil_scoped_release release;
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return function(args...);
+  return function(stack, args...);
 }
 
 }  // namespace
@@ -98,20 +112,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Stack, c10::intrusive_ptr<Stack>>(m, "Stack")
       .def(py::init<std::vector<bool>, std::vector<int64_t>, std::vector<double>>(), py::arg("has_bias"),
            py::arg("activations"), py::arg("scalars"));
-  m.def("forward", &direct<&fastmlp::forward, Stack, at::Tensor, Tensors>);
-  m.def("infer", &direct<&fastmlp::infer, Stack, at::Tensor, Tensors>);
-  m.def("backward", &direct<&fastmlp::backward, Stack, at::Tensor, at::Tensor, Tensors, Tensors, std::vector<bool>>);
+  m.def("forward", &direct<&fastmlp::forward, at::Tensor, Tensors>);
+  m.def("infer", &direct<&fastmlp::infer, at::Tensor, Tensors>);
+  m.def("backward", &direct<&fastmlp::backward, at::Tensor, at::Tensor, Tensors, Tensors, std::vector<bool>>);
   // For tests, which put guards around what is written.
-  m.def("forward_into", &direct<&cpu::forward_into, Stack, at::Tensor, Tensors, at::Tensor, Tensors>);
-  m.def("backward_into", &direct<&cpu::backward_into, Stack, at::Tensor, at::Tensor, Tensors, Tensors, Tensors>);
-  m.def("check_forward", [](const Stack& stack, const at::Tensor& input, const Tensors& parameters, bool same_dtype) {
-    check_forward(stack, input, parameters, same_dtype);
-  });
+  m.def("forward_into", &direct<&cpu::forward_into, at::Tensor, Tensors, at::Tensor, Tensors>);
+  m.def("backward_into", &direct<&cpu::backward_into, at::Tensor, at::Tensor, Tensors, Tensors, Tensors>);
+  m.def("check_forward", [](const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, const Tensors& parameters,
+                            bool same_dtype) { check_forward(initialised(stack), input, parameters, same_dtype); });
   m.def("try_run", &try_run);
   m.def("has_gradient_from_output", &has_gradient_from_output);
   m.def("gradient_from_output", &gradient_from_output);
   m.def("with_graph", [](const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, const Tensors& parameters,
-                         const at::Tensor& output) { return with_graph(stack, input, parameters, output); });
+                         const at::Tensor& output) {
+    initialised(stack);
+    return with_graph(stack, input, parameters, output);
+  });
   m.def("set_composed_backward", [](const py::function& function) { set_composed_backward(function.ptr()); });
   m.def("obstacle", &obstacle_of);
   m.def("devices", &device_names);
@@ -138,13 +154,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   py::class_<TrainStep>(m, "TrainStep", py::custom_type_setup(&collect_train_steps))
       .def(py::init([](py::tuple links, py::dict holders, py::object loss, int kind, py::object optimizer, int rule,
-                       py::object step, std::optional<double> max_norm, std::optional<double> clip_value,
-                       int64_t accumulate, bool keep_grads) {
-        return std::make_unique<TrainStep>(links, holders, loss, kind, optimizer, rule, step,
+                       py::object call, py::object forward, py::object step, py::object zero_grad,
+                       std::optional<double> max_norm, std::optional<double> clip_value, int64_t accumulate,
+                       bool keep_grads) {
+        return std::make_unique<TrainStep>(links, holders, loss, kind, optimizer, rule,
+                                           Originals{call, forward, step, zero_grad},
                                            TrainOptions{max_norm, clip_value, accumulate, keep_grads});
       }))
-      .def("run", &TrainStep::run)
-      .def_readwrite("waiting", &TrainStep::waiting);
+      .def("run", [](const py::object& self, const py::object& input,
+                     const py::object& target) { return initialised(self).run(input, target); })
+      .def_property(
+          "waiting", [](const py::object& self) { return initialised(self).waiting; },
+          [](const py::object& self, int64_t waiting) { initialised(self).waiting = waiting; });
+  m.def("has_hooks", &has_hooks);
   add_frozen(m);
   m.def("activations", &activations);
   m.def("instruction_sets", &instruction_sets);

@@ -51,6 +51,8 @@ void check_saved(const Name& name, const at::Tensor& given, const at::Tensor& in
 
 }  // namespace
 
+std::string dtype_name(at::ScalarType type) { return "torch." + std::string(c10::getDtypeNames(type).first); }
+
 void check_forward(const Stack& stack, const at::Tensor& input, at::TensorList parameters, bool same_dtype) {
   TORCH_CHECK(parameters.size() == stack.parameters(), "fastmlp: expected ", stack.parameters(),
               " parameters (a weight for each layer, and a bias where it has one), got ", parameters.size());

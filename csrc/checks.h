@@ -5,9 +5,14 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <string>
+
 #include "stack.h"
 
 namespace fastmlp {
+
+// As Python has it: "torch.float32".
+std::string dtype_name(at::ScalarType type);
 
 // Raises RuntimeError, as torch does for shapes, dtypes and devices. `same_dtype` is false where
 // autocast is about to make the dtypes equal.

@@ -38,7 +38,7 @@ struct Huber {
   template <class M> static typename M::V value(typename M::V y, typename M::V t, typename M::V, Scalars p) {
     const auto half = M::fill(0.5), delta = M::fill(p.a);
     const auto d = M::abs(y - t);
-    return d < delta ? half * d * d : delta * (d - half * delta);
+    return d <= delta ? half * d * d : delta * (d - half * delta);
   }
   template <class M>
   static typename M::V gradient(typename M::V g, typename M::V y, typename M::V t, typename M::V, Scalars p) {

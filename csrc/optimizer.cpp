@@ -2,11 +2,13 @@
 #include "optimizer.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/profiler/api.h>
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <optional>
 
 #include "modules.h"
@@ -118,10 +120,31 @@ bool lies_like(const at::Tensor& tensor, const at::Tensor& like) {
   return true;
 }
 
+// Torch writes what was made under torch.inference_mode there only, and raises elsewhere.
+bool may_be_written(const at::Tensor& state) { return !state.is_inference() || c10::InferenceMode::is_enabled(); }
+
+// The larger of two magnitudes, of which infinities and NaN, which every dtype has, do not count.
+double larger(double most, double number) { return std::isfinite(number) ? std::max(most, std::abs(number)) : most; }
+
+double largest_of(DType dtype) {
+  switch (dtype) {
+    case DType::float32:
+      return std::numeric_limits<float>::max();
+    case DType::float64:
+      return std::numeric_limits<double>::max();
+    case DType::bfloat16:
+      return double(std::numeric_limits<c10::BFloat16>::max());
+    case DType::float16:
+      return double(std::numeric_limits<c10::Half>::max());
+  }
+  __builtin_unreachable();
+}
+
 bool is_counter(PyObject* object) {
   if (!THPVariable_Check(object) || !is_plain(object)) return false;
   const at::Tensor& tensor = THPVariable_Unpack(object);
-  return tensor.dim() == 0 && (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
+  return may_be_written(tensor) && tensor.dim() == 0 &&
+         (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
 }
 
 double read_counter(const at::Tensor& counter) {
@@ -145,6 +168,7 @@ struct OptimizerStep::Group {
   bool amsgrad = false;
   bool fused = false;
   bool fits = true;
+  double largest = 0;  // of the numbers, by magnitude
 
   Group(PyObject* group, Rule rule) {
     spec.rule = rule;
@@ -157,6 +181,7 @@ struct OptimizerStep::Group {
       set(spec.momentum, entry(group, names().momentum));
       set(spec.dampening, entry(group, names().dampening));
       spec.nesterov = flag(group, names().nesterov);
+      largest = larger(largest, 1 - spec.dampening);
     } else {
       const auto betas = items(entry(group, names().betas));
       fits = fits && betas.size() == 2 && !flag(group, names().capturable);
@@ -175,6 +200,7 @@ struct OptimizerStep::Group {
     const std::optional<double> found = number(object);
     value = found.value_or(0);
     fits = fits && found;
+    largest = larger(largest, value);
   }
 };
 
@@ -204,7 +230,7 @@ const at::Tensor* OptimizerStep::state_tensor(PyObject* parameter, PyObject* sta
   const at::Tensor& tensor = THPVariable_Unpack(found);
   TORCH_CHECK(tensor.sizes() == like.sizes(), "fastmlp: the optimizer's state ", py::str(name).cast<std::string>(),
               " has shape ", tensor.sizes(), ", expected that of its parameter, ", like.sizes());
-  return lies_like(tensor, like) ? &tensor : nullptr;
+  return lies_like(tensor, like) && may_be_written(tensor) ? &tensor : nullptr;
 }
 
 // False, and nothing added, if the kernels cannot take it.
@@ -220,7 +246,7 @@ bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tenso
   update.n = p.numel();
   update.parameter = p.data_ptr();
   update.spec = group.spec;
-  const size_t missing = missing_.size(), written = written_.size();
+  const size_t missing = missing_.size(), written = written_.size(), counters = counters_.size();
   const auto take = [&](int i, PyObject* name, bool zero) {
     const at::Tensor* const tensor = state_tensor(parameter, state, name, p, zero);
     if (!tensor) return false;
@@ -231,6 +257,7 @@ bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tenso
   const at::AutoDispatchBelowADInplaceOrView guard;
   update.grad = grad.const_data_ptr();
   bool fits = true;
+  double largest = group.largest;
   if (group.spec.rule == Rule::sgd) {
     if (group.spec.momentum != 0) {
       fits = take(0, names().momentum_buffer, false);
@@ -261,11 +288,14 @@ bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tenso
       const double step = read_counter(*counter) + 1;
       update.spec.step_size = group.spec.lr / (1 - std::pow(group.spec.beta1, step));
       update.spec.root = std::sqrt(1 - std::pow(group.spec.beta2, step));
+      largest = larger(largest, update.spec.step_size);
       counters_.push_back(*counter);
     }
   }
-  if (!fits) {
+  // Torch raises for numbers that the dtype cannot hold.
+  if (!fits || largest > largest_of(*dtype)) {
     written_.shrink(written);
+    counters_.shrink(counters);
     missing_.erase(missing_.begin() + std::ptrdiff_t(missing), missing_.end());
     return false;
   }

@@ -48,7 +48,7 @@ class OptimizerStep {
 
   py::object state_;
   std::vector<Update> updates_;
-  Borrowed written_, counters_;  // whose versions count
+  Borrowed written_, counters_;    // whose versions count
   std::vector<at::Tensor> grads_;  // one an update
   // Updates whose gradient lies otherwise than its parameter, which is named too: apply() copies it.
   std::vector<std::pair<size_t, PyObject*>> strays_;

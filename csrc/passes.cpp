@@ -3,6 +3,8 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
+
 namespace fastmlp {
 namespace {
 
@@ -125,6 +127,11 @@ StepTensors step_pass(const char* device, const Stack& stack, const at::Tensor& 
   StepPass& pass = tensors.pass;
   pass.backward.network = network_of(device, stack, *tensors.input, parameters);
   set_gradients(pass.backward, stack, grads);
+  Network& network = pass.backward.network;
+  // Where no row has an output, rows that are all the same give what one of them gives. They take no memory, so that
+  // there may be any number of them.
+  if (network.layers.back().out_features == 0 && (network.layers[0].in_features == 0 || network.input.row_stride == 0))
+    network.rows = std::min<int64_t>(network.rows, 1);
   pass.targets.spec = spec;
   if (spec.kind == cross_entropy_kind) {
     pass.targets.classes = target.const_data_ptr<int64_t>();

@@ -1,17 +1,13 @@
-// The order of events of train_step.h: everything is read and checked before anything is written.
+// The order of events of train_step.h: everything is read and checked (train_step_read.cpp) before anything is written;
+// then come one pass, the gradients as the loop leaves them, and the update. Called by fastmlp/training.py through
+// bindings.cpp.
 #include "train_step.h"
 
 #include <ATen/ATen.h>
-#include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/autograd/variable.h>
 
-#include <algorithm>
-#include <functional>
 #include <utility>
 
-#include "checks.h"
-#include "optimizer.h"
 #include "route.h"
 
 namespace fastmlp {
@@ -19,52 +15,25 @@ namespace {
 
 struct Names {
   static PyObject* intern(const char* name) { return PyUnicode_InternFromString(name); }
-  PyObject* reduction = intern("reduction");
-  PyObject* delta = intern("delta");
-  PyObject* ignore_index = intern("ignore_index");
-  PyObject* label_smoothing = intern("label_smoothing");
-  PyObject* buffers = intern("_buffers");
-  PyObject* weight = intern("weight");
-  PyObject* pos_weight = intern("pos_weight");
   PyObject* step = intern("step");
-  PyObject* wrapped = intern("_wrapped_by_lr_sched");
+  PyObject* marked = intern("_wrapped_by_lr_sched");
+  PyObject* wrapped = intern("__wrapped__");
   PyObject* called = intern("_opt_called");
+  // The variables that functions of torch's schedulers see. Held for the life of the process.
+  PyObject* of_schedulers =
+      py::module_::import("torch.optim.lr_scheduler").attr("__dict__").cast<py::object>().release().ptr();
 };
 const Names& names() {
   static const Names all;
   return all;
 }
 
-// Whether modules hold just these children still.
-bool holds(PyObject* module, PyObject* expected) {
-  const py::object attributes = attributes_of(module);
-  PyObject* children = children_of(attributes.ptr());
-  if (must_be_called(attributes.ptr()) || !children || PyDict_GET_SIZE(children) != PyTuple_GET_SIZE(expected))
-    return false;
-  PyObject *key = nullptr, *child = nullptr;
-  Py_ssize_t at = 0;
-  for (Py_ssize_t i = 0; PyDict_Next(children, &at, &key, &child); i++) {
-    if (child != PyTuple_GET_ITEM(expected, i)) return false;
-  }
-  return true;
-}
-
-template <class T> bool read_number(PyObject* attributes, PyObject* name, T& value) {
-  PyObject* object = item(attributes, name);
-  if (!object || !(PyFloat_Check(object) || PyLong_Check(object))) return false;
-  value = py::handle(object).cast<T>();
-  return true;
-}
-
-bool has_hooks(PyObject* parameter) {
-  const auto* meta = torch::autograd::impl::get_autograd_meta(THPVariable_Unpack(parameter));
-  if (!meta || (meta->hooks_.empty() && !meta->post_acc_grad_hooks_)) return false;
-  // Dictionaries of hooks, which may be empty.
-  const auto filled = [&](const char* name) {
-    const py::object hooks = py::handle(parameter).attr(name);
-    return !hooks.is_none() && py::len(hooks) > 0;
-  };
-  return filled("_backward_hooks") || filled("_post_accumulate_grad_hooks");
+// Whether a function is what a scheduler of torch puts in the place of an optimizer's step, to know that it was called,
+// around this very step. Others may have copied its attributes.
+bool is_of_scheduler(PyObject* function, PyObject* step) {
+  if (!PyFunction_Check(function) || PyFunction_GET_GLOBALS(function) != names().of_schedulers) return false;
+  const py::object attributes = attributes_of(function);
+  return item(attributes.ptr(), names().marked) && item(attributes.ptr(), names().wrapped) == step;
 }
 
 // Whether nobody but the parameter sees a gradient's memory, so that it may be written again where the loop would take
@@ -72,7 +41,7 @@ bool has_hooks(PyObject* parameter) {
 bool is_private(const at::Tensor& grad, const at::Tensor& parameter) {
   return grad.defined() && grad.use_count() == 1 && is_plain(grad) && grad.storage().use_count() == 1 &&
          grad.scalar_type() == parameter.scalar_type() && grad.sizes() == parameter.sizes() && grad.is_contiguous() &&
-         !grad.requires_grad();
+         !grad.requires_grad() && !grad.is_inference();
 }
 
 const at::Tensor& kept(at::Tensor& place, at::IntArrayRef sizes, const at::Tensor& like) {
@@ -94,132 +63,47 @@ struct Running {
 }  // namespace
 
 TrainStep::TrainStep(py::tuple links, py::dict holders, py::object loss, int kind, py::object optimizer, int rule,
-                     py::object step, const TrainOptions& options)
+                     Originals originals, const TrainOptions& options)
     : links_(std::move(links)),
       holders_(std::move(holders)),
       loss_(std::move(loss)),
       kind_(kind),
       optimizer_(std::move(optimizer)),
       rule_(Rule(rule)),
-      step_(std::move(step)),
+      originals_(std::move(originals)),
       options_(options) {}
 
 int TrainStep::traverse(visitproc visit, void* arg) const {
-  for (PyObject* object : {links_.ptr(), holders_.ptr(), loss_.ptr(), optimizer_.ptr(), step_.ptr()}) Py_VISIT(object);
+  for (PyObject* object : {links_.ptr(), holders_.ptr(), loss_.ptr(), optimizer_.ptr(), originals_.call.ptr(),
+                           originals_.forward.ptr(), originals_.step.ptr(), originals_.zero_grad.ptr()})
+    Py_VISIT(object);
   return 0;
 }
 
 void TrainStep::clear() {
   links_ = py::tuple();
   holders_ = py::dict();
-  loss_ = optimizer_ = step_ = py::none();
+  loss_ = optimizer_ = py::none();
+  originals_ = {py::none(), py::none(), py::none(), py::none()};
 }
 
-bool TrainStep::read_model(Run& run) const {
-  if (is_watched()) return false;
-  PyObject *module = nullptr, *children = nullptr;
-  for (Py_ssize_t at = 0; PyDict_Next(holders_.ptr(), &at, &module, &children);) {
-    if (!holds(module, children)) return false;
+// Searches from `next` on: parameters are asked for in the order of the model, as nearly always.
+TrainStep::Slot* TrainStep::slot_of(PyObject* parameter, size_t& next) {
+  for (size_t i = 0; i < slots_.size(); i++, next++) {
+    if (next >= slots_.size()) next = 0;
+    if (slots_[next].object == parameter) return &slots_[next++];
   }
-  for (const py::handle link : links_) {
-    if (!run.extend(link.ptr())) return false;
-  }
-  return !run.empty();
+  return nullptr;
 }
 
-bool TrainStep::read_loss(LossSpec& spec, at::Tensor& weight) const {
-  const py::object attributes = attributes_of(loss_.ptr());
-  PyObject* reduction = item(attributes.ptr(), names().reduction);
-  if (must_be_called(attributes.ptr()) || !reduction || !PyUnicode_Check(reduction)) return false;
-  spec.kind = kind_;
-  spec.divisor = double(options_.accumulate);
-  spec.mean = PyUnicode_CompareWithASCIIString(reduction, "mean") == 0;
-  if (!spec.mean && PyUnicode_CompareWithASCIIString(reduction, "sum") != 0) return false;
-  PyObject* buffers = item(attributes.ptr(), names().buffers);
-  const auto buffer = [&](PyObject* name) {
-    PyObject* found = buffers ? item(buffers, name) : nullptr;
-    return found == Py_None ? nullptr : found;
-  };
-  PyObject* given = nullptr;
-  if (kind_ == loss_kind<Huber>) {
-    return read_number(attributes.ptr(), names().delta, spec.delta);
-  }
-  if (kind_ == loss_kind<BinaryCrossEntropy>) {
-    if (buffer(names().weight)) return false;
-    given = buffer(names().pos_weight);
-  } else if (kind_ == cross_entropy_kind) {
-    if (!read_number(attributes.ptr(), names().ignore_index, spec.ignore_index) ||
-        !read_number(attributes.ptr(), names().label_smoothing, spec.label_smoothing))
-      return false;
-    given = buffer(names().weight);
-  }
-  if (given && (!THPVariable_Check(given) || !is_plain(given))) return false;
-  if (given) weight = THPVariable_Unpack(given);
-  return true;
-}
-
-// As the loss takes it, gapless.
-c10::MaybeOwned<at::Tensor> TrainStep::check_target(const LossSpec& spec, const Stack& stack, const at::Tensor& input,
-                                                    const py::object& target, at::Tensor& weight) const {
-  check_plain("target", target.ptr());
-  const at::Tensor& given = THPVariable_Unpack(target.ptr());
-  TORCH_CHECK(!given.requires_grad(), "fastmlp: target requires a gradient, which TrainStep does not compute");
-  const int64_t columns = parameters_[stack.weight(stack.layers() - 1)].size(0);
-  at::DimVector output(input.sizes());
-  output.back() = columns;
-  if (weight.defined()) {
-    const bool fits = weight.dim() == 1 && weight.size(0) == columns;
-    const bool one = spec.kind != cross_entropy_kind && weight.numel() == 1;
-    const char* const name = spec.kind == cross_entropy_kind ? "weight" : "pos_weight";
-    TORCH_CHECK(fits || one, "fastmlp: ", name, " of the loss has shape ", weight.sizes(), ", expected [", columns,
-                "], one for each column of the output");
-    TORCH_CHECK(weight.scalar_type() == input.scalar_type(), "fastmlp: ", name, " of the loss has dtype ",
-                weight.scalar_type(), ", expected the dtype of the output, ", input.scalar_type());
-    TORCH_CHECK(!weight.requires_grad(), "fastmlp: ", name,
-                " of the loss requires a gradient, which TrainStep does not compute");
-    weight = weight.reshape({-1}).expand({columns}).contiguous();
-  }
-  if (spec.kind != cross_entropy_kind) {
-    TORCH_CHECK(given.sizes() == at::IntArrayRef(output), "fastmlp: target has shape ", given.sizes(), ", expected ",
-                at::IntArrayRef(output), ", the shape of the output");
-    TORCH_CHECK(given.scalar_type() == input.scalar_type(), "fastmlp: target has dtype ", given.scalar_type(),
-                ", expected the dtype of the output, ", input.scalar_type());
-    return given.expect_contiguous();
-  }
-  const at::IntArrayRef leading(output.data(), output.size() - 1);
-  TORCH_CHECK(output.size() <= 2, "fastmlp: CrossEntropyLoss got an output of shape ", at::IntArrayRef(output),
-              ", expected (N, C) or (C)");
-  TORCH_CHECK(given.scalar_type() == at::kLong, "fastmlp: target has dtype ", given.scalar_type(),
-              ", expected class indices of dtype ", at::kLong);
-  TORCH_CHECK(given.sizes() == leading, "fastmlp: target has shape ", given.sizes(), ", expected ", leading,
-              ", a class for each row of the output");
-  c10::MaybeOwned<at::Tensor> classes = given.expect_contiguous();
-  const int64_t* const all = classes->const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < classes->numel(); i++) {
-    TORCH_CHECK_INDEX(all[i] == spec.ignore_index || (all[i] >= 0 && all[i] < columns), "fastmlp: target holds class ",
-                      all[i], ", expected 0 to ", columns - 1, ", or the loss's ignore_index, ", spec.ignore_index);
-  }
-  return classes;
-}
-
-void TrainStep::take_slots(const Run& run) {
-  slots_.clear();
-  parameters_.clear();
-  for (PyObject* object : run.parameters()) {
-    const at::Tensor& parameter = THPVariable_Unpack(object);
-    Slot& slot = slots_.emplace_back();
-    slot.object = object;
-    slot.needed = parameter.requires_grad();
-    TORCH_CHECK(!slot.needed || (parameter.is_leaf() && !has_hooks(object)),
-                "fastmlp: a parameter has hooks, or is computed from another one, which TrainStep would not see");
-    parameters_.push_back(parameter);
-  }
-  TORCH_CHECK(std::any_of(slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.needed; }),
-              "fastmlp: no parameter of the model requires a gradient");
-  c10::SmallVector<PyObject*, 32> sorted(run.parameters().begin(), run.parameters().end());
-  std::sort(sorted.begin(), sorted.end(), std::less<>());
-  TORCH_CHECK(std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end(),
-              "fastmlp: a parameter stands twice in the model, whose gradients TrainStep does not add up");
+// Which parameters the optimizer has.
+void TrainStep::take_owners() {
+  others_.clear();
+  size_t next = 0;
+  for_each_parameter(optimizer_, [&](PyObject* parameter) {
+    Slot* const slot = slot_of(parameter, next);
+    slot ? void(slot->stepped = true) : others_.push_back(parameter);
+  });
 }
 
 // Where each gradient is written: memory of its own, unless the loop would add it to what is there.
@@ -231,8 +115,9 @@ void TrainStep::place_grads(bool keep) {
     const at::Tensor& parameter = parameters_[i];
     const at::Tensor& grad = parameter.grad();
     slot.added = grad.defined() && !(slot.stepped && waiting == 0);
-    TORCH_CHECK(!slot.added || is_plain(grad),
-                "fastmlp: a parameter has a gradient that is no plain tensor of the CPU");
+    TORCH_CHECK(!slot.added || (is_plain(grad) && !grad.is_inference()),
+                "fastmlp: the .grad that a gradient would be added to is no plain tensor of the CPU, or was made under "
+                "torch.inference_mode: set it to None, or to a plain copy");
     if (slot.added || (slot.stepped && !keep)) {
       slot.grad = kept(scratch_[i], parameter.sizes(), parameter);
     } else {
@@ -241,14 +126,32 @@ void TrainStep::place_grads(bool keep) {
   }
 }
 
+// Reads the optimizer's step as an operation of ours; none if torch's own step has to be called.
+void TrainStep::read_step(std::optional<OptimizerStep>& step) {
+  if (!steps_itself()) return;
+  size_t next = 0;
+  step.emplace(optimizer_, rule_, [&](PyObject* parameter) {
+    const Slot* const slot = slot_of(parameter, next);
+    if (slot && slot->needed && !slot->added) return slot->grad;
+    // The rest moves by what is in .grad. That is None if this call begins with zero_grad(), and stays None unless the
+    // gradient is computed here.
+    const bool cleared = waiting == 0 && !(slot && slot->needed);
+    return cleared ? at::Tensor() : THPVariable_Unpack(parameter).grad();
+  });
+  if (!step->left().empty()) step.reset();
+}
+
 // What the loop leaves in .grad before the step.
 void TrainStep::finish_grads(bool keep) {
   const at::NoGradGuard guard;
-  for (size_t i = 0; i < slots_.size(); i++) {
-    Slot& slot = slots_[i];
+  if (waiting == 0) {
+    for (PyObject* parameter : others_) THPVariable_Unpack(parameter).mutable_grad().reset();
+  }
+  for (Slot& slot : slots_) {
     at::Tensor& grad = THPVariable_Unpack(slot.object).mutable_grad();
     if (!slot.needed || (slot.stepped && !keep)) {
       if (slot.stepped && waiting == 0) grad.reset();
+      if (!slot.needed) slot.grad = grad;
     } else if (slot.added) {
       grad.add_(slot.grad);
       slot.grad = grad;
@@ -264,7 +167,7 @@ void TrainStep::clip() const {
   const at::NoGradGuard guard;
   Tensors grads;
   for (const Slot& slot : slots_) {
-    if (slot.needed) grads.push_back(slot.grad);
+    if (slot.grad.defined()) grads.push_back(slot.grad);
   }
   if (options_.clip_value) {
     at::_foreach_clamp_min_(grads, -*options_.clip_value);
@@ -275,128 +178,92 @@ void TrainStep::clip() const {
   }
 }
 
-// Whether a step of the optimizer is nothing but its arithmetic. A scheduler replaces the instance's, to know that it
-// was called.
+// Whether a step of the optimizer is nothing but its arithmetic.
 bool TrainStep::steps_itself() const {
-  if (is_step_watched(optimizer_) || _PyType_Lookup(Py_TYPE(optimizer_.ptr()), names().step) != step_.ptr())
-    return false;
+  PyObject* const step = originals_.step.ptr();
+  if (is_step_watched(optimizer_) || _PyType_Lookup(Py_TYPE(optimizer_.ptr()), names().step) != step) return false;
   PyObject* const own = item(attributes_of(optimizer_.ptr()).ptr(), names().step);
-  return !own || PyObject_HasAttr(own, names().wrapped);
+  return !own || is_of_scheduler(own, step);
 }
 
-// What such a scheduler looks at.
+// That its optimizer has stepped.
 void TrainStep::tell_scheduler() const {
   const py::object attributes = attributes_of(optimizer_.ptr());
   if (item(attributes.ptr(), names().step) && PyObject_SetAttr(optimizer_.ptr(), names().called, Py_True) < 0)
     throw py::error_already_set();
 }
 
+// Forward, loss and backward; the loss. Whoever gives up the GIL holds all tensors.
+double TrainStep::pass(const Call& call, const at::Tensor& input, const at::Tensor& target, bool release) {
+  std::optional<py::gil_scoped_release> released;
+  if (release) released.emplace();
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  Borrowed grads;
+  for (const Slot& slot : slots_) grads.push_back(slot.grad);
+  return cpu::train_into(*call.stack, input, parameters_, call.spec, target, call.weight, grads, memory_);
+}
+
+// The optimizer's step, from the gradients that finish_grads() left.
+void TrainStep::take_step(std::optional<OptimizerStep>& step, bool keep) {
+  clip();
+  if (step) {
+    tell_scheduler();
+    step->apply();
+  } else {
+    optimizer_.attr("step")();
+    // Which torch's fused kernels do not count.
+    for (const Slot& slot : slots_) {
+      if (slot.stepped) THPVariable_Unpack(slot.object).unsafeGetTensorImpl()->bump_version();
+    }
+  }
+  if (keep == options_.keep_grads) return;
+  for (const Slot& slot : slots_) {
+    if (slot.stepped) THPVariable_Unpack(slot.object).mutable_grad().reset();
+  }
+}
+
 py::object TrainStep::run(const py::object& given, const py::object& target) {
   const Running running(running_);
-  Run run;
-  LossSpec spec;
-  at::Tensor weight;
-  if (!read_model(run) || !read_loss(spec, weight)) return py::none();
+  check_modes();
   check_plain("input", given.ptr());
-  for (PyObject* parameter : run.parameters()) check_plain("a parameter", parameter);
-  const at::Tensor& input = THPVariable_Unpack(given.ptr());
-  const auto dtype = input.scalar_type(), expected = THPVariable_Unpack(run.parameters()[0]).scalar_type();
-  TORCH_CHECK(expected == at::kFloat || expected == at::kDouble, "fastmlp: parameters have dtype ", expected,
-              ", expected float32 or float64");
-  TORCH_CHECK(dtype == expected, "fastmlp: input has dtype ", dtype, ", expected that of the parameters, ", expected);
-  const char* const why = obstacle(given.ptr(), run.parameters());
+  const char* const why = obstacle(given.ptr(), {});
   TORCH_CHECK(!why, "fastmlp: TrainStep cannot run: ", why);
-  TORCH_CHECK(!at::autocast::is_autocast_enabled(at::kCPU),
-              "fastmlp: TrainStep cannot run under autocast, which would change the dtype of the layers");
-  TORCH_CHECK(!input.requires_grad(), "fastmlp: input requires a gradient, which TrainStep does not compute");
-  take_slots(run);
-  const c10::intrusive_ptr<Stack> stack = run.stack();
-  check_forward(*stack, input, parameters_);
-
-  const c10::MaybeOwned<at::Tensor> checked = check_target(spec, *stack, input, target, weight);
-
-  std::vector<PyObject*> others;
-  size_t next = 0;
-  const auto slot_of = [&](PyObject* parameter) -> Slot* {
-    // In the order of the model, as nearly always.
-    for (size_t i = 0; i < slots_.size(); i++, next++) {
-      if (next >= slots_.size()) next = 0;
-      if (slots_[next].object == parameter) return &slots_[next++];
-    }
-    return nullptr;
-  };
-  for_each_parameter(optimizer_, [&](PyObject* parameter) {
-    Slot* const slot = slot_of(parameter);
-    slot ? void(slot->stepped = true) : others.push_back(parameter);
-  });
+  Call call;
+  if (!read(call)) return py::none();
+  const at::Tensor& input = THPVariable_Unpack(given.ptr());
+  check_input(input);
+  const c10::MaybeOwned<at::Tensor> checked = check_target(call, input, target);
+  take_owners();
   const bool last = waiting + 1 == options_.accumulate;
   std::optional<OptimizerStep> step;
   place_grads(options_.keep_grads);
-  if (last && steps_itself()) {
-    step.emplace(optimizer_, rule_, [&](PyObject* parameter) {
-      const Slot* const slot = slot_of(parameter);
-      if (!slot || !slot->needed) return at::Tensor();
-      return slot->added ? THPVariable_Unpack(parameter).grad() : slot->grad;
-    });
-    if (!step->left().empty()) step.reset();
-  }
+  if (last) read_step(step);
   // Torch's own step finds gradients where it looks for them.
-  const bool keep = options_.keep_grads || (last && !step);
+  const bool calls_step = last && !step, keep = options_.keep_grads || calls_step;
   if (keep != options_.keep_grads) place_grads(keep);
 
+  constexpr double worth_releasing = 1 << 16;  // multiply-adds: some microseconds
+  double work = 0;
+  for (const at::Tensor& parameter : at::TensorList(parameters_)) work += double(parameter.numel());
+  const bool release = work * double(input.numel()) > worth_releasing;
   Held held;
-  const auto hold = [&] {
-    held.take({input, *checked, weight});
+  // Hooks of the optimizer's step are code of Python, too.
+  if (release || calls_step) {
+    held.take({input, *checked, call.weight});
     held.take(parameters_);
     for (const Slot& slot : slots_) held.take(slot.grad);
-    for (PyObject* parameter : others) held.take(THPVariable_Unpack(parameter));
+    for (PyObject* parameter : others_) held.take(THPVariable_Unpack(parameter));
     if (step) step->hold(held);
-  };
-  // Hooks of the optimizer's step are code of Python, too.
-  if (last && !step) hold();
-  double loss = 0;
-  {
-    constexpr double worth_releasing = 1 << 16;  // multiply-adds: some microseconds
-    double work = 0;
-    for (const at::Tensor& parameter : at::TensorList(parameters_)) work += double(parameter.numel());
-    std::optional<py::gil_scoped_release> release;
-    if (work * double(input.numel()) > worth_releasing) {
-      hold();
-      release.emplace();
-    }
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    Borrowed grads;
-    for (const Slot& slot : slots_) grads.push_back(slot.grad);
-    loss = cpu::train_into(*stack, input, parameters_, spec, *checked, weight, grads, memory_);
   }
-  if (waiting == 0) {
-    for (PyObject* parameter : others) THPVariable_Unpack(parameter).mutable_grad().reset();
-  }
+  const double loss = pass(call, input, *checked, release);
   finish_grads(keep);
   waiting = last ? 0 : waiting + 1;
-  if (last) {
-    clip();
-    if (step) {
-      tell_scheduler();
-      step->apply();
-    } else {
-      optimizer_.attr("step")();
-      // Which torch's fused kernels do not count.
-      for (const Slot& slot : slots_) {
-        if (slot.stepped) THPVariable_Unpack(slot.object).unsafeGetTensorImpl()->bump_version();
-      }
-    }
-    if (keep != options_.keep_grads) {
-      for (Slot& slot : slots_) {
-        if (slot.stepped) THPVariable_Unpack(slot.object).mutable_grad().reset();
-      }
-    }
-  }
+  if (last) take_step(step, keep);
   for (Slot& slot : slots_) slot.grad.reset();
   parameters_.clear();
 
   at::Tensor result = cpu::uninitialised({}, input);
-  if (dtype == at::kFloat) {
+  if (input.scalar_type() == at::kFloat) {
     *result.mutable_data_ptr<float>() = float(loss);
   } else {
     *result.mutable_data_ptr<double>() = loss;

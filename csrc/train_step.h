@@ -1,6 +1,7 @@
 // One step of training in one call: forward, loss, backward and the optimizer's step, on the tensors of PyTorch's own
 // objects. Made by fastmlp/training.py, which has checked what it is given; whatever can change later is read again at
-// each call. Called with the GIL. Computes nothing itself: the operators of a device do.
+// each call (train_step_read.cpp), before anything is written (train_step.cpp). Called with the GIL. Computes nothing
+// itself: the operators of a device do.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,6 +14,7 @@
 #include "loss.h"
 #include "modules.h"
 #include "operators.h"
+#include "optimizer.h"
 #include "update.h"
 
 namespace fastmlp {
@@ -23,15 +25,24 @@ struct TrainOptions {
   bool keep_grads = true;
 };
 
+// What the classes of loss and optimizer had when fastmlp was imported. Who replaces one of them wants it to be called.
+struct Originals {
+  py::object call;     // that of torch.nn.Module
+  py::object forward;  // of the loss
+  // Of the optimizer. None for a step that was replaced before, which is always called.
+  py::object step, zero_grad;
+};
+
 class TrainStep {
  public:
-  // links: the modules through which the input passes; holders: {module: its children} of the modules around them.
-  // loss: the module, and its kind. step: the function that the optimizer's class has for one.
+  // links: the modules through which the input passes; holders: {module: (forward and __call__ of its class, and its
+  // children)} of the modules around them. loss: the module, and its kind.
   TrainStep(py::tuple links, py::dict holders, py::object loss, int kind, py::object optimizer, int rule,
-            py::object step, const TrainOptions& options);
+            Originals originals, const TrainOptions& options);
 
-  // The loss. None, and nothing done, if the model or the loss is no longer what it was or does not run as one
-  // operation now. Raises for arguments that do not belong together, before anything is written.
+  // The loss. None, and nothing done, if the model, the loss or the optimizer is no longer what it was or does not run
+  // as one operation now: fastmlp/training.py says why. Raises for arguments that do not belong together, before
+  // anything is written.
   py::object run(const py::object& input, const py::object& target);
 
   // For Python's garbage collector.
@@ -48,17 +59,37 @@ class TrainStep {
     bool needed = false;   // requires a gradient
     bool stepped = false;  // belongs to the optimizer
     bool added = false;    // its gradient joins the one that it has
-    at::Tensor grad;       // where backward writes
+    at::Tensor grad;       // where backward writes; after that, what the loop has in .grad before the step
   };
 
+  // What one call reads of the model and the loss.
+  struct Call {
+    Run run;
+    c10::intrusive_ptr<Stack> stack;
+    LossSpec spec;
+    at::Tensor weight;  // of the loss
+  };
+
+  // False if explain() has to say why.
+  bool read(Call& call);
   bool read_model(Run& run) const;
-  bool read_loss(LossSpec& spec, at::Tensor& weight) const;
-  c10::MaybeOwned<at::Tensor> check_target(const LossSpec& spec, const Stack& stack, const at::Tensor& input,
-                                           const py::object& target, at::Tensor& weight) const;
-  void take_slots(const Run& run);
+  bool read_parameters(Call& call);
+  bool read_loss(Call& call) const;
+  bool read_optimizer() const;
+
+  // Raise for what is not as expected.
+  void check_modes() const;
+  void check_input(const at::Tensor& input) const;
+  c10::MaybeOwned<at::Tensor> check_target(Call& call, const at::Tensor& input, const py::object& target) const;
+
+  Slot* slot_of(PyObject* parameter, size_t& next);
+  void take_owners();
   void place_grads(bool keep);
+  void read_step(std::optional<OptimizerStep>& step);
+  double pass(const Call& call, const at::Tensor& input, const at::Tensor& target, bool release);
   void finish_grads(bool keep);
   void clip() const;
+  void take_step(std::optional<OptimizerStep>& step, bool keep);
   bool steps_itself() const;
   void tell_scheduler() const;
 
@@ -68,15 +99,20 @@ class TrainStep {
   int kind_;
   py::object optimizer_;
   Rule rule_;
-  py::object step_;
+  Originals originals_;
   TrainOptions options_;
 
   bool running_ = false;
   std::vector<Slot> slots_;
   Borrowed parameters_;
+  std::vector<PyObject*> others_;  // of the optimizer, not of the model
   // Between calls they hold nothing that is needed, only memory.
   Tensors scratch_;
   at::Tensor memory_;
 };
+
+// Whether hooks want to see the gradient of a tensor that has none yet: its own, or those of the node of the graph that
+// would accumulate it.
+bool has_hooks(const at::Tensor& parameter);
 
 }  // namespace fastmlp

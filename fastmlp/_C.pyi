@@ -74,12 +74,15 @@ class TrainStep:
     def __init__(
         self,
         links: tuple[nn.Module, ...],
-        holders: dict[nn.Module, tuple[nn.Module | None, ...]],
+        holders: dict[nn.Module, tuple[Any, ...]],
         loss: nn.Module,
         kind: int,
         optimizer: Optimizer,
         rule: int,
-        step: Callable[..., Any],
+        call: Callable[..., Any],
+        forward: Callable[..., Any],
+        step: Callable[..., Any] | None,
+        zero_grad: Callable[..., Any],
         max_norm: float | None,
         clip_value: float | None,
         accumulate: int,
@@ -87,6 +90,8 @@ class TrainStep:
         /,
     ) -> None: ...
     def run(self, input: Tensor, target: Tensor, /) -> Tensor | None: ...
+
+def has_hooks(parameter: Tensor, /) -> bool: ...
 
 class Frozen:
     @overload

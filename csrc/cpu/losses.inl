@@ -171,7 +171,8 @@ template <class S> struct Step {
       V m = load_up_to(first + i, left), v = load_up_to(second + i, left);
       // Exact at either end, as torch.lerp.
       m = u.beta1 > 0.5 ? m + rest1 * (g - m) : g - beta1 * (g - m);
-      v = beta2 * v + rest2 * (g * g);
+      // Multiplied in the order of torch, whose products stay in range for gradients whose squares do not.
+      v = beta2 * v + rest2 * g * g;
       store_up_to(first + i, m, left);
       store_up_to(second + i, v, left);
       if (most) {
@@ -180,7 +181,7 @@ template <class S> struct Step {
         v = before == before ? v : before;
         store_up_to(most + i, v, left);
       }
-      store_up_to(parameter + i, p - step_size * (m / (M::sqrt(v) / root + eps)), left);
+      store_up_to(parameter + i, p - step_size * m / (M::sqrt(v) / root + eps), left);
     }
   }
 };

@@ -207,9 +207,29 @@ template <class S> void backward_of(const BackwardPass& pass, int threads) {
   }
 }
 
+// Whether a pass has any element to write. Rows without elements take no memory, so that there may be any number of
+// them, over which nothing may loop.
+bool writes(const ForwardPass& pass) {
+  const std::vector<Layer>& layers = pass.network.layers;
+  if (pass.network.rows == 0) return false;
+  bool any = layers.back().out_features > 0;
+  for (size_t l = 0; l < pass.kept.size(); l++) any |= pass.kept[l] && layers[l].out_features > 0;
+  return any;
+}
+bool writes(const BackwardPass& pass) {
+  const std::vector<Layer>& layers = pass.network.layers;
+  bool any = pass.grad_input && pass.network.rows > 0 && layers.front().in_features > 0;
+  for (size_t l = 0; l < layers.size(); l++) {
+    any |= pass.grad_weights[l] && layers[l].in_features > 0 && layers[l].out_features > 0;
+    any |= pass.grad_biases[l] && layers[l].out_features > 0;
+  }
+  return any;
+}
+
 }  // namespace
 
 void forward(const ForwardPass& pass, int threads) {
+  if (!writes(pass)) return;
   with_storage(pass.network.dtype, [&](auto storage) {
     using S = decltype(storage);
     pass.kept.empty() ? forward_only<S>(pass, threads) : forward_keeping<S>(pass, threads);
@@ -217,6 +237,7 @@ void forward(const ForwardPass& pass, int threads) {
 }
 
 void backward(const BackwardPass& pass, int threads) {
+  if (!writes(pass)) return;
   with_storage(pass.network.dtype, [&](auto storage) { backward_of<decltype(storage)>(pass, threads); });
 }
 
