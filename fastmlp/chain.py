@@ -11,8 +11,8 @@ from torch import fx, nn
 
 from fastmlp import reference
 from fastmlp.activations import module_of
-from fastmlp.convert import activation_of, convert, run_chain
 from fastmlp.modules import Linear, Sequential, form_obstacle, watched_obstacle
+from fastmlp.trace import activation_of, record, run_chain
 
 __all__ = ["Link", "links"]
 
@@ -100,22 +100,36 @@ def _recorded(name: str, module: nn.Module) -> Iterator[Link]:
     if reason is not None:
         _refuse(name, module, reason)
     try:
-        traced = convert(module, trace=True)
+        recorded, check = record(module)
     except RuntimeError as error:
         raise TypeError(f"{error}") from error
-    source, *others = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    if others:
-        _refuse(name, module, f"its forward has {1 + len(others)} inputs")
+    # Arguments that have defaults, and are recorded as these, have no users.
+    inputs = [node for node in recorded.graph.nodes if node.op == "placeholder" and _is_input(node)]
+    if len(inputs) != 1:
+        _refuse(name, module, f"its forward has {len(inputs)} inputs")
+    (source,) = inputs
+    left = [node for node in recorded.graph.nodes if node.op.startswith("call_")]
     while True:
         if len(source.users) != 1:
             _refuse(name, module, f"its forward uses {source.name} {len(source.users)} times, where a chain does once")
         (node,) = source.users
         if node.op == "output":
             break
-        yield from _links_of(name, module, traced, node, source)
+        yield from _links_of(name, module, recorded, node, source)
+        left.remove(node)
         source = node
     if node.args != (source,):
         _refuse(name, module, "its forward returns something else than one tensor")
+    if left:
+        _refuse(name, module, f"its forward calls {left[0].name}, which is not part of a chain of layers")
+    try:
+        check()
+    except RuntimeError as error:
+        raise TypeError(f"{error}") from error
+
+
+def _is_input(node: fx.Node) -> bool:
+    return not node.args or bool(node.users)
 
 
 def _links_of(name: str, module: nn.Module, traced: fx.GraphModule, node: fx.Node, source: fx.Node) -> Iterator[Link]:
