@@ -7,6 +7,7 @@ can be frozen or trained is for them to say.
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 from torch import fx, nn
 
 from fastmlp import reference
@@ -68,6 +69,8 @@ def links(model: nn.Module, name: str = "") -> list[Link]:
 
 def _links(name: str, module: nn.Module) -> Iterator[Link]:
     kind = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        _refuse(name, module, "it is a module of torch.jit, which runs its own code; use the model that was scripted")
     if kind in _LEAVES:
         reason = _replaced(module, _LEAVES[kind]) or watched_obstacle(module) or form_obstacle(module)
         if reason is not None:
@@ -81,8 +84,8 @@ def _links(name: str, module: nn.Module) -> Iterator[Link]:
             if child is None:
                 raise TypeError(f"fastmlp: child {_join(name, key)!r} is None, expected a module")
             yield from _links(_join(name, key), child)
-    elif isinstance(module, _KINDS) or (
-        kind.__module__.startswith("torch.") and not isinstance(module, fx.GraphModule)
+    elif not isinstance(module, fx.GraphModule) and (
+        isinstance(module, _KINDS) or kind.__module__.startswith("torch.")
     ):
         _refuse(name, module, f"{kind.__name__} is not a module that is fused")
     else:

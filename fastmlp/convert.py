@@ -9,10 +9,12 @@ and so do the keys of the `state_dict`.
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
+import torch
 from torch import fx, nn
 
 from fastmlp import reference
 from fastmlp.activations import IDENTITY
+from fastmlp.classes import fused_class, plain_class, stands_in
 from fastmlp.modules import Alone, Linear, Sequential, parts
 from fastmlp.recording import Tracer
 from fastmlp.trace import Traced, activation_of, load, run_chain, traced
@@ -24,9 +26,6 @@ _Traced, _Tracer, _load = Traced, Tracer, load
 
 M = TypeVar("M", bound=nn.Module)
 
-#: The classes that are swapped, and what for.
-_FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, nn.Sequential: Sequential}
-_PLAIN = {fused: plain for plain, fused in _FUSED.items()}
 
 #: An attribute of every module that was converted. In its `__dict__`, so that copies and pickles have it too.
 _MARK = "_fastmlp_converted"
@@ -48,10 +47,11 @@ def convert(model: nn.Module, trace: bool = False, inputs: tuple[Any, ...] | Non
     """Makes the layers of an existing model run fused.
 
     Without `trace` this happens in place: modules whose class is exactly `torch.nn.Linear` or `torch.nn.Sequential`
-    get the class `fastmlp.Linear` or `fastmlp.Sequential`. Everything else stays: the modules themselves, their
-    parameters, keys, modes and hooks, and optimizers made before. Subclasses, parametrized layers and lazy layers that
-    have not run yet are left as they are. `revert` takes it back. Tools that look for exactly `torch.nn.Linear`, such
-    as `torch.ao.quantization`, want the model reverted.
+    get the class `fastmlp.Linear` or `fastmlp.Sequential`; those of a subclass of `torch.nn.Sequential` that inherits
+    its forward get a subclass of both, of the same name. Everything else stays: the modules themselves, their
+    parameters, keys, modes and hooks, and optimizers made before. Other subclasses, parametrized layers, modules of
+    torch.jit and lazy layers that have not run yet are left as they are. `revert` takes it back. Tools that look for
+    exactly `torch.nn.Linear`, such as `torch.ao.quantization`, want the model reverted.
 
     With `trace` the model stays as it is, and a `torch.fx.GraphModule` with the same modules, parameters and keys is
     returned, in which activations are fused however they are called: `torch.relu(self.fc1(x))`,
@@ -100,13 +100,15 @@ def convert(model: nn.Module, trace: bool = False, inputs: tuple[Any, ...] | Non
     if inputs is not None:
         raise ValueError("fastmlp: inputs are examples for trace=True, and trace is False")
     for module in model.modules():
-        fused = _FUSED.get(type(module))
+        fused = None if isinstance(module, torch.jit.ScriptModule) else fused_class(type(module))
         # The forward of an instance may call whatever its author wrote it for.
-        if fused is not None and "forward" not in module.__dict__:
-            module.__class__ = fused
-            setattr(module, _MARK, True)
-            if isinstance(module, Linear):
-                module.activation = IDENTITY
+        if fused is None or "forward" in module.__dict__:
+            continue
+        # Other threads may call the module meanwhile: its class is the last that changes, and the first that goes back.
+        if fused is Linear:
+            module.__dict__["activation"] = IDENTITY
+        module.__dict__[_MARK] = True
+        module.__class__ = fused
     return model
 
 
@@ -138,9 +140,14 @@ def revert(model: M) -> M:
         (<class 'torch.nn.modules.container.Sequential'>, <class 'torch.nn.modules.linear.Linear'>)
     """
     _check(model)
-    converted = {name: module for name, module in model.named_modules() if _MARK in module.__dict__}
+    converted = {
+        name: module
+        for name, module in model.named_modules()
+        # A slice of a converted module has its class, and no mark.
+        if _MARK in module.__dict__ or stands_in(type(module))
+    }
     for name, module in converted.items():
-        if type(module) not in _PLAIN:
+        if plain_class(type(module)) is None:
             raise ValueError(f"{name or 'model'} has become a {type(module).__name__} since it was converted")
         if isinstance(module, Linear) and module.activation != IDENTITY:
             raise ValueError(
@@ -148,8 +155,10 @@ def revert(model: M) -> M:
                 "which torch.nn.Linear cannot have; set it to None first"
             )
     for module in converted.values():
-        module.__class__ = _PLAIN[type(module)]
-        module.__dict__.pop(_MARK)
+        plain = plain_class(type(module))
+        assert plain is not None
+        module.__class__ = plain
+        module.__dict__.pop(_MARK, None)
         module.__dict__.pop("activation", None)
     return model
 
@@ -212,12 +221,22 @@ def fusion_report(model: nn.Module) -> Report:
     _check(model)
     entries: list[Entry] = []
     seen: set[nn.Module] = set()
+    registered = set(model.modules())
+    scripted: tuple[str, ...] = ()
     for path, module in model.named_modules():
-        earlier = frozenset(seen)
-        for names, modules, reason in _found(module):
-            if earlier.isdisjoint(modules) and (not reason or not modules or _matters(modules[0])):
+        if path.startswith(scripted):
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
+            # Of what is in it nothing is executed by Python.
+            scripted = (*scripted, f"{path}." if path else "")
+        found = list(_found(module))
+        for names, modules, reason in found:
+            if seen.isdisjoint(modules):
                 entries.append(Entry(tuple([f"{path}.{name}".strip(".") or "model" for name in names]), reason))
-            seen.update(m for m in modules if _matters(m))
+        for _, modules, _ in found:
+            seen.update(modules)
+        for name, reason in _unregistered(module, registered):
+            entries.append(Entry((f"{path}.{name}".strip("."),), reason))
     return Report(entries)
 
 
@@ -233,13 +252,20 @@ _Found = tuple[list[str], list[nn.Module], str]
 
 def _found(module: nn.Module) -> Iterator[_Found]:
     """Names, modules and reason of what a module executes itself; of a layer, the layer."""
+    if isinstance(module, torch.jit.ScriptModule):
+        yield [""], [], "it is a module of torch.jit, which runs its own code; convert the model before it is scripted"
+        return
     if isinstance(module, fx.GraphModule):
-        yield from _found_in_graph(module)
+        found = _found_in_graph(module)
     elif type(module).forward is Sequential.forward:
         children = {name: child for name, child in module._modules.items() if child is not None}
-        yield from _found_in_children(children, {name: name for name in children})
-    elif _matters(module):
-        yield [""], [module], _why_by_itself(module)
+        found = _found_in_children(children, {name: name for name in children})
+    else:
+        found = iter([([""], [module], _why_by_itself(module))])
+    for names, modules, reason in found:
+        # Modules that are neither layers nor activations have entries of their own, if they hold some.
+        if not modules or not reason or _matters(modules[0]):
+            yield names, [m for m in modules if _matters(m)], reason
 
 
 def _found_in_children(children: Mapping[str, nn.Module], names: Mapping[str, str]) -> Iterator[_Found]:
@@ -263,6 +289,24 @@ def _found_in_graph(module: fx.GraphModule) -> Iterator[_Found]:
 def _matters(module: nn.Module) -> bool:
     # By name, since quantized layers and the wrappers of other libraries are no subclasses.
     return type(module) in reference.MODULES or "Linear" in type(module).__name__
+
+
+def _unregistered(module: nn.Module, registered: set[nn.Module]) -> Iterator[tuple[str, str]]:
+    """Attributes of a module that hold layers which it does not know of, and why they do not run fused."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return
+    for name, value in module.__dict__.items():
+        if name == "_modules" or not isinstance(value, (list, tuple, dict)):
+            continue
+        held = list(value.values() if isinstance(value, dict) else value)
+        layers = {m for item in held if isinstance(item, nn.Module) for m in item.modules() if _matters(m)}
+        if layers - registered:
+            kind, wanted = ("dictionary", "ModuleDict") if isinstance(value, dict) else ("list", "ModuleList")
+            yield (
+                name,
+                f"its layers are in a plain {kind}, where torch.nn.Module sees none of them, nor their parameters; "
+                f"make it a torch.nn.{wanted}",
+            )
 
 
 def _why_by_itself(module: nn.Module) -> str:
