@@ -7,12 +7,13 @@ can be frozen or trained is for them to say.
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 from torch import fx, nn
 
 from fastmlp import reference
 from fastmlp.activations import module_of
-from fastmlp.convert import activation_of, convert, run_chain
 from fastmlp.modules import Linear, Sequential, form_obstacle, watched_obstacle
+from fastmlp.trace import activation_of, record, run_chain
 
 __all__ = ["Link", "links"]
 
@@ -68,6 +69,8 @@ def links(model: nn.Module, name: str = "") -> list[Link]:
 
 def _links(name: str, module: nn.Module) -> Iterator[Link]:
     kind = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        _refuse(name, module, "it is a module of torch.jit, which runs its own code; use the model that was scripted")
     if kind in _LEAVES:
         reason = _replaced(module, _LEAVES[kind]) or watched_obstacle(module) or form_obstacle(module)
         if reason is not None:
@@ -81,8 +84,8 @@ def _links(name: str, module: nn.Module) -> Iterator[Link]:
             if child is None:
                 raise TypeError(f"fastmlp: child {_join(name, key)!r} is None, expected a module")
             yield from _links(_join(name, key), child)
-    elif isinstance(module, _KINDS) or (
-        kind.__module__.startswith("torch.") and not isinstance(module, fx.GraphModule)
+    elif not isinstance(module, fx.GraphModule) and (
+        isinstance(module, _KINDS) or kind.__module__.startswith("torch.")
     ):
         _refuse(name, module, f"{kind.__name__} is not a module that is fused")
     else:
@@ -100,22 +103,36 @@ def _recorded(name: str, module: nn.Module) -> Iterator[Link]:
     if reason is not None:
         _refuse(name, module, reason)
     try:
-        traced = convert(module, trace=True)
+        recorded, check = record(module)
     except RuntimeError as error:
         raise TypeError(f"{error}") from error
-    source, *others = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    if others:
-        _refuse(name, module, f"its forward has {1 + len(others)} inputs")
+    # Arguments that have defaults, and are recorded as these, have no users.
+    inputs = [node for node in recorded.graph.nodes if node.op == "placeholder" and _is_input(node)]
+    if len(inputs) != 1:
+        _refuse(name, module, f"its forward has {len(inputs)} inputs")
+    (source,) = inputs
+    left = [node for node in recorded.graph.nodes if node.op.startswith("call_")]
     while True:
         if len(source.users) != 1:
             _refuse(name, module, f"its forward uses {source.name} {len(source.users)} times, where a chain does once")
         (node,) = source.users
         if node.op == "output":
             break
-        yield from _links_of(name, module, traced, node, source)
+        yield from _links_of(name, module, recorded, node, source)
+        left.remove(node)
         source = node
     if node.args != (source,):
         _refuse(name, module, "its forward returns something else than one tensor")
+    if left:
+        _refuse(name, module, f"its forward calls {left[0].name}, which is not part of a chain of layers")
+    try:
+        check()
+    except RuntimeError as error:
+        raise TypeError(f"{error}") from error
+
+
+def _is_input(node: fx.Node) -> bool:
+    return not node.args or bool(node.users)
 
 
 def _links_of(name: str, module: nn.Module, traced: fx.GraphModule, node: fx.Node, source: fx.Node) -> Iterator[Link]:

@@ -6,74 +6,86 @@ record the forward, so that activations called as functions are seen too. In the
 and so do the keys of the `state_dict`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from numbers import Real
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fastmlp import reference
-from fastmlp._load import _C
-from fastmlp.activations import DEFAULTS, IDENTITY, Activation, module_of
-from fastmlp.modules import Alone, Linear, Sequential, parts, run_parts
+from fastmlp.activations import IDENTITY
+from fastmlp.classes import fused_class, plain_class, stands_in
+from fastmlp.modules import Alone, Linear, Sequential, parts
+from fastmlp.recording import Tracer
+from fastmlp.trace import Traced, activation_of, load, run_chain, traced
 
-__all__ = ["Entry", "Report", "convert", "fusion_report", "revert"]
+__all__ = ["Entry", "Report", "convert", "fusion_report", "revert", "run_chain"]
+
+# The names that these have in pickles of models that were recorded before they had files of their own.
+_Traced, _Tracer, _load = Traced, Tracer, load
 
 M = TypeVar("M", bound=nn.Module)
 
-#: The classes that are swapped, and what for.
-_FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, nn.Sequential: Sequential}
-_PLAIN = {fused: plain for plain, fused in _FUSED.items()}
 
 #: An attribute of every module that was converted. In its `__dict__`, so that copies and pickles have it too.
 _MARK = "_fastmlp_converted"
 
 
 @overload
-def convert(model: M, trace: Literal[False] = False) -> M: ...
+def convert(model: M, trace: Literal[False] = False, inputs: None = None) -> M: ...
 
 
 @overload
-def convert(model: nn.Module, trace: Literal[True]) -> fx.GraphModule: ...
+def convert(model: nn.Module, trace: Literal[True], inputs: tuple[Any, ...] | None = None) -> fx.GraphModule: ...
 
 
 @overload
-def convert(model: nn.Module, trace: bool) -> nn.Module: ...
+def convert(model: nn.Module, trace: bool, inputs: tuple[Any, ...] | None = None) -> nn.Module: ...
 
 
-def convert(model: nn.Module, trace: bool = False) -> nn.Module:
+def convert(model: nn.Module, trace: bool = False, inputs: tuple[Any, ...] | None = None) -> nn.Module:
     """Makes the layers of an existing model run fused.
 
     Without `trace` this happens in place: modules whose class is exactly `torch.nn.Linear` or `torch.nn.Sequential`
-    get the class `fastmlp.Linear` or `fastmlp.Sequential`. Everything else stays: the modules themselves, their
-    parameters, keys, modes and hooks, and optimizers made before. Subclasses, parametrized layers and lazy layers that
-    have not run yet are left as they are. `revert` takes it back. Tools that look for exactly `torch.nn.Linear`, such
-    as `torch.ao.quantization`, want the model reverted.
+    get the class `fastmlp.Linear` or `fastmlp.Sequential`; those of a subclass of `torch.nn.Sequential` that inherits
+    its forward get a subclass of both, of the same name. Everything else stays: the modules themselves, their
+    parameters, keys, modes and hooks, and optimizers made before. Other subclasses, parametrized layers, modules of
+    torch.jit and lazy layers that have not run yet are left as they are. `revert` takes it back. Tools that look for
+    exactly `torch.nn.Linear`, such as `torch.ao.quantization`, want the model reverted.
 
     With `trace` the model stays as it is, and a `torch.fx.GraphModule` with the same modules, parameters and keys is
     returned, in which activations are fused however they are called: `torch.relu(self.fc1(x))`,
     `self.fc1(x).relu_()`, `self.act(self.fc1(x))`. A layer takes part where its output has one user. Modules with
-    hooks, and those of torch.nn that hold layers, such as `torch.nn.TransformerEncoderLayer`, are called. Of the
-    model's attributes and methods only the forward is there; `train`, `eval` and `to` act on the modules that both
-    share. As ever with torch.fx, what does not depend on the arguments is computed once, when it is recorded.
+    hooks, and those of torch.nn that hold layers, such as `torch.nn.TransformerEncoderLayer`, are called.
 
-    `fusion_report` says what came of it. Converting twice is converting once.
+    A forward is recorded by executing it, on a copy of the modules, and then it and what was recorded are executed on
+    an example and compared, operation by operation. Functions of torch are recorded also where they make tensors
+    (`torch.zeros(4)`), draw random numbers (`torch.randn(4)`) or read parameters, so they run at every call. What
+    would happen only once is refused: changing a buffer, a parameter or an attribute, drawing numbers from `random`
+    or numpy, reading elements of a tensor into Python. Values of Python that the forward only reads, such as
+    `self.flag`, stay as they were. An argument that has a default is recorded as that default where the forward asks
+    for it (`if scale is None`); the recorded module refuses any other value, and `inputs` is the way to record one.
+
+    `fusion_report` says what came of it. Converting twice is converting once. Code that looks for exactly
+    `torch.nn.Linear`, such as `model.apply(init)` with `if type(m) == nn.Linear`, passes converted layers by without a
+    word: initialise first and convert then, or write `isinstance(m, nn.Linear)`.
 
     Args:
         model: any module; a single `torch.nn.Linear` too.
         trace: whether to record the forward with torch.fx.
+        inputs: with `trace`, examples of the forward's arguments by position, which it is recorded and compared with.
+            By default they are made from the sizes of the layers. What they cover has to be given in every call.
 
     Returns:
         `model`, or the recorded module.
 
     Raises:
         TypeError: if `model` is not a module.
+        ValueError: for `inputs` without `trace`.
         RuntimeError: with `trace`, for a forward that torch.fx cannot record, or would record wrongly: whose course
-            depends on data or on `self.training` (as in `F.dropout(x, training=self.training)`), or with hooks on
-            the model itself, or in which gradients or autocast are switched.
+            depends on data, on `self.training` (as in `F.dropout(x, training=self.training)`) or on whether gradients
+            are recorded, or that changes something, or with hooks on the model itself, or in which gradients or
+            autocast are switched. The message names the reason and, if there is one, the line.
 
     Example:
         >>> model = convert(nn.Sequential(nn.Linear(10, 50), nn.ReLU(), nn.Linear(50, 1)))
@@ -84,15 +96,19 @@ def convert(model: nn.Module, trace: bool = False) -> nn.Module:
     """
     _check(model)
     if trace:
-        return _traced(model)
+        return traced(model, inputs)
+    if inputs is not None:
+        raise ValueError("fastmlp: inputs are examples for trace=True, and trace is False")
     for module in model.modules():
-        fused = _FUSED.get(type(module))
+        fused = None if isinstance(module, torch.jit.ScriptModule) else fused_class(type(module))
         # The forward of an instance may call whatever its author wrote it for.
-        if fused is not None and "forward" not in module.__dict__:
-            module.__class__ = fused
-            setattr(module, _MARK, True)
-            if isinstance(module, Linear):
-                module.activation = IDENTITY
+        if fused is None or "forward" in module.__dict__:
+            continue
+        # Other threads may call the module meanwhile: its class is the last that changes, and the first that goes back.
+        if fused is Linear:
+            module.__dict__["activation"] = IDENTITY
+        module.__dict__[_MARK] = True
+        module.__class__ = fused
     return model
 
 
@@ -124,9 +140,14 @@ def revert(model: M) -> M:
         (<class 'torch.nn.modules.container.Sequential'>, <class 'torch.nn.modules.linear.Linear'>)
     """
     _check(model)
-    converted = {name: module for name, module in model.named_modules() if _MARK in module.__dict__}
+    converted = {
+        name: module
+        for name, module in model.named_modules()
+        # A slice of a converted module has its class, and no mark.
+        if _MARK in module.__dict__ or stands_in(type(module))
+    }
     for name, module in converted.items():
-        if type(module) not in _PLAIN:
+        if plain_class(type(module)) is None:
             raise ValueError(f"{name or 'model'} has become a {type(module).__name__} since it was converted")
         if isinstance(module, Linear) and module.activation != IDENTITY:
             raise ValueError(
@@ -134,8 +155,10 @@ def revert(model: M) -> M:
                 "which torch.nn.Linear cannot have; set it to None first"
             )
     for module in converted.values():
-        module.__class__ = _PLAIN[type(module)]
-        module.__dict__.pop(_MARK)
+        plain = plain_class(type(module))
+        assert plain is not None
+        module.__class__ = plain
+        module.__dict__.pop(_MARK, None)
         module.__dict__.pop("activation", None)
     return model
 
@@ -198,12 +221,22 @@ def fusion_report(model: nn.Module) -> Report:
     _check(model)
     entries: list[Entry] = []
     seen: set[nn.Module] = set()
+    registered = set(model.modules())
+    scripted: tuple[str, ...] = ()
     for path, module in model.named_modules():
-        earlier = frozenset(seen)
-        for names, modules, reason in _found(module):
-            if earlier.isdisjoint(modules) and (not reason or not modules or _matters(modules[0])):
+        if path.startswith(scripted):
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
+            # Of what is in it nothing is executed by Python.
+            scripted = (*scripted, f"{path}." if path else "")
+        found = list(_found(module))
+        for names, modules, reason in found:
+            if seen.isdisjoint(modules):
                 entries.append(Entry(tuple([f"{path}.{name}".strip(".") or "model" for name in names]), reason))
-            seen.update(m for m in modules if _matters(m))
+        for _, modules, _ in found:
+            seen.update(modules)
+        for name, reason in _unregistered(module, registered):
+            entries.append(Entry((f"{path}.{name}".strip("."),), reason))
     return Report(entries)
 
 
@@ -219,13 +252,20 @@ _Found = tuple[list[str], list[nn.Module], str]
 
 def _found(module: nn.Module) -> Iterator[_Found]:
     """Names, modules and reason of what a module executes itself; of a layer, the layer."""
+    if isinstance(module, torch.jit.ScriptModule):
+        yield [""], [], "it is a module of torch.jit, which runs its own code; convert the model before it is scripted"
+        return
     if isinstance(module, fx.GraphModule):
-        yield from _found_in_graph(module)
+        found = _found_in_graph(module)
     elif type(module).forward is Sequential.forward:
         children = {name: child for name, child in module._modules.items() if child is not None}
-        yield from _found_in_children(children, {name: name for name in children})
-    elif _matters(module):
-        yield [""], [module], _why_by_itself(module)
+        found = _found_in_children(children, {name: name for name in children})
+    else:
+        found = iter([([""], [module], _why_by_itself(module))])
+    for names, modules, reason in found:
+        # Modules that are neither layers nor activations have entries of their own, if they hold some.
+        if not modules or not reason or _matters(modules[0]):
+            yield names, [m for m in modules if _matters(m)], reason
 
 
 def _found_in_children(children: Mapping[str, nn.Module], names: Mapping[str, str]) -> Iterator[_Found]:
@@ -251,6 +291,24 @@ def _matters(module: nn.Module) -> bool:
     return type(module) in reference.MODULES or "Linear" in type(module).__name__
 
 
+def _unregistered(module: nn.Module, registered: set[nn.Module]) -> Iterator[tuple[str, str]]:
+    """Attributes of a module that hold layers which it does not know of, and why they do not run fused."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return
+    for name, value in module.__dict__.items():
+        if name == "_modules" or not isinstance(value, (list, tuple, dict)):
+            continue
+        held = list(value.values() if isinstance(value, dict) else value)
+        layers = {m for item in held if isinstance(item, nn.Module) for m in item.modules() if _matters(m)}
+        if layers - registered:
+            kind, wanted = ("dictionary", "ModuleDict") if isinstance(value, dict) else ("list", "ModuleList")
+            yield (
+                name,
+                f"its layers are in a plain {kind}, where torch.nn.Module sees none of them, nor their parameters; "
+                f"make it a torch.nn.{wanted}",
+            )
+
+
 def _why_by_itself(module: nn.Module) -> str:
     if "forward" in module.__dict__:
         return "its forward was replaced"
@@ -273,200 +331,3 @@ def _why_not_in_a_chain(node: fx.Node) -> str:
     if len(before.users) == 1:
         return "it was recorded apart from the layers before it"
     return f"the result before it is used {len(before.users)} times"
-
-
-# The recorded forward.
-
-
-def run_chain(input: Any, layers: dict[str, nn.Module]) -> Any:
-    """What `fastmlp.Sequential` computes of these modules; the nodes of traced models call it.
-
-    Example:
-        >>> run_chain(torch.ones(1, 1), {"fc": nn.Linear(1, 1), "act": nn.Sigmoid()}).shape
-        torch.Size([1, 1])
-    """
-    return run_parts(layers, input) if torch.compiler.is_compiling() else _C.run_children(layers, input)
-
-
-def _functions() -> dict[Callable[..., Any], str]:
-    """PyTorch's functions for the activations; those that end in an underscore work in place."""
-    places: tuple[Any, ...] = (torch, F)
-    found = {(place, name, name + end) for place in places for name in DEFAULTS for end in ("", "_")}
-    return {getattr(place, key): name for place, name, key in found if hasattr(place, key)}
-
-
-_FUNCTIONS = {**_functions(), torch.special.expit: "sigmoid"}
-_METHODS = {name + end: name for name in DEFAULTS for end in ("", "_") if hasattr(Tensor, name + end)}
-
-
-def activation_of(node: fx.Node) -> Activation | None:
-    """The activation that a call of a function or method computes, if it has numbers for parameters."""
-    table: Mapping[Any, str] = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(node.op, {})
-    name = table.get(node.target)
-    if name is None:
-        return None
-    # Every function of torch has them in this order.
-    order = ("input", *DEFAULTS[name], "inplace")
-    if len(node.args) > len(order):
-        return None
-    given: dict[str, Any] = {**dict(zip(order, node.args, strict=False)), **node.kwargs}
-    input, inplace = given.pop("input", None), given.pop("inplace", False)
-    if name == "gelu" and given.pop("approximate", "none") == "tanh":
-        name = "gelu_tanh"
-    plain = all(key in DEFAULTS[name] and isinstance(value, Real) for key, value in given.items())
-    if not plain or not isinstance(inplace, bool) or not isinstance(input, fx.Node):
-        return None
-    return Activation(name, **given)
-
-
-def _member(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """The module, or a new one that computes the same, with which a call may be part of a chain."""
-    if len(node.all_input_nodes) != 1:
-        return None
-    if node.op == "call_module":
-        called = module.get_submodule(str(node.target))
-        return called if type(called) in (nn.Linear, Linear, nn.Dropout, *reference.MODULES) else None
-    activation = activation_of(node)
-    return None if activation is None else module_of(activation)
-
-
-def _chain_from(module: fx.GraphModule, first: fx.Node) -> dict[fx.Node, nn.Module]:
-    """The calls that follow a layer, as long as nothing else sees what they pass on."""
-    layer = _member(module, first)
-    if not isinstance(layer, nn.Linear):
-        return {}
-    chain: dict[fx.Node, nn.Module] = {first: layer}
-    last, gapless = first, True
-    while len(last.users) == 1:
-        (node,) = last.users
-        member = _member(module, node)
-        gapless = gapless and node.prev is last
-        # A chain runs where its first call stood. Random numbers must be drawn in the order they were.
-        if member is None or (type(member) is nn.Dropout and not gapless):
-            break
-        chain[node] = member
-        last = node
-    return chain
-
-
-def _fuse(module: fx.GraphModule) -> None:
-    graph = module.graph
-    taken: set[fx.Node] = set()
-    for first in list(graph.nodes):
-        chain = {} if first in taken else _chain_from(module, first)
-        if not chain:
-            continue
-        taken.update(chain)
-        with graph.inserting_before(first):
-            layers = {node.name: graph.get_attr(_place(module, node, member)) for node, member in chain.items()}
-            call = graph.call_function(run_chain, (first.all_input_nodes[0], layers))
-        list(chain)[-1].replace_all_uses_with(call)
-        for node in reversed(chain):
-            graph.erase_node(node)
-    graph.lint()
-    module.recompile()
-
-
-def _place(module: fx.GraphModule, node: fx.Node, member: nn.Module) -> str:
-    """Where the module is; an activation that was a function gets a place. It has no keys."""
-    if node.op == "call_module":
-        return str(node.target)
-    name = node.name
-    while hasattr(module, name):
-        name += "_"
-    module.register_module(name, member.train(module.training))
-    return name
-
-
-class _Tracer(fx.Tracer):
-    """Records a forward down to the modules of torch.nn and to `run_chain`."""
-
-    def __init__(self) -> None:
-        super().__init__(autowrap_functions=(run_chain,))
-        self._modes = _modes()
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether the module is called as it is. One with hooks is, so that they run at every call."""
-        hooked = any(m.__dict__[hooks] for hooks in _HOOKS)
-        return hooked or type(m) in (Linear, *reference.MODULES) or super().is_leaf_module(m, module_qualified_name)
-
-    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
-        """A node; none for what runs in a context that the graph would not remember."""
-        if _modes() != self._modes:
-            raise fx.proxy.TraceError("gradients or autocast are switched in its forward, which is not recorded")
-        return super().create_node(kind, *args, **kwargs)
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _modes() -> tuple[bool, ...]:
-    autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
-
-
-def _traced(model: nn.Module) -> fx.GraphModule:
-    hooks = [name for name, value in model.__dict__.items() if name.endswith("_hooks") and value]
-    if hooks:
-        raise RuntimeError(f"fastmlp: {_name(model)} itself has hooks ({', '.join(hooks)}), which {_ADVICE}")
-    (_, in_training), (root, graph) = _record(model, True), _record(model, False)
-    for ours, theirs in zip(str(in_training).splitlines(), str(graph).splitlines(), strict=False):
-        if ours != theirs:
-            raise RuntimeError(
-                f"fastmlp: the forward of {_name(model)} depends on self.training, which {_ADVICE}. nn.Dropout in "
-                f"place of F.dropout can be recorded. In training it has {ours.strip()}, else {theirs.strip()}"
-            )
-    module = _Traced(root, graph, _name(model))
-    _fuse(module)
-    return module
-
-
-_ADVICE = "a recorded forward would lose; convert(model) without trace keeps it"
-
-
-def _name(model: nn.Module) -> str:
-    return type(model).__name__
-
-
-def _record(model: nn.Module, training: bool) -> tuple[nn.Module, fx.Graph]:
-    # A copy, since torch.fx leaves the constants that it meets on the module itself.
-    root = object.__new__(type(model))
-    root.__dict__.update(model.__dict__)
-    before = {module: module.training for module in root.modules()}
-    try:
-        for module in before:
-            module.training = training
-        return root, _Tracer().trace(root)
-    except Exception as error:
-        raise RuntimeError(
-            f"fastmlp: torch.fx cannot record the forward of {_name(model)}; convert(model) without trace "
-            f"needs no recording. It says: {error}"
-        ) from error
-    finally:
-        for module, mode in before.items():
-            module.training = mode
-
-
-class _Traced(fx.GraphModule):
-    """A graph module with all that the traced module holds: torch.fx takes only what the graph uses."""
-
-    def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "GraphModule") -> None:
-        super().__init__(root, graph, class_name)
-        constants = self._buffers.keys() - root._buffers.keys()
-        self._buffers = {**root._buffers, **{name: self._buffers[name] for name in sorted(constants)}}
-        self._non_persistent_buffers_set = root._non_persistent_buffers_set | constants
-        self._parameters = dict(root._parameters)
-        self._modules = dict(root._modules)
-
-    def _deepcopy_init(self) -> Callable[..., None]:
-        return partial(_Traced.__init__, class_name=_name(self))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        build, arguments = super().__reduce__()
-        return _load, (build, arguments, _name(self))
-
-
-def _load(build: Callable[..., fx.GraphModule], arguments: tuple[dict[str, Any], str], name: str) -> fx.GraphModule:
-    root = nn.Module()
-    root.__dict__.update(arguments[0])
-    return _Traced(root, build(*arguments).graph, name)

@@ -29,6 +29,10 @@ class _Called(nn.Module):
             output = _C.call_module(self, args, kwargs)
             if output is not NotImplemented:
                 return output
+            # Another thread may have reverted the module since this call began: it is what its class is now.
+            kind = type(self)
+            following: Any = super(_Called, kind) if issubclass(kind, _Called) else kind
+            return following.__call__(self, *args, **kwargs)
         return super().__call__(*args, **kwargs)
 
 
@@ -85,7 +89,9 @@ class Linear(_Called, nn.Linear):
             output = _C.run_layer(self, input)
             if output is not None:
                 return output
-        return functional.linear(input, self.weight, self.bias, self.activation)
+        # Another thread may have reverted the module since this call began.
+        activation = getattr(self, "activation", IDENTITY)
+        return functional.linear(input, self.weight, self.bias, activation)
 
     def extra_repr(self) -> str:
         """As `torch.nn.Linear`, and the activation if there is one."""

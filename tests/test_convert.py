@@ -2,10 +2,13 @@
 
 import copy
 import pickle
+import sys
+import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from torch.nn.utils import parametrizations, spectral_norm
 import fastmlp
 from fastmlp import Activation, convert, fusion_report, reference, revert
 from fastmlp.activations import module_of, resolve
+from fastmlp.chain import links
 from fastmlp.convert import run_chain
 from tests.test_autograd import assert_same
 
@@ -216,12 +220,12 @@ def test_what_is_no_plain_layer_is_left_and_named() -> None:
     before, plain = state_of(model), copy.deepcopy(model)
     convert(model)
     changed = [name for (name, kind, *_), (*_, then, _, _) in zip(state_of(model), before, strict=True) if kind != then]
-    assert changed == ["hooked"]
+    assert changed == ["hooked", "own_sequential"]
     x = torch.randn(2, 4)
     for name in ("own", "parametrized", "replaced", "hooked", "own_sequential"):
         torch.testing.assert_close(model[name](x), plain[name](x))
     other = "is not torch.nn.Linear and may compute something else"
-    tanh = "own_sequential.0: it is called by itself; trace=True sees what comes before it"
+    tanh = "own_sequential.0: no layer that is fused precedes it"
     assert sorted(lines(model)) == sorted(
         [
             f"kept   own: its class {__name__}.OwnLinear {other}",
@@ -719,3 +723,248 @@ def test_report_is_a_tuple_of_entries() -> None:
 def test_what_is_no_module(function: Callable[[Any], Any]) -> None:
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got Tensor"):
         function(torch.zeros(1))
+
+
+# Modules that other libraries make.
+
+
+class Block(nn.Sequential):
+    """A subclass that inherits its forward, as those of fastai and torchrl do."""
+
+    registry: ClassVar[list[type]] = []
+
+    def __init__(self, columns: int = 4) -> None:
+        super().__init__(nn.Linear(columns, 5), nn.ReLU(), nn.Linear(5, 3))
+        self.columns = columns
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        Block.registry.append(cls)
+
+    def describe(self) -> str:
+        return f"{self.columns} columns, {super().__len__()} modules"
+
+
+class Plainest(nn.Sequential):
+    """A subclass with nothing of its own."""
+
+
+@pytest.mark.parametrize("kind", [Block, Plainest])
+def test_subclasses_of_sequential_run_fused(kind: type[nn.Sequential]) -> None:
+    model = (Block() if kind is Block else Plainest(*Block())).double()
+    plain, before = copy.deepcopy(model), state_of(model)
+    convert(model)
+    assert lines(model) == ["fused  0 + 1 + 2"]
+    assert_same_function(model, plain, input_of(6, 4))
+    assert isinstance(model, kind)
+    assert isinstance(model, fastmlp.Sequential)
+    assert repr(model).splitlines()[0] == repr(plain).splitlines()[0]
+    assert Block.registry == []
+    assert type(convert(Block())) is type(convert(Block()))
+    if isinstance(model, Block):
+        assert model.describe() == "4 columns, 3 modules"
+        assert issubclass(type(model), Block)
+    for again in (copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))):
+        copied = again(model)
+        assert type(copied) is type(model)
+        assert lines(copied) == ["fused  0 + 1 + 2"]
+        assert_same_function(copied, plain, input_of(6, 4))
+    assert type(revert(copy.deepcopy(model))) is kind
+    assert [link.name for link in links(model)] == ["0", "1", "2"]
+    fastmlp.freeze(model)
+    assert state_of(revert(model)) == before
+
+
+def test_slices_of_subclasses() -> None:
+    model = Plainest(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    part: Any = convert(model)[:2]
+    assert isinstance(part, Plainest)
+    revert(part)
+    assert [type(m) for m in part.modules()] == [Plainest, nn.Linear, nn.ReLU]
+
+
+def test_subclasses_with_a_call_or_forward_of_their_own_stay() -> None:
+    class Calling(nn.Sequential):
+        def __call__(self, *args: Any) -> Any:
+            return super().__call__(*args) + 1
+
+    class Forwarding(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) + 1
+
+    for kind in (Calling, Forwarding):
+        model = kind(nn.Linear(4, 3), nn.ReLU())
+        x = torch.randn(2, 4)
+        expected = model(x)
+        assert type(convert(model)) is kind
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_layers_in_plain_lists_are_named() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = [nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)]
+            self.heads = {"a": nn.Sequential(nn.Linear(3, 1))}
+            self.registered = nn.Linear(1, 1)
+            self.again = [self.registered]
+            self.sizes = [4, 5, 3]
+
+    assert lines(nn.Sequential(Listed())) == [
+        "kept   0.layers: its layers are in a plain list, where torch.nn.Module sees none of them, nor their "
+        "parameters; make it a torch.nn.ModuleList",
+        "kept   0.heads: its layers are in a plain dictionary, where torch.nn.Module sees none of them, nor their "
+        "parameters; make it a torch.nn.ModuleDict",
+        "kept   0.registered: it is not converted",
+    ]
+
+
+@pytest.mark.parametrize("script", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(2, 4))])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_modules_of_torch_jit(script: Callable[[Any], nn.Module], inside: bool) -> None:
+    scripted = script(sequential())
+    model = nn.Sequential(nn.Linear(4, 4), scripted, nn.Linear(3, 3)) if inside else scripted
+    x = torch.randn(2, 4)
+    expected, name = model(x), "1" if inside else "model"
+    convert(model)
+    assert_same([model(x)], [expected])
+    kept = [line for line in lines(model) if line.startswith("kept")]
+    assert kept == [
+        f"kept   {name}: it is a module of torch.jit, which runs its own code; convert the model before it is scripted"
+    ]
+    revert(model)
+    assert_same([model(x)], [expected])
+    with pytest.raises(TypeError, match=rf"fastmlp: {name} \(.*it is a module of torch.jit, .* use the model that was"):
+        fastmlp.freeze(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (problem, *_) = fastmlp.TrainStep.explain(model, nn.MSELoss(), optimizer)
+    assert "it is a module of torch.jit" in problem
+    if inside:
+        recorded = convert(model, trace=True)
+        torch.testing.assert_close(recorded(x), expected)
+        assert targets(recorded) == [run_chain, "1", run_chain]
+    else:
+        with pytest.raises(RuntimeError, match=r"fastmlp: torch.fx cannot record .*, a module of torch.jit"):
+            convert(model, trace=True)
+
+
+# While other threads call.
+
+
+def tower() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), Block(), nn.Sequential(nn.Linear(3, 3), nn.Tanh()), nn.Linear(3, 2))
+
+
+def at_each_line(function: Callable[[], Any], look: Callable[[], Any]) -> int:
+    """Calls `look` before every line of our own files that `function` executes."""
+    count = 0
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal count
+        if "/fastmlp/" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            count += 1
+            sys.settrace(None)
+            look()
+            sys.settrace(trace)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_a_model_is_valid_at_every_moment() -> None:
+    model, x = tower().eval(), torch.randn(2, 4)
+    expected = model(x)
+
+    def look() -> None:
+        torch.testing.assert_close(model(x), expected)
+        assert not any(isinstance(m, fastmlp.Linear) and "activation" not in m.__dict__ for m in model.modules())
+
+    assert at_each_line(lambda: convert(model), look) > 20
+    assert at_each_line(lambda: revert(model), look) > 20
+
+
+def test_calls_that_have_begun_go_on() -> None:
+    layer, x = nn.Linear(4, 3), torch.randn(2, 4)
+    expected = layer(x)
+    for model in (layer, nn.Sequential(layer)):
+        for change, undo in ((convert, revert), (revert, convert)):
+            for at in range(1, 30):
+                undo(model)
+                calls = iter(range(1, 100))
+
+                def look(frame: Any, event: str, _: Any, calls: Any = calls, at: int = at) -> None:
+                    if event == "call" and next(calls) == at:
+                        sys.setprofile(None)
+                        change(model)  # noqa: B023
+
+                sys.setprofile(look)
+                try:
+                    output = model(x, **{}) if at % 2 else model.__call__(x)
+                finally:
+                    sys.setprofile(None)
+                torch.testing.assert_close(output, expected)
+    # Where something has to see the call, Python passes it on.
+    handle = layer.register_forward_hook(lambda *_: None)
+    for at in range(1, 12):
+        convert(layer)
+        steps = iter(range(1, 100))
+
+        def switch(frame: Any, event: str, _: Any, steps: Any = steps, at: int = at) -> None:
+            if event in ("call", "c_call") and next(steps) == at:
+                sys.setprofile(None)
+                revert(layer)
+
+        sys.setprofile(switch)
+        try:
+            output = layer(x)
+        finally:
+            sys.setprofile(None)
+        torch.testing.assert_close(output, expected)
+    handle.remove()
+
+
+def test_threads_call_while_it_is_converted() -> None:
+    model, x = tower().eval(), torch.randn(2, 4)
+    expected, wrong, done = model(x).detach(), [], threading.Event()
+
+    def call() -> None:
+        while not done.is_set():
+            try:
+                torch.testing.assert_close(model(x), expected)
+            except Exception as error:
+                wrong.append(repr(error))
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(300):
+            revert(convert(model))
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert wrong == []
+
+
+def test_reports_take_time_in_proportion_to_the_layers() -> None:
+    def seconds(layers: int) -> float:
+        model = nn.Sequential(*[nn.ReLU() for _ in range(layers)])
+        start = time.process_time()
+        fusion_report(model)
+        return time.process_time() - start
+
+    seconds(10)
+    # 16 times as many take 16 times as long, where a report that looks at each pair takes 256 times.
+    assert min(seconds(16000) for _ in range(2)) < 64 * min(seconds(1000) for _ in range(3))
