@@ -23,10 +23,10 @@ def autotune(path: str | os.PathLike[str] | None = None) -> Iterator[None]:
 
     The tiles of fastmlp's kernels compete with the library that PyTorch calls (`torch.addmm`), on random operands of
     the product's shape, dtype and alignment; the fastest is chosen from then on, after the context too. That takes
-    some milliseconds for each new shape and waits for the GPU, so it is nothing for a training loop whose batches all
-    differ in size. While a CUDA graph is captured nothing is measured, nor where there is no memory for these operands.
-    The user's random numbers stay as they are. What is timed is the GPU alone: it is kept busy until the host has
-    queued all of a measurement. Where the host is too slow for that, nothing is chosen.
+    some tens of milliseconds for each new shape and waits for the GPU, so it is nothing for a training loop whose
+    batches all differ in size. What is timed is the GPU alone: it is kept busy until the host has queued all of a
+    measurement; where the host is too slow for that, nothing is chosen. While a CUDA graph is captured nothing is
+    measured, nor where there is no memory for these operands. The user's random numbers stay as they are.
 
     Choices belong to a card's architecture and its number of multiprocessors, on which they depend most. Cards that
     have both in common share them in a process, such as the eight of a server.
