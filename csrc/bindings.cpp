@@ -132,7 +132,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("obstacle", &obstacle_of);
   m.def("devices", &device_names);
   m.def("device_obstacle", [](const std::string& device) -> std::optional<std::string> {
-    const char* why = device_obstacle(c10::Device(device).type());
+    const char* why = device_obstacle(c10::Device(device));
     return why ? std::optional<std::string>(why) : std::nullopt;
   });
   m.def("register_modules", &register_modules);

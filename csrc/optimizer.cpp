@@ -349,8 +349,18 @@ void for_each_parameter(const py::handle& optimizer, c10::function_ref<void(PyOb
   }
 }
 
+// Whether the first parameter is on another device than the CPU. Then nearly always all are, and for torch to move.
+bool begins_elsewhere(const py::handle& optimizer) {
+  const py::object attributes = attributes_of(optimizer.ptr());
+  for (PyObject* group : items(groups_of(attributes.ptr()))) {
+    for (PyObject* parameter : items(entry(group, names().params)))
+      return THPVariable_Check(parameter) && !THPVariable_Unpack(parameter).device().is_cpu();
+  }
+  return false;
+}
+
 py::object step_optimizer(const py::handle& optimizer, Rule rule, bool partly) {
-  if (is_step_watched(optimizer)) return py::none();
+  if (is_step_watched(optimizer) || begins_elsewhere(optimizer)) return py::none();
   OptimizerStep step(optimizer, rule, [](PyObject* parameter) { return THPVariable_Unpack(parameter).grad(); });
   py::list left;
   for (PyObject* parameter : step.left()) left.append(py::reinterpret_borrow<py::object>(parameter));

@@ -59,7 +59,8 @@ class OptimizerStep {
 // Calls visit(parameter) for each parameter of an optimizer, group by group.
 void for_each_parameter(const py::handle& optimizer, c10::function_ref<void(PyObject*)> visit);
 
-// optimizer.step() of fastmlp.optim without a closure; None, and nothing done, if something watches the step. Else the
+// optimizer.step() of fastmlp.optim without a closure; None, and nothing done, if all of it is for torch: something
+// watches the step, or the first parameter is not on the CPU, so that on a GPU nothing is read in vain. Else the
 // parameters that are left for torch; if there are any, the others move only if `partly`, so that torch, which may
 // refuse them, can go first.
 py::object step_optimizer(const py::handle& optimizer, Rule rule, bool partly);

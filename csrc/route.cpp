@@ -59,7 +59,7 @@ const char* key_obstacle(const at::Tensor& tensor) {
   const c10::DispatchKeySet keys = tensor.key_set();
   const bool on_cpu = keys.has_all(c10::DispatchKeySet(c10::DispatchKey::CPU));
   if (!on_cpu) {
-    if (const char* why = device_obstacle(tensor.device().type())) return why;
+    if (const char* why = device_obstacle(tensor.device())) return why;
   }
   if ((keys.raw_repr() & ~(on_cpu ? usual_on_cpu : usual_on_cuda)) != 0)
     return "a tensor is wrapped, sparse, conjugated or otherwise special";

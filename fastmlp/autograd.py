@@ -9,7 +9,8 @@ composite: `fastmlp.reference`, for whatever stands between a tensor and its dat
     transforms, forward mode, batched gradients, subclasses, export, dtypes without kernels. It is
     right for every transform and every order of derivative because PyTorch's own operations are.
 
-A GPU that the build has no kernels for takes the composite route too; the first call that does so in eager mode warns.
+A GPU that the build has no kernels for, or no code of its architecture, takes the composite route too; the first call
+that does so warns.
 
 Under autocast of the device, input and parameters are cast first, as autocast would before each layer;
 every activation keeps the dtype that it is given there, so the layers run in one dtype.
@@ -98,7 +99,7 @@ def _captured(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Te
         torch.compiler._is_exporting_flag
         or torch._C._are_functorch_transforms_active()
         or input.dtype not in ops.DTYPES
-        or input.device.type not in ops.DEVICES
+        or not _has_kernels(input.device)
     ):
         return _reference(stack, input, parameters)
     input, *rest = autocast(input, *parameters)
@@ -122,18 +123,24 @@ def _composite(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> T
         autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
         if input.is_floating_point() or input.is_complex():
             _C.check_forward(stack.native, input, parameters, not autocast)
-        if input.device.type == "cuda":
-            _warn_without_kernels()
+        _has_kernels(input.device)
     return _reference(stack, input, parameters)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_kernels(device: torch.device) -> bool:
+    """Whether this build has kernels for this very device; for a GPU that it has none for, it warns."""
+    obstacle = _C.device_obstacle(str(device))
+    if obstacle is not None and device.type == "cuda":
+        _warn_without_kernels(obstacle)
+    return obstacle is None
+
+
 @cache
-def _warn_without_kernels() -> None:
+def _warn_without_kernels(obstacle: str) -> None:
     """Once, since whoever trains on a GPU does not ask `explain` why that is no faster."""
-    obstacle = _C.device_obstacle("cuda")
-    if obstacle is not None:
-        # The caller's line is some modules away, and a warning about the installation is not about that line.
-        warnings.warn(f"fastmlp: PyTorch's own operations run on CUDA tensors, since {obstacle}", stacklevel=1)
+    # The caller's line is some modules away, and a warning about the installation is not about that line.
+    warnings.warn(f"fastmlp: PyTorch's own operations run on CUDA tensors, since {obstacle}", stacklevel=1)
 
 
 def _reference(stack: Stack, input: Tensor, parameters: Sequence[Tensor]) -> Tensor:

@@ -122,7 +122,7 @@ def environment(device: str) -> dict[str, str]:
     if device == "cuda":
         if not torch.cuda.is_available():
             raise RuntimeError("device is cuda, and this PyTorch finds no GPU: torch.cuda.is_available() is False")
-        if obstacle := _C.device_obstacle(device):
+        if obstacle := _C.device_obstacle("cuda:0"):
             raise RuntimeError(f"device is cuda, and {obstacle}")
         properties = torch.cuda.get_device_properties(0)
         about |= {

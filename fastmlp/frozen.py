@@ -301,7 +301,7 @@ def _alive(reference: "ReferenceType[nn.Module]") -> nn.Module:
 def _tensor(name: str, tensor: Tensor | None, device: torch.device | None = None) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"fastmlp: {name} is a {type(tensor).__name__}, expected a tensor")
-    obstacle = _C.device_obstacle(tensor.device.type)
+    obstacle = _C.device_obstacle(str(tensor.device))
     if obstacle is not None:
         raise RuntimeError(f"fastmlp: {name} is on {tensor.device}, and {obstacle}")
     if device is not None and tensor.device != device:

@@ -3,7 +3,8 @@
 Subclasses of those of `torch.optim`, with the same arguments and the same `state_dict`: a checkpoint of one loads into
 the other. They move the parameters of any model. What the kernels do not take (parameters that are complex, not on the
 CPU, of a subclass of `torch.Tensor` or not dense, sparse gradients, and groups with `capturable` or `differentiable`)
-is moved by PyTorch's own step, in the same call. So is everything while a hook, a profiler or `torch.compile` watches.
+is moved by PyTorch's own step, in the same call. So is everything where the first parameter is not on the CPU, as of a
+model on a GPU, and while a hook, a profiler or `torch.compile` watches.
 """
 
 from collections.abc import Callable

@@ -14,7 +14,7 @@ from fastmlp._load import _C
 _ops = torch.ops.fastmlp_cuda
 
 #: What a choice is, in the order of the extension's numbers.
-FIELDS = ("architecture", "dtype", "epilogue", "vectors", "m", "n", "k", "tile")
+FIELDS = ("architecture", "multiprocessors", "dtype", "epilogue", "vectors", "m", "n", "k", "tile")
 
 
 @contextmanager
@@ -23,9 +23,13 @@ def autotune(path: str | os.PathLike[str] | None = None) -> Iterator[None]:
 
     The tiles of fastmlp's kernels compete with the library that PyTorch calls (`torch.addmm`), on random operands of
     the product's shape, dtype and alignment; the fastest is chosen from then on, after the context too. That takes
-    some milliseconds for each new shape and waits for the GPU, so it is nothing for a training loop whose batches all
-    differ in size. While a CUDA graph is captured nothing is measured, nor where there is no memory for these operands.
-    The user's random numbers stay as they are. Cards of one architecture share what was measured in a process.
+    some tens of milliseconds for each new shape and waits for the GPU, so it is nothing for a training loop whose
+    batches all differ in size. What is timed is the GPU alone: it is kept busy until the host has queued all of a
+    measurement; where the host is too slow for that, nothing is chosen. While a CUDA graph is captured nothing is
+    measured, nor where there is no memory for these operands. The user's random numbers stay as they are.
+
+    Choices belong to a card's architecture and its number of multiprocessors, on which they depend most. Cards that
+    have both in common share them in a process, such as the eight of a server.
 
     Choices are read from a file on entering, and written to it on leaving, one file for each kind of GPU and each
     version of fastmlp and PyTorch. To use what was measured without measuring: `with fastmlp.autotune(): pass`.
@@ -34,7 +38,7 @@ def autotune(path: str | os.PathLike[str] | None = None) -> Iterator[None]:
         path: the file; `default_path()` if None.
 
     Raises:
-        RuntimeError: if there is no GPU, or this build has no CUDA kernels.
+        RuntimeError: if there is no GPU, or this build has no kernels for it.
         ValueError: if the file is not one of choices.
 
     Example:
@@ -45,10 +49,13 @@ def autotune(path: str | os.PathLike[str] | None = None) -> Iterator[None]:
         ...         loss = model(torch.randn(512, 784, device="cuda")).sum()
         ...         loss.backward()
     """
+    # Of the build first, then of the card.
     if obstacle := _C.device_obstacle("cuda"):
         raise RuntimeError(f"fastmlp: autotune needs CUDA kernels, and {obstacle}")
     if not torch.cuda.is_available():
         raise RuntimeError("fastmlp: autotune needs a GPU, and torch.cuda.is_available() is False")
+    if obstacle := _C.device_obstacle(f"cuda:{torch.cuda.current_device()}"):
+        raise RuntimeError(f"fastmlp: autotune needs CUDA kernels, and {obstacle}")
     file = default_path() if path is None else Path(path)
     # Where there can be no file is known before anything is measured.
     file.parent.mkdir(parents=True, exist_ok=True)

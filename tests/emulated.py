@@ -34,7 +34,10 @@ def emulated() -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     sources = [
         *sorted((ROOT / "tests/emulator/extension").glob("*.cpp")),
-        *(ROOT / "csrc" / name for name in ("activation_info.cpp", "checks.cpp", "passes.cpp", "stack.cpp")),
+        *(
+            ROOT / "csrc" / name
+            for name in ("activation_info.cpp", "checks.cpp", "devices.cpp", "passes.cpp", "stack.cpp")
+        ),
     ]
     return load(
         "_C_emulated",

@@ -299,6 +299,8 @@ def test_autotune_measures_once(tmp_path: Path) -> None:
     assert file.read_text() == written
     # A product of each layer: forward, and the gradients of weights and inputs.
     rows = json.loads(written)
+    properties = torch.cuda.get_device_properties(0)
+    assert {row["multiprocessors"] for row in rows} == {properties.multi_processor_count}
     assert {row["epilogue"] for row in rows if 77 in (row["m"], row["k"])} == {0, 1, 2}
 
 

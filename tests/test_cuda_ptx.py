@@ -147,6 +147,7 @@ def test_vectors_that_nvcc_takes_apart_are_seen(tmp_path: Path) -> None:
 
 def test_a_rounding_more_is_seen() -> None:
     """Products that are rounded before they are added: no bound would show it."""
+    kernels("float32")
     text = ptx_of("float32", ARCHITECTURE)
     fused = r"fma\.rn\.f32 \t(%f\d+), (%f\d+), (%f\d+), (%f\d+);"
     plant(re.sub(fused, r"{ .reg .f32 %once; mul.rn.f32 %once, \2, \3; add.rn.f32 \1, %once, \4; }", text), SMALL)

@@ -38,8 +38,8 @@ def test_shapes_around_tiles(tile: tuple[int, int, int], dtype: torch.dtype) -> 
             checks.one_layer(m, n, k, dtype, act, bias=(m + n + k) % 3 > 0)
 
 
-#: M, N and K for which the static table takes each size of tile on cards from a T4 to a B200, aligned and not; long
-#: sums over the batch, which are cut; and one row.
+#: M, N and K for which the costs of tiles.h take each size of tile, or the library, on cards from a T4 to a B200,
+#: aligned and not; long sums over the batch, which are cut; and one row.
 LARGE = (
     *((640, 640, 64), (641, 643, 65), (1000, 1000, 1000)),
     *((1536, 1536, 96), (2048, 2056, 72), (1801, 1803, 33), (20001, 128, 128)),

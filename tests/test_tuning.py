@@ -9,15 +9,23 @@ import torch
 import fastmlp
 from fastmlp import _C, tuning
 
-CHOICES = [90, 2, 0, 1, 1000, 512, 512, 3, 90, 0, 2, 0, 3, 5, 7, 2]
+CHOICES = [90, 132, 2, 0, 1, 1000, 512, 512, 3, 90, 132, 0, 2, 0, 3, 5, 7, 2]
 
 
 def test_choices_come_back_from_their_file(tmp_path: Path) -> None:
     file = tmp_path / "new" / "choices.json"
     tuning.write(file, CHOICES)
     assert tuning.read(file) == CHOICES
-    assert json.loads(file.read_text())[1] == dict(zip(tuning.FIELDS, CHOICES[8:], strict=True))
+    assert json.loads(file.read_text())[1] == dict(zip(tuning.FIELDS, CHOICES[9:], strict=True))
     assert [path.name for path in file.parent.iterdir()] == ["choices.json"]
+
+
+def test_cards_of_one_architecture_keep_their_own(tmp_path: Path) -> None:
+    """An L4 and an RTX 4090: the same product, another number of multiprocessors."""
+    file = tmp_path / "choices.json"
+    tuning.write(file, [89, 58, 2, 0, 1, 1000, 512, 512, 3])
+    tuning.write(file, [89, 128, 2, 0, 1, 1000, 512, 512, 1])
+    assert [(row["multiprocessors"], row["tile"]) for row in json.loads(file.read_text())] == [(58, 3), (128, 1)]
 
 
 @pytest.mark.parametrize("text", ["", "{}3", '[{"m": 3}]', "[3]", '{"m": 3}', '[{"architecture": []}]'])

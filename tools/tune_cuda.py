@@ -111,6 +111,7 @@ def fit(path: Path) -> None:
     """Prints costs for tiles.h, and how much slower than the fastest their choices were."""
     measured = json.loads(path.read_text(encoding="utf-8"))
     multiprocessors = measured["about"]["multiprocessors"]
+    print(f"constexpr int64_t measured_multiprocessors = {multiprocessors};")
     for dtype in TILES:
         for what in ("forward", "dgrad", "wgrad"):
             rows = [row for row in measured["rows"] if row["dtype"] == dtype and row["what"] == what]

@@ -20,6 +20,10 @@ template <class T> constexpr size_t shared_alignment = alignof(T) < 16 ? 16 : al
 // How the tiles of operands come to shared memory: by asynchronous copies, which there are from sm_80 on, or through
 // registers.
 enum class Staging { asynchronous, registers };
+
+constexpr const char* no_code =
+    "this build has no kernels for the GPU's architecture; build fastmlp on this machine, or with the architecture in "
+    "TORCH_CUDA_ARCH_LIST";
 }  // namespace fastmlp::cuda
 
 #if !defined(__CUDACC__)
@@ -51,6 +55,20 @@ template <class T> __device__ __forceinline__ T* dynamic_shared() {
   return reinterpret_cast<T*>(dynamic_shared_bytes);
 }
 
+// Of a binary that has neither code for the device nor PTX that its driver can make code of.
+inline bool lacks_code(cudaError_t error) {
+  return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+         error == cudaErrorUnsupportedPtxVersion;
+}
+
+// no_code if the current device has none for the kernel, else null. Whatever else goes wrong, a launch tells.
+template <class... P> const char* missing_code(void (*kernel)(P...)) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  if (error != cudaSuccess) cudaGetLastError();
+  return lacks_code(error) ? no_code : nullptr;
+}
+
 // Null, or what went wrong.
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, const A&... a) {
@@ -67,10 +85,7 @@ const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
   if (error == cudaSuccess) error = start(P(a)...);
   // Forgotten there, since it is told here.
   if (error != cudaSuccess) cudaGetLastError();
-  if (error == cudaErrorNoKernelImageForDevice)
-    return "this build has no kernels for the GPU's architecture; build fastmlp on this machine, or with the "
-           "architecture "
-           "in TORCH_CUDA_ARCH_LIST";
+  if (lacks_code(error)) return no_code;
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -9,7 +9,7 @@
 namespace fastmlp::cuda {
 
 constexpr int fused_threads = 128;
-// Blocks of a multiprocessor, by registers and shared memory.
+// Blocks of a multiprocessor that the registers are made for; its shared memory may hold fewer.
 template <int TM> constexpr int fused_forward_blocks = TM == 8 ? 3 : 4;
 template <int width> constexpr int fused_backward_blocks = width > 64 ? 3 : 4;
 
@@ -43,6 +43,11 @@ template <class C, int width, int BM> struct Features {
 
 // A layer's tile of weights, twice: one is multiplied while the next one comes.
 template <class C, class Tile> using FusedWeights = C[2][Tile::BK][Tile::BN + 4];
+
+// What a block of backward has there: the gradient and the input of its rows, and weights.
+template <class C, int width>
+constexpr size_t fused_backward_shared =
+    sizeof(Features<C, width, FusedTile<width, 4>::BM>[2]) + sizeof(FusedWeights<C, FusedTile<width, 4>>);
 
 // f(row, feature) for all rows of a block and every fourth feature from 0 to `features`. A warp takes eight quads of
 // four rows, so that it reads and writes memory in runs of 128 bytes.

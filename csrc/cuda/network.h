@@ -7,6 +7,9 @@
 
 namespace fastmlp::cuda {
 
+// Null, or why the current device cannot run the kernels.
+const char* obstacle();
+
 // Both throw std::runtime_error for a launch that fails, and whatever `allocate` throws.
 void forward(const Context& context, const ForwardPass& pass);
 void backward(const Context& context, const BackwardPass& pass);

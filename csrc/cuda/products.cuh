@@ -209,9 +209,6 @@ struct FusedPlan {
   int64_t blocks = 0;
 };
 
-// Shared memory of a block, by what all cards of the architectures have.
-constexpr int64_t block_shared(int architecture) { return (architecture >= 80 ? 99 : 64) << 10; }
-
 // Registers for the largest of the gradients of weights.
 template <class S> void hold_largest(FusedNetwork<S>& p, int count) {
   for (int h = 0; h < count; h++) {
@@ -237,9 +234,7 @@ template <class S, int W, class Kinds, bool backward> FusedPlan plan_fused(const
   constexpr int64_t warp_elements = warp_rows * W * (backward ? 1 + Shape::stages : 1);
   constexpr int64_t most_warps = (backward ? Shape::backward_threads : Shape::forward_threads) / 32;
   constexpr int64_t by_registers = backward ? Shape::backward_blocks : Shape::forward_blocks;
-  constexpr int64_t reserved = 1 << 10;  // of each block's shared memory, by CUDA
-  const TileRow row = tile_row(context.architecture);
-  const int64_t limit = block_shared(context.architecture);
+  const int64_t limit = std::min(context.block_shared_bytes, most_block_shared);
   int64_t all = 0, largest = 0;
   for (int l = 0; l < p.layers; l++) {
     // A line for each output, and behind them biases in float32.
@@ -250,11 +245,9 @@ template <class S, int W, class Kinds, bool backward> FusedPlan plan_fused(const
   }
   int64_t warps = most_warps;
   const auto bytes = [&](int64_t weights) { return int64_t(sizeof(S)) * (weights + warps * warp_elements); };
-  const auto blocks_at_once = [&](int64_t weights) {
-    return std::clamp<int64_t>((row.shared_kib << 10) / (bytes(weights) + reserved), 1, by_registers);
-  };
+  const auto blocks_at_once = [&](int64_t weights) { return resident_blocks(context, bytes(weights), by_registers); };
   if (bytes(all) > limit) {
-    const bool few = ceil_div(p.rows, warps * warp_rows) <= row.multiprocessors;
+    const bool few = ceil_div(p.rows, warps * warp_rows) <= context.multiprocessors;
     const bool two = bytes(2 * largest) <= limit && (few || blocks_at_once(2 * largest) == blocks_at_once(largest));
     p.slots = two ? 2 : 1;
   }
@@ -268,7 +261,7 @@ template <class S, int W, class Kinds, bool backward> FusedPlan plan_fused(const
   FusedPlan plan;
   plan.threads = unsigned(warps * 32);
   plan.shared_bytes = size_t(bytes(p.weight_elements));
-  plan.blocks = ceil_div(tiles, ceil_div(tiles, row.multiprocessors * blocks_at_once(p.weight_elements)));
+  plan.blocks = ceil_div(tiles, ceil_div(tiles, context.multiprocessors * blocks_at_once(p.weight_elements)));
   return plan;
 }
 
@@ -300,6 +293,8 @@ template <class S, class F> void with_mma_fused(const FusedNetwork<S>& p, const 
 
 }  // namespace
 
+template <class S> const char* Kernels<S>::obstacle() { return missing_code(sum_rows<S>); }
+
 template <class S> std::array<TileShape, tile_sizes> Kernels<S>::tiles(const Context& context) {
   std::array<TileShape, tile_sizes> shapes;
   with_family<S>(context, [&](auto family) {
@@ -320,7 +315,6 @@ template <class S> Plan Kernels<S>::plan(const Context& context, Epilogue epilog
                          can_read(read_of_b(epilogue), p.b, p.n, p.k);
     const bool has_large = Family::has_large && vectors;
     const bool has_library = context.library && p.m > 0 && p.n > 0 && p.k > 0;
-    const int64_t multiprocessors = tile_row(context.architecture).multiprocessors;
     const auto plan_of = [&](TileSize tile) {
       Plan plan;
       plan.tile = tile;
@@ -335,8 +329,9 @@ template <class S> Plan Kernels<S>::plan(const Context& context, Epilogue epilog
       const int64_t tiles = plan.row_tiles * plan.column_tiles;
       // The most that cutting k may multiply the number of blocks by.
       const int64_t cuts = epilogue == Epilogue::wgrad ? std::clamp<int64_t>(p.k / shortest_part, 1, most_parts) : 1;
-      const int64_t wanted = std::max(std::clamp<int64_t>(2 * multiprocessors / std::max<int64_t>(1, tiles), 1, cuts),
-                                      ceil_div(p.k, longest_part));
+      const int64_t wanted =
+          std::max(std::clamp<int64_t>(2 * context.multiprocessors / std::max<int64_t>(1, tiles), 1, cuts),
+                   ceil_div(p.k, longest_part));
       plan.part = std::max(ceil_div(ceil_div(p.k, wanted), shape.bk) * shape.bk, shape.bk);
       plan.parts = std::max<int64_t>(1, ceil_div(p.k, plan.part));
       return plan;
@@ -345,12 +340,14 @@ template <class S> Plan Kernels<S>::plan(const Context& context, Epilogue epilog
       return tile == large_tile ? has_large : tile == library_call ? has_library : true;
     };
     const auto fastest_by_table = [&] {
+      if (has_library && library_by_default(context, Family::costs, epilogue, p.m, p.n, p.k, sizeof(S)))
+        return library_call;
       const Costs& costs = costs_of(Family::costs, epilogue);
       const auto cost = [&](TileSize tile) {
-        if (tile == library_call) return library_cost(costs.library, p.m, p.n, p.k, sizeof(S));
+        if (tile == library_call) return library_cost(costs.library, context.multiprocessors, p.m, p.n, p.k, sizeof(S));
         const Plan plan = plan_of(tile);
         const int64_t blocks = plan.row_tiles * plan.column_tiles * plan.parts;
-        return tile_cost(costs.tile[tile], ceil_div(blocks, multiprocessors), std::min(plan.part, p.k)) *
+        return tile_cost(costs.tile[tile], ceil_div(blocks, context.multiprocessors), std::min(plan.part, p.k)) *
                (vectors || !Family::reads_vectors ? 1 : cost_of_elements(Family::costs));
       };
       TileSize found = small_tile;
@@ -364,7 +361,8 @@ template <class S> Plan Kernels<S>::plan(const Context& context, Epilogue epilog
       if (context.tile) return *context.tile;
       if (context.tf32 && has_library && std::is_same_v<S, float>) return library_call;
       if (context.measured) {
-        const ProductKey key{context.architecture, dtype_of_storage<S>, epilogue, vectors, p.m, p.n, p.k};
+        const ProductKey key{
+            context.architecture, context.multiprocessors, dtype_of_storage<S>, epilogue, vectors, p.m, p.n, p.k};
         if (const auto found = context.measured(key)) return *found;
       }
       return fastest_by_table();
@@ -446,7 +444,7 @@ template <class S> void Kernels<S>::fused_forward(const Context& context, const 
                     "fused_forward", p);
       };
       // Fewer rows of a block where else multiprocessors had none.
-      const bool few = p.rows < tile_row(context.architecture).multiprocessors * FusedTile<width, 8>::BM;
+      const bool few = p.rows < context.multiprocessors * FusedTile<width, 8>::BM;
       if (few) return launch_rows(std::integral_constant<int, 4>());
       launch_rows(std::integral_constant<int, 8>());
     });
@@ -466,7 +464,8 @@ template <class S> int64_t Kernels<S>::fused_blocks(const Context& context, cons
   if constexpr (std::is_same_v<S, float>) {
     with_fused_width(p, [&](auto width) {
       const int64_t runs = ceil_div(p.rows, FusedTile<width, 4>::BM);
-      const int64_t at_once = fused_backward_blocks<width> * tile_row(context.architecture).multiprocessors;
+      const int64_t at_once = context.multiprocessors *
+                              resident_blocks(context, fused_backward_shared<C, width>, fused_backward_blocks<width>);
       // As few as give each the same number of runs.
       blocks = ceil_div(runs, ceil_div(runs, at_once));
     });

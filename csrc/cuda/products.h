@@ -28,6 +28,7 @@ struct LibraryProduct {
 // What the choice of a tile depends on.
 struct ProductKey {
   int architecture = 0;
+  int64_t multiprocessors = 0;
   DType dtype = DType::float32;
   Epilogue epilogue = Epilogue::forward;
   bool vectors = false;  // operands can be read 16 bytes at a time
@@ -36,17 +37,17 @@ struct ProductKey {
   bool operator<(const ProductKey& other) const { return tied() < other.tied(); }
 
  private:
-  std::tuple<int, DType, Epilogue, bool, int64_t, int64_t, int64_t> tied() const {
-    return {architecture, dtype, epilogue, vectors, m, n, k};
+  std::tuple<int, int64_t, DType, Epilogue, bool, int64_t, int64_t, int64_t> tied() const {
+    return {architecture, multiprocessors, dtype, epilogue, vectors, m, n, k};
   }
 };
 
 // [rows, columns] row by row.
 inline Matrix gapless(void* data, int64_t columns) { return {data, columns, 1}; }
 
-// What a pass runs with. `allocate` is called at most once a pass, before anything is launched.
-struct Context {
-  int architecture = 0;  // 80 for compute capability 8.0
+// What a pass runs with, and the card that it runs on. `allocate` is called at most once a pass, before anything is
+// launched.
+struct Context : Card {
   void* stream = nullptr;
   std::optional<TileSize> tile;                 // in place of the table's choice, where there is such a kernel
   std::optional<bool> fuses;                    // narrow networks go through one kernel; not given: by tiles.h
@@ -77,6 +78,9 @@ struct TileShape {
 // Each throws std::runtime_error, with kernel and shape, if a launch fails.
 template <class S> struct Kernels {
   using C = Compute<S>;
+
+  // Null, or why the current device cannot run these kernels.
+  static const char* obstacle();
 
   // What stands behind the sizes of tiles.h; where there is no large tile, its place holds the medium one.
   static std::array<TileShape, tile_sizes> tiles(const Context& context);

@@ -2,9 +2,10 @@
 // caching allocator, and the operators for the dispatcher. What it shares with other devices is in operations.h. Never
 // waits for the device but where the user has asked for measurements.
 #include <ATen/ATen.h>
+#include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <ATen/cuda/CUDAGraphsUtils.cuh>
-#include <c10/cuda/CUDAException.h>
+#include <ATen/cuda/Sleep.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -22,12 +23,21 @@
 namespace fastmlp::cuda {
 namespace {
 
-// 80 for compute capability 8.0.
-int architecture_of(int device) {
-  int major = 0, minor = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  return 10 * major + minor;
+// What CUDA says of the device; torch asks once of each.
+Card card_of(c10::DeviceIndex device) {
+  const cudaDeviceProp& properties = *at::cuda::getDeviceProperties(device);
+  Card card;
+  card.architecture = 10 * properties.major + properties.minor;
+  card.multiprocessors = properties.multiProcessorCount;
+  card.shared_bytes = int64_t(properties.sharedMemPerMultiprocessor);
+  card.block_shared_bytes = int64_t(properties.sharedMemPerBlockOptin);
+  card.reserved_bytes = int64_t(properties.reservedSharedMemPerBlock);
+  return card;
+}
+
+const char* obstacle_on(c10::DeviceIndex device) {
+  const c10::cuda::CUDAGuard guard(device);
+  return obstacle();
 }
 
 // For tests and measurements: what passes run with in place of the table's choice.
@@ -46,14 +56,14 @@ void set_up(int64_t tile, int64_t fuses) {
 
 Measured measured;
 
-// Eight numbers each, for the file that Python keeps: those of ProductKey in its order, and the tile.
-constexpr size_t numbers_of_choice = 8;
+// Nine numbers each, for the file that Python keeps: those of ProductKey in its order, and the tile.
+constexpr size_t numbers_of_choice = 9;
 
 std::vector<int64_t> choices() {
   std::vector<int64_t> all;
   for (const auto& [key, tile] : measured.all()) {
-    for (const int64_t number : {int64_t(key.architecture), int64_t(key.dtype), int64_t(key.epilogue),
-                                 int64_t(key.vectors), key.m, key.n, key.k, int64_t(tile)})
+    for (const int64_t number : {int64_t(key.architecture), key.multiprocessors, int64_t(key.dtype),
+                                 int64_t(key.epilogue), int64_t(key.vectors), key.m, key.n, key.k, int64_t(tile)})
       all.push_back(number);
   }
   return all;
@@ -64,14 +74,14 @@ void add_choices(at::IntArrayRef all) {
                     " numbers, expected a multiple of ", numbers_of_choice);
   for (size_t i = 0; i < all.size(); i += numbers_of_choice) {
     const int64_t* const x = &all[i];
-    TORCH_CHECK_VALUE(x[1] >= 0 && x[1] <= int64_t(DType::float16) && x[2] >= 0 && x[2] <= int64_t(Epilogue::wgrad) &&
-                          x[0] > 0 && x[0] < 1000 && x[4] >= 0 && x[5] >= 0 && x[6] >= 0 && x[7] >= 0 &&
-                          x[7] <= library_call,
+    TORCH_CHECK_VALUE(x[0] > 0 && x[0] < 1000 && x[1] > 0 && x[2] >= 0 && x[2] <= int64_t(DType::float16) &&
+                          x[3] >= 0 && x[3] <= int64_t(Epilogue::wgrad) && x[5] >= 0 && x[6] >= 0 && x[7] >= 0 &&
+                          x[8] >= 0 && x[8] <= library_call,
                       "fastmlp: choices[", i / numbers_of_choice, "] is none of a product");
   }
   for (size_t i = 0; i < all.size(); i += numbers_of_choice) {
     const int64_t* const x = &all[i];
-    measured.add({int(x[0]), DType(x[1]), Epilogue(x[2]), x[3] != 0, x[4], x[5], x[6]}, TileSize(x[7]));
+    measured.add({int(x[0]), x[1], DType(x[2]), Epilogue(x[3]), x[4] != 0, x[5], x[6], x[7]}, TileSize(x[8]));
   }
 }
 
@@ -99,7 +109,7 @@ struct Device {
     // Freed before the kernels have run: the allocator hands it out again in the order of the stream only.
     at::Tensor workspace;
     Context context;
-    context.architecture = architecture_of(input.device().index());
+    static_cast<Card&>(context) = card_of(input.device().index());
     context.stream = c10::cuda::getCurrentCUDAStream().stream();
     if (forced.tile >= 0) context.tile = TileSize(forced.tile.load());
     if (forced.fuses >= 0) context.fuses = forced.fuses > 0;
@@ -135,11 +145,12 @@ struct Device {
     Context alone = context;
     alone.measured = nullptr;
     try {
-      const TileSize tile = fastest(alone, key, [&](int64_t elements) {
+      const auto random = [&](int64_t elements) {
         memory.push_back(at::empty({elements}, at::TensorOptions(input.device()).dtype(scalar_type_of(key.dtype))));
         return memory.back().uniform_(-1, 1, generator).data_ptr();
-      });
-      measured.add(key, tile);
+      };
+      const std::optional<TileSize> tile = fastest(alone, key, random, &at::cuda::sleep);
+      if (tile) measured.add(key, *tile);
       return tile;
     } catch (const c10::OutOfMemoryError&) {
       // Measuring takes operands of its own. What leaves no room for these goes by the table.
@@ -150,7 +161,8 @@ struct Device {
 
 using Cuda = Operations<Device>;
 
-const RegisterDevice registered(c10::kCUDA, {&Cuda::forward, &Cuda::infer, &Cuda::backward, &Cuda::forward_into});
+const RegisterDevice registered(c10::kCUDA,
+                                {&Cuda::forward, &Cuda::infer, &Cuda::backward, &Cuda::forward_into, &obstacle_on});
 
 }  // namespace
 

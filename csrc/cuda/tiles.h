@@ -1,11 +1,13 @@
-// What products cost on a GPU, by which products.cuh picks a tile: data, by architecture, dtype, epilogue and shape.
-// Costs were fitted to an H100's times of 44 to 46 shapes, all tiles and the library's product (tools/tune_cuda.py);
-// other cards take them with their own number of multiprocessors. Read by products.cuh and the fused strategy.
+// What products cost on a GPU, by which products.cuh picks a tile: data, by card, dtype, epilogue and shape. Costs were
+// fitted to an H100's times of 44 to 46 shapes, all tiles and the library's product (tools/tune_cuda.py); other cards
+// take them with their own number of multiprocessors, and the library where nobody knows better. Read by products.cuh
+// and the fused strategy; asks no device.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
+#include "fused.h"
 #include "product.h"
 
 namespace fastmlp::cuda {
@@ -15,29 +17,22 @@ namespace fastmlp::cuda {
 enum TileSize { large_tile, medium_tile, small_tile, library_call };
 constexpr int tile_sizes = 3;
 
-struct TileRow {
-  int architecture;         // and newer, up to the next row's
-  int64_t multiprocessors;  // of the usual card
-  int64_t shared_kib;       // shared memory of a multiprocessor
+// What the choices depend on of a card. It is asked of the device, since cards of one architecture differ (an L4 has 58
+// multiprocessors, an RTX 4090 128), and a part of a card (MIG) is a smaller card.
+struct Card {
+  int architecture = 0;  // 80 for compute capability 8.0
+  int64_t multiprocessors = 0;
+  // Shared memory in bytes: of a multiprocessor; the most that a block may ask for; what CUDA takes of each block's.
+  int64_t shared_bytes = 0, block_shared_bytes = 0, reserved_bytes = 0;
 };
 
-constexpr TileRow tile_rows[] = {
-    {75, 40, 64},     // T4; 68 on an RTX 2080 Ti
-    {80, 108, 164},   // A100
-    {86, 84, 100},    // A6000, RTX 3090
-    {89, 128, 100},   // RTX 4090; 142 on an L40
-    {90, 132, 228},   // H100
-    {100, 148, 228},  // B200
-    {120, 170, 100},  // RTX 5090
-};
-
-constexpr TileRow tile_row(int architecture) {
-  TileRow found = tile_rows[0];
-  for (const TileRow& row : tile_rows) {
-    if (row.architecture <= architecture) found = row;
-  }
-  return found;
+// How many blocks with so much shared memory a multiprocessor has at once, if its registers are enough for `most`.
+constexpr int64_t resident_blocks(const Card& card, int64_t block_bytes, int64_t most) {
+  return std::clamp<int64_t>(card.shared_bytes / (block_bytes + card.reserved_bytes), 1, most);
 }
+
+// A block asks for no more than every card from sm_80 on has: with that the H100 was measured. sm_75 has less.
+constexpr int64_t most_block_shared = 99 << 10;
 
 // Microseconds: of a launch; for each term of k where a block is alone on its multiprocessor, and for each block that
 // shares it; for each block's epilogue.
@@ -83,16 +78,55 @@ constexpr double tile_cost(const TileCost& cost, int64_t waves, int64_t k) {
   return cost.start + std::max(double(k) * cost.latency, double(waves) * (double(k) * cost.term + cost.finish));
 }
 
-constexpr double library_cost(const LibraryCost& cost, int64_t m, int64_t n, int64_t k, size_t element_bytes) {
+// The multiprocessors of the card that costs were fitted on. Tiles cost what a multiprocessor does; the library's rates
+// are the whole card's, so that a smaller one, or a part of it, has its share of them.
+constexpr int64_t measured_multiprocessors = 132;
+
+constexpr double library_cost(const LibraryCost& cost, int64_t multiprocessors, int64_t m, int64_t n, int64_t k,
+                              size_t element_bytes) {
+  const double share = double(multiprocessors) / measured_multiprocessors;
   const double products = 2e-6 * double(m) * double(n) * double(k);
   const double read = 1e-6 * double(element_bytes) * double(k) * (double(m) + double(n));
   const double written = 1e-6 * double(element_bytes) * double(m) * double(n);
-  return cost.start + std::max(products / cost.tflops, read / cost.reads) + written / cost.writes;
+  return cost.start + (std::max(products / cost.tflops, read / cost.reads) + written / cost.writes) / share;
 }
 
-// Cards whose library has instructions that our kernels do not use (wgmma, tcgen05). Measured on sm_90; sm_100 is taken
-// to be like it. Elsewhere the library is called where the user has measured it to be the faster.
+// Costs were measured on sm_90 alone.
+constexpr bool costs_are_measured(int architecture) { return architecture >= 90 && architecture < 100; }
+
+// Cards whose library has instructions that our kernels do not use (wgmma, tcgen05): there it is one of the candidates,
+// by its costs. sm_100 is taken to be like sm_90.
 constexpr bool library_has_costs(int architecture) { return architecture >= 90 && architecture < 120; }
+
+// Small products are bound by their launches. PyTorch launches a product and a pass over its output, each of which
+// takes the host some microseconds; our kernels need no pass. By NVIDIA's data sheets a multiprocessor of any card
+// multiplies and adds at least 256 pairs of 16-bit numbers a clock on tensor cores, and one of an sm_80 card 32 pairs
+// of float64 without them; its share of the memory's bandwidth is at least 5 GB/s. So these are 8192 clocks and six
+// microseconds at most, within the launches' time. That is arithmetic: nothing of it was measured.
+constexpr int64_t small_multiply_adds(CostKind kind) {
+  return kind == CostKind::float64 ? int64_t(1) << 18 : int64_t(1) << 21;
+}
+constexpr int64_t small_operand_bytes = 32 << 10;
+
+// Whether a product goes to the library because nobody measured the card, and ours may lose there: products of float64
+// on sm_80, whose library multiplies on tensor cores at twice the rate of the units that our kernels use, and 16-bit
+// products of wide layers: our large tiles had 53 to 60 % of the library's speed on the H100. Layers of up to
+// fused_width features stay ours, in one kernel or not: a product takes about as long as the pass over its output that
+// ours saves. So does float32: the library's products run on the same units, unless TF32 is allowed (which products.cuh
+// asks first), and our large tiles had 90 to 95 % of their speed on the H100.
+constexpr bool library_by_default(const Card& card, CostKind kind, Epilogue epilogue, int64_t m, int64_t n, int64_t k,
+                                  size_t element_bytes) {
+  if (costs_are_measured(card.architecture)) return false;
+  const int64_t features = epilogue == Epilogue::wgrad ? std::max(m, n) : std::max(n, k);
+  const bool may_lose =
+      kind == CostKind::tensor_cores ? features > fused_width : kind == CostKind::float64 && card.architecture == 80;
+  const double multiply_adds = double(m) * double(n) * double(k);
+  const double operand_bytes = double(element_bytes) * double(k) * (double(m) + double(n));
+  const auto multiprocessors = double(card.multiprocessors);
+  const bool is_small = multiply_adds <= multiprocessors * double(small_multiply_adds(kind)) &&
+                        operand_bytes <= multiprocessors * double(small_operand_bytes);
+  return may_lose && !is_small;
+}
 
 // Networks up to this width go through one kernel. Wider ones do where an H100 was faster so than layer by layer: on
 // tensor cores, from so many rows on.

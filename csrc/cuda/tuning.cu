@@ -1,4 +1,5 @@
-// Times every candidate for a product by events of the device. Torch-free; called by register.cpp.
+// Times every candidate for a product by events of the device, which is kept busy until the host has queued all that is
+// timed: so what the host needs for a call does not count. Torch-free; called by register.cpp.
 #include "tuning.h"
 
 #include <algorithm>
@@ -9,11 +10,17 @@
 
 #include "../activation_info.h"
 #include "../storage.h"
+#include "device.h"
 
 namespace fastmlp::cuda {
 namespace {
 
 constexpr int rounds = 5;
+// Calls between two events, as many as take so long together.
+constexpr float round_milliseconds = 0.2f;
+constexpr int most_calls = 32;
+// How long the device is kept busy at first, and at most: from about half a millisecond to some 80.
+constexpr int64_t first_clocks = int64_t(1) << 20, most_clocks = int64_t(1) << 27;
 
 void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess)
@@ -28,6 +35,17 @@ class Event {
   Event& operator=(const Event&) = delete;
 
   void record(void* stream) { check(cudaEventRecord(event_, static_cast<cudaStream_t>(stream)), "cudaEventRecord"); }
+  // Whether the device has come to it.
+  bool is_reached() const {
+    const cudaError_t error = cudaEventQuery(event_);
+    if (error == cudaErrorNotReady) {
+      // An answer, which CUDA keeps as an error.
+      cudaGetLastError();
+      return false;
+    }
+    check(error, "cudaEventQuery");
+    return true;
+  }
   // Waits for both.
   float since(const Event& begin) const {
     float milliseconds = 0;
@@ -40,22 +58,51 @@ class Event {
   cudaEvent_t event_;
 };
 
-// Least milliseconds of some rounds, after one that is not counted.
-template <class F> float least_time(void* stream, const F& function) {
-  float least = std::numeric_limits<float>::infinity();
-  Event begin, end;
-  for (int round = 0; round <= rounds; round++) {
-    begin.record(stream);
+class Stopwatch {
+ public:
+  Stopwatch(void* stream, const Occupy& occupy) : stream_(stream), occupy_(occupy) {}
+
+  // The device's milliseconds of one call: the least of some rounds, after calls that are not counted. None if the host
+  // is too slow to keep ahead of the device.
+  template <class F> std::optional<float> least_time(const F& function) {
+    // The first call loads code, and the library chooses an algorithm.
     function();
-    end.record(stream);
-    const float time = end.since(begin);
-    if (round > 0) least = std::min(least, time);
+    const std::optional<float> once = round(function, 1);
+    if (!once) return std::nullopt;
+    const int calls = int(std::clamp(round_milliseconds / *once, 1.f, float(most_calls)));
+    float least = std::numeric_limits<float>::infinity();
+    for (int i = 0; i < rounds; i++) {
+      const std::optional<float> time = round(function, calls);
+      if (!time) return std::nullopt;
+      least = std::min(least, *time);
+    }
+    return least;
   }
-  return least;
-}
+
+ private:
+  // Where the device came to the first event before the host had queued the last one, the host was timed: again, behind
+  // twice as much work.
+  template <class F> std::optional<float> round(const F& function, int calls) {
+    for (; clocks_ <= most_clocks; clocks_ *= 2) {
+      occupy_(clocks_);
+      begin_.record(stream_);
+      for (int i = 0; i < calls; i++) function();
+      end_.record(stream_);
+      const bool kept_ahead = !begin_.is_reached();
+      const float milliseconds = end_.since(begin_);
+      if (kept_ahead) return milliseconds / float(calls);
+    }
+    return std::nullopt;
+  }
+
+  void* stream_;
+  const Occupy& occupy_;
+  int64_t clocks_ = first_clocks;
+  Event begin_, end_;
+};
 
 // A product like the key's, with the operands' usual layouts, and relu where an activation may follow.
-template <class S> Product<S> product_of(const ProductKey& key, const std::function<void*(int64_t elements)>& random) {
+template <class S> Product<S> product_of(const ProductKey& key, const Random& random) {
   // One element further, rows are not aligned, and are read one by one.
   const int64_t gap = key.vectors ? 0 : 1;
   const auto matrix = [&](int64_t rows, int64_t columns, bool along_columns) {
@@ -85,9 +132,10 @@ template <class S> Product<S> product_of(const ProductKey& key, const std::funct
 }
 
 template <class S>
-TileSize fastest_of(Context context, const ProductKey& key, const std::function<void*(int64_t elements)>& random) {
+std::optional<TileSize> fastest_of(Context context, const ProductKey& key, const Random& random, const Occupy& occupy) {
   constexpr int64_t elements_of_a_sum = (sizeof(Compute<S>) + sizeof(S) - 1) / sizeof(S);
   Product<S> p = product_of<S>(key, random);
+  Stopwatch stopwatch(context.stream, occupy);
   TileSize best = small_tile;
   float least = std::numeric_limits<float>::infinity();
   for (const TileSize tile : {large_tile, medium_tile, small_tile, library_call}) {
@@ -100,12 +148,13 @@ TileSize fastest_of(Context context, const ProductKey& key, const std::function<
     p.column_sums = key.epilogue == Epilogue::dgrad
                         ? static_cast<Compute<S>*>(random(plan.row_tiles * p.n * elements_of_a_sum))
                         : nullptr;
-    const float time = least_time(context.stream, [&] {
+    const std::optional<float> time = stopwatch.least_time([&] {
       Kernels<S>::multiply(context, plan, key.epilogue, p);
       if (p.column_sums) Kernels<S>::sum_partials(context, p.column_sums, plan.row_tiles, p.n, p.output);
     });
-    if (time < least) {
-      least = time;
+    if (!time) return std::nullopt;
+    if (*time < least) {
+      least = *time;
       best = tile;
     }
   }
@@ -114,10 +163,10 @@ TileSize fastest_of(Context context, const ProductKey& key, const std::function<
 
 }  // namespace
 
-TileSize fastest(const Context& context, const ProductKey& key, const std::function<void*(int64_t elements)>& random) {
-  TileSize best = small_tile;
-  with_storage(key.dtype, [&](auto storage) { best = fastest_of<decltype(storage)>(context, key, random); });
-  return best;
+std::optional<TileSize> fastest(const Context& context, const ProductKey& key, const Random& random,
+                                const Occupy& occupy) {
+  return with_storage(key.dtype,
+                      [&](auto storage) { return fastest_of<decltype(storage)>(context, key, random, occupy); });
 }
 
 }  // namespace fastmlp::cuda

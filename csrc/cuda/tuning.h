@@ -6,8 +6,14 @@
 
 namespace fastmlp::cuda {
 
-// `random` gives memory of so many elements of the key's dtype with values from -1 to 1, which stays until the next
-// passes have run. Throws std::runtime_error if a launch or an event fails.
-TileSize fastest(const Context& context, const ProductKey& key, const std::function<void*(int64_t elements)>& random);
+// Memory of so many elements of the key's dtype with values from -1 to 1, which stays until the next passes have run.
+using Random = std::function<void*(int64_t elements)>;
+// Queues work on the context's stream that takes the device so many clocks, and the host hardly any time.
+using Occupy = std::function<void(int64_t clocks)>;
+
+// None if the host is too slow to queue what is timed ahead of the device. Throws std::runtime_error if a launch or an
+// event fails.
+std::optional<TileSize> fastest(const Context& context, const ProductKey& key, const Random& random,
+                                const Occupy& occupy);
 
 }  // namespace fastmlp::cuda

@@ -1,5 +1,6 @@
 // CUDA on the CPU, for tests: csrc/cuda/device.h includes this in place of CUDA when a host compiler reads it. Here is
-// CUDA's vocabulary; fibers.h runs threads, launch.h runs blocks, instructions.h has what device.h has as PTX.
+// CUDA's vocabulary; fibers.h runs threads, launch.h runs blocks, instructions.h has what device.h has as PTX, and
+// timeline.h has events.
 //
 // Every thread of a block is a fiber; blocks run one after another, on the calling thread, one launch at a time. Fibers
 // switch at barriers and warp functions only, in the order that FASTMLP_EMULATOR_ORDER (or set_order) says: fifo, lifo,
@@ -40,5 +41,6 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 #include "fibers.h"
 #include "translated.h"
+#include "timeline.h"
 #include "launch.h"
 #include "instructions.h"

@@ -219,12 +219,17 @@ inline constexpr const char* refusal = "the emulator was told to refuse this lau
 
 namespace fastmlp::cuda {
 
+// For tests of what a library does then: whether there is code for the device.
+inline bool has_code = true;
+template <class... P> const char* missing_code(void (*)(P...)) { return has_code ? nullptr : no_code; }
+
 // Null, or that it was refused; what goes wrong in a kernel is thrown.
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void*, const A&... a) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   if (emulator::launches_before_failure >= 0 && emulator::launches_before_failure-- == 0) return emulator::refusal;
+  emulator::timeline.queue("launch", emulator::timeline.launch);
   if (const char* order = std::getenv("FASTMLP_EMULATOR_ORDER")) emulator::set_order(order);
   if (emulator::route == 0) {
     emulator::Launch(grid, block, shared_bytes, [&] { kernel(P(a)...); }).run();

@@ -6,6 +6,7 @@
 
 #include "cuda/narrow.cu"
 #include "cuda/network.cu"
+#include "cuda/tuning.cu"
 #include "cuda/dtypes/float32.cu"
 #include "cuda/dtypes/float64.cu"
 
@@ -16,8 +17,32 @@
 namespace fastmlp::emulated {
 
 void set_order(const std::string& name) { emulator::set_order(name); }
-void set_shared_limit(int architecture) { emulator::shared_limit = size_t(architecture < 80 ? 64 : 99) << 10; }
+void set_shared_limit(int64_t bytes) { emulator::shared_limit = size_t(bytes); }
+void set_code(bool exists) { cuda::has_code = exists; }
 void refuse_launch(int number) { emulator::launches_before_failure = number; }
+
+Tuned tune(const cuda::Context& context, const cuda::ProductKey& key, const Times& times) {
+  constexpr double clocks_of_microsecond = 1000;
+  emulator::Timeline& timeline = emulator::timeline;
+  timeline = {};
+  timeline.launch = {times.launch_host, times.launch_device};
+  std::vector<std::vector<double>> memory;
+  const auto zeros = [&](int64_t elements) -> void* {
+    return memory.emplace_back(std::vector<double>(size_t(elements))).data();
+  };
+  const auto occupy = [&](int64_t clocks) {
+    timeline.queue("busy", {times.launch_host, times.busy * double(clocks) / clocks_of_microsecond});
+  };
+  cuda::Context timed = context;
+  timed.library = [&](const cuda::LibraryProduct&) {
+    timeline.queue("library", {times.library_host, times.library_device});
+  };
+  Tuned tuned;
+  tuned.tile = cuda::fastest(timed, key, zeros, occupy);
+  tuned.calls = timeline.calls;
+  timeline = {};
+  return tuned;
+}
 
 void set_route(int architecture) { emulator::set_route(architecture); }
 
