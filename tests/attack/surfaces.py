@@ -1,10 +1,12 @@
 """The parts of the library that are attacked."""
 
-from tests.attack import frozen
+from tests.attack import frozen, plain, steps
 from tests.attack.cases import Play, Result, play
 
 SURFACES: dict[str, Play] = {
+    "plain": plain.play,
     "frozen": frozen.play,
+    "steps": steps.play,
 }
 
 
