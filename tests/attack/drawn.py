@@ -119,7 +119,7 @@ SPECIAL = (float("nan"), float("inf"), float("-inf"), 0.0, -0.0)
 
 
 def randn(case: Case, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype)
+    return (torch.randn(shape, dtype=torch.float64) * scale).to(dtype)
 
 
 def sprinkled(case: Case, x: Tensor) -> Tensor:

@@ -150,6 +150,14 @@ def bytes_of(x: Tensor) -> bytes:
     return x.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy().tobytes()
 
 
+def twin_of(x: Tensor) -> Tensor:
+    """A copy whose elements lie as they do, with what is between them."""
+    if x.is_sparse:
+        return x.detach().clone()
+    memory = x.detach().untyped_storage().clone()
+    return torch.empty(0, dtype=x.dtype).set_(memory, x.storage_offset(), x.shape, x.stride())
+
+
 def rows_of(x: Tensor) -> Tensor:
     """All dimensions but the last in one."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])

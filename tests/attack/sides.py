@@ -98,7 +98,7 @@ class Training:
         copies: dict[Tensor, nn.Parameter] = {}
         for p, q in zip(self.side.parameters, model.parameters(), strict=True):
             copies[p] = q
-            q.grad = None if p.grad is None else p.grad.detach().clone()
+            q.grad = None if p.grad is None else oracle.twin_of(p.grad)
         optimizer = twin_of_optimizer(self.side.optimizer, copies)
         twin = Side(model, leaves, optimizer, copy.deepcopy(self.plain_loss))
         for make, _ in self.setups:
@@ -141,7 +141,7 @@ def twin_of(leaf: nn.Module) -> nn.Module:
 
 
 def parameter_like(p: Tensor) -> nn.Parameter:
-    return nn.Parameter(p.detach().clone(), p.requires_grad)
+    return nn.Parameter(oracle.twin_of(p), p.requires_grad)
 
 
 def twin_of_optimizer(optimizer: Optimizer, copies: dict[Tensor, nn.Parameter]) -> Optimizer:
@@ -151,13 +151,13 @@ def twin_of_optimizer(optimizer: Optimizer, copies: dict[Tensor, nn.Parameter]) 
         for p in group["params"]:
             if p not in copies:
                 copies[p] = parameter_like(p)
-                copies[p].grad = None if p.grad is None else p.grad.detach().clone()
+                copies[p].grad = None if p.grad is None else oracle.twin_of(p.grad)
         own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
         groups.append({**own, "params": [copies[p] for p in group["params"]]})
     made = TORCHS[type(optimizer)](groups, lr=0.1)
     for p, state in optimizer.state.items():
         if p in copies:
-            made.state[copies[p]] = {k: x.clone() if isinstance(x, Tensor) else x for k, x in state.items()}
+            made.state[copies[p]] = {k: oracle.twin_of(x) if isinstance(x, Tensor) else x for k, x in state.items()}
     return made
 
 

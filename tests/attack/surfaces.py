@@ -1,12 +1,14 @@
 """The parts of the library that are attacked."""
 
-from tests.attack import frozen, plain, steps
+from tests.attack import frozen, optimizers, plain, programs, steps
 from tests.attack.cases import Play, Result, play
 
 SURFACES: dict[str, Play] = {
     "plain": plain.play,
     "frozen": frozen.play,
     "steps": steps.play,
+    "programs": programs.play,
+    "optim": optimizers.play,
 }
 
 
