@@ -79,8 +79,9 @@ def stepped(
     states = [exact(side.optimizer.state.get(p, {})) for p in parameters]
     if (training.calls + 1) % training.accumulate == 0:
         there = [i for i, g in enumerate(gradients) if g is not None]
-        for i, g in zip(there, clipped(loop, [g for g in gradients if g is not None], arithmetic), strict=True):
-            gradients[i] = g
+        found = clipped(loop, [g for g in gradients if g is not None], arithmetic)
+        for i, made in zip(there, found, strict=True):
+            gradients[i] = made
         for group in side.optimizer.param_groups if not training.skips else ():
             for i, p in enumerate(parameters):
                 g = gradients[i]
@@ -116,7 +117,9 @@ def check(case: Case, training: Training, after: After, loss: Tensor, twin_loss:
             case.require(x.shape == theirs[key].shape, f"{key} {i} has shape {tuple(x.shape)}")
             case.require(not x.is_inference(), f"{key} {i} is an inference tensor")
             compare(case, x, after.states[i][key], theirs[key], f"{key} {i}", is_open)
-        compare(case, p.detach(), after.values[i], q.detach(), f"parameter {i} {tuple(p.shape)} by {p.stride()}", is_open)
+        compare(
+            case, p.detach(), after.values[i], q.detach(), f"parameter {i} {tuple(p.shape)} by {p.stride()}", is_open
+        )
 
 
 def tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -141,6 +144,6 @@ def compare(case: Case, found: Tensor, bound: Interval, native: Tensor, what: st
         return None
     at = int((wrong & ~alike).nonzero()[0])
     raise Disagreement(
-        f"{what}: {int(wrong.sum())} of {wrong.numel()} are outside, the first at {at}: {ours[at].item():.9g} is not in "
-        f"[{bound.low[at].item():.9g}, {bound.high[at].item():.9g}], PyTorch has {theirs[at].item():.9g}"
+        f"{what}: {int(wrong.sum())} of {wrong.numel()} are outside, the first at {at}: {ours[at].item():.9g} is not "
+        f"in [{bound.low[at].item():.9g}, {bound.high[at].item():.9g}], PyTorch has {theirs[at].item():.9g}"
     )

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +15,8 @@ import fastmlp
 from tests.conftest import ISAS
 
 T = TypeVar("T")
+
+_deterministic: Any = torch.utils.deterministic
 
 #: What the library may raise where it does not follow.
 REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)
@@ -122,12 +124,12 @@ def settings(case: Case) -> Iterator[None]:
     """Draws an instruction set, a number of threads and whether fresh memory is filled with NaN; restores all."""
     isa, threads = fastmlp.get_isa(), torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    filled = _deterministic.fill_uninitialized_memory
     drawn, poisoned = case.choice(ISAS), case.chance(0.5)
     fastmlp.set_isa(drawn)
     torch.set_num_threads(1 if case.chance(0.85) else 2)
     torch.use_deterministic_algorithms(poisoned)
-    torch.utils.deterministic.fill_uninitialized_memory = poisoned
+    _deterministic.fill_uninitialized_memory = poisoned
     # As the tests have it: oneDNN's gelu of float32 gives NaN at infinity.
     torch._C._set_mkldnn_enabled(False)
     case.note(f"isa {drawn}, {torch.get_num_threads()} threads, fresh memory {'NaN' if poisoned else 'as it is'}")
@@ -137,7 +139,7 @@ def settings(case: Case) -> Iterator[None]:
             yield
     finally:
         torch._C._set_mkldnn_enabled(True)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        _deterministic.fill_uninitialized_memory = filled
         torch.use_deterministic_algorithms(deterministic)
         torch.set_num_threads(threads)
         fastmlp.set_isa(isa)

@@ -12,7 +12,7 @@ from fastmlp import reference
 from fastmlp.activations import IDENTITY, module_of
 from tests.attack import drawn, nets
 from tests.attack.cases import Case
-from tests.training import Functional
+from tests.conftest import ISAS
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Net:
         self.case.note(f"train({mode})")
 
     def must_refuse(self) -> bool:
-        """Whether something would go unseen that changes what the model computes."""
+        """Whether there is something that a frozen network would have to call."""
         return bool(self.handles)
 
     def may_refuse_now(self) -> bool:
@@ -66,9 +66,10 @@ class Net:
             return True
         layer, active, waiting = None, False, False
         for leaf in self.leaves:
-            if isinstance(leaf, (nn.BatchNorm1d, nn.Dropout, nn.AlphaDropout)) and leaf.training:
-                if isinstance(leaf, nn.BatchNorm1d) or leaf.p > 0:
-                    return True
+            if leaf.training and isinstance(leaf, nn.BatchNorm1d):
+                return True
+            if leaf.training and isinstance(leaf, (nn.Dropout, nn.AlphaDropout)) and leaf.p > 0:
+                return True
             if isinstance(leaf, nn.Linear):
                 layer, waiting = leaf, False
                 active = isinstance(leaf, fastmlp.Linear) and leaf.activation != IDENTITY
@@ -100,8 +101,9 @@ class Change(NamedTuple):
 
 
 def a_tensor(net: Net) -> Tensor:
-    leaf = net.case.choice([leaf for leaf in net.leaves if list(leaf.parameters()) or list(leaf.buffers())])
-    floats = [t for t in (*leaf.parameters(), *leaf.buffers()) if t.is_floating_point()]
+    leaf = net.case.choice([leaf for leaf in net.leaves if leaf.state_dict()])
+    tensors: list[Tensor] = [*leaf.parameters(), *leaf.buffers()]
+    floats = [t for t in tensors if t.is_floating_point()]
     found = net.case.choice(floats)
     net.case.note(f"  of {type(leaf).__name__} {tuple(found.shape)}")
     return found
@@ -182,7 +184,8 @@ def new_parameter(net: Net) -> None:
 def bias_comes_or_goes(net: Net) -> None:
     layer = net.case.choice(net.layers)
     n = layer.weight.shape[0]
-    layer.bias = None if layer.bias is not None else nn.Parameter(drawn.randn(net.case, n, dtype=net.dtype))
+    made = nn.Parameter(drawn.randn(net.case, n, dtype=net.dtype))
+    setattr(layer, "bias", None if layer.bias is not None else made)  # noqa: B010
 
 
 def replace(net: Net, leaf: nn.Module, other: nn.Module) -> None:
@@ -227,14 +230,6 @@ def fused_activation(net: Net) -> None:
     layer.activation = act
 
 
-def functional_activation(net: Net) -> None:
-    """An attribute that the forward reads."""
-    assert isinstance(net.model, Functional)
-    acts = list(net.model.activations)
-    acts[net.case.random.randrange(len(acts))] = drawn.activation(net.case)
-    net.model.activations = acts
-
-
 def numbers_of_activations(net: Net) -> list[nn.Module]:
     return [leaf for leaf in activations_of(net) if isinstance(leaf, (nn.LeakyReLU, nn.ELU))]
 
@@ -265,7 +260,7 @@ def own_forward(net: Net) -> None:
     """A forward of the instance, which is in no class."""
     leaf = net.case.choice(net.held)
     forward = leaf.forward
-    leaf.forward = lambda x: forward(x) * 2  # type: ignore[method-assign]
+    leaf.forward = lambda x: forward(x) * 2
 
     class Handle:
         def remove(self) -> None:
@@ -311,8 +306,6 @@ def modes(net: Net) -> None:
 
 
 def isa(net: Net) -> None:
-    from tests.conftest import ISAS
-
     fastmlp.set_isa(net.case.choice(ISAS))
 
 
@@ -337,9 +330,23 @@ def shared_memory(net: Net) -> None:
     net.model.share_memory()
 
 
-def weight_normed(net: Net) -> None:
-    """A parametrization of a layer, which changes its class."""
-    nn.utils.parametrizations.weight_norm(net.case.choice(net.layers))
+def parametrized(net: Net) -> None:
+    """A weight that is computed at each access; the class of the layer is another then."""
+    layer = net.case.choice(net.layers)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+
+    class Handle:
+        def remove(self) -> None:
+            nn.utils.parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+
+    net.handles.append(Handle())
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
 
 
 CHANGES: dict[str, Change] = {
@@ -361,7 +368,7 @@ CHANGES: dict[str, Change] = {
     "hook on the model": Change(hook_of_model),
     "forward of an instance": Change(own_forward),
     "hook taken off": Change(unhook, lambda net: bool(net.handles)),
-    "hook taken off, again": Change(unhook, lambda net: bool(net.handles)),
+    "parametrization": Change(parametrized, lambda net: not net.handles),
     "eps": Change(eps, lambda net: bool(net.norms)),
     "statistics": Change(statistics, lambda net: any(norm.num_features for norm in net.norms)),
     "to another dtype": Change(to_dtype),

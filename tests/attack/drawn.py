@@ -66,7 +66,9 @@ def gapped(case: Case, x: Tensor) -> Tensor:
 
 def padded(case: Case, x: Tensor) -> Tensor:
     """Rows with room after them."""
-    return torch.cat([x, torch.full_like(x[..., :1], 9), torch.full_like(x, 9)], -1)[..., : x.shape[-1]] if x.dim() else x
+    return (
+        torch.cat([x, torch.full_like(x[..., :1], 9), torch.full_like(x, 9)], -1)[..., : x.shape[-1]] if x.dim() else x
+    )
 
 
 def misaligned(case: Case, x: Tensor) -> Tensor:

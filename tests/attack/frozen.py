@@ -72,8 +72,8 @@ def changed(attack: Attack) -> None:
     net = attack.net
     fitting = [name for name, change in CHANGES.items() if change.fits(net)]
     name = net.case.choice(fitting)
-    _, error = attempt(lambda: CHANGES[name].make(net))
     net.case.act(f"change {name}")
+    _, error = attempt(lambda: CHANGES[name].make(net))
     if error is not None:
         raise Disagreement(f"{name} raises while a frozen network lives: {type(error).__name__}: {error}") from error
     if CHANGES[name].unseen:
@@ -138,31 +138,36 @@ def called(attack: Attack) -> bool:
         x = drawn.sprinkled(case, x)
     x, how = drawn.lay_to_read(case, x)
     array = dtype != torch.bfloat16 and case.chance(0.35)
-    out = out_for(case, leaves, (*shape, leaves_out(leaves)), dtype) if case.chance(0.2) else None
+    out, fitting = out_for(case, x, (*shape, leaves_out(leaves)), dtype) if case.chance(0.2) else (None, True)
     mode = case.choice(["", "", "no_grad", "inference_mode"])
     case.act("call", f"{'array' if array else 'tensor'} {how}{' out=' if out is not None else ''} {mode}")
     context = {"": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[mode]
     given: Any = x.numpy() if array else x
-    kept = x.clone()
-    into: Any = out.numpy() if out is not None and array else out
+    into: Any = out.numpy() if out is not None and array and out.dtype != torch.bfloat16 else out
+    kept, kept_out = oracle.bytes_of(x), None if out is None else oracle.bytes_of(out)
 
     def call() -> Any:
         with context():
             return attack.frozen(given, out=into)
 
     result, error = attempt(call)
-    case.require(torch.equal(x.nan_to_num(1.5), kept.nan_to_num(1.5)), "the call has written to its input")
+    case.require(oracle.bytes_of(x) == kept or not fitting, "the call has written to its input")
     if error is not None:
+        case.require(out is None or oracle.bytes_of(out) == kept_out, "a call that raises has written to out")
+        if not fitting:
+            case.refused(error)
+            return True
         if wrong and isinstance(error, REFUSALS):
             case.both_raise(error)
             return True
         case.refused(error, attack.may_refuse and attack.net.may_refuse_now())
         return False
+    case.require(fitting, "an out that does not fit is taken")
     case.require(not wrong, "an input of another width is taken")
     case.require(not (attack.kept is None and attack.net.must_refuse()), "hooks of the model are passed over")
     if into is not None:
         case.require(result is into, "out is not what is returned")
-    found = torch.from_numpy(result) if array else result
+    found: Any = torch.from_numpy(result) if array else result
     check(case, attack, leaves, x, found)
     return True
 
@@ -171,8 +176,23 @@ def leaves_out(leaves: list[nn.Module]) -> int:
     return [leaf for leaf in leaves if isinstance(leaf, nn.Linear)][-1].weight.shape[0]
 
 
-def out_for(case: Case, leaves: list[nn.Module], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.full(shape, float("nan"), dtype=dtype)
+def out_for(case: Case, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """Memory for the output, and whether it fits."""
+    made = torch.full(shape, 7.0, dtype=dtype)
+    kind = case.choice(["fits"] * 6 + ["odd ones", "misaligned", "shape", "dtype", "gapped", "input"])
+    case.note(f"  out: {kind}")
+    if kind in ("odd ones", "misaligned"):
+        return drawn.LAYOUTS[kind](case, made), True
+    if kind == "shape":
+        return torch.full((*shape, 1), 7.0, dtype=dtype), False
+    if kind == "dtype":
+        return made.to(torch.float64 if dtype != torch.float64 else torch.float32), False
+    if kind == "gapped":
+        made = drawn.gapped(case, made)
+        return made, made.is_contiguous()
+    if kind == "input" and x.shape == shape and x.numel():
+        return x, False
+    return made, True
 
 
 def check(case: Case, attack: Attack, leaves: list[nn.Module], x: Tensor, found: Tensor) -> None:
@@ -190,5 +210,3 @@ def check(case: Case, attack: Attack, leaves: list[nn.Module], x: Tensor, found:
         same = oracle.bytes_of(alone) == oracle.bytes_of(found.reshape(native.shape)[at])
         case.require(same, f"row {at} has other bits alone than in its batch")
         case.agreed()
-
-

@@ -11,6 +11,7 @@ import fastmlp
 from fastmlp import reference
 from fastmlp.activations import IDENTITY, module_of
 from tests.attack import drawn
+from tests.attack.cases import attempt
 from tests.attack.sides import Training
 from tests.conftest import ISAS
 
@@ -42,7 +43,9 @@ def lr(training: Training) -> None:
 
 def rule(training: Training) -> None:
     group = training.case.choice(training.side.optimizer.param_groups)
-    key = training.case.choice([key for key in ("weight_decay", "maximize", "dampening", "amsgrad", "eps") if key in group])
+    key = training.case.choice(
+        [key for key in ("weight_decay", "maximize", "dampening", "amsgrad", "eps") if key in group]
+    )
     if key == "dampening" and group["nesterov"]:
         return
     group[key] = not group[key] if isinstance(group[key], bool) else group[key] * 2 + 1e-4
@@ -167,9 +170,11 @@ def isa(training: Training) -> None:
 
 
 def other_model(training: Training) -> None:
-    """Whoever sets it means that it is trained."""
+    """Whoever sets it means that it is trained, and is told if it is not."""
     model = copy.deepcopy(training.side.model)
-    training.step.model = model
+    _, error = attempt(lambda: setattr(training.step, "model", model))
+    if error is not None:
+        return training.case.refused(error)
     training.case.note("  step.model = another one")
     training.side.model = model
 

@@ -1,4 +1,4 @@
-"""Networks drawn at random, in the forms in which users write them, and what they are made of, one leaf after another."""
+"""Networks drawn at random, in the forms in which users write them, and their leaves, one after another."""
 
 from collections.abc import Sequence
 from itertools import pairwise

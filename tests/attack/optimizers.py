@@ -1,4 +1,4 @@
-"""fastmlp.optim against the formulas of torch.optim: layouts, dtypes, magnitudes, groups, states, hooks and odd gradients."""
+"""fastmlp.optim against the formulas of torch.optim: layouts, dtypes, magnitudes, groups, states, hooks, gradients."""
 
 import copy
 import pickle
@@ -105,7 +105,9 @@ def stepped(case: Case, optimizer: Optimizer, log: list[str]) -> None:
         return case.both_raise(twin_error)
     if error is not None:
         raise error
-    case.require(log == (["pre", "post"] if log or optimizer_is_watched(optimizer) else []), f"hooks were called so: {log}")
+    case.require(
+        log == (["pre", "post"] if log or optimizer_is_watched(optimizer) else []), f"hooks were called so: {log}"
+    )
     for i, (p, q) in enumerate(zip(parameters, copies, strict=True)):
         value, states = bounds[i]
         mine, theirs = optimizer.state.get(p, {}), twin.state.get(q, {})
@@ -153,7 +155,7 @@ def dense(x: Tensor) -> Tensor:
 
 def twin_of(optimizer: Optimizer, parameters: list[nn.Parameter]) -> tuple[Optimizer, list[nn.Parameter]]:
     """torch's own class, on copies."""
-    copies = {}
+    copies: dict[Tensor, nn.Parameter] = {}
     for p in parameters:
         copies[p] = nn.Parameter(oracle.twin_of(p))
         copies[p].grad = None if p.grad is None else oracle.twin_of(p.grad)
@@ -162,8 +164,8 @@ def twin_of(optimizer: Optimizer, parameters: list[nn.Parameter]) -> tuple[Optim
         for group in optimizer.param_groups
     ]
     made: Optimizer = getattr(torch.optim, type(optimizer).__name__)(groups, lr=0.1)
-    for p, state in optimizer.state.items():
-        made.state[copies[p]] = {k: oracle.twin_of(x) if isinstance(x, Tensor) else x for k, x in state.items()}
+    for key, state in optimizer.state.items():
+        made.state[copies[key]] = {k: oracle.twin_of(x) if isinstance(x, Tensor) else x for k, x in state.items()}
     return made, [copies[p] for p in parameters]
 
 
@@ -221,7 +223,9 @@ def parameter_laid(case: Case, optimizer: Optimizer) -> Optimizer:
 
 def rule(case: Case, optimizer: Optimizer) -> Optimizer:
     group = case.choice(optimizer.param_groups)
-    key = case.choice([key for key in ("weight_decay", "maximize", "foreach") if key in group and not group["fused"]] or ["lr"])
+    key = case.choice(
+        [key for key in ("weight_decay", "maximize", "foreach") if key in group and not group["fused"]] or ["lr"]
+    )
     group[key] = not group[key] if key != "lr" and isinstance(group[key], bool) else 0.05 if key != "foreach" else None
     return optimizer
 
@@ -247,5 +251,3 @@ def changed(case: Case, optimizer: Optimizer, log: list[str]) -> Optimizer:
     name = case.choice(list(CHANGES))
     case.act(f"change {name}")
     return CHANGES[name](case, optimizer)
-
-

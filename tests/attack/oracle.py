@@ -41,17 +41,20 @@ def eval_forward(leaves: Sequence[nn.Module], x: Tensor, dtype: torch.dtype) -> 
             if isinstance(leaf, fastmlp.Linear):
                 x = reference.activate(x, leaf.activation.name, leaf.activation.parameters)
         elif isinstance(leaf, nn.BatchNorm1d):
-            own = [None if p is None else p.detach().to(dtype) for p in (leaf.weight, leaf.bias)]
+            scale, shift = [None if p is None else p.detach().to(dtype) for p in (leaf.weight, leaf.bias)]
             assert leaf.running_mean is not None
             assert leaf.running_var is not None
-            x = F.batch_norm(x, leaf.running_mean.to(dtype), leaf.running_var.to(dtype), *own, False, 0.0, leaf.eps)
+            mean, var = leaf.running_mean.to(dtype), leaf.running_var.to(dtype)
+            x = F.batch_norm(x, mean, var, scale, shift, False, 0.0, leaf.eps)
         elif not isinstance(leaf, VANISHING):
             act = resolve(leaf)
             x = reference.activate(x, act.name, act.parameters)
     return x
 
 
-def layers_of(leaves: Sequence[nn.Module]) -> list[tuple[list[nn.BatchNorm1d], nn.Linear, list[nn.BatchNorm1d], Activation]]:
+def layers_of(
+    leaves: Sequence[nn.Module],
+) -> list[tuple[list[nn.BatchNorm1d], nn.Linear, list[nn.BatchNorm1d], Activation]]:
     """Norms before, layer, norms after it, activation."""
     found: list[tuple[list[nn.BatchNorm1d], nn.Linear, list[nn.BatchNorm1d], Activation]] = []
     waiting: list[nn.BatchNorm1d] = []
@@ -136,7 +139,11 @@ def compare(case: Case, found: Tensor, expected: Bounded, native: Tensor, what: 
     if found.dtype.itemsize > 2 and not (outside & ~theirs_outside).any():
         case.outcomes["beyond the bounds, as PyTorch is"] += 1
         return None
-    excess = torch.where(outside & ~theirs_outside if found.dtype.itemsize > 2 else outside, (ours.double() - value).abs() - allowed, -torch.inf)
+    excess = torch.where(
+        outside & ~theirs_outside if found.dtype.itemsize > 2 else outside,
+        (ours.double() - value).abs() - allowed,
+        -torch.inf,
+    )
     excess = torch.where(excess.isnan(), torch.inf, excess)
     at = int(excess.argmax())
     raise Disagreement(
@@ -180,7 +187,9 @@ def snapshot(*modules: nn.Module) -> dict[str, object]:
             found[f"{i}.{name}"] = (
                 *(id(tensor), tensor._version, tensor.requires_grad, tensor.stride(), tensor.data_ptr()),
                 bytes_of(tensor),
-                None if grad is None else (id(grad), grad._version, grad.detach().double().nan_to_num(7.5).sum().item()),
+                None
+                if grad is None
+                else (id(grad), grad._version, grad.detach().double().nan_to_num(7.5).sum().item()),
             )
     return found
 

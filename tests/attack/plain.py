@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def drawn_network(case: Case) -> Drawn:
     acts = drawn.activations(case, count)
     case.note(f"{dtype} {sizes} {acts}")
     input = made(*drawn.leading(case), sizes[0])
-    weights = [made(n, k, scale=max(k, 1) ** -0.5) for k, n in zip(sizes[:-1], sizes[1:], strict=True)]
+    weights = [made(n, k, scale=max(k, 1) ** -0.5) for k, n in pairwise(sizes)]
     biases = [made(n) if case.chance(0.75) else None for n in sizes[1:]]
     return Drawn(input, weights, biases, acts)
 
@@ -127,9 +128,7 @@ def compared(case: Case, net: Drawn) -> None:
     grad, how = drawn.lay_to_read(case, grad)
     case.note(f"  gradient {how}")
     with torch.no_grad():
-        bounds = network(
-            oracle.rows_of(net.input.detach()), net.weights, net.biases, net.acts, oracle.rows_of(grad)
-        )
+        bounds = network(oracle.rows_of(net.input.detach()), net.weights, net.biases, net.acts, oracle.rows_of(grad))
         plain = oracle.rows_of(native)
     oracle.compare(case, oracle.rows_of(found), bounds.output, plain, "output")
     if native.requires_grad:
@@ -138,9 +137,7 @@ def compared(case: Case, net: Drawn) -> None:
     case.require(not changed, f"tensors {changed} have changed")
 
 
-def backward(
-    case: Case, net: Drawn, found: Tensor, native: Tensor, grad: Tensor, bounds: list[Bounded]
-) -> None:
+def backward(case: Case, net: Drawn, found: Tensor, native: Tensor, grad: Tensor, bounds: list[Bounded]) -> None:
     wanted = [i for i, t in enumerate(net.tensors) if t.requires_grad and case.chance(0.85)]
     if not wanted:
         return
@@ -163,7 +160,9 @@ def broken(case: Case, net: Drawn) -> None:
     way = case.choice(list(ways := callers(case, net)))
     kind = case.choice(["width", "dtype", "bias", "a number"])
     if kind == "width":
-        net.input = torch.cat([net.input.detach(), net.input.detach()[..., :0], net.input.new_ones(*net.input.shape[:-1], 1)], -1)
+        net.input = torch.cat(
+            [net.input.detach(), net.input.detach()[..., :0], net.input.new_ones(*net.input.shape[:-1], 1)], -1
+        )
     elif kind == "dtype":
         net.input = net.input.detach().to(torch.float64 if net.input.dtype != torch.float64 else torch.float32)
     elif kind == "bias":

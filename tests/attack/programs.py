@@ -203,7 +203,9 @@ def frozen(case: Case, model: Program, odd: bool) -> None:
 
 def is_chain(model: Program, odd: bool) -> bool:
     """Layers, each with one activation at most."""
-    return not odd and not any(statement in GRAPHS or statement.__name__ == "functional" for statement in model.statements)
+    return not odd and not any(
+        statement in GRAPHS or statement.__name__ == "functional" for statement in model.statements
+    )
 
 
 def layers_used(model: Program) -> list[str]:
@@ -260,7 +262,9 @@ def looked_at(case: Case, model: Program, odd: bool) -> None:
             model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1)
         ),
         "explain of a tensor": lambda: fastmlp.explain(inputs(case, model)[0]),
-        "explain of a container": lambda: fastmlp.explain(fastmlp.Sequential(model.fc1, model.act), torch.ones(1, model.width, dtype=model.mean.dtype)),
+        "explain of a container": lambda: fastmlp.explain(
+            fastmlp.Sequential(model.fc1, model.act), torch.ones(1, model.width, dtype=model.mean.dtype)
+        ),
     }
     name = case.choice(list(what))
     case.act(f"look: {name}")

@@ -23,27 +23,30 @@ PATIENCE = 120.0
 
 @dataclass
 class Totals:
-    """What came of many cases."""
+    """What came of many cases, by surface: how many there were, in how many something agreed, outcomes and actions."""
 
+    agreeing: Counter[str] = field(default_factory=Counter)
     cases: Counter[str] = field(default_factory=Counter)
     outcomes: dict[str, Counter[str]] = field(default_factory=dict)
     actions: dict[str, Counter[str]] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
+    failures: list[Result] = field(default_factory=list)
 
     def add(self, result: Result) -> None:
         self.cases[result.surface] += 1
+        self.agreeing[result.surface] += result.outcomes["agreed"] > 0
         self.outcomes.setdefault(result.surface, Counter()).update(result.outcomes)
         self.actions.setdefault(result.surface, Counter()).update(result.actions)
         if result.failure:
-            self.failures.append(result.failure)
+            self.failures.append(result)
 
     def __str__(self) -> str:
         lines = []
         for surface, count in sorted(self.cases.items()):
-            lines.append(f"{surface}: {count} cases; " + listed(self.outcomes[surface]))
-            lines.append(f"    {listed(self.actions[surface])}")
+            lines.append(f"{surface}: {count} cases, in {self.agreeing[surface]} of which something agreed")
+            lines.append(f"    outcomes: {listed(self.outcomes[surface])}")
+            lines.append(f"    actions: {listed(self.actions[surface])}")
         lines.append(f"{sum(self.cases.values())} cases, {len(self.failures)} failures")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(failure.replay for failure in self.failures)])
 
 
 def listed(counts: Counter[str]) -> str:

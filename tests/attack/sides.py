@@ -154,7 +154,8 @@ def twin_of_optimizer(optimizer: Optimizer, copies: dict[Tensor, nn.Parameter]) 
                 copies[p].grad = None if p.grad is None else oracle.twin_of(p.grad)
         own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
         groups.append({**own, "params": [copies[p] for p in group["params"]]})
-    made = TORCHS[type(optimizer)](groups, lr=0.1)
+    kind: Any = TORCHS[type(optimizer)]
+    made: Optimizer = kind(groups, lr=0.1)
     for p, state in optimizer.state.items():
         if p in copies:
             made.state[copies[p]] = {k: oracle.twin_of(x) if isinstance(x, Tensor) else x for k, x in state.items()}

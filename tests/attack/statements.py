@@ -22,6 +22,13 @@ class Program(nn.Module):
         dtype: of the parameters.
     """
 
+    fc1: nn.Linear
+    fc2: nn.Linear
+    fc3: nn.Linear
+    calls: Tensor
+    mean: Tensor
+    noise: Tensor
+
     def __init__(self, width: int, statements: list[Statement], dtype: torch.dtype) -> None:
         super().__init__()
         self.width, self.statements = width, statements
@@ -29,7 +36,9 @@ class Program(nn.Module):
             setattr(self, name, nn.Linear(width, width, dtype=dtype))
         self.norm, self.batch_norm = nn.LayerNorm(width, dtype=dtype), nn.BatchNorm1d(width, dtype=dtype)
         self.act, self.dropout = nn.Tanh(), nn.Dropout(0.3)
-        self.children_ = nn.Sequential(nn.Linear(width, width, dtype=dtype), nn.ReLU(), nn.Linear(width, width, dtype=dtype))
+        self.children_ = nn.Sequential(
+            nn.Linear(width, width, dtype=dtype), nn.ReLU(), nn.Linear(width, width, dtype=dtype)
+        )
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(width, dtype=dtype))
         self.register_buffer("noise", torch.zeros(width, dtype=dtype))

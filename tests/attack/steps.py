@@ -11,7 +11,7 @@ import fastmlp
 from tests.attack import after, drawn, nets, oracle, watching
 from tests.attack.cases import Case, Disagreement, attempt
 from tests.attack.meddling import MEDDLING
-from tests.attack.sides import Side, Training
+from tests.attack.sides import Side, Training, owned
 from tests.training import LOSSES, OPTIMIZERS, draw_loss, draw_optimizer, optimizer_of, targets
 
 DTYPES = (torch.float32, torch.float64)
@@ -22,7 +22,8 @@ def play(case: Case) -> None:
     training = drawn_training(case)
     try:
         if case.chance(0.1):
-            watching.watch(training)
+            for _ in range(case.choice([1, 1, 2])):
+                watching.watch(training)
         if case.chance(0.02):
             watching.watch_everywhere(training)
         if not constructed(training):
@@ -58,7 +59,9 @@ def drawn_training(case: Case) -> Training:
     if case.chance(0.3) and options.get("keep_grads", True):
         options = options | {"accumulate": case.choice([2, 3])}
     if case.chance(0.02):
-        options = options | {case.choice(["max_norm", "clip_value"]): case.choice([-1.0, 0.0, float("nan"), float("inf")])}
+        options = options | {
+            case.choice(["max_norm", "clip_value"]): case.choice([-1.0, 0.0, float("nan"), float("inf")])
+        }
     training = Training(case, dtype, Side(model, nets.flat(model), optimizer, loss_fn), copy.deepcopy(loss_fn), options)
     if not all(math_like(value) for value in options.values()):
         training.risks.add("option")
@@ -113,8 +116,6 @@ def constructed(training: Training) -> bool:
 
 
 def owns_nothing(training: Training) -> bool:
-    from tests.attack.sides import owned
-
     return not any(owned(training.side.optimizer, training.side.parameters))
 
 
@@ -125,7 +126,10 @@ def same(case: Case, before: dict[str, object], after: dict[str, object], what: 
 
 def meddle(training: Training) -> None:
     case = training.case
-    name = case.choice([name for name, entry in MEDDLING.items() if entry.fits(training)])
+    names = [name for name, entry in MEDDLING.items() if entry.fits(training)]
+    if training.accumulate > 1:
+        names += ["requires_grad", "gradients of another layout", "gradients are held"] * 3
+    name = case.choice(names)
     case.act(f"change {name}")
     MEDDLING[name].make(training)
     training.side.leaves = nets.flat(training.side.model)

@@ -1,6 +1,6 @@
 """The parts of the library that are attacked."""
 
-from tests.attack import frozen, optimizers, plain, programs, steps
+from tests.attack import frozen, optimizers, plain, programs, steps, threads
 from tests.attack.cases import Play, Result, play
 
 SURFACES: dict[str, Play] = {
@@ -9,6 +9,7 @@ SURFACES: dict[str, Play] = {
     "steps": steps.play,
     "programs": programs.play,
     "optim": optimizers.play,
+    "threads": threads.play,
 }
 
 

@@ -122,9 +122,9 @@ def watch(training: Training) -> None:
         "loss of an instance": loss_of_instance,
     }
     name = case.choice(list(options))
-    if "tensor hook" in name or "accumulate" in name or "node" in name:
-        if not side.parameters[index].requires_grad:
-            return
+    needs_gradient = any(word in name for word in ("tensor hook", "accumulate", "node"))
+    if needs_gradient and not side.parameters[index].requires_grad:
+        return
     case.act(f"watch: {name}", f"parameter {index}, leaf {leaf}")
     training.setup(name, options[name])
     training.skips = training.skips or name.endswith("skips")
@@ -154,5 +154,3 @@ def watch_everywhere(training: Training) -> None:
 
     setattr(owner, key, other)
     training.undo.append(lambda: setattr(owner, key, original))
-
-
