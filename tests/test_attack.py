@@ -1,11 +1,11 @@
 """A part of the generated attack that takes two minutes, and whether the attack would find what it is there for.
 
-`python -m tests.attack` runs more of it; `make attack` 20,000 cases. A failure begins with the line that plays it again.
+`make attack` plays 20,000 cases. A failure begins with the line that plays it again.
 """
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -137,9 +137,10 @@ PLANTS = {
 
 
 @pytest.fixture
-def planted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    PLANTS[request.param](monkeypatch)
-    yield request.param
+def planted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name: str = request.param
+    PLANTS[name](monkeypatch)
+    return name
 
 
 @pytest.mark.parametrize("planted", PLANTS, indirect=True)
