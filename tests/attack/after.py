@@ -86,7 +86,8 @@ def stepped(
             for i, p in enumerate(parameters):
                 g = gradients[i]
                 if g is not None and any(p is q for q in group["params"]):
-                    values[i], states[i] = arithmetic.step(side.optimizer, group, values[i], g, states[i])
+                    values[i], moved = arithmetic.step(side.optimizer, group, values[i], g, states[i])
+                    states[i] = states[i] | moved
     if not training.options.get("keep_grads", True):
         gradients = [None] * len(gradients)
     return After(loss, values, gradients, states)

@@ -57,8 +57,8 @@ def play(case: Case) -> None:
     attack = Attack(net, frozen, low)
     net.others.append(frozen)
     for _ in range(case.choice([2, 3, 4, 6])):
-        if case.chance(0.45) and attack.kept is None:
-            changed(attack)
+        if case.chance(0.45) and attack.kept is None and not changed(attack):
+            return None
         if case.chance(0.12):
             looked_at(attack)
         if case.chance(0.15):
@@ -68,7 +68,8 @@ def play(case: Case) -> None:
     return None
 
 
-def changed(attack: Attack) -> None:
+def changed(attack: Attack) -> bool:
+    """Something happens to the model; says whether to go on."""
     net = attack.net
     fitting = [name for name, change in CHANGES.items() if change.fits(net)]
     name = net.case.choice(fitting)
@@ -80,6 +81,8 @@ def changed(attack: Attack) -> None:
         _, error = attempt(attack.frozen.refresh)
         if error is not None:
             net.case.refused(error, net.may_refuse_now())
+            return False
+    return True
 
 
 def looked_at(attack: Attack) -> None:

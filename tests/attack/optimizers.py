@@ -146,7 +146,8 @@ def bound_of(optimizer: Optimizer, p: nn.Parameter) -> tuple[Interval, State]:
     group = next(group for group in optimizer.param_groups if any(p is q for q in group["params"]))
     if p.grad is None:
         return value, state
-    return Arithmetic(p.dtype).step(optimizer, group, value, Interval.exact(dense(p.grad)), state)
+    value, moved = Arithmetic(p.dtype).step(optimizer, group, value, Interval.exact(dense(p.grad)), state)
+    return value, state | moved
 
 
 def dense(x: Tensor) -> Tensor:

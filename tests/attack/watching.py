@@ -143,8 +143,8 @@ def watch_everywhere(training: Training) -> None:
         handle = nn_module.register_module_forward_hook(lambda *args: log.append("global hook"))
         training.undo.append(handle.remove)
         return
-    owner: Any = type(side.loss_fn) if kind == "loss of a class" else type(side.optimizer)
-    key = "forward" if kind == "loss of a class" else "step"
+    key, of = ("forward", type(side.loss_fn)) if kind == "loss of a class" else ("step", type(side.optimizer))
+    owner: Any = next(cls for cls in of.__mro__ if key in cls.__dict__)
     original = owner.__dict__[key]
 
     @functools.wraps(original)
