@@ -5,6 +5,8 @@
 #   make demo VENV=/path                with the environment elsewhere
 #   make bench BENCH=--quick            with options of `python -m benchmarks.report`
 #   make account                        where the time of a training step goes
+#   make attack                         20,000 random programs against PyTorch; `make test` runs two minutes of them
+#   make attack ATTACK='--surface frozen --seed 7'  one of them again, as a failure names it
 #   make gpu-proof                      what can be proved of the CUDA kernels without a GPU (docs/gpu.md); about an hour
 #   make gpu-test TORCH='torch==2.14.1'  on a machine with a GPU and a CUDA toolkit: its tests and benchmark
 #   make gpu-proof PROOF='--only read'  one gate of it
@@ -20,7 +22,7 @@ export MAX_JOBS ?= $(JOBS)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 SANITIZED := build/sanitized
 
-.PHONY: demo test build lint pytest other-isas sanitize bench account models gpu-proof gpu-proof-quick gpu-test tiles format clean
+.PHONY: demo test build lint pytest other-isas sanitize attack bench account models gpu-proof gpu-proof-quick gpu-test tiles format clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -81,7 +83,14 @@ sanitize: $(SANITIZED)/done
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=. \
 	  python -m pytest -q -p no:cacheprovider tests/test_kernels.py tests/test_errors.py tests/test_optim.py tests/test_train_step_losses.py \
-	    tests/test_frozen.py
+	    tests/test_frozen.py && \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=. \
+	  python -m tests.attack --seconds 60
+
+# The generated attack: what it is, tests/attack/__init__.py says. Fresh memory is filled with a byte that makes floats huge.
+attack: build
+	MALLOC_PERTURB_=1 python -m tests.attack $(ATTACK)
 
 # An extra's packages without the package itself, which would be built once more. With torch named, pip takes those
 # that go with it, and does not replace it.

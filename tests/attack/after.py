@@ -1,0 +1,150 @@
+"""What a call of a training step must leave behind, from what was there before it, in intervals."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastmlp
+from fastmlp import Activation
+from fastmlp.activations import IDENTITY, resolve
+from tests.attack.cases import Case, Disagreement
+from tests.attack.oracle import nan_is_open
+from tests.attack.sides import Side, Training, owned
+from tests.bounds import Bounded, network
+from tests.intervals import Arithmetic, Interval
+from tests.training import Loop, clipped, loss_bounds
+
+
+@dataclass
+class After:
+    """The loss, and each parameter with its gradient and state, None where there must be none."""
+
+    loss: Interval
+    values: list[Interval]
+    gradients: list[Interval | None]
+    states: list[dict[str, Interval]]
+
+
+def layers_of(leaves: list[nn.Module]) -> tuple[list[nn.Linear], list[Activation]]:
+    layers: list[nn.Linear] = []
+    acts: list[Activation] = []
+    for leaf in leaves:
+        if isinstance(leaf, nn.Linear):
+            layers.append(leaf)
+            acts.append(leaf.activation if isinstance(leaf, fastmlp.Linear) else IDENTITY)
+        elif not isinstance(leaf, (nn.Identity, nn.Dropout)):
+            acts[-1] = resolve(leaf)
+    return layers, acts
+
+
+def expected(training: Training, loop: Loop, input: Tensor, target: Tensor) -> After:
+    """Bounds for a call that is about to be made."""
+    side, dtype, n = training.side, training.dtype, training.accumulate
+    arithmetic = Arithmetic(dtype)
+    found: list[Bounded] = []
+
+    def backward(output: Bounded) -> Bounded:
+        loss, gradient = loss_bounds(training.plain_loss, output, target, dtype)
+        found.append(loss)
+        return Bounded(gradient.value / n, gradient.error / n)
+
+    layers, acts = layers_of(side.leaves)
+    rows = input.detach().reshape(input.shape[:-1].numel(), input.shape[-1])
+    weights = [layer.weight.detach() for layer in layers]
+    biases = [None if layer.bias is None else layer.bias.detach() for layer in layers]
+    bounds = network(rows, weights, biases, acts, backward).gradients[1:]
+    parameters, first = side.parameters, training.calls % n == 0
+    has = owned(side.optimizer, parameters)
+    gradients: list[Interval | None] = []
+    for p, bound, own in zip(parameters, bounds, has, strict=True):
+        kept = None if p.grad is None or (first and own) else Interval.exact(p.grad)
+        if p.requires_grad:
+            gradient = Interval.around(bound, dtype)
+            if n > 1:  # torch divides the loss, and thus rounds once more
+                gradient = arithmetic.rounded(gradient, 2)
+            kept = gradient if kept is None else arithmetic.rounded(kept.plus(gradient), 1)
+        gradients.append(kept)
+    return stepped(training, loop, arithmetic, Interval.around(found[0], dtype), gradients)
+
+
+def stepped(
+    training: Training, loop: Loop, arithmetic: Arithmetic, loss: Interval, gradients: list[Interval | None]
+) -> After:
+    side = training.side
+    parameters = side.parameters
+    values = [Interval.exact(p) for p in parameters]
+    states = [exact(side.optimizer.state.get(p, {})) for p in parameters]
+    if (training.calls + 1) % training.accumulate == 0:
+        there = [i for i, g in enumerate(gradients) if g is not None]
+        found = clipped(loop, [g for g in gradients if g is not None], arithmetic)
+        for i, made in zip(there, found, strict=True):
+            gradients[i] = made
+        for group in side.optimizer.param_groups if not training.skips else ():
+            for i, p in enumerate(parameters):
+                g = gradients[i]
+                if g is not None and any(p is q for q in group["params"]):
+                    values[i], moved = arithmetic.step(side.optimizer, group, values[i], g, states[i])
+                    states[i] = states[i] | moved
+    if not training.options.get("keep_grads", True):
+        gradients = [None] * len(gradients)
+    return After(loss, values, gradients, states)
+
+
+def exact(state: Mapping[str, Any]) -> dict[str, Interval]:
+    return {key: Interval.exact(x) for key, x in state.items() if isinstance(x, Tensor)}
+
+
+def check(case: Case, training: Training, after: After, loss: Tensor, twin_loss: Tensor, twin: Side) -> None:
+    """What a step has left, and that there is nothing else."""
+    ours, is_open = training.side, nan_is_open(layers_of(training.side.leaves)[1])
+    case.require(loss.dim() == 0 and not loss.requires_grad, f"the loss is {loss!r}")
+    case.require(loss.dtype == twin_loss.dtype, f"the loss has dtype {loss.dtype}, PyTorch's {twin_loss.dtype}")
+    compare(case, loss, after.loss, twin_loss, "loss")
+    for i, (p, q) in enumerate(zip(ours.parameters, twin.parameters, strict=True)):
+        has = [x.grad is not None for x in (p, q)]
+        case.require(has[0] == has[1], f"gradient {i} is {'there' if has[0] else 'None'}, PyTorch's is not so")
+        bound = after.gradients[i]
+        if p.grad is not None and q.grad is not None:
+            assert bound is not None, "the oracle has no gradient where PyTorch has"
+            case.require(p.grad.dtype == q.grad.dtype, f"gradient {i} has dtype {p.grad.dtype}")
+            case.require(not p.grad.is_inference(), f"gradient {i} is an inference tensor")
+            compare(case, p.grad, bound, q.grad, f"gradient {i} {tuple(p.shape)} by {p.stride()}", is_open)
+        mine, theirs = tensors(ours.optimizer.state.get(p, {})), tensors(twin.optimizer.state.get(q, {}))
+        case.require(set(mine) == set(theirs), f"state {i} has {sorted(mine)}, PyTorch's {sorted(theirs)}")
+        for key, x in mine.items():
+            case.require(x.shape == theirs[key].shape, f"{key} {i} has shape {tuple(x.shape)}")
+            case.require(not x.is_inference(), f"{key} {i} is an inference tensor")
+            compare(case, x, after.states[i][key], theirs[key], f"{key} {i}", is_open)
+        compare(
+            case, p.detach(), after.values[i], q.detach(), f"parameter {i} {tuple(p.shape)} by {p.stride()}", is_open
+        )
+
+
+def tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {key: x for key, x in state.items() if isinstance(x, Tensor)}
+
+
+def compare(case: Case, found: Tensor, bound: Interval, native: Tensor, what: str, is_open: bool = False) -> None:
+    """Within an interval, or as far outside as PyTorch is; where PyTorch is not finite, as it is."""
+    case.require(found.shape == native.shape, f"{what}: shape {tuple(found.shape)} for {tuple(native.shape)}")
+    ours, theirs = found.detach().flatten().double(), native.detach().flatten().double()
+    limit = torch.finfo(found.dtype).max * 0.99
+    regular = bound.low.isfinite() & bound.high.isfinite() & (bound.magnitude < limit)
+    unbounded = (bound.low == -torch.inf) & (bound.high == torch.inf)
+    pattern = (ours == theirs) | (ours.isnan() & theirs.isnan()) | (ours.isfinite() & theirs.isfinite())
+    special = (bound.low.isnan() | bound.high.isnan()) & ~unbounded & ~(ours.isnan() & is_open)
+    wrong = torch.where(regular, bound.outside(ours), ~pattern & special)
+    if not wrong.any():
+        return case.agreed()
+    alike = torch.where(regular, bound.outside(theirs), False)
+    if not (wrong & ~alike).any():
+        case.outcomes["beyond the bounds, as PyTorch is"] += 1
+        return None
+    at = int((wrong & ~alike).nonzero()[0])
+    raise Disagreement(
+        f"{what}: {int(wrong.sum())} of {wrong.numel()} are outside, the first at {at}: {ours[at].item():.9g} is not "
+        f"in [{bound.low[at].item():.9g}, {bound.high[at].item():.9g}], PyTorch has {theirs[at].item():.9g}"
+    )

@@ -1,0 +1,180 @@
+"""Functions, layers and networks: forward and backward of any layout, dtype, activation and subset of gradients."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastmlp
+from fastmlp import Activation, reference
+from fastmlp.activations import IDENTITY, module_of
+from tests.attack import drawn, oracle
+from tests.attack.cases import Case, attempt
+from tests.bounds import Bounded, network
+
+
+@dataclass
+class Drawn:
+    """A network's tensors, as they lie, and what is called."""
+
+    input: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    acts: list[Activation]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [t for pair in zip(self.weights, self.biases, strict=True) for t in pair if t is not None]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.input, *self.parameters]
+
+    def torchs(self) -> Tensor:
+        x = self.input
+        for weight, bias, act in zip(self.weights, self.biases, self.acts, strict=True):
+            x = reference.activate(F.linear(x, weight, bias), act.name, act.parameters)
+        return x
+
+
+def play(case: Case) -> None:
+    for _ in range(case.choice([1, 2, 3])):
+        net = drawn_network(case)
+        if case.chance(0.06):
+            broken(case, net)
+        else:
+            compared(case, net)
+
+
+def drawn_network(case: Case) -> Drawn:
+    dtype = drawn.dtype(case)
+    count = case.choice([1, 1, 2, 3, 4])
+    sizes = [drawn.size(case) for _ in range(count + 1)]
+    special = case.chance(0.12)
+
+    def made(*shape: int, scale: float = 1.0) -> Tensor:
+        x = drawn.randn(case, *shape, dtype=dtype, scale=scale)
+        if special and case.chance(0.4):
+            x = drawn.sprinkled(case, x)
+        x, how = drawn.lay_to_read(case, x)
+        case.note(f"  {how}{' with special numbers' if not x.isfinite().all() else ''}")
+        return x.requires_grad_(case.chance(0.6))
+
+    acts = drawn.activations(case, count)
+    case.note(f"{dtype} {sizes} {acts}")
+    input = made(*drawn.leading(case), sizes[0])
+    weights = [made(n, k, scale=max(k, 1) ** -0.5) for k, n in pairwise(sizes)]
+    biases = [made(n) if case.chance(0.75) else None for n in sizes[1:]]
+    return Drawn(input, weights, biases, acts)
+
+
+def callers(case: Case, net: Drawn) -> dict[str, Callable[[], Any]]:
+    """The ways to call a network."""
+    ways: dict[str, Callable[[], Any]] = {
+        "functional.mlp": lambda: fastmlp.functional.mlp(net.input, net.weights, net.biases, net.acts),
+        "Sequential": lambda: sequential(net, fused=False)(net.input),
+        "Sequential of fused layers": lambda: sequential(net, fused=True)(net.input),
+        "convert": lambda: fastmlp.convert(nn.Sequential(*children(net)))(net.input),
+        "convert, trace": lambda: fastmlp.convert(nn.Sequential(*children(net)), trace=True)(net.input),
+    }
+    if len(net.weights) == 1:
+        act = net.acts[0]
+        ways["functional.linear"] = lambda: fastmlp.functional.linear(net.input, net.weights[0], net.biases[0], act)
+        ways["Linear"] = lambda: layer(net, 0, act)(net.input)
+    return ways
+
+
+def layer(net: Drawn, i: int, act: Activation | None) -> nn.Linear:
+    """A layer whose parameters are these tensors, which need not be leaves or parameters."""
+    made = nn.Linear(1, 1) if act is None else fastmlp.Linear(1, 1, activation=act)
+    made._parameters["weight"], made._parameters["bias"] = net.weights[i], net.biases[i]  # type: ignore[assignment]
+    return made
+
+
+def children(net: Drawn) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    for i, act in enumerate(net.acts):
+        found += [layer(net, i, None)] if act == IDENTITY else [layer(net, i, None), module_of(act)]
+    return found
+
+
+def sequential(net: Drawn, fused: bool) -> nn.Module:
+    parts = [layer(net, i, act) for i, act in enumerate(net.acts)] if fused else children(net)
+    return fastmlp.Sequential(*parts)
+
+
+def compared(case: Case, net: Drawn) -> None:
+    way = case.choice(list(ways := callers(case, net)))
+    mode = case.choice(["", "", "", "", "no_grad", "inference_mode"])
+    case.act(way, mode)
+    context = {"": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[mode]
+    kept = [oracle.bytes_of(t) for t in net.tensors]
+    with context():
+        native, native_error = attempt(net.torchs)
+        found, error = attempt(ways[way])
+    if native_error is not None:
+        case.require(error is not None, f"PyTorch raises {type(native_error).__name__}: {native_error}")
+        return case.both_raise(native_error)
+    if error is not None:
+        raise error
+    assert found is not None
+    assert native is not None
+    case.require(found.requires_grad == native.requires_grad, f"requires_grad is {found.requires_grad}")
+    grad = drawn.randn(case, *native.shape, dtype=native.dtype)
+    grad, how = drawn.lay_to_read(case, grad)
+    case.note(f"  gradient {how}")
+    with torch.no_grad():
+        bounds = network(oracle.rows_of(net.input.detach()), net.weights, net.biases, net.acts, oracle.rows_of(grad))
+        plain = oracle.rows_of(native)
+    oracle.compare(case, oracle.rows_of(found), bounds.output, plain, "output")
+    if native.requires_grad:
+        backward(case, net, found, native, grad, bounds.gradients)
+    changed = [i for i, t in enumerate(net.tensors) if oracle.bytes_of(t) != kept[i]]
+    case.require(not changed, f"tensors {changed} have changed")
+
+
+def backward(case: Case, net: Drawn, found: Tensor, native: Tensor, grad: Tensor, bounds: list[Bounded]) -> None:
+    wanted = [i for i, t in enumerate(net.tensors) if t.requires_grad and case.chance(0.85)]
+    if not wanted:
+        return
+    case.act("backward", str(wanted))
+    tensors = [net.tensors[i] for i in wanted]
+    theirs = torch.autograd.grad(native, tensors, grad)
+    ours = torch.autograd.grad(found, tensors, grad, retain_graph=True)
+    again = torch.autograd.grad(found, tensors, grad) if case.chance(0.1) else ours
+    for i, mine, other, once in zip(wanted, ours, theirs, again, strict=True):
+        case.require(mine.shape == other.shape, f"gradient {i} has shape {tuple(mine.shape)}")
+        case.require(oracle.bytes_of(mine) == oracle.bytes_of(once), f"gradient {i} is another the second time")
+        shape = bounds[i].value.shape
+        oracle.compare(
+            case, mine.reshape(shape), bounds[i], other.reshape(shape), f"gradient {i}", oracle.nan_is_open(net.acts)
+        )
+
+
+def broken(case: Case, net: Drawn) -> None:
+    """Arguments that do not belong together: where PyTorch raises, so does the library."""
+    way = case.choice(list(ways := callers(case, net)))
+    kind = case.choice(["width", "dtype", "bias", "a number"])
+    if kind == "width":
+        net.input = torch.cat(
+            [net.input.detach(), net.input.detach()[..., :0], net.input.new_ones(*net.input.shape[:-1], 1)], -1
+        )
+    elif kind == "dtype":
+        net.input = net.input.detach().to(torch.float64 if net.input.dtype != torch.float64 else torch.float32)
+    elif kind == "bias":
+        net.biases[-1] = torch.ones(net.weights[-1].shape[0] + 2, dtype=net.input.dtype)
+    else:
+        net.input = torch.tensor(1.0, dtype=net.input.dtype)
+    case.act(f"broken {kind}", way)
+    _, native_error = attempt(net.torchs)
+    found, error = attempt(ways[way])
+    if native_error is not None and error is not None:
+        return case.both_raise(error)
+    if native_error is not None:
+        case.require(False, f"PyTorch raises {type(native_error).__name__}: {native_error}, ours gives {found!r:.200}")
+    if error is not None:
+        raise error

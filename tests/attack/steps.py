@@ -1,0 +1,220 @@
+"""TrainStep against the loop's four lines, with all that watches, changes and breaks a training between its calls."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastmlp
+from tests.attack import after, drawn, nets, oracle, watching
+from tests.attack.cases import Case, Disagreement, attempt
+from tests.attack.meddling import MEDDLING
+from tests.attack.sides import Side, Training, owned
+from tests.training import LOSSES, OPTIMIZERS, draw_loss, draw_optimizer, optimizer_of, targets
+
+DTYPES = (torch.float32, torch.float64)
+FORMS = ("nn", "fast", "nested", "functional", "attributes", "fused", "converted")
+
+
+def play(case: Case) -> None:
+    training = drawn_training(case)
+    try:
+        if case.chance(0.1):
+            for _ in range(case.choice([1, 1, 2])):
+                watching.watch(training)
+        if case.chance(0.02):
+            watching.watch_everywhere(training)
+        if not constructed(training):
+            return
+        if case.chance(0.12):
+            watching.watch(training)
+        for _ in range(case.choice([2, 3, 4, 6])):
+            if case.chance(0.35):
+                meddle(training)
+            if not called(training):
+                return
+    finally:
+        for undo in training.undo:
+            undo()
+
+
+def drawn_training(case: Case) -> Training:
+    dtype = drawn.dtype(case, DTYPES)
+    sizes = nets.widths(case)
+    name = case.choice(LOSSES)
+    if name == "ce":
+        sizes[-1] = max(sizes[-1], 2)
+    odd = case.choice([0, 0, 0, 0.3, 0.6])
+    model = nets.build(case, nets.leaves(case, sizes, dtype, odd=odd), FORMS)
+    loss_fn = draw_loss(case.random, name, case.random.randrange(8), sizes[-1], dtype)
+    parameters = list(model.parameters())
+    for p in parameters:
+        p.requires_grad_(not case.chance(0.08))
+    optimizer = drawn_optimizer(case, parameters)
+    options: dict[str, Any] = case.choice(
+        [{}, {}, {"max_norm": 0.5}, {"max_norm": 1e3}, {"clip_value": 0.01}, {"keep_grads": False}]
+    )
+    if case.chance(0.3) and options.get("keep_grads", True):
+        options = options | {"accumulate": case.choice([2, 3])}
+    if case.chance(0.02):
+        options = options | {
+            case.choice(["max_norm", "clip_value"]): case.choice([-1.0, 0.0, float("nan"), float("inf")])
+        }
+    training = Training(case, dtype, Side(model, nets.flat(model), optimizer, loss_fn), copy.deepcopy(loss_fn), options)
+    if not all(math_like(value) for value in options.values()):
+        training.risks.add("option")
+    if not any(p.requires_grad for p in parameters):
+        training.risks.add("nothing to train")
+    case.note(f"{dtype} {loss_fn} reduction={loss_fn.reduction} {options} {' '.join(str(optimizer).split())}")
+    case.note(f"requires_grad {[p.requires_grad for p in parameters]}")
+    return training
+
+
+def math_like(value: Any) -> bool:
+    return bool(value is True or value is False or 0 < value < float("inf"))
+
+
+def drawn_optimizer(case: Case, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    name = case.choice(OPTIMIZERS)
+    arguments, other = draw_optimizer(case.random, name), draw_optimizer(case.random, name)
+    if case.chance(0.05):
+        arguments["lr"] = other["lr"] = torch.tensor(arguments["lr"])
+    elif case.chance(0.3):
+        arguments |= {"foreach": case.choice([True, False])}
+    groups: Any = parameters
+    if case.chance(0.3) and len(parameters) > 1:
+        groups = [{"params": parameters[::2]}, {"params": parameters[1::2], **other}]
+    elif case.chance(0.05) and len(parameters) > 1:
+        groups = parameters[1:]
+        case.note("the optimizer does not have the first parameter")
+    elif case.chance(0.03):
+        groups = [nn.Parameter(torch.randn(3)) for _ in range(2)]
+        case.note("the optimizer has no parameter of the model")
+    if case.chance(0.05) and groups is parameters:
+        groups = [*parameters, nn.Parameter(torch.randn(3))]
+        case.note("the optimizer has a parameter more")
+    return optimizer_of(case.choice([torch.optim, fastmlp.optim]), name, arguments, groups)
+
+
+def constructed(training: Training) -> bool:
+    case, side = training.case, training.side
+    before = training.snapshot()
+    problems, error = attempt(lambda: fastmlp.TrainStep.explain(side.model, side.loss_fn, side.optimizer))
+    if error is not None:
+        raise Disagreement(f"explain raises {type(error).__name__}: {error}") from error
+    step, error = attempt(lambda: fastmlp.TrainStep(side.model, side.loss_fn, side.optimizer, **training.options))
+    same(case, before, training.snapshot(), "TrainStep(...)")
+    if step is None:
+        assert error is not None
+        case.refused(error, bool(training.risks) or owns_nothing(training))
+        return False
+    case.require(not problems, f"explain sees {problems}, and TrainStep nothing")
+    training.step = step
+    return True
+
+
+def owns_nothing(training: Training) -> bool:
+    return not any(owned(training.side.optimizer, training.side.parameters))
+
+
+def same(case: Case, before: dict[str, object], after: dict[str, object], what: str) -> None:
+    changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    case.require(not changed, f"{what} has changed {', '.join(changed)}")
+
+
+def meddle(training: Training) -> None:
+    case = training.case
+    names = [name for name, entry in MEDDLING.items() if entry.fits(training)]
+    if training.accumulate > 1:
+        names += ["requires_grad", "gradients of another layout", "gradients are held"] * 3
+    name = case.choice(names)
+    case.act(f"change {name}")
+    MEDDLING[name].make(training)
+    training.side.leaves = nets.flat(training.side.model)
+    if MEDDLING[name].risky:
+        training.risks.add(name)
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "": torch.enable_grad,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+def data(training: Training) -> tuple[Tensor, Tensor]:
+    case, dtype = training.case, training.dtype
+    layers = [leaf for leaf in training.side.leaves if isinstance(leaf, nn.Linear)]
+    classes = isinstance(training.plain_loss, nn.CrossEntropyLoss)
+    shape = (drawn.size(case),) if classes else drawn.leading(case)
+    if classes and case.chance(0.1):
+        shape = ()
+    x, how = drawn.lay_to_read(case, drawn.randn(case, *shape, layers[0].weight.shape[1], dtype=dtype))
+    target = targets(training.plain_loss, (*shape, layers[-1].weight.shape[0]), dtype)
+    if not classes and case.chance(0.06):
+        exponent = case.choice([-25, -15, 10, 18, 19, 21, 25] if dtype == torch.float32 else [-150, 100, 152, 160])
+        target = target * 10.0**exponent
+        how += f", target of size 1e{exponent}"
+    if case.chance(0.04):
+        x = drawn.sprinkled(case, x)
+        how += ", with special numbers"
+    if not classes:
+        target, where = drawn.lay_to_read(case, target)
+        how += f", target {where}"
+    case.act("call", how)
+    return x, target
+
+
+def called(training: Training) -> bool:
+    """One call of each side; says whether to go on."""
+    case = training.case
+    x, target = data(training)
+    mode = case.choice(["no_grad", "inference_mode", "autocast"]) if case.chance(0.06) else ""
+    if mode:
+        case.act(f"mode {mode}")
+    kept = x.clone(memory_format=torch.contiguous_format), target.clone(memory_format=torch.contiguous_format)
+    twin, loop = training.twin()
+    bounds, bound_error = attempt(lambda: after.expected(training, loop, *kept))
+    twin.log.clear()
+    training.everywhere.clear()
+    with MODES[mode]():
+        twin_loss, twin_error = attempt(lambda: loop(x, target))
+    twins = sorted(twin.log), bool(training.everywhere)
+    before = training.snapshot()
+    training.side.log.clear()
+    training.everywhere.clear()
+    with MODES[mode]():
+        loss, error = attempt(lambda: training.step(x, target))
+    ours = sorted(training.side.log), bool(training.everywhere)
+    for given, was in zip((x, target), kept, strict=True):
+        case.require(oracle.bytes_of(given) == oracle.bytes_of(was), "the call has written to its arguments")
+    if error is not None:
+        same(case, before, training.snapshot(), f"a call that raises {type(error).__name__}: {error}")
+        if twin_error is not None:
+            case.both_raise(error)
+            return True
+        case.refused(error, bool(training.risks) or bool(mode) or owns_nothing(training))
+        return not training.risks
+    case.require(twin_error is None, f"PyTorch raises {type(twin_error).__name__}: {twin_error}")
+    case.require(twins == ours, f"hooks were called so: {ours}, by the loop so: {twins}")
+    if bounds is None:
+        assert bound_error is not None
+        raise bound_error
+    assert loss is not None
+    assert twin_loss is not None
+    after.check(case, training, bounds, loss, twin_loss, twin)
+    versions(case, before, training, twin)
+    training.calls += 1
+    return True
+
+
+def versions(case: Case, before: dict[str, object], training: Training, twin: Side) -> None:
+    """Whoever looks at version counters sees each change."""
+    for i, group in enumerate(training.side.optimizer.param_groups):
+        for j, p in enumerate(group["params"]):
+            was: Any = before[f"optimizer {i}.{j}"]
+            moved = oracle.bytes_of(p) != was[0]
+            case.require(not moved or p._version > was[2], f"parameter {i}.{j} moved without a new version")
