@@ -95,6 +95,7 @@ template <auto function, class... Args> auto direct(const Args&... args) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fastmlp;
   prepare_routes();
+  name_node();
   py::class_<Stack, c10::intrusive_ptr<Stack>>(m, "Stack")
       .def(py::init<std::vector<bool>, std::vector<int64_t>, std::vector<double>>(), py::arg("has_bias"),
            py::arg("activations"), py::arg("scalars"));
@@ -104,8 +105,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   // For tests, which put guards around what is written.
   m.def("forward_into", &direct<&cpu::forward_into, Stack, at::Tensor, Tensors, at::Tensor, Tensors>);
   m.def("backward_into", &direct<&cpu::backward_into, Stack, at::Tensor, at::Tensor, Tensors, Tensors, Tensors>);
-  m.def("check_forward", [](const Stack& stack, const at::Tensor& input, const Tensors& parameters, bool same_dtype) {
-    check_forward(stack, input, parameters, same_dtype);
+  m.def("check_forward", [](const Stack& stack, const at::Tensor& input, const Tensors& parameters, bool same_dtype,
+                            const std::optional<std::pair<std::string, std::vector<std::string>>>& names) {
+    const ModuleNames called = names ? ModuleNames{names->first, names->second} : ModuleNames{};
+    check_forward(stack, input, parameters, same_dtype, names ? &called : nullptr);
   });
   m.def("try_run", &try_run);
   m.def("has_gradient_from_output", &has_gradient_from_output);

@@ -12,12 +12,11 @@ from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastmlp import reference
 from fastmlp._load import _C
-from fastmlp.activations import DEFAULTS, IDENTITY, Activation, module_of
+from fastmlp.activations import BY_FUNCTION, DEFAULTS, IDENTITY, Activation, module_of
 from fastmlp.modules import Alone, Linear, Sequential, parts, run_parts
 
 __all__ = ["Entry", "Report", "convert", "fusion_report", "revert"]
@@ -288,20 +287,12 @@ def run_chain(input: Any, layers: dict[str, nn.Module]) -> Any:
     return run_parts(layers, input) if torch.compiler.is_compiling() else _C.run_children(layers, input)
 
 
-def _functions() -> dict[Callable[..., Any], str]:
-    """PyTorch's functions for the activations; those that end in an underscore work in place."""
-    places: tuple[Any, ...] = (torch, F)
-    found = {(place, name, name + end) for place in places for name in DEFAULTS for end in ("", "_")}
-    return {getattr(place, key): name for place, name, key in found if hasattr(place, key)}
-
-
-_FUNCTIONS = {**_functions(), torch.special.expit: "sigmoid"}
 _METHODS = {name + end: name for name in DEFAULTS for end in ("", "_") if hasattr(Tensor, name + end)}
 
 
 def activation_of(node: fx.Node) -> Activation | None:
     """The activation that a call of a function or method computes, if it has numbers for parameters."""
-    table: Mapping[Any, str] = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(node.op, {})
+    table: Mapping[Any, str] = {"call_function": BY_FUNCTION, "call_method": _METHODS}.get(node.op, {})
     name = table.get(node.target)
     if name is None:
         return None
