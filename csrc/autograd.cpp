@@ -6,6 +6,7 @@
 #include <ATen/autocast_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
@@ -117,15 +118,23 @@ at::Tensor cast(const at::Tensor& tensor, c10::DeviceType device) {
   return lower.scalar_type() == dtype || lower.is_same(tensor) ? lower : tensor.to(dtype);
 }
 
+// After an error: if it was about the arguments this raises it again, with the names that the module has for them.
+void check_in_words_of_module(const Stack& stack, const at::Tensor& input, at::TensorList parameters, NamesOf names) {
+  if (!names) return;
+  const ModuleNames called = names();
+  check_forward(stack, input, parameters, true, &called);
+}
+
 }  // namespace
 
-at::Tensor run(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, at::TensorList parameters) {
+at::Tensor run(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, at::TensorList parameters,
+               NamesOf names) {
   if (autocast_is_active(input)) {
     const c10::impl::ExcludeDispatchKeyGuard guard(autocast_key(input));
     const c10::DeviceType device = input.device().type();
     Tensors lower;
     for (const at::Tensor& parameter : parameters) lower.push_back(cast(parameter, device));
-    return run(stack, cast(input, device), lower);
+    return run(stack, cast(input, device), lower, names);
   }
   constexpr double worth_releasing = 1 << 16;  // multiply-adds: some microseconds
   bool graph = input.requires_grad();
@@ -141,9 +150,15 @@ at::Tensor run(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, 
     held.take(parameters);
     release.emplace();
   }
-  if (graph && at::GradMode::is_enabled()) return FusedNetwork::apply(input, parameters, stack, nullptr);
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  return infer(*stack, input, parameters);
+  try {
+    if (graph && at::GradMode::is_enabled()) return FusedNetwork::apply(input, parameters, stack, nullptr);
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return infer(*stack, input, parameters);
+  } catch (const c10::Error&) {
+    release.reset();
+    check_in_words_of_module(*stack, input, parameters, names);
+    throw;
+  }
 }
 
 bool has_gradient_from_output(int kind) {
@@ -162,6 +177,13 @@ at::Tensor with_graph(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& 
   check_forward(*stack, input, parameters);
   TORCH_CHECK(stack->hidden() == 0, "fastmlp: expected one layer that keeps no pre-activation");
   return FusedNetwork::apply(input, parameters, stack, &output);
+}
+
+void name_node() {
+  static PyTypeObject type;
+  PyTypeObject* const ready =
+      torch::autograd::_initFunctionPyTypeObject(type, "FusedNetworkBackward", nullptr, nullptr);
+  torch::autograd::registerCppFunction(typeid(torch::autograd::CppNode<FusedNetwork>), ready);
 }
 
 void set_composed_backward(PyObject* function) {

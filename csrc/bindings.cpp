@@ -109,6 +109,7 @@ template <auto function, class... Args> auto direct(const c10::intrusive_ptr<Sta
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fastmlp;
   prepare_routes();
+  name_node();
   py::class_<Stack, c10::intrusive_ptr<Stack>>(m, "Stack")
       .def(py::init<std::vector<bool>, std::vector<int64_t>, std::vector<double>>(), py::arg("has_bias"),
            py::arg("activations"), py::arg("scalars"));
@@ -119,7 +120,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("forward_into", &direct<&cpu::forward_into, at::Tensor, Tensors, at::Tensor, Tensors>);
   m.def("backward_into", &direct<&cpu::backward_into, at::Tensor, at::Tensor, Tensors, Tensors, Tensors>);
   m.def("check_forward", [](const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, const Tensors& parameters,
-                            bool same_dtype) { check_forward(initialised(stack), input, parameters, same_dtype); });
+                            bool same_dtype,
+                            const std::optional<std::pair<std::string, std::vector<std::string>>>& names) {
+    const ModuleNames called = names ? ModuleNames{names->first, names->second} : ModuleNames{};
+    check_forward(initialised(stack), input, parameters, same_dtype, names ? &called : nullptr);
+  });
   m.def("try_run", &try_run);
   m.def("has_gradient_from_output", &has_gradient_from_output);
   m.def("gradient_from_output", &gradient_from_output);

@@ -3,32 +3,134 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
+#include <array>
 #include <ostream>
 
 namespace fastmlp {
 namespace {
 
-// Written only when an error is.
-struct Name {
-  const char* one;   // in a network of one layer
-  const char* many;  // in a longer one, with the number of the layer
+// All that an error may have to mention.
+struct Arguments {
   const Stack& stack;
+  const at::Tensor& input;
+  at::TensorList parameters;
+  const ModuleNames* module;
+};
+
+// Of a parameter. Written only when an error is.
+struct Name {
+  const Arguments& all;
   size_t layer;
+  bool is_bias;
 
   friend std::ostream& operator<<(std::ostream& out, const Name& name) {
-    if (name.stack.layers() == 1) return out << name.one;
-    return out << name.many << '[' << name.layer << ']';
+    const char* const one = name.is_bias ? "bias" : "weight";
+    if (name.all.module) {
+      const std::string& owner = name.all.module->layers[name.layer];
+      return owner.empty() ? out << one : out << owner << '.' << one;
+    }
+    if (name.all.stack.layers() == 1) return out << one;
+    return out << (name.is_bias ? "biases" : "weights") << '[' << name.layer << ']';
   }
 };
 
-template <class Name>
-void check_kind(const Name& name, const at::Tensor& given, const at::Tensor& input, bool same_dtype) {
+const char* input_name(const Arguments& all) { return all.module ? all.module->input.c_str() : "input"; }
+
+// Whether what the caller passed is what the layers see.
+bool passes_input(const Arguments& all) { return !all.module || all.module->input == "input"; }
+
+// As a method of tensors and modules; modules have none for other dtypes.
+std::string cast_to(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return ".float()";
+    case at::kDouble:
+      return ".double()";
+    case at::kHalf:
+      return ".half()";
+    case at::kBFloat16:
+      return ".bfloat16()";
+    default:
+      return std::string(".to(") + dtype_name(dtype) + ')';
+  }
+}
+
+std::string move_to(const at::Device& device) { return ".to(\"" + device.str() + "\")"; }
+
+bool is_computable(at::ScalarType dtype) { return at::isFloatingType(dtype) || at::isComplexType(dtype); }
+
+// Whether all parameters agree, so that it is the input that is different.
+template <class Property> bool agree(at::TensorList parameters, const Property& property) {
+  return std::all_of(parameters.begin(), parameters.end(), [&](const at::Tensor& parameter) {
+    return parameter.defined() && property(parameter) == property(parameters.front());
+  });
+}
+
+[[noreturn]] void refuse_dtype(const Name& name, const at::Tensor& parameter) {
+  const Arguments& all = name.all;
+  const at::ScalarType given = all.input.scalar_type(), own = parameter.scalar_type();
+  const bool input_differs = agree(all.parameters, [](const at::Tensor& t) { return t.scalar_type(); });
+  if (!input_differs || !is_computable(own)) {
+    TORCH_CHECK(false, "fastmlp: ", name, " has dtype ", dtype_name(own), ", expected ", dtype_name(given),
+                ", the dtype of ", input_name(all), all.module ? "; call model" : "; pass ",
+                all.module ? std::string() : c10::str(name), cast_to(given));
+  }
+  const std::string remedy = !passes_input(all)
+                                 ? "call model" + cast_to(own) + ", so that all layers have one dtype"
+                                 : "pass input" + cast_to(own) +
+                                       (all.module && is_computable(given) ? ", or call model" + cast_to(given) : "");
+  TORCH_CHECK(false, "fastmlp: ", input_name(all), " has dtype ", dtype_name(given), ", expected ", dtype_name(own),
+              ", the dtype of ", name, "; ", remedy);
+}
+
+[[noreturn]] void refuse_device(const Name& name, const at::Tensor& parameter) {
+  const Arguments& all = name.all;
+  const at::Device given = all.input.device(), own = parameter.device();
+  const bool input_differs = agree(all.parameters, [](const at::Tensor& t) { return t.device(); });
+  if (given.is_meta()) {
+    TORCH_CHECK(false, "fastmlp: ", input_name(all), " is on meta, where tensors have no values, expected ", own,
+                ", the device of ", name, "; pass a tensor with values");
+  }
+  if (own.is_meta()) {
+    TORCH_CHECK(false, "fastmlp: ", name, " is on meta, where tensors have no values, expected ", given,
+                ", the device of ", input_name(all), "; ",
+                all.module ? "call model.to_empty(device=\"" + given.str() + "\") and load its state_dict"
+                           : "pass a tensor with values");
+  }
+  if (!input_differs) {
+    TORCH_CHECK(false, "fastmlp: ", name, " is on ", own, ", expected ", given, ", the device of ", input_name(all),
+                all.module ? "; call model" : "; pass ", all.module ? std::string() : c10::str(name), move_to(given));
+  }
+  const std::string remedy = !passes_input(all)
+                                 ? "call model" + move_to(own) + ", so that all layers are on one device"
+                                 : "pass input" + move_to(own) + (all.module ? ", or call model" + move_to(given) : "");
+  TORCH_CHECK(false, "fastmlp: ", input_name(all), " is on ", given, ", expected ", own, ", the device of ", name, "; ",
+              remedy);
+}
+
+void check_kind(const Name& name, const at::Tensor& given, bool same_dtype) {
+  const at::Tensor& input = name.all.input;
+  TORCH_CHECK(given.defined(), "fastmlp: ", name, " is an undefined tensor");
   TORCH_CHECK(given.layout() == at::kStrided, "fastmlp: ", name, " has layout ", given.layout(), ", expected ",
-              at::kStrided);
-  TORCH_CHECK(given.device() == input.device(), "fastmlp: ", name, " is on ", given.device(),
-              ", expected the device of input, ", input.device());
-  TORCH_CHECK(!same_dtype || given.scalar_type() == input.scalar_type(), "fastmlp: ", name, " has dtype ",
-              given.scalar_type(), ", expected the dtype of input, ", input.scalar_type());
+              at::kStrided, "; pass ", name, ".to_dense()");
+  if (given.device() != input.device()) refuse_device(name, given);
+  if (same_dtype && given.scalar_type() != input.scalar_type()) refuse_dtype(name, given);
+}
+
+// The kernels compute in float32 for all dtypes but float64; torch refuses the same.
+void check_scalars(const Stack& stack, const at::Tensor& input) {
+  if (stack.fits_float() || input.scalar_type() == at::kDouble) return;
+  for (size_t l = 0; l < stack.layers(); l++) {
+    const ActivationSpec& spec = stack.activation(l);
+    const ActivationInfo& info = activation_info(spec.kind);
+    const double values[] = {spec.scalars.a, spec.scalars.b};
+    for (int i = 0; i < 2; i++) {
+      TORCH_CHECK(Stack::fits_float(values[i]), "fastmlp: ", info.parameters[i].name, " of activation ", info.name,
+                  " is ", values[i], ", expected a number that torch.float32 can hold, in which input of dtype ",
+                  dtype_name(input.scalar_type()), " is computed; choose a smaller one, or pass input.double()");
+    }
+  }
 }
 
 struct SavedName {
@@ -41,7 +143,13 @@ struct SavedName {
 template <class Name>
 void check_saved(const Name& name, const at::Tensor& given, const at::Tensor& input, c10::SymIntArrayRef leading,
                  const c10::SymInt& features) {
-  check_kind(name, given, input, true);
+  TORCH_CHECK(given.defined(), "fastmlp: ", name, " is an undefined tensor");
+  TORCH_CHECK(given.layout() == at::kStrided, "fastmlp: ", name, " has layout ", given.layout(), ", expected ",
+              at::kStrided);
+  TORCH_CHECK(given.device() == input.device(), "fastmlp: ", name, " is on ", given.device(), ", expected ",
+              input.device(), ", the device of input");
+  TORCH_CHECK(given.scalar_type() == input.scalar_type(), "fastmlp: ", name, " has dtype ",
+              dtype_name(given.scalar_type()), ", expected ", dtype_name(input.scalar_type()), ", the dtype of input");
   const auto sizes = given.sym_sizes();
   bool equal = sizes.size() == leading.size() + 1 && sizes.back() == features;
   for (size_t d = 0; equal && d < leading.size(); d++) equal = sizes[d] == leading[d];
@@ -51,41 +159,55 @@ void check_saved(const Name& name, const at::Tensor& given, const at::Tensor& in
 
 }  // namespace
 
-std::string dtype_name(at::ScalarType type) { return "torch." + std::string(c10::getDtypeNames(type).first); }
+const char* dtype_name(at::ScalarType dtype) {
+  constexpr auto count = size_t(at::ScalarType::Undefined);  // the last one
+  static const std::array<std::string, count> names = [] {
+    std::array<std::string, count> all;
+    for (size_t i = 0; i < all.size(); i++) {
+      all[i] = "torch." + std::string(c10::getDtypeNames(at::ScalarType(i)).first);
+    }
+    return all;
+  }();
+  return size_t(dtype) < count ? names[size_t(dtype)].c_str() : "an undefined dtype";
+}
 
-void check_forward(const Stack& stack, const at::Tensor& input, at::TensorList parameters, bool same_dtype) {
+void check_forward(const Stack& stack, const at::Tensor& input, at::TensorList parameters, bool same_dtype,
+                   const ModuleNames* names) {
   TORCH_CHECK(parameters.size() == stack.parameters(), "fastmlp: expected ", stack.parameters(),
               " parameters (a weight for each layer, and a bias where it has one), got ", parameters.size());
   TORCH_CHECK(input.defined(), "fastmlp: input is an undefined tensor");
-  TORCH_CHECK(input.layout() == at::kStrided, "fastmlp: input has layout ", input.layout(), ", expected ",
-              at::kStrided);
-  TORCH_CHECK(input.dim() >= 1, "fastmlp: input has no dimension, expected at least one, of size in_features");
-  TORCH_CHECK(at::isFloatingType(input.scalar_type()) || at::isComplexType(input.scalar_type()),
-              "fastmlp: input has dtype ", input.scalar_type(), ", expected a floating point dtype");
+  const Arguments all{stack, input, parameters, names};
+  TORCH_CHECK(input.layout() == at::kStrided, "fastmlp: input has layout ", input.layout(), ", expected ", at::kStrided,
+              "; pass input.to_dense()");
+  TORCH_CHECK(
+      input.dim() >= 1, "fastmlp: ", input_name(all),
+      " has no dimension, expected at least one, of size in_features; pass input.reshape(1) for a single number");
   c10::SymInt features = input.sym_sizes().back();
   for (size_t l = 0; l < stack.layers(); l++) {
-    const Name weight_name{"weight", "weights", stack, l};
+    const Name weight_name{all, l, false};
     const at::Tensor& weight = parameters[stack.weight(l)];
-    TORCH_CHECK(weight.defined(), "fastmlp: ", weight_name, " is an undefined tensor");
-    check_kind(weight_name, weight, input, same_dtype);
+    check_kind(weight_name, weight, same_dtype);
     TORCH_CHECK(weight.dim() == 2, "fastmlp: ", weight_name, " has shape ", weight.sym_sizes(),
                 ", expected two dimensions, (out_features, in_features)");
     if (l == 0) {
-      TORCH_CHECK(weight.sym_size(1) == features, "fastmlp: input has shape ", input.sym_sizes(), ", expected ",
-                  weight.sym_size(1), " in the last dimension, since ", weight_name, " has shape ", weight.sym_sizes());
+      TORCH_CHECK(weight.sym_size(1) == features, "fastmlp: ", input_name(all), " has shape ", input.sym_sizes(),
+                  ", expected ", weight.sym_size(1), " in the last dimension, since ", weight_name, " has shape ",
+                  weight.sym_sizes());
     } else {
       TORCH_CHECK(weight.sym_size(1) == features, "fastmlp: ", weight_name, " has shape ", weight.sym_sizes(),
                   ", expected ", features, " in the last dimension, the out_features of the layer before");
     }
     features = weight.sym_size(0);
     if (!stack.has_bias(l)) continue;
-    const Name bias_name{"bias", "biases", stack, l};
+    const Name bias_name{all, l, true};
     const at::Tensor& bias = parameters[stack.bias(l)];
-    TORCH_CHECK(bias.defined(), "fastmlp: ", bias_name, " is an undefined tensor");
-    check_kind(bias_name, bias, input, same_dtype);
+    check_kind(bias_name, bias, same_dtype);
     TORCH_CHECK(bias.dim() == 1 && bias.sym_size(0) == features, "fastmlp: ", bias_name, " has shape ",
                 bias.sym_sizes(), ", expected [", features, "], the out_features of ", weight_name);
   }
+  TORCH_CHECK(is_computable(input.scalar_type()), "fastmlp: ", input_name(all), " has dtype ",
+              dtype_name(input.scalar_type()), ", expected a floating point dtype; pass input.float()");
+  check_scalars(stack, input);
 }
 
 void check_backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
@@ -99,7 +221,6 @@ void check_backward(const Stack& stack, const at::Tensor& grad, const at::Tensor
   for (size_t l = 0; l < saved.size(); l++) {
     check_saved(SavedName{l}, saved[l], input, leading, parameters[stack.weight(l)].sym_size(0));
   }
-  TORCH_CHECK(grad.defined(), "fastmlp: grad is an undefined tensor");
   check_saved("grad", grad, input, leading, parameters[stack.weight(stack.layers() - 1)].sym_size(0));
 }
 

@@ -1,22 +1,35 @@
 // The one set of argument checks of all devices and routes: each error names the argument, what was
-// given and what was expected, and is raised before anything is allocated or written. Shapes are
+// given, what was expected and the remedy, and is raised before anything is allocated or written. Shapes are
 // read as SymInt, so that the checks also serve meta and fake tensors.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/FunctionRef.h>
 
 #include <string>
+#include <vector>
 
 #include "stack.h"
 
 namespace fastmlp {
 
-// As Python has it: "torch.float32".
-std::string dtype_name(at::ScalarType type);
+// As users write it: "torch.float32".
+const char* dtype_name(at::ScalarType dtype);
+
+// What errors call the arguments of layers that a module holds. Without it they are called as in `functional`:
+// "weight", or "weights[1]" in a longer network.
+struct ModuleNames {
+  std::string input;                // "input", or "the input of 2" where other children precede the layers
+  std::vector<std::string> layers;  // where the module keeps each layer: "2", or "" for the module itself
+};
+
+// Names are put together only when an error is written.
+using NamesOf = c10::function_ref<ModuleNames()>;
 
 // Raises RuntimeError, as torch does for shapes, dtypes and devices. `same_dtype` is false where
-// autocast is about to make the dtypes equal.
-void check_forward(const Stack& stack, const at::Tensor& input, at::TensorList parameters, bool same_dtype = true);
+// autocast is about to make the dtypes equal. `names` is null for a call of `functional`.
+void check_forward(const Stack& stack, const at::Tensor& input, at::TensorList parameters, bool same_dtype = true,
+                   const ModuleNames* names = nullptr);
 
 // `needs`: whether the gradient of the input and of each parameter is asked for.
 void check_backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,

@@ -147,6 +147,11 @@ bool must_be_called(PyObject* attributes) {
   return item(attributes, names().forward) || (compiled && compiled != Py_None);
 }
 
+bool is_layer(PyObject* module) {
+  const Class* c = class_of(module);
+  return c && (c->role == Role::linear || c->role == Role::fused_linear);
+}
+
 bool is_watched() { return std::any_of(known.watchers.begin(), known.watchers.end(), filled); }
 
 // False if the layer's weight is not of the kind of those before it.

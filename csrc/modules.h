@@ -57,6 +57,9 @@ py::object attributes_of(PyObject* object);
 // Of a module's attributes the dictionary of its children, borrowed; null if it has none.
 PyObject* children_of(PyObject* attributes);
 
+// Whether a module is of a class of layers, with a weight and perhaps a bias.
+bool is_layer(PyObject* module);
+
 // Whether something, such as a hook, wants the module itself to be called.
 bool must_be_called(PyObject* attributes);
 // Whether something wants every module to be called.

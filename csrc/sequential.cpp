@@ -16,19 +16,45 @@ namespace {
 
 PyObject* composed_forward = nullptr;
 
-py::object execute(const Run& run, const py::object& input) {
+// `names` is asked where something is wrong, or composed.
+py::object execute(const Run& run, const py::object& input, NamesOf names) {
   if (!obstacle(input.ptr(), run.parameters())) {
     Borrowed parameters;
     for (PyObject* parameter : run.parameters()) parameters.push_back(THPVariable_Unpack(parameter));
-    return py::cast(fastmlp::run(run.stack(), THPVariable_Unpack(input.ptr()), parameters));
+    return py::cast(fastmlp::run(run.stack(), THPVariable_Unpack(input.ptr()), parameters, names));
   }
   py::tuple parameters(run.parameters().size());
   for (size_t i = 0; i < run.parameters().size(); i++) {
     parameters[i] = py::reinterpret_borrow<py::object>(run.parameters()[i]);
   }
   const auto composed = py::reinterpret_borrow<py::function>(composed_forward);
-  return composed(run.has_bias().vec(), run.kinds().vec(), run.scalars().vec(), input, parameters);
+  const ModuleNames called = names();
+  return composed(run.has_bias().vec(), run.kinds().vec(), run.scalars().vec(), input, parameters,
+                  py::make_tuple(called.input, called.layers));
 }
+
+// The key under which a child is held; where it was dropped meanwhile, its place.
+std::string name_of(const py::dict& children, const c10::SmallVector<py::object, 16>& modules, size_t place) {
+  for (const auto item : children.attr("items")()) {
+    const auto [key, child] = item.cast<std::pair<py::object, py::object>>();
+    if (child.is(modules[place])) return py::str(key);
+  }
+  return std::to_string(place);
+}
+
+// Of the layers among children side by side.
+ModuleNames names_of(const py::dict& children, const c10::SmallVector<py::object, 16>& modules, size_t begin,
+                     size_t end) {
+  ModuleNames names;
+  names.input = begin == 0 ? "input" : "the input of " + name_of(children, modules, begin);
+  for (size_t i = begin; i < end; i++) {
+    if (is_layer(modules[i].ptr())) names.layers.push_back(name_of(children, modules, i));
+  }
+  return names;
+}
+
+// Whether an object that is no tensor takes part in calls of torch, as the proxies of torch.fx do.
+bool overrides_torch(const py::object& object) { return py::hasattr(py::type::of(object), "__torch_function__"); }
 
 py::object call(const py::object& child, const py::object& input) {
   PyObject* output = PyObject_CallOneArg(child.ptr(), input.ptr());
@@ -55,12 +81,13 @@ py::object run_children(const py::dict& children, py::object input) {
   const bool watched = is_watched();
   for (size_t i = 0; i < modules.size();) {
     Run run;
-    // What is no tensor, such as the proxies of torch.fx, is to see every child.
+    // Proxies are to see every child; whatever else is no tensor is refused by the first layer that it comes to.
     size_t end = i;
-    if (!watched && THPVariable_Check(input.ptr())) {
+    if (!watched && (THPVariable_Check(input.ptr()) || !overrides_torch(input))) {
       while (end < modules.size() && run.extend(modules[end].ptr())) end++;
     }
-    input = run.empty() ? call(modules[i], input) : execute(run, input);
+    input = run.empty() ? call(modules[i], input)
+                        : execute(run, input, [&] { return names_of(children, modules, i, end); });
     i = std::max(end, i + 1);
   }
   return input;
@@ -69,7 +96,8 @@ py::object run_children(const py::dict& children, py::object input) {
 py::object run_layer(const py::handle& layer, const py::object& input) {
   Run run;
   const bool own = run.add_fused_layer(attributes_of(layer.ptr()).ptr());
-  return own && THPVariable_Check(input.ptr()) ? execute(run, input) : py::none();
+  const auto names = [] { return ModuleNames{"input", {""}}; };
+  return own && THPVariable_Check(input.ptr()) ? execute(run, input, names) : py::none();
 }
 
 py::object call_module(const py::handle& module, const py::tuple& args, const py::dict& kwargs) {

@@ -3,6 +3,8 @@
 
 #include <c10/util/Exception.h>
 
+#include <cmath>
+#include <limits>
 #include <utility>
 
 namespace fastmlp {
@@ -19,6 +21,7 @@ Stack::Stack(std::vector<bool> has_bias, std::vector<int64_t> activations, std::
     TORCH_CHECK_VALUE(activations[l] >= 0 && activations[l] < Activations::size, "fastmlp: activation ", activations[l],
                       " of layer ", l, " does not exist, expected 0 to ", Activations::size - 1);
     activations_.push_back({int(activations[l]), {scalars[2 * l], scalars[2 * l + 1]}});
+    fits_float_ = fits_float_ && fits_float(scalars[2 * l]) && fits_float(scalars[2 * l + 1]);
     weights_.push_back(parameters_);
     parameters_ += has_bias_[l] ? 2 : 1;
   }
@@ -26,5 +29,9 @@ Stack::Stack(std::vector<bool> has_bias, std::vector<int64_t> activations, std::
 
 Stack::Stack(const c10::List<bool>& has_bias, c10::IntArrayRef activations, c10::ArrayRef<double> scalars)
     : Stack(std::vector<bool>(has_bias.begin(), has_bias.end()), activations.vec(), scalars.vec()) {}
+
+bool Stack::fits_float(double scalar) {
+  return !std::isfinite(scalar) || std::abs(scalar) <= double(std::numeric_limits<float>::max());
+}
 
 }  // namespace fastmlp

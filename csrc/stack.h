@@ -41,6 +41,10 @@ class Stack : public torch::CustomClassHolder {
     return true;
   }
 
+  // Whether a parameter of an activation is still one in float32, in which all dtypes but float64 are computed.
+  static bool fits_float(double scalar);
+  bool fits_float() const { return fits_float_; }
+
   bool keeps_output(size_t layer) const { return fastmlp::keeps_output(activations_[layer]); }
   // Tensors that forward keeps for backward: one a layer, but none for a last layer without
   // activation, so that changing the network's output in place stays legal.
@@ -54,6 +58,7 @@ class Stack : public torch::CustomClassHolder {
   std::vector<ActivationSpec> activations_;
   std::vector<size_t> weights_;
   size_t parameters_ = 0;
+  bool fits_float_ = true;
 };
 
 }  // namespace fastmlp

@@ -25,13 +25,13 @@ def check_build(info: Path, torch_version: str) -> None:
     """
     if not info.exists():
         raise ImportError(
-            f"fastmlp is not built: {info} is missing. If it is installed, start Python outside of its source "
+            f"fastmlp: it is not built, {info} is missing. If it is installed, start Python outside of its source "
             f"tree; if not, run there: {REBUILD}"
         )
     built_with = json.loads(info.read_text(encoding="utf-8"))["torch"]
     if built_with != torch_version:
         raise ImportError(
-            f"fastmlp was built with torch {built_with}, but torch {torch_version} is installed. "
+            f"fastmlp: it was built with torch {built_with}, but torch {torch_version} is installed. "
             f"In its source tree run: {REBUILD}"
         )
 
@@ -51,6 +51,7 @@ if isa := os.environ.get("FASTMLP_ISA"):
     try:
         _C.set_isa(isa)
     except ValueError as error:
-        raise ImportError(f"FASTMLP_ISA: {error}") from error
+        reason = str(error).removeprefix("fastmlp: ")
+        raise ImportError(f"fastmlp: the environment variable FASTMLP_ISA: {reason}") from error
 
 __all__ = ["_C", "check_build", "read_build"]

@@ -1,19 +1,36 @@
-"""Activations by name, by PyTorch module class or by instance, as one immutable value."""
+"""Activations by name, by PyTorch's function, module class or instance, as one immutable value."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, TypeAlias
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fastmlp import reference
+from fastmlp._errors import described, nearest
 from fastmlp._load import _C
 
 #: Parameters and their defaults of each activation, in the numbering of the operators. No mapping proxy, which
 #: Dynamo refuses to read once the traced code has changed any dictionary, as functional_call does.
 DEFAULTS: Mapping[str, Mapping[str, float]] = dict(_C.activations())
 _KINDS = {name: kind for kind, name in enumerate(DEFAULTS)}
+
+#: What some call them elsewhere.
+_SYNONYMS = {
+    "swish": "silu",
+    "linear": "identity",
+    "none": "identity",
+    "logistic": "sigmoid",
+    "sine": "sin",
+    "lrelu": "leaky_relu",
+    "hswish": "hardswish",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_approximate": "gelu_tanh",
+}
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -25,8 +42,9 @@ class Activation:
         parameters: its parameters, named as in PyTorch; those not given have PyTorch's defaults.
 
     Raises:
-        ValueError: for a name that does not exist.
-        TypeError: for a parameter that the activation does not have, or that is not a number.
+        ValueError: for a name that does not exist, or a parameter that no float can hold.
+        TypeError: for a name that is no string, for a parameter that the activation does not have, or that is not a
+            number.
 
     Example:
         >>> Activation("leaky_relu", negative_slope=0.2)
@@ -40,16 +58,22 @@ class Activation:
     kind: int = field(compare=False)  # the number of the activation in the operators' schemas
 
     def __init__(self, name: str, **parameters: float) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"fastmlp: name must be one of {', '.join(DEFAULTS)}, got {described(name)}")
         if name not in DEFAULTS:
-            raise ValueError(f"activation must be one of {', '.join(DEFAULTS)}, got {name!r}")
+            raise ValueError(_unknown("name", name))
         values = dict(DEFAULTS[name])
         for key, value in parameters.items():
             if key not in values:
                 expected = ", ".join(values) or "no parameters"
-                raise TypeError(f"activation {name!r} takes {expected}, got {key!r}")
+                raise TypeError(f"fastmlp: activation {name!r} takes {expected}, got {key!r}")
             if not isinstance(value, Real):
-                raise TypeError(f"{key} of activation {name!r} must be a number, got {type(value).__name__}")
-            values[key] = float(value)
+                raise TypeError(f"fastmlp: {key} of activation {name!r} must be a number, got {described(value)}")
+            try:
+                values[key] = float(value)
+            except OverflowError:
+                message = f"fastmlp: {key} of activation {name!r} must fit a float, got {described(value)}"
+                raise ValueError(message) from None
         padded = (*values.values(), 0.0, 0.0)
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "scalars", padded[:2])
@@ -73,27 +97,38 @@ class Activation:
         return f"{self.name}({', '.join(changed)})" if changed else self.name
 
 
-#: What public calls take: None (identity), a name, a module class or instance, or an `Activation`.
-ActivationLike: TypeAlias = str | nn.Module | type[nn.Module] | Activation | None
+#: What public calls take: None (identity), a name, a function, a module class or instance, or an `Activation`.
+ActivationLike: TypeAlias = str | nn.Module | type[nn.Module] | Callable[..., Tensor] | Activation | None
 
 IDENTITY = Activation("identity")
 _BY_NAME = {name: Activation(name) for name in DEFAULTS}
 
 
-def resolve(activation: ActivationLike) -> Activation:
+def _functions() -> dict[Callable[..., Any], str]:
+    places: tuple[Any, ...] = (torch, F)
+    found = {(place, name, name + end) for place in places for name in DEFAULTS for end in ("", "_")}
+    return {getattr(place, key): name for place, name, key in found if hasattr(place, key)}
+
+
+#: PyTorch's functions for the activations; those that end in an underscore work in place.
+BY_FUNCTION: dict[Any, str] = {**_functions(), torch.special.expit: "sigmoid"}
+
+
+def resolve(activation: ActivationLike, argument: str = "activation") -> Activation:
     """The `Activation` that is meant.
 
     Args:
-        activation: None for the identity, a name, a class or an instance of a module of
-            `torch.nn`, or an `Activation`.
+        activation: None for the identity, a name, a function such as `torch.relu`, a class or an instance of a module
+            of `torch.nn`, or an `Activation`.
+        argument: what errors call it.
 
     Raises:
         ValueError: for a name or module without a fused form.
         TypeError: for anything else.
 
     Example:
-        >>> resolve(nn.LeakyReLU(0.3)), resolve(nn.ReLU), resolve("tanh"), resolve(None)
-        (leaky_relu(negative_slope=0.3), relu, tanh, identity)
+        >>> resolve(nn.LeakyReLU(0.3)), resolve(nn.ReLU), resolve(torch.tanh), resolve("tanh"), resolve(None)
+        (leaky_relu(negative_slope=0.3), relu, tanh, tanh, identity)
     """
     if activation is None:
         return IDENTITY
@@ -101,23 +136,26 @@ def resolve(activation: ActivationLike) -> Activation:
         return activation
     if isinstance(activation, str):
         known = _BY_NAME.get(activation)
-        return Activation(activation) if known is None else known
+        if known is None:
+            raise ValueError(_unknown(argument, activation))
+        return known
     if isinstance(activation, type) and issubclass(activation, nn.Module):
         activation = _instance(activation)
     if isinstance(activation, nn.Module):
         name = reference.MODULES.get(type(activation))
         if name is None:
             raise ValueError(
-                f"activation {type(activation).__name__} has no fused form, expected one of "
-                f"{', '.join(module.__name__ for module in reference.MODULES)}"
+                f"fastmlp: {argument} {type(activation).__name__} has no fused form, expected one of "
+                f"{', '.join(module.__name__ for module in reference.MODULES)}; in a fastmlp.Sequential, after the "
+                "layer, it is called as it is"
             )
-        if name == "gelu" and activation.approximate == "tanh":
-            name = "gelu_tanh"
-        if not DEFAULTS[name]:
-            return _BY_NAME[name]
-        return Activation(name, **{key: getattr(activation, key) for key in DEFAULTS[name]})
+        return _of_module(activation, name, argument)
+    function = BY_FUNCTION.get(activation) if callable(activation) else None
+    if function is not None:
+        return _BY_NAME[function]
     raise TypeError(
-        f"activation must be None, a name, a torch.nn module or an Activation, got {type(activation).__name__}"
+        f"fastmlp: {argument} must be None, a name, a module of torch.nn, its function in torch or "
+        f"torch.nn.functional, or a fastmlp.Activation, got {described(activation)}"
     )
 
 
@@ -132,6 +170,33 @@ def module_of(activation: Activation) -> nn.Module:
         return nn.GELU(approximate="tanh")
     classes = {name: module for module, name in reference.MODULES.items()}
     return classes[activation.name](**activation.parameters)
+
+
+def _of_module(module: nn.Module, name: str, argument: str) -> Activation:
+    kind = type(module).__name__
+    # A layer computes the activation itself, so that nothing else that the module does would happen.
+    if "forward" in module.__dict__ or any(module.__dict__.get(hooks) for hooks in _HOOKS):
+        raise ValueError(
+            f"fastmlp: {argument} {kind} has hooks or a forward of its own, which a fused layer would not run; in a "
+            "fastmlp.Sequential, after the layer, it is called as it is"
+        )
+    if isinstance(module, nn.GELU):
+        if module.approximate not in ("none", "tanh"):
+            form = module.approximate
+            raise ValueError(f"fastmlp: approximate of {argument} GELU must be 'none' or 'tanh', got {form!r}")
+        return _BY_NAME["gelu_tanh" if module.approximate == "tanh" else "gelu"]
+    if not DEFAULTS[name]:
+        return _BY_NAME[name]
+    return Activation(name, **{key: getattr(module, key) for key in DEFAULTS[name]})
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _unknown(argument: str, name: str) -> str:
+    meant = nearest(name, DEFAULTS, _SYNONYMS)
+    error = f"fastmlp: {argument} must be one of {', '.join(DEFAULTS)}, got {name!r}"
+    return error + meant
 
 
 def _rebuild(name: str, parameters: Mapping[str, float]) -> Activation:

@@ -30,23 +30,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmlp import ops, reference
+from fastmlp._errors import not_a_tensor
 from fastmlp._load import _C
 from fastmlp.activations import IDENTITY, Activation
 from fastmlp.ops import Stack
 
 Gradients = Sequence[Tensor | None]
 
+#: What errors call the input, and where a module keeps each layer: ("input", ["0", "2"]). None for a call of
+#: `fastmlp.functional`, which has no module.
+Names = tuple[str, Sequence[str]] | None
+
 # As torch.autocast("cpu", enabled=False), at a sixth of its price.
 _without_autocast = torch._C._DisableAutocast
 
 
-def run(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
+def run(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...], names: Names = None) -> Tensor:
     """The output of a stack of layers, by the route that its arguments allow.
 
     Args:
         stack: which layers have a bias, and their activations.
         input: (*, in_features of the first layer).
         parameters: weight and, where there is one, bias of each layer.
+        names: what errors call them on the composite route; the direct one takes them only from a module.
 
     Returns:
         (*, out_features of the last layer).
@@ -58,7 +64,7 @@ def run(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
     if torch.compiler.is_compiling():
         return _captured(stack, input, parameters)
     output = _C.try_run(stack.native, input, parameters)
-    return _composite(stack, input, parameters) if output is None else output
+    return _composite(stack, input, parameters, names) if output is None else output
 
 
 def why_not_direct(input: Tensor, parameters: tuple[Tensor, ...]) -> str | None:
@@ -87,9 +93,10 @@ def composed_forward(
     scalars: Sequence[float],
     input: Tensor,
     parameters: tuple[Tensor, ...],
+    names: Names,
 ) -> Tensor:
     """What csrc/sequential.cpp calls for a run of layers that cannot take the direct route."""
-    return run(ops.stack_from(has_bias, kinds, scalars), input, parameters)
+    return run(ops.stack_from(has_bias, kinds, scalars), input, parameters, names)
 
 
 def _captured(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
@@ -109,21 +116,20 @@ def _captured(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Te
     return ops.infer(stack, input, parameters)
 
 
-def _composite(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
+def _composite(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...], names: Names) -> Tensor:
     tensors = (input, *parameters)
     strangers = False
-    for name, tensor in zip(("input", *stack.names()), tensors, strict=True):
+    for name, tensor in zip((names[0] if names else "input", *stack.names()), tensors, strict=True):
         if not isinstance(tensor, Tensor):
             # Such as the proxies of torch.fx, which record PyTorch's functions.
             if not hasattr(tensor, "__torch_function__"):
-                raise TypeError(f"fastmlp: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+                others = (t for t in tensors if isinstance(t, Tensor))
+                raise not_a_tensor(name, tensor, next((t.dtype for t in others), None))
             strangers = True
-    # Sparse, nested and integer tensors are for torch to accept or refuse.
-    if not strangers and all(t.layout == torch.strided and not t.is_nested for t in tensors):
-        autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
-        if input.is_floating_point() or input.is_complex():
-            _C.check_forward(stack.native, input, parameters, not autocast)
-        _has_kernels(input.device)
+    if not strangers:
+        check(stack, input, parameters, names)
+        if input.layout == torch.strided:
+            _has_kernels(input.device)
     return _reference(stack, input, parameters)
 
 
@@ -134,6 +140,17 @@ def _has_kernels(device: torch.device) -> bool:
     if obstacle is not None and device.type == "cuda":
         _warn_without_kernels(obstacle)
     return obstacle is None
+
+
+def check(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...], names: Names = None) -> None:
+    """Raises RuntimeError for what the composite route would refuse."""
+    # Sparse and nested tensors, and integers alone, are for torch to accept or refuse.
+    if not all(t.layout == torch.strided and not t.is_nested for t in (input, *parameters)):
+        return
+    autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
+    floating = input.is_floating_point() or input.is_complex()
+    if floating or any(parameter.dtype != input.dtype for parameter in parameters):
+        _C.check_forward(stack.native, input, parameters, not autocast, names)
 
 
 @cache

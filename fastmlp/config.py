@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmlp import activations
+from fastmlp._errors import described, not_a_tensor
 from fastmlp._load import _C, read_build
-from fastmlp.autograd import autocast, why_not_direct
+from fastmlp.autograd import autocast, check, why_not_direct
 from fastmlp.modules import Alone, Linear, Run, Sequential, parts
 
 __all__ = ["Route", "explain", "get_isa", "set_isa", "show_config"]
@@ -35,7 +36,8 @@ def set_isa(name: str) -> None:
         name: "portable", "avx2", "avx512" or "avx512_bf16" (on aarch64 "portable" only).
 
     Raises:
-        ValueError: if the name is unknown, or the processor does not support it.
+        TypeError: if the name is no string.
+        ValueError: if it is unknown, or the processor does not support it.
 
     Example:
         >>> before = get_isa()
@@ -44,6 +46,9 @@ def set_isa(name: str) -> None:
         'portable'
         >>> set_isa(before)
     """
+    if not isinstance(name, str):
+        known = ", ".join(str(isa["name"]) for isa in _C.instruction_sets())
+        raise TypeError(f"fastmlp: isa must be one of {known}, got {described(name)}")
     _C.set_isa(name)
 
 
@@ -84,17 +89,18 @@ def explain(target: nn.Module | Tensor, input: Tensor | None = None) -> Route:
         >>> explain(Sequential(nn.Linear(10, 5), nn.LayerNorm(5)), torch.zeros(3, 10))
         Route(name='children', reason='1: LayerNorm is not a module that is fused')
     """
-    tensor = target if isinstance(target, Tensor) else input
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"input must be a torch.Tensor, got {type(tensor).__name__}")
     if isinstance(target, Tensor):
-        return _route(tensor, None)
+        return _route(target, None)
+    if not isinstance(target, (Linear, Sequential)):
+        expected = "a fastmlp.Linear, a fastmlp.Sequential or a tensor"
+        advice = "; fusion_report says what of it runs fused" if isinstance(target, nn.Module) else ""
+        raise TypeError(f"fastmlp: target must be {expected}, got {described(target)}{advice}")
+    if not isinstance(input, Tensor):
+        raise not_a_tensor("input", input, next((p.dtype for p in target.parameters()), None))
+    tensor = input
     if isinstance(target, Linear):
         bias = () if target.bias is None else (target.bias,)
-        return _route(tensor, Run([""], [target.weight, *bias], [bool(bias)], [target.activation]))
-    if not isinstance(target, Sequential):
-        expected = "a fastmlp.Linear, a fastmlp.Sequential or a tensor"
-        raise TypeError(f"target must be {expected}, got {type(target).__name__}")
+        return _route(tensor, Run([""], [""], [target.weight, *bias], [bool(bias)], [target.activation]))
     alone: list[str] = []
     for part in parts(target._modules):
         if isinstance(part, Alone):
@@ -112,7 +118,11 @@ def _route(input: Tensor, run: Run | None) -> Route:
     reason = why_not_direct(input, parameters)
     if reason is None and run:
         input, *cast = autocast(input, *parameters)
-        _C.check_forward(run.stack().native, input, cast, True)
+        _C.check_forward(run.stack().native, input, cast, True, run.called())
+    elif run:
+        # Whoever watches torch's functions asked for the route, not for a call.
+        with torch._C.DisableTorchFunction():
+            check(run.stack(), input, parameters, run.called())
     return Route("direct", "") if reason is None else Route("composite", reason)
 
 

@@ -1,11 +1,14 @@
 """The layers as functions, without modules."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastmlp import reference
+from fastmlp._errors import described, not_a_tensor
 from fastmlp.activations import ActivationLike, resolve
 from fastmlp.autograd import run
 from fastmlp.ops import stack_of
@@ -23,7 +26,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
             `torch.nn.functional.linear` takes is computed by PyTorch.
         weight: (out_features, in_features), of the dtype and on the device of `input`.
         bias: (out_features), or None.
-        activation: None, a name, a module of `torch.nn` or a `fastmlp.Activation`.
+        activation: None, a name, a function such as `torch.relu`, a module of `torch.nn` or a `fastmlp.Activation`.
 
     Returns:
         (*, out_features).
@@ -42,6 +45,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     act = resolve(activation)
     if isinstance(weight, Tensor) and weight.dim() == 1:
         # torch's vector form, (in_features) -> (): a dot product, with nothing to fuse.
+        _check_vector_form(input, weight, bias)
         return reference.activate(F.linear(input, weight, bias), act.name, act.parameters)
     if bias is None:
         return run(stack_of((False,), (act,)), input, (weight,))
@@ -77,13 +81,44 @@ def mlp(
         >>> mlp(torch.tensor([1.0, -1.0]), [w, w], [None, torch.ones(2)], ["relu", None])
         tensor([2., 1.])
     """
+    for name, given in (("weights", weights), ("biases", biases), ("activations", activations)):
+        _check_list(name, given)
     if not len(weights) == len(biases) == len(activations):
         raise ValueError(
-            "weights, biases and activations must have one entry for each layer, "
-            f"got {len(weights)}, {len(biases)} and {len(activations)}"
+            "fastmlp: weights, biases and activations must have one entry for each layer, "
+            f"got {len(weights)}, {len(biases)} and {len(activations)}; None stands for no bias and for no activation"
         )
-    acts = tuple([resolve(activation) for activation in activations])
+    acts = tuple([resolve(activation, f"activations[{i}]") for i, activation in enumerate(activations)])
     parameters: list[Tensor] = []
     for weight, bias in zip(weights, biases, strict=True):
         parameters += (weight,) if bias is None else (weight, bias)
     return run(stack_of(tuple([bias is not None for bias in biases]), acts), input, tuple(parameters))
+
+
+def _check_list(name: str, given: Any) -> None:
+    single = given.is_nested or given.dim() == 0 if isinstance(given, Tensor) else isinstance(given, str)
+    if single or not hasattr(given, "__len__") or not hasattr(given, "__getitem__"):
+        raise TypeError(f"fastmlp: {name} must be a list with one entry for each layer, got {described(given)}")
+
+
+def _check_vector_form(input: Any, weight: Tensor, bias: Any) -> None:
+    for name, given in (("input", input), ("bias", bias)):
+        # Such as the proxies of torch.fx, which record PyTorch's functions.
+        if not isinstance(given, Tensor) and hasattr(given, "__torch_function__"):
+            return
+        if not isinstance(given, Tensor) and not (name == "bias" and given is None):
+            raise not_a_tensor(name, given, weight.dtype)
+    if input.dim() == 0 or input.shape[-1] != weight.shape[0]:
+        raise RuntimeError(
+            f"fastmlp: input has shape {list(input.shape)}, expected {weight.shape[0]} in the last dimension, since "
+            f"weight has shape {list(weight.shape)}; a layer's weight has two dimensions, (out_features, in_features)"
+        )
+    if bias is not None and bias.dim() > 0:
+        raise RuntimeError(
+            f"fastmlp: bias has shape {list(bias.shape)}, expected [], a single number, since weight has one dimension"
+        )
+    if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+        raise RuntimeError(
+            f"fastmlp: input has dtype {input.dtype}, expected {weight.dtype}, the dtype of weight; "
+            f"pass input.to({weight.dtype})"
+        )

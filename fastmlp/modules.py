@@ -1,7 +1,8 @@
 """Layers that stand in for those of `torch.nn`."""
 
+import operator
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Sizes
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -12,9 +13,10 @@ import torch.nn.modules.module as nn_module
 from torch import Tensor, nn
 
 from fastmlp import functional, reference
+from fastmlp._errors import described
 from fastmlp._load import _C
 from fastmlp.activations import DEFAULTS, IDENTITY, Activation, ActivationLike, module_of, resolve
-from fastmlp.autograd import composed_forward, run
+from fastmlp.autograd import Names, composed_forward, run
 from fastmlp.ops import Stack, stack_of
 
 __all__ = ["MLP", "Linear", "Sequential"]
@@ -45,7 +47,7 @@ class Linear(_Called, nn.Linear):
         in_features: size of the last dimension of the input.
         out_features: size of the last dimension of the output.
         bias: whether there is a bias.
-        activation: None, a name, a module of `torch.nn` (class or instance) or a
+        activation: None, a name, a function such as `torch.relu`, a module of `torch.nn` (class or instance) or a
             `fastmlp.Activation`.
         device: of the parameters.
         dtype: of the parameters.
@@ -142,16 +144,17 @@ class MLP(Sequential):
         in_features: size of the last dimension of the input.
         hidden_features: sizes of the hidden layers; may be empty.
         out_features: size of the last dimension of the output.
-        activation: after each hidden layer: None, a name, a module of `torch.nn` or a
-            `fastmlp.Activation`.
+        activation: after each hidden layer: None, a name, a function such as `torch.relu`, a module of `torch.nn`
+            or a `fastmlp.Activation`.
         output_activation: after the last layer; None for none.
         bias: whether the layers have biases.
         device: of the parameters.
         dtype: of the parameters.
 
     Raises:
-        ValueError: for an activation without a fused form.
-        TypeError: for an activation of the wrong type, or hidden_features that is no sequence.
+        ValueError: for an activation without a fused form, or a negative size.
+        TypeError: for an activation of the wrong type, a size that is no integer, or hidden_features that is no
+            sequence.
 
     Shape:
         input (*, in_features), output (*, out_features).
@@ -176,10 +179,15 @@ class MLP(Sequential):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(hidden_features, (int, str)):
-            raise TypeError(f"hidden_features must be a sequence of sizes, got {hidden_features!r}")
-        inner, last = resolve(activation), resolve(output_activation)
-        widths = [in_features, *hidden_features, out_features]
+        inner, last = resolve(activation), resolve(output_activation, "output_activation")
+        scalar = isinstance(hidden_features, Tensor) and hidden_features.dim() == 0
+        if scalar or isinstance(hidden_features, str) or not isinstance(hidden_features, Iterable):
+            raise TypeError(
+                "fastmlp: hidden_features must be a sequence of sizes, such as [50] for one hidden layer of 50, "
+                f"got {described(hidden_features)}"
+            )
+        hidden = [_size(f"hidden_features[{i}]", size) for i, size in enumerate(hidden_features)]
+        widths = [_size("in_features", in_features), *hidden, _size("out_features", out_features)]
         children: list[nn.Module] = []
         for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
             children.append(Linear(fan_in, fan_out, bias=bias, device=device, dtype=dtype))
@@ -195,10 +203,27 @@ class MLP(Sequential):
         return super().__getitem__(index)
 
 
+def _size(name: str, size: Any) -> Any:
+    if isinstance(size, torch.SymInt):
+        return size
+    try:
+        if isinstance(size, bool):
+            raise TypeError
+        number = operator.index(size)
+    except TypeError:
+        raise TypeError(f"fastmlp: {name} must be an integer, got {described(size)}") from None
+    if not 0 <= number < 1 << 63:
+        raise ValueError(f"fastmlp: {name} must be at least 0 and below 2^63, got {described(number)}")
+    return number
+
+
 def run_parts(children: Mapping[str, nn.Module | None], input: Any) -> Any:
     """What a `Sequential` of these children computes, for Dynamo, which cannot see into `_C.run_children`."""
     for part in parts(children):
-        input = part.child(input) if isinstance(part, Alone) else run(part.stack(), input, tuple(part.parameters))
+        if isinstance(part, Alone):
+            input = part.child(input)
+        else:
+            input = run(part.stack(), input, tuple(part.parameters), part.called())
     return input
 
 
@@ -208,19 +233,27 @@ class Run:
 
     Attributes:
         names: of the children.
+        layers: those of them that are layers.
         parameters: weight and, where there is one, bias of each layer.
         has_bias: one for each layer.
         activations: one for each layer.
+        is_first: whether their input is that of the whole.
     """
 
     names: list[str] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
     parameters: list[Tensor] = field(default_factory=list)
     has_bias: list[bool] = field(default_factory=list)
     activations: list[Activation] = field(default_factory=list)
+    is_first: bool = True
 
     def stack(self) -> Stack:
         """The layers without their tensors."""
         return stack_of(tuple(self.has_bias), tuple(self.activations))
+
+    def called(self) -> Names:
+        """What errors call the input and the layers."""
+        return ("input" if self.is_first else f"the input of {self.names[0]}", self.layers)
 
 
 class Alone(NamedTuple):
@@ -240,14 +273,14 @@ def parts(children: Mapping[str, nn.Module | None]) -> list[Run | Alone]:
     run: Run | None = None
     for name, child in children.items():
         if child is None:
-            raise TypeError(f"child {name!r} is None, expected a module")
+            raise TypeError(f"fastmlp: child {name!r} is None, expected a module")
         reason = why_called(child) or _why_not_in(run, child)
         if reason is not None:
             found.append(Alone(name, child, reason))
             run = None
             continue
         if run is None or _is_of_another_kind(run, child):
-            run = Run()
+            run = Run(is_first=not found)
             found.append(run)
         _take(run, name, child)
     return found
@@ -319,6 +352,7 @@ def _take(run: Run, name: str, child: nn.Module) -> None:
     if type(child) is nn.Linear or type(child) is Linear:
         weight, bias = child._parameters["weight"], child._parameters["bias"]
         assert weight is not None
+        run.layers.append(name)
         run.parameters.append(weight)
         if bias is not None:
             run.parameters.append(bias)

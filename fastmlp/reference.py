@@ -75,11 +75,17 @@ def activate(z: Tensor, name: str, parameters: dict[str, float]) -> Tensor:
     Returns:
         A tensor of the shape and dtype of `z`.
 
+    Raises:
+        ValueError: for a name that is not in `FUNCTIONS`.
+
     Example:
         >>> activate(torch.tensor([-1.0, 2.0]), "leaky_relu", {"negative_slope": 0.5})
         tensor([-0.5000,  2.0000])
     """
-    return FUNCTIONS[name](z, **parameters)
+    function = FUNCTIONS.get(name)
+    if function is None:
+        raise ValueError(f"fastmlp: name must be one of {', '.join(FUNCTIONS)}, got {name!r}")
+    return function(z, **parameters)
 
 
 def linear(

@@ -13,12 +13,11 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastmlp import reference
 from fastmlp._load import _C
-from fastmlp.activations import DEFAULTS, Activation, module_of
+from fastmlp.activations import BY_FUNCTION, DEFAULTS, Activation, module_of
 from fastmlp.comparison import compare
 from fastmlp.modules import Linear, run_parts
 from fastmlp.recording import Tracer, is_library
@@ -40,20 +39,12 @@ def run_chain(input: Any, layers: dict[str, nn.Module]) -> Any:
     return _C.run_children(layers, input)
 
 
-def _functions() -> dict[Callable[..., Any], str]:
-    """PyTorch's functions for the activations; those that end in an underscore work in place."""
-    places: tuple[Any, ...] = (torch, F)
-    found = {(place, name, name + end) for place in places for name in DEFAULTS for end in ("", "_")}
-    return {getattr(place, key): name for place, name, key in found if hasattr(place, key)}
-
-
-_FUNCTIONS = {**_functions(), torch.special.expit: "sigmoid"}
 _METHODS = {name + end: name for name in DEFAULTS for end in ("", "_") if hasattr(Tensor, name + end)}
 
 
 def activation_of(node: fx.Node) -> Activation | None:
     """The activation that a call of a function or method computes, if it has numbers for parameters."""
-    table: Mapping[Any, str] = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(node.op, {})
+    table: Mapping[Any, str] = {"call_function": BY_FUNCTION, "call_method": _METHODS}.get(node.op, {})
     name = table.get(node.target)
     if name is None:
         return None

@@ -201,16 +201,16 @@ def test_leading_dimensions(shape: tuple[int, ...]) -> None:
 def test_devices_that_do_not_belong_together() -> None:
     cpu, gpu = torch.zeros(3, 4), torch.zeros(3, 4, device="cuda")
     for input, weight in ((cpu, gpu), (gpu, cpu)):
-        message = f"weight is on {weight.device}, expected the device of input, {input.device}"
+        message = f"input is on {input.device}, expected {weight.device}, the device of weight"
         with pytest.raises(RuntimeError, match=message):
             functional.linear(input, weight, None, "relu")
         with pytest.raises(RuntimeError, match=message):
             functional.linear(input, weight.requires_grad_(), None, "relu")
         with torch.autocast("cuda"), pytest.raises(RuntimeError, match=message):
             functional.linear(input, weight, None, "relu")
-    with pytest.raises(RuntimeError, match=r"bias is on cpu, expected the device of input, cuda:0"):
+    with pytest.raises(RuntimeError, match=r"bias is on cpu, expected cuda:0, the device of input"):
         functional.linear(gpu, gpu.detach(), torch.zeros(3))
-    with pytest.raises(RuntimeError, match=r"weights\[0\] is on cuda:0, expected the device of input, cpu"):
+    with pytest.raises(RuntimeError, match=r"input is on cpu, expected cuda:0, the device of .*weight"):
         as_mlp(native_network(torch.float32))(torch.zeros(5, 6))
 
 

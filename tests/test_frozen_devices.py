@@ -218,7 +218,7 @@ def test_a_gpu_without_kernels_is_named() -> None:
             freeze(layer)
         with pytest.raises(RuntimeError, match=rf"input is on cuda:0, and {REBUILD}"):
             _C.infer(fastmlp.ops.stack_of((True,), (layer.activation,)).native, x, [layer.weight, layer.bias])
-        with pytest.raises(RuntimeError, match=r"weight is on cuda:0, expected the device of input, cpu"):
+        with pytest.raises(RuntimeError, match=r"input is on cpu, expected cuda:0, the device of weight"):
             layer(torch.zeros(2, 4, device="cpu"))
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
         with pytest.raises(

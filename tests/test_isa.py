@@ -85,7 +85,7 @@ def test_environment_variable(isa: str) -> None:
 def test_wrong_environment_variable_raises() -> None:
     done = in_process("import fastmlp", FASTMLP_ISA="avx1024")
     assert done.returncode != 0
-    assert "ImportError: FASTMLP_ISA: isa must be one of portable" in done.stderr
+    assert "ImportError: fastmlp: the environment variable FASTMLP_ISA: isa must be one of portable" in done.stderr
 
 
 @pytest.mark.skipif("avx2" not in [isa["name"] for isa in _C.instruction_sets()], reason="not an x86-64 build")

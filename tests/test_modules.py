@@ -148,7 +148,7 @@ def test_mixed_dtypes_raise(dtype: torch.dtype) -> None:
     layer = fastmlp.Linear(4, 3, dtype=dtype)
     for other in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         if other != dtype:
-            with pytest.raises(RuntimeError, match=r"weight has dtype .*, expected the dtype of input"):
+            with pytest.raises(RuntimeError, match=f"input has dtype {other}, expected {dtype}, the dtype of weight; "):
                 layer(torch.randn(2, 4, dtype=other))
 
 
@@ -232,3 +232,20 @@ def test_training_follows_torch() -> None:
     for a, b in zip(*runs, strict=True):
         # Ten steps of lr 0.05: rounding of one step is carried on, not amplified beyond its size times steps.
         assert (a - b).abs().max() <= 1e4 * torch.finfo(torch.float64).eps * b.abs().max()
+
+
+def test_grad_fn_has_a_name() -> None:
+    """Torch takes the end of a C++ name by default, which for a template is "FusedNetwork>"."""
+    for module in (fastmlp.Linear(3, 2), fastmlp.MLP(3, [4], 2)):
+        output = module(torch.ones(1, 3))
+        node = output.grad_fn
+        assert node is not None
+        assert repr(output).endswith("grad_fn=<FusedNetworkBackward>)")
+        assert repr(node).startswith("<FusedNetworkBackward object at 0x")
+        # And it is a node like any other.
+        assert len(node.next_functions) == 1 + len(list(module.parameters()))
+        seen: list[tuple[torch.Tensor, ...]] = []
+        node.register_prehook(lambda grads, seen=seen: seen.append(grads))
+        output.sum().backward()
+        assert len(seen) == 1
+        assert torch.equal(seen[0][0], torch.ones(1, 2))

@@ -126,6 +126,8 @@ class Transformed(Dataset[torch.Tensor]):
             return self.module(torch.full((512, 512), float(i)))
 
 
+# Two workers on whatever processor: the warning is about their speed where there is one core.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes:UserWarning")
 def test_in_loader_workers_after_fork() -> None:
     data = Transformed()
     expected = torch.stack([data[i] for i in range(4)])  # the parent has used its threads before the fork

@@ -419,7 +419,7 @@ WRONG: dict[str, tuple[Callable[[list[Tensor], list[Tensor | None]], Any], str]]
     ),
     "dtype": (
         lambda weights, biases: weights.__setitem__(2, weights[2].double()),
-        r"weights\[2\] has dtype Double, expected the dtype of input, Float",
+        r"weights\[2\] has dtype torch.float64, expected torch.float32, the dtype of input; pass weights\[2\].float",
     ),
     "dimensions": (
         lambda weights, biases: weights.__setitem__(5, torch.zeros(8)),
@@ -427,7 +427,7 @@ WRONG: dict[str, tuple[Callable[[list[Tensor], list[Tensor | None]], Any], str]]
     ),
     "device": (
         lambda weights, biases: weights.__setitem__(1, weights[1].to("meta")),
-        r"weights\[1\] is on meta, expected the device of input, cpu",
+        r"weights\[1\] is on meta, where tensors have no values, expected cpu, the device of input",
     ),
 }
 
@@ -459,7 +459,7 @@ def test_backward_names_what_does_not_fit() -> None:
     for saved, grad, message in (
         ([hidden[0], hidden[1], hidden[2][:3]], n.grad, r"saved\[2\] has shape \[3, 6\], expected leading dimensions"),
         (hidden[:2], n.grad, "saved has 2 tensors, expected 3"),
-        ([hidden[0], hidden[1].double(), hidden[2]], n.grad, r"saved\[1\] has dtype Double"),
+        ([hidden[0], hidden[1].double(), hidden[2]], n.grad, r"saved\[1\] has dtype torch.float64"),
         (hidden, n.grad[:, :6], r"grad has shape \[6, 6\], expected leading dimensions \[6\] and last dimension 7"),
     ):
         with pytest.raises(RuntimeError, match=f"fastmlp: {message}"):

@@ -118,13 +118,13 @@ void set_active(const std::string& name) {
     known += (known.empty() ? "" : ", ") + std::string(table->name);
     if (name != table->name) continue;
     if (!supported(*table)) {
-      throw std::invalid_argument("isa '" + name + "' needs " + table->description +
+      throw std::invalid_argument("fastmlp: isa '" + name + "' needs " + table->description +
                                   ", which this processor or its operating system does not offer");
     }
     active_slot().store(table, std::memory_order_relaxed);
     return;
   }
-  throw std::invalid_argument("isa must be one of " + known + ", got '" + name + "'");
+  throw std::invalid_argument("fastmlp: isa must be one of " + known + ", got '" + name + "'");
 }
 
 }  // namespace fastmlp::cpu

@@ -146,7 +146,8 @@ template <class T> struct Math {
   // Q(x) e^(x^2 / 2) for x >= 0, where Q is the upper tail of the normal distribution.
   static V normal_tail(V x) {
     const V t = fill(8) / (fill(4) + x) - fill(1);
-    return polynomial(R::normal_tail, t);
+    // Far out, where e^(-x^2 / 2) is 0, the polynomial may err below zero, and -0.0 would change the product's sign.
+    return abs(polynomial(R::normal_tail, t));
   }
 
  private:
