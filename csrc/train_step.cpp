@@ -226,12 +226,12 @@ py::object TrainStep::run(const py::object& given, const py::object& target) {
   const Running running(running_);
   check_modes();
   check_plain("input", given.ptr());
-  const char* const why = obstacle(given.ptr(), {});
-  TORCH_CHECK(!why, "fastmlp: TrainStep cannot run: ", why);
   Call call;
   if (!read(call)) return py::none();
   const at::Tensor& input = THPVariable_Unpack(given.ptr());
   check_input(input);
+  const char* const why = obstacle(given.ptr(), {});
+  TORCH_CHECK(!why, "fastmlp: TrainStep cannot run: ", why);
   const c10::MaybeOwned<at::Tensor> checked = check_target(call, input, target);
   take_owners();
   const bool last = waiting + 1 == options_.accumulate;

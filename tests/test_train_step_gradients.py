@@ -2,8 +2,13 @@
 
 import copy
 import itertools
+import os
 import pickle
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -297,3 +302,33 @@ def test_state_of_one_column_in_odd_strides() -> None:
     p.grad = torch.ones(3, 1).as_strided((3, 1), (1, 5))
     assert fastmlp._C.step_optimizer(optimizer, fastmlp._C.rules()["sgd"], False) == []
     assert p.tolist() == [[0.5]] * 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is glibc that fills memory")
+def test_the_memory_of_kernels_holds_junk_too() -> None:
+    """What kernels keep between them comes from malloc, which fills it here: all passes give what they gave."""
+    script = textwrap.dedent("""
+        import ctypes, sys, pytest
+        libc = ctypes.CDLL(None)
+        libc.aligned_alloc.restype = ctypes.c_void_p
+        for bytes in (64, 4096, 1 << 24):
+            block = libc.aligned_alloc(ctypes.c_size_t(64), ctypes.c_size_t(bytes))
+            assert ctypes.string_at(block, bytes) == b"\\x7f" * bytes
+        sys.exit(pytest.main(sys.argv[1:]))
+    """)
+    files = [f"tests/test_{name}.py" for name in ("train_step_gradients", "train_step_losses", "frozen_bits")]
+    chosen = "any_layout or same_bits or empty_batches or test_batches"
+    environment = {
+        **os.environ,
+        "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.perturb=128",
+        "FASTMLP_TEST_ISAS": ISAS[-1],
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script, "-q", "-p", "no:cacheprovider", "-k", chosen, *files],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
