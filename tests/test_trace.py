@@ -589,3 +589,103 @@ def test_nothing_is_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert(Net(), trace=True)
+
+
+# What recorded modules are.
+
+
+class Model(Net):
+    """With methods, attributes and properties of its own, which a recorded model keeps."""
+
+    def __init__(self, scale: float = 2.0) -> None:
+        super().__init__()
+        self.scale, self.convert = scale, lambda x: x
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self(x).argmax(-1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.scale * self.fc(x)
+
+    def direct(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+    @property
+    def columns(self) -> int:
+        return self.fc.in_features
+
+    @classmethod
+    def small(cls) -> str:
+        return cls.__name__
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        self.out.training = False
+        return self
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda m: m,
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: convert(m, trace=True),
+        lambda m: pickle.loads(pickle.dumps(convert(copy.deepcopy(m), trace=True))),
+    ],
+)
+def test_recorded_models_keep_methods_and_attributes(again: Callable[[Any], Any]) -> None:
+    model, x = Model().double(), torch.randn(5, 4, dtype=torch.float64)
+    recorded = again(convert(model, trace=True))
+    assert isinstance(recorded, Model)
+    assert isinstance(recorded, fx.GraphModule)
+    assert torch.equal(recorded.predict(x), model.predict(x))
+    assert_same([recorded.encode(x), recorded.direct(x)], [model.encode(x), model(x)])
+    assert (recorded.columns, recorded.small(), recorded.scale) == (4, "Model", 2.0)
+    assert [str(entry.names) for entry in fastmlp.fusion_report(recorded)] == ["('fc', 'relu', 'out')"]
+    assert recorded.train().fc.training
+    assert not recorded.out.training
+    assert list(recorded.state_dict()) == list(model.state_dict())
+    assert [link.name for link in fastmlp.chain.links(recorded)] == ["fc", "relu", "out"]
+
+
+def test_recorded_containers_are_containers() -> None:
+    recorded: Any = convert(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), trace=True)
+    assert len(recorded) == 2
+    assert type(recorded[0]) is nn.Linear
+    layer: Any = convert(nn.Linear(4, 3), trace=True)
+    assert layer.in_features == 4
+    torch.testing.assert_close(freeze(recorded)(torch.ones(4)), recorded(torch.ones(4)))
+
+
+def test_recorded_models_are_stacked() -> None:
+    models, x = [Model() for _ in range(3)], torch.randn(5, 4)
+    recorded = [convert(model, trace=True) for model in models]
+    assert len({type(m) for m in recorded}) == 1
+    parameters, buffers = torch.func.stack_module_state(recorded)
+    base = copy.deepcopy(recorded[0])
+
+    def call(parameters: Any, buffers: Any) -> Any:
+        return torch.func.functional_call(base, (parameters, buffers), (x,))
+
+    torch.testing.assert_close(torch.vmap(call)(parameters, buffers), torch.stack([model(x) for model in models]))
+    # Code that is changed is that of one module.
+    graph = recorded[0].graph
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    with graph.inserting_before(output):
+        output.args = (graph.call_function(torch.neg, (output.args[0],)),)
+    recorded[0].recompile()
+    torch.testing.assert_close(recorded[0](x), -models[0](x))
+    torch.testing.assert_close(recorded[1](x), models[1](x))
+
+
+def test_classes_that_cannot_be_imported_are_left_behind_by_pickles() -> None:
+    class Local(Net):
+        def predict(self, x: Tensor) -> Tensor:
+            return self(x)
+
+    model, x = Local(), torch.randn(5, 4)
+    recorded: Any = convert(model, trace=True)
+    torch.testing.assert_close(recorded.predict(x), model(x))
+    loaded = pickle.loads(pickle.dumps(recorded))
+    torch.testing.assert_close(loaded(x), model(x))
