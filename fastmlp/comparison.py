@@ -134,7 +134,7 @@ def _example(model: nn.Module, tracer: Tracer, graph: fx.Graph) -> tuple[Any, ..
 
 
 def _examples(root: nn.Module, tracer: Tracer, graph: fx.Graph) -> Iterator[tuple[Any, ...]]:
-    first = next((p for p in root.parameters() if p.is_floating_point()), torch.empty(0))
+    first = next((p for p in root.parameters() if p.is_floating_point() or p.is_complex()), torch.empty(0))
     nodes = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
     candidates = [list(dict.fromkeys(_shapes(root, nodes[name]))) for name in tracer.names]
     # The likeliest of each argument come first, so combinations are ordered by the sum of their places.

@@ -196,6 +196,23 @@ class Seeding(Net):
         return self.out(self.fc(x))
 
 
+class SeedingInside(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            noise = torch.randn(4)
+        return self.out(torch.relu(self.fc(x) + noise))
+
+
+class OwnGenerator(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = np.random.default_rng(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.fc(x))) * self.generator.normal()
+
+
 class Clock(Net):
     steps = iter(range(10**9))
 
@@ -264,9 +281,11 @@ REFUSED: list[tuple[type[Net], str]] = [
     (Appending, r"it changes seen, which would happen only once"),
     (Counting, r"it changes statistics.count, statistics.values, which would happen only once"),
     (InArray, r"it changes counts, which would happen only once"),
-    (PythonRandom, r"it draws random numbers, or seeds a generator.* random is another one"),
+    (PythonRandom, r"it draws random numbers \(Random.random\) that would be .*test_trace.py, line \d+"),
     (NumpyRandom, r"it draws random numbers, or seeds a generator.* numpy.random is another one"),
-    (Seeding, r"it draws random numbers, or seeds a generator.* torch.default_generator is another one"),
+    (OwnGenerator, r"it changes generator, which would happen only once"),
+    (Seeding, r"it seeds or moves a generator of random numbers \(manual_seed\).*test_trace.py, line \d+"),
+    (SeedingInside, r"it seeds or moves a generator of random numbers \((fork_rng|manual_seed)\)"),
     (Clock, r"depends on something that changes from call to call.*mul\]\(args = \(%out, \d+\)"),
     (WithGrad, r"depends on torch.is_grad_enabled\(\)"),
     (ReadsParameter, r"it reads the elements of self.scale \(__float__\)"),
@@ -282,6 +301,22 @@ def states() -> list[Any]:
     return [random.getstate(), torch.get_rng_state().tolist(), str(numpy_state)]
 
 
+def test_generators_that_nobody_watches() -> None:
+    def profile(frame: Any, event: str, _: Any) -> None:
+        return None
+
+    sys.setprofile(profile)
+    try:
+        for kind in (PythonRandom, NumpyRandom, Seeding):
+            model, generators = kind(), states()
+            with pytest.raises(RuntimeError, match=r"it draws random numbers, or seeds a generator"):
+                convert(model, trace=True)
+            assert states() == generators
+        assert sys.getprofile() is profile
+    finally:
+        sys.setprofile(None)
+
+
 def snapshot(model: nn.Module) -> list[Any]:
     """Everything of a model, values too."""
     statistics = getattr(model, "statistics", Statistics())
@@ -289,6 +324,7 @@ def snapshot(model: nn.Module) -> list[Any]:
         [(name, kind, id(m), {k: (id(v), repr(v)) for k, v in d.items()}) for name, kind, m, d in state_of(model)],
         copy.deepcopy(model.state_dict()),
         vars(statistics) | {"values": list(statistics.values)},
+        model.generator.bit_generator.state if isinstance(model, OwnGenerator) else None,
     ]
 
 
