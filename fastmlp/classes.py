@@ -56,7 +56,8 @@ def fused_class(plain: type[nn.Module]) -> type[nn.Module] | None:
             if made.__dict__.get(_ORIGIN) is plain:
                 return made
         names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-        return new_class(plain.__name__, (_Converted, Sequential, plain), {**names, _ORIGIN: plain})
+        made = new_class(plain.__name__, (_Converted, Sequential, plain), {**names, _ORIGIN: plain})
+        return made if made.__basicsize__ == plain.__basicsize__ else None
 
 
 def plain_class(fused: type[nn.Module]) -> type[nn.Module] | None:

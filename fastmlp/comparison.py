@@ -40,7 +40,7 @@ def compare(model: nn.Module, tracer: Tracer, graph: fx.Graph, inputs: tuple[Any
         TraceError: if they differ, or no example can be found.
     """
     with untouched_generators(), torch.no_grad():
-        example = _example(model, tracer, graph) if inputs is None else inputs
+        example = _example(model, tracer, graph) if inputs is None else _checked(model, tracer, inputs)
         for training in (False, True):
             _compare(model, tracer, graph, example, training)
 
@@ -111,6 +111,14 @@ def _execute(shadow: Shadow, example: tuple[Any, ...], call: Callable[[tuple[Any
 
 
 # Examples.
+
+
+def _checked(model: nn.Module, tracer: Tracer, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    shadow = _prepared(model, False)
+    last = _execute(shadow, inputs, lambda args: _call(shadow, tracer, args))[-1]
+    if last[0] == "error":
+        raise TraceError(f"with the inputs that were given it raises {_shown(last, ())}")
+    return inputs
 
 
 def _example(model: nn.Module, tracer: Tracer, graph: fx.Graph) -> tuple[Any, ...]:

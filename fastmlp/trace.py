@@ -234,6 +234,9 @@ class Traced(fx.GraphModule):
     """A graph module with all that the traced module holds: torch.fx takes only what the graph uses."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "GraphModule") -> None:
+        mixed = _base(type(self))
+        # The class of the model, which may have a __getattr__ of its own, comes when everything is where it looks.
+        _become(self, Traced, class_name)
         super().__init__(root, graph, class_name)
         constants = self._buffers.keys() - root._buffers.keys()
         self._buffers = {**root._buffers, **{name: self._buffers[name] for name in sorted(constants)}}
@@ -243,17 +246,19 @@ class Traced(fx.GraphModule):
         more = {k: v for k, v in root.__dict__.items() if k not in (*self.__dict__, *self._buffers, *_OWN)}
         self.__dict__.update(more)
         self._fastmlp_attributes = tuple(more)
+        _become(self, mixed, class_name)
+        self.recompile()
 
     def recompile(self) -> Any:
         """As that of `torch.fx.GraphModule`, whose instances have classes of their own that hold their code.
 
         Those with the same code share one, as `torch.func.stack_module_state` wants it.
         """
-        base = next(kind for kind in type(self).__mro__ if kind.__qualname__.split(".")[-1] != _IMPL)
-        self.__class__ = type(type(self).__name__, (base,), {"__qualname__": _IMPL})
+        base, name = _base(type(self)), type(self).__name__
+        _become(self, base, name)
         code = super().recompile()
-        names = tuple(sorted((name, id(value)) for name, value in code.globals.items()))
-        self.__class__ = _CLASSES.setdefault((base, type(self).__name__, code.src, names), type(self))
+        names = tuple(sorted((key, id(value)) for key, value in code.globals.items()))
+        object.__setattr__(self, "__class__", _CLASSES.setdefault((base, name, code.src, names), type(self)))
         return code
 
     def _deepcopy_init(self) -> Callable[..., None]:
@@ -285,11 +290,14 @@ _IMPL = "GraphModuleImpl"
 _MIXED = "_fastmlp_mixed_with"
 
 
-class _Between(Quiet):
-    """Stands between `torch.fx.GraphModule` and the class of the model, whose `__init__` is not to be called."""
+def _base(kind: type) -> type:
+    """The class of which torch.fx has made one for a single graph module."""
+    return next(base for base in kind.__mro__ if base.__qualname__.split(".")[-1] != _IMPL)
 
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
+
+def _become(module: nn.Module, base: type, name: str) -> None:
+    """Gives a module a class of its own."""
+    object.__setattr__(module, "__class__", type(name, (base,), {"__qualname__": _IMPL}))
 
 
 def _mixed(plain: type[nn.Module]) -> type[Traced]:
@@ -298,14 +306,16 @@ def _mixed(plain: type[nn.Module]) -> type[Traced]:
         if kind.__dict__.get(_MIXED) is plain:
             return kind  # type: ignore[return-value]
     names = {_MIXED: plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
-    return new_class(plain.__name__, (Traced, _Between, plain), names)
+    return new_class(plain.__name__, (Traced, Quiet, plain), names)
 
 
 def _class_for(plain: type[nn.Module]) -> type[Traced]:
     if issubclass(plain, fx.GraphModule):
         # A recording of a recording has the methods of the first model.
         return next((kind for kind in plain.__mro__ if _MIXED in kind.__dict__), Traced)
-    return _mixed(plain)
+    mixed = _mixed(plain)
+    # Instances with __slots__ lie otherwise in memory, and stay without the methods of their class.
+    return mixed if mixed.__basicsize__ == Traced.__basicsize__ else Traced
 
 
 def load(

@@ -529,6 +529,11 @@ def test_several_inputs_and_their_examples() -> None:
     recorded = convert(of_dictionary, trace=True, inputs=({"x": x},))
     torch.testing.assert_close(recorded({"x": x}), of_dictionary({"x": x}))
 
+    with pytest.raises(RuntimeError, match="with the inputs that were given it raises RuntimeError: mat1 and mat2"):
+        convert(model, trace=True, inputs=(torch.ones(2, 7),))
+    with pytest.raises(ValueError, match="fastmlp: inputs are examples for trace=True"):
+        convert(Net(), inputs=(x,))  # type: ignore[call-overload]
+
     class Embedded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -713,6 +718,42 @@ def test_recorded_models_are_stacked() -> None:
     recorded[0].recompile()
     torch.testing.assert_close(recorded[0](x), -models[0](x))
     torch.testing.assert_close(recorded[1](x), models[1](x))
+
+
+class Wrapping(nn.Module):
+    """Looks for attributes in what it wraps."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+class Slotted(Net):
+    __slots__ = ("more",)
+
+
+class Registered(Net):
+    def __init_subclass__(cls, *, key: str) -> None:
+        raise AssertionError("nobody has made a subclass")
+
+
+@pytest.mark.parametrize("make", [lambda: Wrapping(Net()), Slotted, Registered])
+def test_classes_of_every_kind_are_recorded(make: Callable[[], nn.Module]) -> None:
+    model, x = make(), torch.randn(5, 4)
+    recorded: Any = convert(model, trace=True)
+    for again in (recorded, copy.deepcopy(recorded), pickle.loads(pickle.dumps(recorded))):
+        torch.testing.assert_close(again(x), model(x))
+        if isinstance(model, Wrapping):
+            assert again.fc.in_features == 4
 
 
 def test_classes_that_cannot_be_imported_are_left_behind_by_pickles() -> None:
