@@ -14,7 +14,7 @@ from torch import nn
 
 from fastmlp.modules import Linear, Sequential
 
-__all__ = ["Quiet", "fused_class", "is_importable", "plain_class", "stands_in"]
+__all__ = ["Quiet", "fused_class", "is_importable", "new_class", "plain_class", "stands_in"]
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, nn.Sequential: Sequential}
 _PLAIN = {fused: plain for plain, fused in _FUSED.items()}
@@ -56,7 +56,8 @@ def fused_class(plain: type[nn.Module]) -> type[nn.Module] | None:
             if made.__dict__.get(_ORIGIN) is plain:
                 return made
         names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-        return _new(plain.__name__, (_Converted, Sequential, plain), {**names, _ORIGIN: plain})
+        made = new_class(plain.__name__, (_Converted, Sequential, plain), {**names, _ORIGIN: plain})
+        return made if made.__basicsize__ == plain.__basicsize__ else None
 
 
 def plain_class(fused: type[nn.Module]) -> type[nn.Module] | None:
@@ -77,9 +78,9 @@ def is_importable(kind: type) -> bool:
     return found is kind
 
 
-def _new(name: str, bases: tuple[type, ...], names: dict[str, Any]) -> type[nn.Module]:
-    made: type[nn.Module] = types.new_class(name, bases, exec_body=lambda namespace: namespace.update(names))
-    return made
+def new_class(name: str, bases: tuple[type, ...], names: dict[str, Any]) -> Any:
+    """A class, of whatever metaclass its bases ask for."""
+    return types.new_class(name, bases, exec_body=lambda namespace: namespace.update(names))
 
 
 def _rebuild(plain: type[nn.Module], *arguments: Any) -> nn.Module:

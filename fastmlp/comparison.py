@@ -40,7 +40,7 @@ def compare(model: nn.Module, tracer: Tracer, graph: fx.Graph, inputs: tuple[Any
         TraceError: if they differ, or no example can be found.
     """
     with untouched_generators(), torch.no_grad():
-        example = _example(model, tracer, graph) if inputs is None else inputs
+        example = _example(model, tracer, graph) if inputs is None else _checked(model, tracer, inputs)
         for training in (False, True):
             _compare(model, tracer, graph, example, training)
 
@@ -113,6 +113,14 @@ def _execute(shadow: Shadow, example: tuple[Any, ...], call: Callable[[tuple[Any
 # Examples.
 
 
+def _checked(model: nn.Module, tracer: Tracer, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    shadow = _prepared(model, False)
+    last = _execute(shadow, inputs, lambda args: _call(shadow, tracer, args))[-1]
+    if last[0] == "error":
+        raise TraceError(f"with the inputs that were given it raises {_shown(last, ())}")
+    return inputs
+
+
 def _example(model: nn.Module, tracer: Tracer, graph: fx.Graph) -> tuple[Any, ...]:
     shadow = _prepared(model, False)
     found: tuple[int, tuple[Any, ...]] = (0, ())
@@ -134,7 +142,7 @@ def _example(model: nn.Module, tracer: Tracer, graph: fx.Graph) -> tuple[Any, ..
 
 
 def _examples(root: nn.Module, tracer: Tracer, graph: fx.Graph) -> Iterator[tuple[Any, ...]]:
-    first = next((p for p in root.parameters() if p.is_floating_point()), torch.empty(0))
+    first = next((p for p in root.parameters() if p.is_floating_point() or p.is_complex()), torch.empty(0))
     nodes = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
     candidates = [list(dict.fromkeys(_shapes(root, nodes[name]))) for name in tracer.names]
     # The likeliest of each argument come first, so combinations are ordered by the sum of their places.

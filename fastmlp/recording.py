@@ -9,6 +9,7 @@ defaults unless the forward never asks for them; and `fastmlp.comparison` compar
 
 import inspect
 import operator
+import random
 import sys
 import threading
 from collections import OrderedDict
@@ -117,19 +118,34 @@ def _is_tensor(value: Any) -> bool:
 
 _TENSOR = torch.empty(0)
 
+#: Where torch's generators are seeded.
+_SEEDING = (f"{_LIBRARIES[0]}random.py", f"{_LIBRARIES[0]}cuda/random.py")
+
 #: What a function that asks for the type of a value calls or reads.
 _TYPE_NAMES = frozenset(("isinstance", "issubclass", "is_tensor", "type", "__class__", "hasattr", "callable"))
 
 
 @contextmanager
 def _watched_for(names: frozenset[str]) -> Iterator[list[bool]]:
-    """Whether a function outside of torch's and our own files is called that uses one of the names."""
+    """Whether a function outside of torch's and our own files is called that uses one of the names.
+
+    Draws from generators of Python, and seeds of torch's, raise a TraceError.
+    """
     found: list[bool] = []
 
-    def look(frame: FrameType, event: str, _: Any) -> None:
+    def look(frame: FrameType, event: str, called: Any) -> None:
         code = frame.f_code
-        if event == "call" and not names.isdisjoint(code.co_names) and not is_library(code.co_filename):
-            found.append(True)
+        if event == "call":
+            if not names.isdisjoint(code.co_names) and not is_library(code.co_filename):
+                found.append(True)
+            if code.co_filename in _SEEDING and code.co_name not in ("get_rng_state", "initial_seed"):
+                raise TraceError(f"it seeds or moves a generator of random numbers ({code.co_name})")
+        elif event == "c_call":
+            owner = getattr(called, "__self__", None)
+            if isinstance(owner, random.Random):
+                raise TraceError(
+                    f"it draws random numbers ({called.__qualname__}) that would be the same at every call"
+                )
 
     if sys.getprofile() is not None:
         # Somebody else profiles this thread, and cannot always be put back.

@@ -3,12 +3,13 @@
 Private: `fastmlp.recording` executes a forward on such a copy, and asks it afterwards what the forward has written.
 """
 
+import pickle
 import random
 import sys
+import threading
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple
@@ -159,18 +160,22 @@ class Shadow:
 
     def _container(self, value: Any, path: str, depth: int) -> Any:
         if type(value) in (dict, OrderedDict, defaultdict):
-            made = self._known(value, copy(value))
+            made = self._known(value, value.copy())
             for key, item in value.items():
                 made[key] = self._copy(item, _join(path, key) if isinstance(key, str) else f"{path}[{key!r}]", depth)
             self._watch(path, lambda: dict(made))
         elif type(value) in (list, deque):
-            made = self._known(value, copy(value))
+            made = self._known(value, value.copy())
             for i, item in enumerate(value):
                 made[i] = self._copy(item, f"{path}[{i}]", depth)
             self._watch(path, lambda: list(made))
         elif type(value) is set:
             made = self._known(value, {self._copy(item, path, depth) for item in value})
             self._watch(path, lambda: set(made))
+        elif (generator := _generator(value)) is not None:
+            get, put = generator
+            made = self._known(value, value)
+            self._watch(path, lambda: pickle.dumps(get()), lambda before: put(pickle.loads(before)))
         elif is_array(value):
             made = self._known(value, value.copy())
             self._watch(path, lambda: made.tobytes())
@@ -228,6 +233,21 @@ def is_array(value: Any) -> bool:
     return numpy is not None and type(value) is numpy.ndarray
 
 
+def _generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | None:
+    """How to read and write the state of a generator of random numbers, if the value is one."""
+    if isinstance(value, random.Random):
+        return value.getstate, value.setstate
+    if isinstance(value, torch.Generator):
+        return value.get_state, value.set_state
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.random.RandomState):
+        return value.get_state, value.set_state
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        bits = value.bit_generator
+        return lambda: bits.state, partial(setattr, bits, "state")
+    return None
+
+
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
@@ -252,6 +272,8 @@ def _same(a: Any, b: Any) -> bool:
 def untouched_generators() -> Iterator[None]:
     """Puts the generators of random numbers back, and refuses what has moved one.
 
+    They belong to the process: while other threads run, nobody can say who has moved one.
+
     Raises:
         TraceError: if one of them has moved, unless something else was raised.
     """
@@ -261,15 +283,19 @@ def untouched_generators() -> Iterator[None]:
         yield
         failed = False
     finally:
-        moved = [name for name, (state, restore) in before.items() if _text(_states()[name][0]) != _text(state)]
+        after = _states()
+        if threading.active_count() > 1:
+            # Draws and seeds of this thread are refused as they happen; only numpy's cannot be seen.
+            after = {name: after[name] if name == "numpy.random" else state for name, state in before.items()}
+        moved = [name for name, (state, _) in before.items() if _text(after[name][0]) != _text(state)]
         for name in moved:
             state, restore = before[name]
             restore(state)
         if moved and not failed:
             raise TraceError(
                 f"it draws random numbers, or seeds a generator, in a way that would happen only once: the state of "
-                f"{', '.join(moved)} is another one after it was executed. Random numbers of torch's functions, "
-                "such as torch.randn, can be recorded"
+                f"{', '.join(moved)} is another one after it was executed (if no other thread has moved it). Random "
+                "numbers of torch's functions, such as torch.randn, can be recorded"
             )
 
 

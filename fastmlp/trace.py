@@ -5,12 +5,14 @@
 `state_dict`.
 """
 
+import pickle
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +20,7 @@ from torch import Tensor, fx, nn
 from fastmlp import reference
 from fastmlp._load import _C
 from fastmlp.activations import BY_FUNCTION, DEFAULTS, Activation, module_of
+from fastmlp.classes import Quiet, is_importable, new_class
 from fastmlp.comparison import compare
 from fastmlp.modules import Linear, run_parts
 from fastmlp.recording import Tracer, is_library
@@ -169,7 +172,7 @@ def record(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Recording
     # What torch.fx takes the attributes of the graph from, which must not be put on the model.
     root = object.__new__(type(model))
     root.__dict__.update({**model.__dict__, **tracer.constants})
-    module = Traced(root, graph, _name(model))
+    module = _class_for(type(model))(root, graph, _name(model))
     _fuse(module)
     return Recording(module, check)
 
@@ -211,27 +214,109 @@ def _name(model: nn.Module) -> str:
     return type(model).__name__
 
 
+#: What a recorded module has of itself, though the model that was recorded may have it too.
+_OWN = ("forward", "_compiled_call_impl", "_fastmlp_converted", "_fastmlp_attributes")
+
+#: Classes of recorded modules by what they execute, so that equal recordings are of one class.
+_CLASSES: "WeakValueDictionary[Any, type]" = WeakValueDictionary()
+
+
 class Traced(fx.GraphModule):
     """A graph module with all that the traced module holds: torch.fx takes only what the graph uses."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "GraphModule") -> None:
+        mixed = _base(type(self))
+        # The class of the model, which may have a __getattr__ of its own, comes when everything is where it looks.
+        _become(self, Traced, class_name)
         super().__init__(root, graph, class_name)
         constants = self._buffers.keys() - root._buffers.keys()
         self._buffers = {**root._buffers, **{name: self._buffers[name] for name in sorted(constants)}}
         self._non_persistent_buffers_set = root._non_persistent_buffers_set | constants
         self._parameters = dict(root._parameters)
         self._modules = dict(root._modules)
+        more = {k: v for k, v in root.__dict__.items() if k not in (*self.__dict__, *self._buffers, *_OWN)}
+        self.__dict__.update(more)
+        self._fastmlp_attributes = tuple(more)
+        _become(self, mixed, class_name)
+        self.recompile()
+
+    def recompile(self) -> Any:
+        """As that of `torch.fx.GraphModule`, whose instances have classes of their own that hold their code.
+
+        Those with the same code share one, as `torch.func.stack_module_state` wants it.
+        """
+        base, name = _base(type(self)), type(self).__name__
+        _become(self, base, name)
+        code = super().recompile()
+        names = tuple(sorted((key, id(value)) for key, value in code.globals.items()))
+        object.__setattr__(self, "__class__", _CLASSES.setdefault((base, name, code.src, names), type(self)))
+        return code
 
     def _deepcopy_init(self) -> Callable[..., None]:
         return partial(Traced.__init__, class_name=_name(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        build, arguments = super().__reduce__()
-        return load, (build, arguments, _name(self))
+        build, (attributes, imports) = super().__reduce__()
+        kind = next((k for k in type(self).__mro__ if k.__dict__.get(_MIXED)), None)
+        plain = kind.__dict__[_MIXED] if kind is not None else None
+        # Of the attributes of the model, which the forward may not read any more, those that a pickle takes.
+        lost = {name for name in self._fastmlp_attributes if not _is_picklable(attributes.get(name))}
+        attributes = {name: value for name, value in attributes.items() if name not in lost}
+        return load, (build, (attributes, imports), _name(self), plain if plain and is_importable(plain) else None)
 
 
-def load(build: Callable[..., fx.GraphModule], arguments: tuple[dict[str, Any], str], name: str) -> fx.GraphModule:
+def _is_picklable(value: Any) -> bool:
+    try:
+        pickle.dumps(value)
+    except Exception:
+        # Whatever the value's own class raises.
+        return False
+    return True
+
+
+#: The name of the classes that torch.fx makes, one for each graph module.
+_IMPL = "GraphModuleImpl"
+
+#: An attribute of classes that were made here: the class of the model that was recorded.
+_MIXED = "_fastmlp_mixed_with"
+
+
+def _base(kind: type) -> type:
+    """The class of which torch.fx has made one for a single graph module."""
+    return next(base for base in kind.__mro__ if base.__qualname__.split(".")[-1] != _IMPL)
+
+
+def _become(module: nn.Module, base: type, name: str) -> None:
+    """Gives a module a class of its own."""
+    object.__setattr__(module, "__class__", type(name, (base,), {"__qualname__": _IMPL}))
+
+
+def _mixed(plain: type[nn.Module]) -> type[Traced]:
+    """A class of recorded modules with the methods of the model's class."""
+    for kind in plain.__subclasses__():
+        if kind.__dict__.get(_MIXED) is plain:
+            return kind  # type: ignore[return-value]
+    names = {_MIXED: plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
+    return new_class(plain.__name__, (Traced, Quiet, plain), names)
+
+
+def _class_for(plain: type[nn.Module]) -> type[Traced]:
+    if issubclass(plain, fx.GraphModule):
+        # A recording of a recording has the methods of the first model.
+        return next((kind for kind in plain.__mro__ if _MIXED in kind.__dict__), Traced)
+    mixed = _mixed(plain)
+    # Instances with __slots__ lie otherwise in memory, and stay without the methods of their class.
+    return mixed if mixed.__basicsize__ == Traced.__basicsize__ else Traced
+
+
+def load(
+    build: Callable[..., fx.GraphModule],
+    arguments: tuple[dict[str, Any], str],
+    name: str,
+    plain: type[nn.Module] | None = None,
+) -> fx.GraphModule:
     """What pickles of recorded modules call."""
     root = nn.Module()
     root.__dict__.update(arguments[0])
-    return Traced(root, build(*arguments).graph, name)
+    kind = Traced if plain is None else _class_for(plain)
+    return kind(root, build(*arguments).graph, name)

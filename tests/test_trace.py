@@ -196,6 +196,23 @@ class Seeding(Net):
         return self.out(self.fc(x))
 
 
+class SeedingInside(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            noise = torch.randn(4)
+        return self.out(torch.relu(self.fc(x) + noise))
+
+
+class OwnGenerator(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = np.random.default_rng(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.fc(x))) * self.generator.normal()
+
+
 class Clock(Net):
     steps = iter(range(10**9))
 
@@ -264,9 +281,11 @@ REFUSED: list[tuple[type[Net], str]] = [
     (Appending, r"it changes seen, which would happen only once"),
     (Counting, r"it changes statistics.count, statistics.values, which would happen only once"),
     (InArray, r"it changes counts, which would happen only once"),
-    (PythonRandom, r"it draws random numbers, or seeds a generator.* random is another one"),
+    (PythonRandom, r"it draws random numbers \(Random.random\) that would be .*test_trace.py, line \d+"),
     (NumpyRandom, r"it draws random numbers, or seeds a generator.* numpy.random is another one"),
-    (Seeding, r"it draws random numbers, or seeds a generator.* torch.default_generator is another one"),
+    (OwnGenerator, r"it changes generator, which would happen only once"),
+    (Seeding, r"it seeds or moves a generator of random numbers \(manual_seed\).*test_trace.py, line \d+"),
+    (SeedingInside, r"it seeds or moves a generator of random numbers \((fork_rng|manual_seed)\)"),
     (Clock, r"depends on something that changes from call to call.*mul\]\(args = \(%out, \d+\)"),
     (WithGrad, r"depends on torch.is_grad_enabled\(\)"),
     (ReadsParameter, r"it reads the elements of self.scale \(__float__\)"),
@@ -282,6 +301,22 @@ def states() -> list[Any]:
     return [random.getstate(), torch.get_rng_state().tolist(), str(numpy_state)]
 
 
+def test_generators_that_nobody_watches() -> None:
+    def profile(frame: Any, event: str, _: Any) -> None:
+        return None
+
+    sys.setprofile(profile)
+    try:
+        for kind in (PythonRandom, NumpyRandom, Seeding):
+            model, generators = kind(), states()
+            with pytest.raises(RuntimeError, match=r"it draws random numbers, or seeds a generator"):
+                convert(model, trace=True)
+            assert states() == generators
+        assert sys.getprofile() is profile
+    finally:
+        sys.setprofile(None)
+
+
 def snapshot(model: nn.Module) -> list[Any]:
     """Everything of a model, values too."""
     statistics = getattr(model, "statistics", Statistics())
@@ -289,6 +324,7 @@ def snapshot(model: nn.Module) -> list[Any]:
         [(name, kind, id(m), {k: (id(v), repr(v)) for k, v in d.items()}) for name, kind, m, d in state_of(model)],
         copy.deepcopy(model.state_dict()),
         vars(statistics) | {"values": list(statistics.values)},
+        model.generator.bit_generator.state if isinstance(model, OwnGenerator) else None,
     ]
 
 
@@ -493,6 +529,11 @@ def test_several_inputs_and_their_examples() -> None:
     recorded = convert(of_dictionary, trace=True, inputs=({"x": x},))
     torch.testing.assert_close(recorded({"x": x}), of_dictionary({"x": x}))
 
+    with pytest.raises(RuntimeError, match="with the inputs that were given it raises RuntimeError: mat1 and mat2"):
+        convert(model, trace=True, inputs=(torch.ones(2, 7),))
+    with pytest.raises(ValueError, match="fastmlp: inputs are examples for trace=True"):
+        convert(Net(), inputs=(x,))  # type: ignore[call-overload]
+
     class Embedded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -589,3 +630,139 @@ def test_nothing_is_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert(Net(), trace=True)
+
+
+# What recorded modules are.
+
+
+class Model(Net):
+    """With methods, attributes and properties of its own, which a recorded model keeps."""
+
+    def __init__(self, scale: float = 2.0) -> None:
+        super().__init__()
+        self.scale, self.convert = scale, lambda x: x
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self(x).argmax(-1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.scale * self.fc(x)
+
+    def direct(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+    @property
+    def columns(self) -> int:
+        return self.fc.in_features
+
+    @classmethod
+    def small(cls) -> str:
+        return cls.__name__
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        self.out.training = False
+        return self
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda m: m,
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: convert(m, trace=True),
+        lambda m: pickle.loads(pickle.dumps(convert(copy.deepcopy(m), trace=True))),
+    ],
+)
+def test_recorded_models_keep_methods_and_attributes(again: Callable[[Any], Any]) -> None:
+    model, x = Model().double(), torch.randn(5, 4, dtype=torch.float64)
+    recorded = again(convert(model, trace=True))
+    assert isinstance(recorded, Model)
+    assert isinstance(recorded, fx.GraphModule)
+    assert torch.equal(recorded.predict(x), model.predict(x))
+    assert_same([recorded.encode(x), recorded.direct(x)], [model.encode(x), model(x)])
+    assert (recorded.columns, recorded.small(), recorded.scale) == (4, "Model", 2.0)
+    assert [str(entry.names) for entry in fastmlp.fusion_report(recorded)] == ["('fc', 'relu', 'out')"]
+    assert recorded.train().fc.training
+    assert not recorded.out.training
+    assert list(recorded.state_dict()) == list(model.state_dict())
+    assert [link.name for link in fastmlp.chain.links(recorded)] == ["fc", "relu", "out"]
+
+
+def test_recorded_containers_are_containers() -> None:
+    recorded: Any = convert(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), trace=True)
+    assert len(recorded) == 2
+    assert type(recorded[0]) is nn.Linear
+    layer: Any = convert(nn.Linear(4, 3), trace=True)
+    assert layer.in_features == 4
+    torch.testing.assert_close(freeze(recorded)(torch.ones(4)), recorded(torch.ones(4)))
+
+
+def test_recorded_models_are_stacked() -> None:
+    models, x = [Model() for _ in range(3)], torch.randn(5, 4)
+    recorded = [convert(model, trace=True) for model in models]
+    assert len({type(m) for m in recorded}) == 1
+    parameters, buffers = torch.func.stack_module_state(recorded)
+    base = copy.deepcopy(recorded[0])
+
+    def call(parameters: Any, buffers: Any) -> Any:
+        return torch.func.functional_call(base, (parameters, buffers), (x,))
+
+    torch.testing.assert_close(torch.vmap(call)(parameters, buffers), torch.stack([model(x) for model in models]))
+    # Code that is changed is that of one module.
+    graph = recorded[0].graph
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    with graph.inserting_before(output):
+        output.args = (graph.call_function(torch.neg, (output.args[0],)),)
+    recorded[0].recompile()
+    torch.testing.assert_close(recorded[0](x), -models[0](x))
+    torch.testing.assert_close(recorded[1](x), models[1](x))
+
+
+class Wrapping(nn.Module):
+    """Looks for attributes in what it wraps."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+class Slotted(Net):
+    __slots__ = ("more",)
+
+
+class Registered(Net):
+    def __init_subclass__(cls, *, key: str) -> None:
+        raise AssertionError("nobody has made a subclass")
+
+
+@pytest.mark.parametrize("make", [lambda: Wrapping(Net()), Slotted, Registered])
+def test_classes_of_every_kind_are_recorded(make: Callable[[], nn.Module]) -> None:
+    model, x = make(), torch.randn(5, 4)
+    recorded: Any = convert(model, trace=True)
+    for again in (recorded, copy.deepcopy(recorded), pickle.loads(pickle.dumps(recorded))):
+        torch.testing.assert_close(again(x), model(x))
+        if isinstance(model, Wrapping):
+            assert again.fc.in_features == 4
+
+
+def test_classes_that_cannot_be_imported_are_left_behind_by_pickles() -> None:
+    class Local(Net):
+        def predict(self, x: Tensor) -> Tensor:
+            return self(x)
+
+    model, x = Local(), torch.randn(5, 4)
+    recorded: Any = convert(model, trace=True)
+    torch.testing.assert_close(recorded.predict(x), model(x))
+    loaded = pickle.loads(pickle.dumps(recorded))
+    torch.testing.assert_close(loaded(x), model(x))
