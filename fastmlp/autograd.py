@@ -125,22 +125,15 @@ def _composite(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...], name
                 others = (t for t in tensors if isinstance(t, Tensor))
                 raise not_a_tensor(name, tensor, next((t.dtype for t in others), None))
             strangers = True
-    if not strangers:
-        check(stack, input, parameters, names)
-        if input.device.type == "cuda" and input.layout == torch.strided:
+    # Sparse and nested tensors, and integers alone, are for torch to accept or refuse.
+    if not strangers and all(t.layout == torch.strided and not t.is_nested for t in tensors):
+        autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
+        floating = input.is_floating_point() or input.is_complex()
+        if floating or any(parameter.dtype != input.dtype for parameter in parameters):
+            _C.check_forward(stack.native, input, parameters, not autocast, names)
+        if input.device.type == "cuda":
             _warn_without_kernels()
     return _reference(stack, input, parameters)
-
-
-def check(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...], names: Names = None) -> None:
-    """Raises RuntimeError for what the composite route would refuse."""
-    # Sparse and nested tensors, and integers alone, are for torch to accept or refuse.
-    if not all(t.layout == torch.strided and not t.is_nested for t in (input, *parameters)):
-        return
-    autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
-    floating = input.is_floating_point() or input.is_complex()
-    if floating or any(parameter.dtype != input.dtype for parameter in parameters):
-        _C.check_forward(stack.native, input, parameters, not autocast, names)
 
 
 @cache

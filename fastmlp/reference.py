@@ -82,7 +82,7 @@ def activate(z: Tensor, name: str, parameters: dict[str, float]) -> Tensor:
         >>> activate(torch.tensor([-1.0, 2.0]), "leaky_relu", {"negative_slope": 0.5})
         tensor([-0.5000,  2.0000])
     """
-    function = FUNCTIONS.get(name)
+    function = FUNCTIONS.get(name) if isinstance(name, str) else None
     if function is None:
         raise ValueError(f"fastmlp: name must be one of {', '.join(FUNCTIONS)}, got {name!r}")
     return function(z, **parameters)

@@ -275,7 +275,7 @@ def test_modules_call_parameters_by_their_names(case: str, route: str) -> None:
         module(input)
 
 
-@pytest.mark.parametrize("case", ["layer", "children", "features", "integers", "meta", "complex"])
+@pytest.mark.parametrize("case", ["layer", "children", "features", "widths"])
 def test_names_in_what_explain_raises(case: str) -> None:
     module, input, message = mistakes()[case]
     with pytest.raises(RuntimeError, match=f"^fastmlp: {message}"):
