@@ -2,6 +2,7 @@
 
 Each operation of fastmlp equals the function of the same name here, within rounding. It is also
 what the composite route runs, so every transform and every order of derivative follows from it.
+docs/special_values.md lists the NaN, infinities and zeros where PyTorch's own loops differ among themselves.
 """
 
 from collections.abc import Callable, Sequence
