@@ -5,6 +5,8 @@
 
 #include <algorithm>
 
+#include "checks.h"
+
 namespace fastmlp {
 namespace {
 
@@ -37,7 +39,7 @@ void set_gradients(BackwardPass& pass, const Stack& stack, at::TensorList grads)
 Network network_of(const char* device, const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
   Network network;
   const std::optional<DType> dtype = dtype_of(input.scalar_type());
-  TORCH_CHECK(dtype, "fastmlp: input has dtype ", input.scalar_type(),
+  TORCH_CHECK(dtype, "fastmlp: input has dtype ", dtype_name(input.scalar_type()),
               ", expected float32, float64, bfloat16 or float16, for which this build has ", device, " kernels");
   network.dtype = *dtype;
   network.rows = input.size(0);

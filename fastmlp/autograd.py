@@ -126,10 +126,13 @@ def _composite(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...], name
                 others = (t for t in tensors if isinstance(t, Tensor))
                 raise not_a_tensor(name, tensor, next((t.dtype for t in others), None))
             strangers = True
-    if not strangers:
-        check(stack, input, parameters, names)
-        if input.layout == torch.strided:
-            _has_kernels(input.device)
+    # Sparse and nested tensors, and integers alone, are for torch to accept or refuse.
+    if not strangers and all(t.layout == torch.strided and not t.is_nested for t in tensors):
+        autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
+        floating = input.is_floating_point() or input.is_complex()
+        if floating or any(parameter.dtype != input.dtype for parameter in parameters):
+            _C.check_forward(stack.native, input, parameters, not autocast, names)
+        _has_kernels(input.device)
     return _reference(stack, input, parameters)
 
 
@@ -140,17 +143,6 @@ def _has_kernels(device: torch.device) -> bool:
     if obstacle is not None and device.type == "cuda":
         _warn_without_kernels(obstacle)
     return obstacle is None
-
-
-def check(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...], names: Names = None) -> None:
-    """Raises RuntimeError for what the composite route would refuse."""
-    # Sparse and nested tensors, and integers alone, are for torch to accept or refuse.
-    if not all(t.layout == torch.strided and not t.is_nested for t in (input, *parameters)):
-        return
-    autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
-    floating = input.is_floating_point() or input.is_complex()
-    if floating or any(parameter.dtype != input.dtype for parameter in parameters):
-        _C.check_forward(stack.native, input, parameters, not autocast, names)
 
 
 @cache

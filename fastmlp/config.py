@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastmlp import activations
 from fastmlp._errors import described, not_a_tensor
 from fastmlp._load import _C, read_build
-from fastmlp.autograd import autocast, check, why_not_direct
+from fastmlp.autograd import autocast, why_not_direct
 from fastmlp.modules import Alone, Linear, Run, Sequential, parts
 
 __all__ = ["Route", "explain", "get_isa", "set_isa", "show_config"]
@@ -79,7 +79,7 @@ def explain(target: nn.Module | Tensor, input: Tensor | None = None) -> Route:
 
     Raises:
         TypeError: if there is no input tensor, or `target` is another module.
-        RuntimeError: as the call would, for shapes, dtypes or devices that do not belong together.
+        RuntimeError: as the call would on the direct route, for shapes or dtypes that do not belong together.
 
     Example:
         >>> explain(torch.zeros(3, 10))
@@ -119,10 +119,6 @@ def _route(input: Tensor, run: Run | None) -> Route:
     if reason is None and run:
         input, *cast = autocast(input, *parameters)
         _C.check_forward(run.stack().native, input, cast, True, run.called())
-    elif run:
-        # Whoever watches torch's functions asked for the route, not for a call.
-        with torch._C.DisableTorchFunction():
-            check(run.stack(), input, parameters, run.called())
     return Route("direct", "") if reason is None else Route("composite", reason)
 
 

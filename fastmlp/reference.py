@@ -2,6 +2,7 @@
 
 Each operation of fastmlp equals the function of the same name here, within rounding. It is also
 what the composite route runs, so every transform and every order of derivative follows from it.
+docs/special_values.md lists the NaN, infinities and zeros where PyTorch's own loops differ among themselves.
 """
 
 from collections.abc import Callable, Sequence
@@ -82,7 +83,7 @@ def activate(z: Tensor, name: str, parameters: dict[str, float]) -> Tensor:
         >>> activate(torch.tensor([-1.0, 2.0]), "leaky_relu", {"negative_slope": 0.5})
         tensor([-0.5000,  2.0000])
     """
-    function = FUNCTIONS.get(name)
+    function = FUNCTIONS.get(name) if isinstance(name, str) else None
     if function is None:
         raise ValueError(f"fastmlp: name must be one of {', '.join(FUNCTIONS)}, got {name!r}")
     return function(z, **parameters)
