@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastmlp
 from tests.attack.cases import Case, Disagreement, play
-from tests.attack.runner import Totals, attack, main
+from tests.attack.runner import Totals, Worker, attack, main
 from tests.attack.surfaces import SURFACES, run
 
 SECONDS = 115.0
@@ -54,6 +54,26 @@ def test_a_failure_begins_with_its_replay(capsys: pytest.CaptureFixture[str], mo
     first, *rest = capsys.readouterr().out.splitlines()
     assert first == "python -m tests.attack --surface plain --seed 7"
     assert rest[-2:] == ["    call: of nothing", "  Disagreement: one is two"]
+
+
+def test_a_process_that_dies_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, int]] = []
+    send = Worker.play
+
+    def killed(self: Worker, case: tuple[str, int]) -> None:
+        told.append(case)
+        if len(told) == 2:
+            self.process.kill()
+            self.process.join()
+            self.playing = case
+        else:
+            send(self, case)
+
+    monkeypatch.setattr(Worker, "play", killed)
+    totals = attack(["plain"], 3, 600, 1, 0, io.StringIO())
+    assert totals.cases["plain"] == 3
+    (failure,) = totals.failures
+    assert failure.failure == "python -m tests.attack --surface plain --seed 1\n  the process died: exit code -9"
 
 
 def test_settings_are_restored() -> None:

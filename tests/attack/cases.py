@@ -113,10 +113,23 @@ def play(surface: str, function: Play, seed: int) -> Result:
         except Exception as error:
             brief = str(error) if isinstance(error, Disagreement) else traceback.format_exc(limit=-8)
             failure = f"{type(error).__name__}: {brief}"
+        failure += restored()
     if failure:
         result = Result(surface, seed, case.outcomes, case.actions, "?")
         failure = "\n".join([result.replay, *(f"    {line}" for line in case.log), f"  {failure}"])
     return Result(surface, seed, case.outcomes, case.actions, failure)
+
+
+#: What torch.fx replaces while it records, for all threads.
+_METHODS = {name: getattr(torch.nn.Module, name) for name in ("__call__", "__getattr__")}
+
+
+def restored() -> str:
+    """Puts back what was left replaced, so that later cases are not those who tell of it, and says so."""
+    left = [name for name, method in _METHODS.items() if getattr(torch.nn.Module, name) is not method]
+    for name in left:
+        setattr(torch.nn.Module, name, _METHODS[name])
+    return "".join(f"Disagreement: torch.nn.Module.{name} is replaced for ever" for name in left)
 
 
 @contextmanager

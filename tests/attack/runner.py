@@ -130,7 +130,7 @@ def attack(
             worker = busy[ready]
             try:
                 done(worker, worker.connection.recv())
-            except EOFError:
+            except (EOFError, OSError):
                 worker.process.join()
                 done(worker, worker.lost(f"the process died: exit code {worker.process.exitcode}"))
         for worker in workers:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fastmlp
 from fastmlp.activations import IDENTITY, module_of
 from tests.attack import oracle
-from tests.attack.cases import Case
+from tests.attack.cases import Case, attempt
 from tests.training import Loop, Optimizer
 
 #: The class of torch for each that a step may be of.
@@ -83,7 +83,10 @@ class Training:
 
     def setup(self, name: str, make: Setup) -> None:
         """Does something to the side, and to all twins from now on."""
-        make(self.side)
+        _, error = attempt(lambda: make(self.side))
+        if error is not None:
+            # torch's schedulers want methods, and are not made where a step is a function already.
+            return self.case.note(f"  {type(error).__name__}: {error}")
         self.setups.append((make, name))
         self.risks.add(name)
 

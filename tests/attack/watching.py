@@ -127,7 +127,7 @@ def watch(training: Training) -> None:
         return
     case.act(f"watch: {name}", f"parameter {index}, leaf {leaf}")
     training.setup(name, options[name])
-    training.skips = training.skips or name.endswith("skips")
+    training.skips = training.skips or "replaced step, skips" in training.risks
 
 
 def watch_everywhere(training: Training) -> None:
