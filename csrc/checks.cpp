@@ -3,7 +3,9 @@
 
 #include <ATen/ATen.h>
 
+#include <array>
 #include <ostream>
+#include <string>
 
 namespace fastmlp {
 namespace {
@@ -50,6 +52,18 @@ void check_saved(const Name& name, const at::Tensor& given, const at::Tensor& in
 }
 
 }  // namespace
+
+const char* dtype_name(at::ScalarType dtype) {
+  constexpr auto count = size_t(at::ScalarType::Undefined);  // the last one
+  static const std::array<std::string, count> names = [] {
+    std::array<std::string, count> all;
+    for (size_t i = 0; i < all.size(); i++) {
+      all[i] = "torch." + std::string(c10::getDtypeNames(at::ScalarType(i)).first);
+    }
+    return all;
+  }();
+  return size_t(dtype) < count ? names[size_t(dtype)].c_str() : "an undefined dtype";
+}
 
 void check_forward(const Stack& stack, const at::Tensor& input, at::TensorList parameters, bool same_dtype) {
   TORCH_CHECK(parameters.size() == stack.parameters(), "fastmlp: expected ", stack.parameters(),

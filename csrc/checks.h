@@ -9,6 +9,9 @@
 
 namespace fastmlp {
 
+// As users write it: "torch.float32".
+const char* dtype_name(at::ScalarType dtype);
+
 // Raises RuntimeError, as torch does for shapes, dtypes and devices. `same_dtype` is false where
 // autocast is about to make the dtypes equal.
 void check_forward(const Stack& stack, const at::Tensor& input, at::TensorList parameters, bool same_dtype = true);

@@ -6,6 +6,8 @@
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
+
 #include "stack.h"
 
 namespace fastmlp {
@@ -57,6 +59,10 @@ py::object attributes_of(PyObject* object);
 // Of a module's attributes the dictionary of its children, borrowed; null if it has none.
 PyObject* children_of(PyObject* attributes);
 
+// The dictionaries of a module's hooks, borrowed, null for those that it lacks; and whether one holds anything.
+using Hooks = std::array<PyObject*, 4>;
+Hooks hooks_of(PyObject* attributes);
+bool any_filled(const Hooks& hooks);
 // Whether something, such as a hook, wants the module itself to be called.
 bool must_be_called(PyObject* attributes);
 // Whether something wants every module to be called.
