@@ -119,12 +119,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   // For tests, which put guards around what is written.
   m.def("forward_into", &direct<&cpu::forward_into, at::Tensor, Tensors, at::Tensor, Tensors>);
   m.def("backward_into", &direct<&cpu::backward_into, at::Tensor, at::Tensor, Tensors, Tensors, Tensors>);
-  m.def("check_forward", [](const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, const Tensors& parameters,
-                            bool same_dtype,
-                            const std::optional<std::pair<std::string, std::vector<std::string>>>& names) {
-    const ModuleNames called = names ? ModuleNames{names->first, names->second} : ModuleNames{};
-    check_forward(initialised(stack), input, parameters, same_dtype, names ? &called : nullptr);
-  });
+  m.def("check_forward",
+        [](const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, const Tensors& parameters, bool same_dtype,
+           const std::optional<std::pair<std::string, std::vector<std::string>>>& names) {
+          const ModuleNames called = names ? ModuleNames{names->first, names->second} : ModuleNames{};
+          check_forward(initialised(stack), input, parameters, same_dtype, names ? &called : nullptr);
+        });
   m.def("try_run", &try_run);
   m.def("has_gradient_from_output", &has_gradient_from_output);
   m.def("gradient_from_output", &gradient_from_output);

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <ostream>
+#include <string>
 
 namespace fastmlp {
 namespace {

@@ -139,10 +139,17 @@ PyObject* children_of(PyObject* attributes) {
   return children && PyDict_Check(children) ? children : nullptr;
 }
 
+Hooks hooks_of(PyObject* attributes) {
+  Hooks all;
+  std::transform(names().hooks.begin(), names().hooks.end(), all.begin(),
+                 [&](PyObject* name) { return item(attributes, name); });
+  return all;
+}
+
+bool any_filled(const Hooks& hooks) { return std::any_of(hooks.begin(), hooks.end(), filled); }
+
 bool must_be_called(PyObject* attributes) {
-  for (PyObject* hooks : names().hooks) {
-    if (filled(item(attributes, hooks))) return true;
-  }
+  if (any_filled(hooks_of(attributes))) return true;
   PyObject* compiled = item(attributes, names().compiled);
   return item(attributes, names().forward) || (compiled && compiled != Py_None);
 }

@@ -6,6 +6,8 @@
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
+
 #include "stack.h"
 
 namespace fastmlp {
@@ -60,6 +62,10 @@ PyObject* children_of(PyObject* attributes);
 // Whether a module is of a class of layers, with a weight and perhaps a bias.
 bool is_layer(PyObject* module);
 
+// The dictionaries of a module's hooks, borrowed, null for those that it lacks; and whether one holds anything.
+using Hooks = std::array<PyObject*, 4>;
+Hooks hooks_of(PyObject* attributes);
+bool any_filled(const Hooks& hooks);
 // Whether something, such as a hook, wants the module itself to be called.
 bool must_be_called(PyObject* attributes);
 // Whether something wants every module to be called.

@@ -106,8 +106,18 @@ class Frozen:
     @overload
     def __call__(self, input: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]: ...
 
+class Watch:
+    plan: Any
+    def __init__(
+        self,
+        modules: Sequence[tuple[int, str, nn.Module, int, Sequence[str], Sequence[str], Sequence[str]]],
+        /,
+    ) -> None: ...
+    def read(self) -> list[dict[str, Tensor | None]] | None: ...
+
 def load_frozen(
     frozen: Frozen,
+    watch: Watch | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     activations: Sequence[int],
@@ -118,6 +128,7 @@ def load_frozen(
 ) -> None: ...
 def load_frozen_on_device(
     frozen: Frozen,
+    watch: Watch | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     activations: Sequence[int],
@@ -128,12 +139,7 @@ def load_frozen_on_device(
 def unload_frozen(
     frozen: Frozen, /
 ) -> tuple[list[Tensor], list[Tensor | None], list[int], list[float], bool, bool]: ...
-def watch_frozen(
-    frozen: Frozen,
-    modules: Sequence[tuple[int, str, nn.Module, int, Sequence[str], Sequence[str]]],
-    /,
-) -> None: ...
-def frozen_bytes(frozen: Frozen, /) -> int: ...
+def describe_frozen(frozen: Frozen, /) -> tuple[list[int], list[int], list[float], str, bool, str, int]: ...
 def activations() -> list[tuple[str, dict[str, float]]]: ...
 def instruction_sets() -> list[dict[str, object]]: ...
 def dtypes() -> list[str]: ...

@@ -114,7 +114,8 @@ def _recorded(name: str, module: nn.Module) -> Iterator[Link]:
     left = [node for node in recorded.graph.nodes if node.op.startswith("call_")]
     while True:
         if len(source.users) != 1:
-            _refuse(name, module, f"its forward uses {source.name} {len(source.users)} times, where a chain does once")
+            reason = f"its forward uses {_value(source)} {len(source.users)} times, where a chain does once"
+            _refuse(name, module, reason)
         (node,) = source.users
         if node.op == "output":
             break
@@ -149,6 +150,16 @@ def _links_of(name: str, module: nn.Module, traced: fx.GraphModule, node: fx.Nod
         _refuse(name, module, f"its forward calls {node.name}, which is not part of a chain of layers")
     for target in targets:
         yield from _links(_join(name, target), traced.get_submodule(target))
+
+
+def _value(node: fx.Node) -> str:
+    """What errors call a value of a recorded forward."""
+    if node.op == "placeholder":
+        return f"its input {node.name}"
+    if node.op == "call_function" and node.target is run_chain:
+        layers: dict[str, fx.Node] = node.args[1]  # type: ignore[assignment]
+        return f"the result of {list(layers.values())[-1].target}"
+    return f"the result of {node.target if node.op == 'call_module' else node.name}"
 
 
 def _join(name: str, key: str) -> str:

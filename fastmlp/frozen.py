@@ -1,22 +1,19 @@
 """Networks for serving: weights packed once, and one call of C++ between the caller and the products."""
 
+import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
+from math import prod
+from typing import Any, Self, TypeAlias
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 
 from fastmlp._load import _C
-from fastmlp.activations import IDENTITY, Activation, resolve
-from fastmlp.chain import Link, links
-from fastmlp.modules import Linear
+from fastmlp.activations import DEFAULTS, IDENTITY, Activation
+from fastmlp.stages import Stage, Tensors, seen
 
 __all__ = ["FrozenMLP", "freeze"]
-
-#: Position of the parent, name in it, module, number of children, names of parameters and of buffers.
-_Watched: TypeAlias = tuple[int, str, nn.Module, int, Sequence[str], Sequence[str]]
 
 
 def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> "FrozenMLP":
@@ -38,9 +35,11 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> "FrozenMLP"
 
     Raises:
         TypeError: naming the module and the reason, if the model cannot be frozen: if it is not one chain of layers,
-            each with at most one activation, or has hooks, or is in training mode with a `BatchNorm1d` or `Dropout`.
+            each with at most one activation, or has hooks, or is in training mode with a `BatchNorm1d` or `Dropout`,
+            or is what `torch.compile` returned.
         ValueError: for another dtype, or torch.bfloat16 for a model that is not on the CPU.
-        RuntimeError: for parameters of other dtypes, of several, or on devices without kernels.
+        RuntimeError: for parameters of other dtypes, of several, or on devices without kernels, and of shapes that do
+            not fit together.
 
     Example:
         >>> frozen = freeze(nn.Sequential(nn.Linear(10, 50), nn.ReLU(), nn.Linear(50, 1)))
@@ -50,9 +49,11 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> "FrozenMLP"
         torch.Size([3, 1])
     """
     if dtype not in (None, torch.bfloat16):
-        raise ValueError(f"dtype must be None or torch.bfloat16, got {dtype}")
+        raise ValueError(f"fastmlp: dtype must be None or torch.bfloat16, got {dtype!r}")
     frozen = FrozenMLP()
-    frozen._follow(model, dtype)
+    frozen._dtype = dtype
+    frozen._follow(model)
+    frozen._model = ref(model)
     return frozen
 
 
@@ -72,20 +73,28 @@ class FrozenMLP(_C.Frozen):
       `input.detach()`, or call under `torch.no_grad()`.
     - Autocast has no effect. In transforms of `torch.func`, under dispatch modes, and with subclasses of
       tensors, it raises: call the model. `torch.compile` breaks its graph at the call.
-    - As long as the model exists, each call looks whether its parameters and buffers were changed (by version
-      counters and data pointers) or replaced, or modules were exchanged, and then reads them again before it computes.
-      Modes are only looked at where modules were exchanged. What counts no version is not seen: writes through `.data`
-      or `detach().numpy()`, a step of a `torch.optim` optimizer with `fused=True`, writes to tensors made in inference
-      mode, to attributes of activations, and to whatever else a forward reads, which is recorded once: call
-      `refresh()`.
+    - As long as the model exists, each call looks whether it is as it was, and reads it again before it computes where
+      it is not; so do `repr`, copies, pickles and the properties. It sees: parameters and buffers that were replaced,
+      written to (by their counters of versions), or given other memory, another view of it or another dtype through
+      `.data`; modules that were replaced, added or removed, and their classes; attributes of activations, `eps`, the
+      `p` of a `Dropout`, and the modes of `BatchNorm1d` and `Dropout`; hooks, and forwards of instances and classes
+      that were replaced. What `freeze` refuses is refused from the next call on, for as long as it lasts.
+    - It does not see what leaves no trace in the model, and goes on with what it has read until `refresh()` is called:
+      writes through `.data`, `detach().numpy()`, `untyped_storage()`, DLPack, and whatever else shares the memory
+      without PyTorch's counting; a step of a `torch.optim` optimizer with `fused=True`; writes of other processes to
+      shared memory; writes to tensors that were made in inference mode; and all that a recorded forward reads besides
+      the parameters and modules of its chain, such as attributes and global variables: it is recorded once.
+    - Several threads may call it while another one changes the model: a call then computes with what the model was at
+      one moment of the call. Only writes into the memory of a tensor may be met halfway, as by the model itself.
     - On a GPU it holds a copy of the parameters, biases rounded to the dtype of the weights, which goes to the same
       kernels as the model's. They run on the current stream and wait for nothing; the copy is written on the stream of
       the call that reads the model, and again into the same memory after a change, so that a captured CUDA graph stays
       valid as long as the frozen network exists and its layers keep their shapes. A call on another stream must wait
       for that one, as with any tensor of PyTorch's. A model that moves to another device takes its frozen network
       along, at the next call.
-    - It holds no strong reference to the model, and outlives it with the weights that it has. A copy or a pickle holds
-      the weights and not the model, and is packed for the instruction set where it is read.
+    - It holds no reference to the model that keeps it alive or hinders anything, and outlives it with the weights that
+      it has. A copy or a pickle holds the weights and not the model, as bytes that other processes can be sent, and is
+      packed for the instruction set where it is read.
 
     Raises:
         TypeError: if the input is neither a tensor nor a `numpy.ndarray`, `out` is not of its kind, or the model has
@@ -103,23 +112,18 @@ class FrozenMLP(_C.Frozen):
         True
     """
 
-    def __init__(self) -> None:
-        self._model: ReferenceType[nn.Module] | None = None
-        self._dtype: torch.dtype | None = None
-        self._stages: list[_Stage] = []
-        self._text = ""
-        self._sizes = [0, 0]
-        self._activations: list[Activation] = []
+    _model: "ReferenceType[nn.Module] | None" = None
+    _dtype: torch.dtype | None = None
 
     @property
     def in_features(self) -> int:
         """Size of the last dimension of the input."""
-        return self._sizes[0]
+        return _C.describe_frozen(self)[0][0]
 
     @property
     def out_features(self) -> int:
         """Size of the last dimension of the output."""
-        return self._sizes[-1]
+        return _C.describe_frozen(self)[0][-1]
 
     @property
     def nbytes(self) -> int:
@@ -128,15 +132,37 @@ class FrozenMLP(_C.Frozen):
         On the CPU panels are filled up with zeros; and bfloat16 and float16 take four bytes where the processor has no
         instructions for their products.
         """
-        return _C.frozen_bytes(self)
+        return _C.describe_frozen(self)[-1]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._text})"
+        # Debuggers and logs ask for it, so that what a call would raise is told and not raised.
+        try:
+            sizes, kinds, scalars, dtype, float32_ends, device, _ = _C.describe_frozen(self)
+        except (RuntimeError, TypeError, ValueError) as error:
+            return f"{type(self).__name__}({error})"
+        steps = [
+            f" -> {size}" if act == IDENTITY else f" -> {size} {act!r}"
+            for size, act in zip(sizes[1:], _activations(kinds, scalars), strict=True)
+        ]
+        ends = f"torch.float32, weights {dtype}" if float32_ends else dtype
+        text = f"{sizes[0]}{''.join(steps)}, {ends}{'' if device == 'cpu' else f', {device}'}"
+        return f"{type(self).__name__}({text})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Activations by name: kinds may be numbered otherwise where this is read.
-        weights, biases, _, _, *rest = _C.unload_frozen(self)
-        return _restore, (weights, biases, self._activations, *rest)
+        # Tensors as bytes, since torch.multiprocessing would send the file descriptors of their memory, which is gone
+        # when another process asks for it. Activations by name: kinds may be numbered otherwise where this is read.
+        weights, biases, kinds, scalars, *rest = _C.unload_frozen(self)
+        raw = [_raw(weight) for weight in weights], [None if bias is None else _raw(bias) for bias in biases]
+        return _rebuild, (type(self), str(weights[0].device), *raw, _activations(kinds, scalars), *rest)
+
+    def __copy__(self) -> Self:
+        weights, biases, kinds, scalars, *rest = _C.unload_frozen(self)
+        copied = type(self)()
+        _load(copied, None, weights, biases, _activations(kinds, scalars), *rest)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.__copy__()
 
     def refresh(self) -> None:
         """Reads the model again: its modules, modes, and weights.
@@ -159,75 +185,140 @@ class FrozenMLP(_C.Frozen):
         model = self._model() if self._model is not None else None
         if model is None:
             raise RuntimeError("fastmlp: there is no model to refresh from: it does not exist any more, or never did")
-        self._follow(model, self._dtype)
+        self._follow(model)
 
-    def _follow(self, model: nn.Module, dtype: torch.dtype | None) -> None:
-        chain = links(model)
-        stages = _stages_of(chain)
-        # Watched before they are read, so that no change falls between.
-        _C.watch_frozen(self, _watched(model, chain))
-        self._model, self._dtype, self._stages = ref(model), dtype, stages
-        self._read()
+    def _follow(self, model: nn.Module) -> None:
+        watch, tensors = seen(model)
+        self._read(watch, tensors)
 
-    def _reload(self, modules: bool) -> None:
-        """What C++ calls when the model has changed: its modules, or tensors only."""
+    def _reload(self, watch: _C.Watch | None) -> None:
+        """What C++ calls when the model has changed.
+
+        Args:
+            watch: a new one for the modules that were there before, if they still are.
+        """
         model = self._model() if self._model is not None else None
-        if model is not None and modules:
-            self._follow(model, self._dtype)
+        if model is None:  # it went a moment ago, and what was read of it remains
+            return
+        tensors = None if watch is None else watch.read()
+        if watch is None or tensors is None:
+            self._follow(model)
         else:
-            self._read()
+            self._read(watch, tensors)
 
-    def _read(self) -> None:
+    def _read(self, watch: _C.Watch, tensors: Tensors) -> None:
+        """Fills the network with the tensors that the watch has recorded."""
+        stages: list[Stage] = watch.plan
         with torch.no_grad():
-            layers = [stage.layer() for stage in self._stages]
-            first = self._stages[0].name or "model"
-            for stage, layer in zip(self._stages, layers, strict=True):
+            layers = [stage.layer(tensors) for stage in stages]
+            first = stages[0].where("weight")
+            for stage, layer, before in zip(stages, layers, [None, *layers], strict=False):
+                name = stage.where("weight")
                 if layer.dtype != layers[0].dtype:
-                    expected = f"expected {layers[0].dtype}, that of {first}"
-                    raise RuntimeError(f"fastmlp: {stage.name} has dtype {layer.dtype}, {expected}")
+                    raise RuntimeError(
+                        f"fastmlp: {name} has dtype {layer.dtype}, expected {layers[0].dtype}, that of {first}"
+                    )
                 if layer.weight.device != layers[0].weight.device:
                     expected = f"expected {layers[0].weight.device}, where {first} is"
-                    raise RuntimeError(f"fastmlp: {stage.name} is on {layer.weight.device}, {expected}")
+                    raise RuntimeError(f"fastmlp: {name} is on {layer.weight.device}, {expected}")
+                if before is not None and layer.weight.shape[1] != before.weight.shape[0]:
+                    raise RuntimeError(
+                        f"fastmlp: {name} has shape {list(layer.weight.shape)}, expected {before.weight.shape[0]} in "
+                        "the last dimension, the out_features of the layer before"
+                    )
             dtype = self._dtype or layers[0].dtype
-            self._put(
+            _load(
+                self,
+                watch,
                 [layer.weight.to(dtype) for layer in layers],
                 [layer.bias for layer in layers],
-                [stage.activation for stage in self._stages],
+                [stage.activation for stage in stages],
                 self._dtype is not None,
-                any(stage.before or stage.after for stage in self._stages),
+                any(stage.before or stage.after for stage in stages),
             )
 
-    def _put(
-        self,
-        weights: list[Tensor],
-        biases: list[Tensor | None],
-        activations: list[Activation],
-        float32_ends: bool,
-        matrices_only: bool,
-    ) -> None:
-        kinds, scalars = [act.kind for act in activations], [x for act in activations for x in act.scalars]
-        device, dtype = weights[0].device, weights[0].dtype
-        packed = _is_packed(device)
-        # The CPU's kernels add biases in the dtype of sums.
-        of_biases = torch.float32 if packed and dtype.itemsize == 2 else dtype
-        biases = [None if bias is None else bias.to(of_biases) for bias in biases]
-        if packed:
-            _C.load_frozen(self, weights, biases, kinds, scalars, float32_ends, matrices_only)
-        elif float32_ends:
-            raise ValueError(
-                f"fastmlp: dtype=torch.bfloat16 is for networks on the CPU, and this one is on {device}; freeze the "
-                "model in bfloat16 (model.bfloat16()), input and output included"
-            )
-        else:
-            _C.load_frozen_on_device(self, weights, biases, kinds, scalars, matrices_only)
-        self._activations = activations
-        self._sizes = [weights[0].shape[1], *(weight.shape[0] for weight in weights)]
-        steps = [
-            f" -> {size}" if act == IDENTITY else f" -> {size} {act!r}"
-            for size, act in zip(self._sizes[1:], activations, strict=True)
-        ]
-        ends = f"torch.float32, weights {dtype}" if float32_ends else f"{dtype}"
-        self._text = f"{self._sizes[0]}{''.join(steps)}, {ends}{'' if device.type == 'cpu' else f', {device}'}"
+
+def _load(
+    frozen: FrozenMLP,
+    watch: _C.Watch | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[Activation],
+    float32_ends: bool,
+    matrices_only: bool,
+) -> None:
+    """Puts a network in place, and the watch of the model that it was read from, in one step."""
+    if not weights:
+        raise ValueError("fastmlp: a frozen network needs at least one layer, got none")
+    kinds, scalars = [act.kind for act in activations], [x for act in activations for x in act.scalars]
+    device, dtype = weights[0].device, weights[0].dtype
+    packed = _is_packed(device)
+    # The CPU's kernels add biases in the dtype of sums.
+    of_biases = torch.float32 if packed and dtype.itemsize == 2 else dtype
+    biases = [None if bias is None else bias.to(of_biases) for bias in biases]
+    if packed:
+        _C.load_frozen(frozen, watch, weights, biases, kinds, scalars, float32_ends, matrices_only)
+    elif float32_ends:
+        raise ValueError(
+            f"fastmlp: dtype=torch.bfloat16 is for networks on the CPU, and this one is on {device}; freeze the "
+            "model in bfloat16 (model.bfloat16()), input and output included"
+        )
+    else:
+        _C.load_frozen_on_device(frozen, watch, weights, biases, kinds, scalars, matrices_only)
+
+
+def _activations(kinds: Sequence[int], scalars: Sequence[float]) -> list[Activation]:
+    names = list(DEFAULTS)
+    pairs = zip(scalars[::2], scalars[1::2], strict=True)
+    return [
+        Activation(names[kind], **dict(zip(DEFAULTS[names[kind]], pair, strict=False)))
+        for kind, pair in zip(kinds, pairs, strict=True)
+    ]
+
+
+# Pickles.
+
+#: A tensor in a pickle: the name of its dtype, its shape, and its elements as they lie in memory.
+_Raw: TypeAlias = tuple[str, tuple[int, ...], bytes]
+
+
+def _raw(tensor: Tensor) -> _Raw:
+    own = tensor.cpu().contiguous()
+    return str(own.dtype).removeprefix("torch."), tuple(own.shape), ctypes.string_at(own.data_ptr(), own.nbytes)
+
+
+def _tensor_of(raw: _Raw) -> Tensor:
+    name, shape, data = raw
+    if name not in _C.dtypes():
+        raise ValueError(f"fastmlp: the pickle of a frozen network is damaged: there is no dtype {name!r}")
+    dtype: torch.dtype = getattr(torch, name)
+    # Before memory is taken for it.
+    if any(size < 0 for size in shape) or prod(shape) * dtype.itemsize != len(data):
+        raise ValueError(
+            f"fastmlp: the pickle of a frozen network is damaged: a tensor of shape {list(shape)} in {name} has "
+            f"{len(data)} bytes"
+        )
+    # A copy, since torch warns of memory that must not be written. It refuses memory of no size.
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
+
+
+def _rebuild(
+    kind: type[FrozenMLP],
+    device: str,
+    weights: list[_Raw],
+    biases: list[_Raw | None],
+    activations: list[Activation],
+    float32_ends: bool,
+    matrices_only: bool,
+) -> FrozenMLP:
+    obstacle = _C.device_obstacle(str(torch.device(device)))
+    if obstacle is not None:
+        raise RuntimeError(f"fastmlp: the pickle of a frozen network is for {device}, and {obstacle}")
+    frozen = kind()
+    own = [_tensor_of(raw).to(device) for raw in weights]
+    own_biases = [None if raw is None else _tensor_of(raw).to(device) for raw in biases]
+    _load(frozen, None, own, own_biases, activations, float32_ends, matrices_only)
+    return frozen
 
 
 def _restore(
@@ -237,156 +328,12 @@ def _restore(
     float32_ends: bool,
     matrices_only: bool,
 ) -> FrozenMLP:
+    """What pickles of version 0.5 and before call: they hold tensors."""
     frozen = FrozenMLP()
-    frozen._put(weights, biases, activations, float32_ends, matrices_only)
+    _load(frozen, None, weights, biases, activations, float32_ends, matrices_only)
     return frozen
 
 
 def _is_packed(device: torch.device) -> bool:
     """Whether weights are packed for the device; others have kernels that take them as they are."""
     return device.type == "cpu"
-
-
-# What a chain is frozen as.
-
-
-class _Layer(NamedTuple):
-    weight: Tensor
-    bias: Tensor | None
-    dtype: torch.dtype  # of the weight before anything was folded into it
-
-
-@dataclass
-class _Stage:
-    """A layer and what is folded into it. References are weak: the model may go."""
-
-    name: str
-    linear: "ReferenceType[nn.Module]"
-    activation: Activation
-    before: "list[ReferenceType[nn.Module]]"
-    after: "list[ReferenceType[nn.Module]]" = field(default_factory=list)
-
-    def layer(self) -> _Layer:
-        """Weight and bias as they are now."""
-        linear = _alive(self.linear)
-        if not {"weight", "bias"} <= linear._parameters.keys():
-            raise TypeError(f"fastmlp: the parameters of {self.name} are not where torch.nn.Linear keeps them")
-        weight = _tensor(f"{self.name}.weight", linear._parameters["weight"])
-        own = linear._parameters["bias"]
-        bias = None if own is None else _tensor(f"{self.name}.bias", own, weight.device)
-        dtype = weight.dtype
-        if str(dtype).removeprefix("torch.") not in _C.dtypes():
-            raise RuntimeError(
-                f"fastmlp: {self.name}.weight has dtype {dtype}, expected one of {', '.join(_C.dtypes())}"
-            )
-        for norm in reversed(self.before):
-            scale, shift = _affine(_alive(norm), self.name, weight.device)
-            weight = weight.double()
-            bias = weight @ shift if bias is None else bias.double() + weight @ shift
-            weight = weight * scale
-        for norm in self.after:
-            scale, shift = _affine(_alive(norm), self.name, weight.device)
-            weight = weight.double() * scale[:, None]
-            bias = shift if bias is None else bias.double() * scale + shift
-        return _Layer(weight, bias, dtype)
-
-
-def _alive(reference: "ReferenceType[nn.Module]") -> nn.Module:
-    module = reference()
-    if module is None:
-        raise RuntimeError("fastmlp: a module of the model that was frozen does not exist any more")
-    return module
-
-
-def _tensor(name: str, tensor: Tensor | None, device: torch.device | None = None) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"fastmlp: {name} is a {type(tensor).__name__}, expected a tensor")
-    obstacle = _C.device_obstacle(str(tensor.device))
-    if obstacle is not None:
-        raise RuntimeError(f"fastmlp: {name} is on {tensor.device}, and {obstacle}")
-    if device is not None and tensor.device != device:
-        raise RuntimeError(f"fastmlp: {name} is on {tensor.device}, expected {device}, where the layer's weight is")
-    reason = _C.obstacle(tensor, ())
-    if reason is not None and tensor.is_floating_point():
-        raise RuntimeError(f"fastmlp: {name} cannot be frozen: {reason}")
-    return tensor.detach()
-
-
-def _affine(norm: nn.Module, layer: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Factor and summand of each feature: (x - mean) / sqrt(var + eps) * weight + bias."""
-    name = f"the BatchNorm1d beside {layer}"
-    mean = _tensor(f"running_mean of {name}", norm._buffers["running_mean"], device).double()
-    var = _tensor(f"running_var of {name}", norm._buffers["running_var"], device).double()
-    scale = (var + cast(nn.BatchNorm1d, norm).eps).rsqrt()
-    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
-    if weight is not None:
-        scale = scale * _tensor(f"weight of {name}", weight, device).double()
-    shift = -mean * scale
-    return scale, shift if bias is None else shift + _tensor(f"bias of {name}", bias, device).double()
-
-
-def _stages_of(chain: Sequence[Link]) -> list[_Stage]:
-    stages: list[_Stage] = []
-    norms: list[Link] = []  # for the next layer
-    for link in chain:
-        module = link.module
-        stage = stages[-1] if stages else None
-        if isinstance(module, nn.Linear):
-            activation = module.activation if isinstance(module, Linear) else IDENTITY
-            stages.append(_Stage(link.name, ref(module), activation, [ref(norm.module) for norm in norms]))
-            norms = []
-        elif isinstance(module, nn.BatchNorm1d):
-            if module.training:
-                _refuse(link, "it is in training mode; call model.eval() first")
-            if module.running_mean is None or module.running_var is None:
-                _refuse(link, "it has no running statistics")
-            if stage is not None and stage.activation == IDENTITY and not norms:
-                stage.after.append(ref(module))
-            else:
-                norms.append(link)
-        elif isinstance(module, (nn.Dropout, nn.AlphaDropout)):
-            if module.training and module.p > 0:
-                _refuse(link, "it is in training mode; call model.eval() first")
-        elif resolve(module) != IDENTITY:
-            if stage is None:
-                _refuse(link, "no layer precedes it")
-            if norms:
-                _refuse(norms[0], "there is no layer between it and an activation, nor after it")
-            if stage.activation != IDENTITY:
-                _refuse(link, "the layer before it has an activation already")
-            stage.activation = resolve(module)
-    if norms:
-        _refuse(norms[0], "an activation precedes it and no layer follows")
-    if not stages:
-        raise TypeError("fastmlp: model cannot be frozen: it has no layer")
-    return stages
-
-
-def _refuse(link: Link, reason: str) -> NoReturn:
-    raise TypeError(f"fastmlp: {link.name or 'model'} ({type(link.module).__name__}) cannot be frozen: {reason}")
-
-
-def _watched(model: nn.Module, chain: Sequence[Link]) -> list[_Watched]:
-    """The modules of a chain and those that hold them, as `_C.watch_frozen` takes them."""
-    places: dict[str, int] = {}
-    found: list[_Watched] = []
-
-    def add(name: str, module: nn.Module, leaf: bool) -> int:
-        if name not in places:
-            parent, _, key = name.rpartition(".")
-            above = add(parent, model.get_submodule(parent), False) if name else 0
-            parameters = ("weight", "bias") if isinstance(module, (nn.Linear, nn.BatchNorm1d)) else ()
-            # Training changes the statistics without counting their versions, but counts its batches.
-            statistics = ("running_mean", "running_var", "num_batches_tracked")
-            buffers = statistics if isinstance(module, nn.BatchNorm1d) else ()
-            places[name] = len(found)
-            found.append((above, key, module, -1 if leaf else len(module._modules), parameters, buffers))
-        return places[name]
-
-    modules = dict(model.named_modules(remove_duplicate=False))
-    add("", model, model is chain[0].module)
-    for link in chain:
-        # Activations that are called as functions are in no model.
-        if modules.get(link.name) is link.module:
-            add(link.name, link.module, True)
-    return found

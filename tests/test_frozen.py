@@ -5,6 +5,7 @@ import gc
 import pickle
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 import fastmlp
-from fastmlp import FrozenMLP, convert, freeze
+from fastmlp import _C, FrozenMLP, convert, freeze
 from tests.test_autograd import assert_same
+
+X = torch.zeros(2, 4)
 
 
 class Net(nn.Module):
@@ -138,13 +141,13 @@ def test_dtypes_and_devices() -> None:
     with pytest.raises(ValueError, match=r"dtype must be None or torch.bfloat16, got torch.float16"):
         freeze(small(), dtype=torch.float16)
     mixed = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3).double())
-    with pytest.raises(RuntimeError, match=r"1 has dtype torch.float64, expected torch.float32, that of 0"):
+    with pytest.raises(RuntimeError, match=r"1.weight has dtype torch.float64, expected torch.float32"):
         freeze(mixed)
     with pytest.raises(RuntimeError, match=r"0.weight has dtype torch.complex64, expected one of float32"):
         freeze(nn.Sequential(nn.Linear(4, 5, dtype=torch.complex64)))
     with pytest.raises(RuntimeError, match=r"0.weight is on meta, and there are no kernels for the device"):
         freeze(small().to("meta"))
-    with pytest.raises(RuntimeError, match=r"weights\[1\] has shape \[3, 6\], expected 5"):
+    with pytest.raises(RuntimeError, match=r"1.weight has shape \[3, 6\], expected 5 in the last"):
         freeze(nn.Sequential(nn.Linear(4, 5), nn.Linear(6, 3)))
     with FakeTensorMode():
         fake = small()
@@ -152,9 +155,132 @@ def test_dtypes_and_devices() -> None:
         freeze(fake)
 
 
-def test_a_class_without_a_network() -> None:
+@pytest.mark.parametrize("make", [FrozenMLP, lambda: FrozenMLP.__new__(FrozenMLP), _C.Frozen], ids=str)
+def test_a_class_without_a_network(make: Callable[[], Any]) -> None:
+    frozen = make()
     with pytest.raises(RuntimeError, match="holds no network"):
-        FrozenMLP()(torch.zeros(1))
+        frozen(torch.zeros(1))
+    if isinstance(frozen, FrozenMLP):
+        assert "holds no network" in repr(frozen)
+        for read in (pickle.dumps, copy.copy, copy.deepcopy, lambda frozen: frozen.in_features, lambda f: f.nbytes):
+            with pytest.raises(RuntimeError, match="holds no network"):
+                read(frozen)
+        with pytest.raises(RuntimeError, match="there is no model to refresh from"):
+            frozen.refresh()
+
+
+W = torch.ones(3, 4)
+LOADED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "no layers": (([], [], [], []), "at least one layer"),
+    "fewer weights": (([W], [None, None], [0, 0], [0.0] * 4), "a weight for each of 2 layers, got 1"),
+    "more weights": (([W, W], [None], [0], [0.0] * 2), "a weight for each of 1 layers, got 2"),
+    "kinds": (([W], [None], [0, 0], [0.0] * 2), "one activation for each of 1 layers, got 2"),
+    "no such kind": (([W], [None], [999], [0.0] * 2), "activation 999 of layer 0 does not exist"),
+    "scalars": (([W], [None], [0], [0.0]), "two scalars for each of 1 layers, got 1"),
+    "sparse": (([W.to_sparse()], [None], [0], [0.0] * 2), r"weights\[0\] is not a plain tensor"),
+    "meta": (([W.to("meta")], [None], [0], [0.0] * 2), r"weights\[0\] is on meta, expected the CPU"),
+    "meta bias": (([W], [torch.ones(3, device="meta")], [0], [0.0] * 2), r"biases\[0\] is on meta, expected cpu"),
+    "sparse bias": (([W], [torch.ones(3).to_sparse()], [0], [0.0] * 2), r"biases\[0\] is not a plain tensor"),
+    "integers": (([W.int()], [None], [0], [0.0] * 2), "weights have dtype torch.int32, expected torch.float32"),
+    "mixed": (
+        ([W, torch.ones(2, 3).double()], [None] * 2, [0] * 2, [0.0] * 4),
+        r"weights\[1\] has dtype torch.float64",
+    ),
+    "vector": (([torch.ones(3)], [None], [0], [0.0] * 2), "expected two dimensions"),
+    "not a chain": (
+        ([W, W], [None] * 2, [0] * 2, [0.0] * 4),
+        r"weights\[1\] has shape \[3, 4\], expected 3 in the last",
+    ),
+    "bias": (([W], [torch.ones(4)], [0], [0.0] * 2), r"biases\[0\] has shape \[4\], expected \[3\]"),
+    "bias dtype": (([W], [torch.ones(3).double()], [0], [0.0] * 2), r"biases\[0\] has dtype torch.float64, expected"),
+    "more than memory": (
+        ([torch.ones(1, 1).expand(1 << 30, 1 << 30)], [None], [0], [0.0] * 2),
+        "more than a frozen network can hold",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), LOADED.values(), ids=LOADED.keys())
+def test_loading_checks_what_it_is_given(arguments: tuple[Any, ...], message: str) -> None:
+    frozen = freeze(small())
+    expected = frozen(X)
+    load: Any = _C.load_frozen
+    load_on_device: Any = _C.load_frozen_on_device
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        load(frozen, None, *arguments, False, False)
+    if "expected the CPU" not in message:
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            load_on_device(frozen, None, *arguments, False)
+    with pytest.raises(TypeError, match="expected a FrozenMLP, got Linear"):
+        load(nn.Linear(1, 1), None, [W], [None], [0], [0.0] * 2, False, False)
+    assert torch.equal(frozen(X), expected)
+
+
+class Branches(nn.Module):
+    """Like a residual block, with a result that is used twice."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)
+        self.own = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.own(self, x)
+
+
+def compiled(model: nn.Module) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+UNCLEAR: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "norm after": (
+        lambda: freeze(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(5)).eval()),
+        RuntimeError,
+        r"1.running_mean has shape \[5\], expected \[3\], the out_features of 0",
+    ),
+    "norm before": (
+        lambda: freeze(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(4, 3)).eval()),
+        RuntimeError,
+        r"0.running_mean has shape \[5\], expected \[4\], the in_features of 1",
+    ),
+    "compiled": (
+        lambda: freeze(compiled(small())),
+        TypeError,
+        "what torch.compile returned, .* freeze the module itself, compiled._orig_mod",
+    ),
+    "compiled inside": (
+        lambda: freeze(nn.Sequential(OrderedDict(a=compiled(nn.Linear(4, 3))))),
+        TypeError,
+        "what torch.compile returned",
+    ),
+    "branches": (
+        lambda: freeze(Branches(lambda m, x: (lambda h: m.fc2(h) + h)(m.act(m.fc1(x))))),
+        TypeError,
+        "uses the result of act 2 times, where a chain does once",
+    ),
+    "branches of the input": (
+        lambda: freeze(Branches(lambda m, x: m.fc1(x) + m.fc2(x))),
+        TypeError,
+        "uses its input x 2 times, where a chain does once",
+    ),
+    "dtype": (
+        lambda: freeze(small(), dtype=torch.float64),
+        ValueError,
+        "fastmlp: dtype must be None or torch.bfloat16",
+    ),
+    "meta input": (lambda: freeze(small())(X.to("meta")), RuntimeError, "input is on meta, expected cpu"),
+    "a layer by itself": (
+        lambda: freeze(nn.Linear(4, 3, dtype=torch.complex64)),
+        RuntimeError,
+        "fastmlp: weight has dtype torch.complex64",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), UNCLEAR.values(), ids=UNCLEAR.keys())
+def test_errors_say_what_to_do(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^fastmlp: .*{message.removeprefix('fastmlp: ')}"):
+        call()
 
 
 # How it looks, and copies.
@@ -258,8 +384,6 @@ def test_it_notices_changes() -> None:
     model[2] = nn.LeakyReLU(0.1)
     seen()
     setattr(model[2], "negative_slope", 0.5)  # noqa: B010
-    assert torch.equal(frozen(x), before)
-    frozen.refresh()
     seen()
 
 
@@ -268,15 +392,16 @@ def test_it_follows_dtypes_and_modes() -> None:
     frozen = freeze(model)
     model.double()
     assert frozen(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
-    with pytest.raises(RuntimeError, match="input has dtype Float, expected Double"):
+    with pytest.raises(RuntimeError, match=r"torch.float32, expected torch.float64, .*; pass input.double\(\)"):
         frozen(torch.randn(2, 4))
     # Statistics of training are values like others.
     model.train()
     model(torch.randn(9, 4, dtype=torch.float64))
     x = torch.randn(2, 4, dtype=torch.float64)
-    found = frozen(x)
+    with pytest.raises(TypeError, match=r"1 \(BatchNorm1d\) cannot be frozen: it is in training mode"):
+        frozen(x)
     model.eval()
-    assert torch.equal(freeze(model)(x), found)
+    assert torch.equal(frozen(x), freeze(model)(x))
 
 
 def test_a_model_that_cannot_be_frozen_any_more() -> None:
@@ -293,7 +418,7 @@ def test_a_model_that_cannot_be_frozen_any_more() -> None:
     assert torch.equal(frozen(x), before)
     model[0].weight = nn.Parameter(torch.randn(6, 4))
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"biases\[0\] has shape \[5\], expected \[6\]"):
+        with pytest.raises(RuntimeError, match=r"0.bias has shape \[5\], expected \[6\]"):
             frozen(x)
     model[0] = nn.Linear(4, 5)
     assert torch.equal(frozen(x), freeze(model)(x))
@@ -429,9 +554,6 @@ def test_out_of_arrays() -> None:
     assert (memory[-4:] == 7).all()
 
 
-X = torch.zeros(2, 4)
-
-
 def inference_tensor() -> Tensor:
     with torch.inference_mode():
         return torch.zeros(2, 3)
@@ -457,13 +579,28 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], tuple[Any, ...]]]] = {
     "scalar": (RuntimeError, "input has no dimension", lambda: (torch.zeros(()),)),
     "features": (RuntimeError, r"input has shape \[2, 5\], expected 4 in the last", lambda: (torch.zeros(2, 5),)),
     "features of arrays": (RuntimeError, r"shape \[5\], expected 4", lambda: (np.zeros(5, np.float32),)),
-    "dtype": (RuntimeError, "input has dtype Double, expected Float", lambda: (X.double(),)),
-    "integers": (RuntimeError, "input has dtype Int, expected Float", lambda: (X.int(),)),
-    "dtype of arrays": (RuntimeError, "input has dtype float64, expected float32", lambda: (np.zeros((2, 4)),)),
+    "dtype": (
+        RuntimeError,
+        r"input has dtype torch.float64, expected torch.float32, .*; pass input.float\(\), or freeze model.double\(\)$",
+        lambda: (X.double(),),
+    ),
+    "integers": (RuntimeError, r"dtype torch.int32, expected torch.float32, .* input.float\(\)$", lambda: (X.int(),)),
+    "booleans": (RuntimeError, r"dtype torch.bool, expected torch.float32, .* input.float\(\)$", lambda: (X.bool(),)),
+    "complex": (RuntimeError, r"dtype torch.complex64, .* the frozen network$", lambda: (X.to(torch.complex64),)),
+    "integers of arrays": (
+        RuntimeError,
+        r"dtype int64, .*input.astype\(np.float32\)$",
+        lambda: (np.zeros((2, 4), int),),
+    ),
+    "dtype of arrays": (
+        RuntimeError,
+        r"dtype float64, expected float32 .*; pass input.astype\(np.float32\), or freeze model.double\(\)$",
+        lambda: (np.zeros((2, 4)),),
+    ),
     "byte order": (RuntimeError, "dtype >f4, expected float32 in native", lambda: (np.zeros((2, 4), ">f4"),)),
     "objects": (RuntimeError, "dtype object, expected float32", lambda: (np.zeros((2, 4), object),)),
     "device": (RuntimeError, "input is on meta, expected cpu", lambda: (X.to("meta"),)),
-    "layout": (RuntimeError, "input has layout Sparse, expected Strided", lambda: (X.to_sparse(),)),
+    "layout": (RuntimeError, r"another layout than torch.strided; .* \(input.to_dense\(\)\)", lambda: (X.to_sparse(),)),
     "conjugated": (
         RuntimeError,
         "takes plain tensors",
@@ -471,7 +608,11 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], tuple[Any, ...]]]] = {
     ),
     "gradient": (RuntimeError, r"input requires grad, .* input.detach\(\)", lambda: (X.clone().requires_grad_(),)),
     "out shape": (RuntimeError, r"out has shape \[2, 4\], expected \[2, 3\]", lambda: (X, torch.zeros(2, 4))),
-    "out dtype": (RuntimeError, "out has dtype Double, expected Float", lambda: (X, torch.zeros(2, 3).double())),
+    "out dtype": (
+        RuntimeError,
+        r"out has dtype torch.float64, expected torch.float32, .*; make it with dtype=torch.float32$",
+        lambda: (X, torch.zeros(2, 3).double()),
+    ),
     "out strides": (
         RuntimeError,
         r"out has strides \[1, 2\], expected a contiguous",
@@ -484,7 +625,11 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], tuple[Any, ...]]]] = {
     "out kind": (TypeError, "out is a numpy.ndarray, expected the kind of input", lambda: (X, np.zeros((2, 3)))),
     "out kind of arrays": (TypeError, "out is a Tensor", lambda: (np.zeros((2, 4), np.float32), torch.zeros(2, 3))),
     "array out shape": (RuntimeError, r"out has shape \[3\]", lambda: (X.numpy(), np.zeros(3, np.float32))),
-    "array out dtype": (RuntimeError, "out has dtype float64", lambda: (X.numpy(), np.zeros((2, 3)))),
+    "array out dtype": (
+        RuntimeError,
+        r"float64, .*; make it with dtype=np.float32$",
+        lambda: (X.numpy(), np.zeros((2, 3))),
+    ),
     "array out strides": (RuntimeError, "not contiguous", lambda: (X.numpy(), np.zeros((3, 2), np.float32).T)),
     "array out aligned": (
         RuntimeError,

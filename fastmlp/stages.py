@@ -1,0 +1,246 @@
+"""What of a model is frozen: its layers with what is folded into them, and a watch that notices when they change.
+
+Private: `fastmlp.freeze` begins with it, and so does every reading of a model that has changed since.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, NoReturn, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastmlp import reference
+from fastmlp._load import _C
+from fastmlp.activations import DEFAULTS, IDENTITY, Activation, resolve
+from fastmlp.chain import Link, links
+from fastmlp.modules import Linear
+
+__all__ = ["Stage", "Tensors", "seen"]
+
+#: The tensors of each module that is watched, by name.
+Tensors: TypeAlias = Sequence[Mapping[str, Tensor | None]]
+
+
+class Layer(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype  # of the weight before anything was folded into it
+
+
+class Norm(NamedTuple):
+    """A BatchNorm1d that is folded into a layer. `place` is its position among the watched modules."""
+
+    name: str
+    place: int
+    eps: float
+
+    def affine(self, features: int, expected: str, tensors: Tensors, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Factor and summand of each feature: (x - mean) / sqrt(var + eps) * weight + bias."""
+        own = {
+            key: _tensor(f"{self.name}.{key}", tensors[self.place].get(key), device).double()
+            for key in ("running_mean", "running_var", "weight", "bias")
+            if key.startswith("running_") or tensors[self.place].get(key) is not None
+        }
+        for key, tensor in own.items():
+            if tensor.shape != (features,):
+                raise RuntimeError(
+                    f"fastmlp: {self.name}.{key} has shape {list(tensor.shape)}, expected [{features}], {expected}"
+                )
+        scale = (own["running_var"] + self.eps).rsqrt()
+        if "weight" in own:
+            scale = scale * own["weight"]
+        shift = -own["running_mean"] * scale
+        return scale, shift + own["bias"] if "bias" in own else shift
+
+
+@dataclass
+class Stage:
+    """A layer and what is folded into it. `place` is its position among the watched modules."""
+
+    name: str
+    place: int
+    activation: Activation
+    before: list[Norm]
+    after: list[Norm] = field(default_factory=list)
+
+    def where(self, key: str) -> str:
+        """How a parameter of the layer is called in the model."""
+        return f"{self.name}.{key}" if self.name else key
+
+    def layer(self, tensors: Tensors) -> Layer:
+        """Weight and bias as they are now."""
+        linear = tensors[self.place]
+        if not {"weight", "bias"} <= linear.keys():
+            raise TypeError(f"fastmlp: the parameters of {self.name} are not where torch.nn.Linear keeps them")
+        weight = _tensor(self.where("weight"), linear["weight"])
+        own = linear["bias"]
+        bias = None if own is None else _tensor(self.where("bias"), own, weight.device)
+        dtype = weight.dtype
+        if str(dtype).removeprefix("torch.") not in _C.dtypes():
+            raise RuntimeError(
+                f"fastmlp: {self.where('weight')} has dtype {dtype}, expected one of {', '.join(_C.dtypes())}"
+            )
+        if weight.dim() != 2:
+            shape = f"{self.where('weight')} has shape {list(weight.shape)}"
+            raise RuntimeError(f"fastmlp: {shape}, expected two dimensions, (out_features, in_features)")
+        out_features, in_features = weight.shape
+        if bias is not None and bias.shape != (out_features,):
+            shape = f"{self.where('bias')} has shape {list(bias.shape)}"
+            raise RuntimeError(f"fastmlp: {shape}, expected [{out_features}], the out_features of the layer")
+        layer = self.name or "the layer"
+        for norm in reversed(self.before):
+            scale, shift = norm.affine(in_features, f"the in_features of {layer}", tensors, weight.device)
+            weight = weight.double()
+            bias = weight @ shift if bias is None else bias.double() + weight @ shift
+            weight = weight * scale
+        for norm in self.after:
+            scale, shift = norm.affine(out_features, f"the out_features of {layer}", tensors, weight.device)
+            weight = weight.double() * scale[:, None]
+            bias = shift if bias is None else bias.double() * scale + shift
+        return Layer(weight, bias, dtype)
+
+
+def _tensor(name: str, tensor: Tensor | None, device: torch.device | None = None) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"fastmlp: {name} is a {type(tensor).__name__}, expected a tensor")
+    obstacle = _C.device_obstacle(str(tensor.device))
+    if obstacle is not None:
+        raise RuntimeError(f"fastmlp: {name} is on {tensor.device}, and {obstacle}")
+    if device is not None and tensor.device != device:
+        raise RuntimeError(f"fastmlp: {name} is on {tensor.device}, expected {device}, where the layer's weight is")
+    reason = _C.obstacle(tensor, ())
+    if reason is not None and tensor.is_floating_point():
+        raise RuntimeError(f"fastmlp: {name} cannot be frozen: {reason}")
+    return tensor.detach()
+
+
+def _stages_of(chain: Sequence[Link], places: Mapping[str, int]) -> list[Stage]:
+    stages: list[Stage] = []
+    norms: list[Link] = []  # for the next layer
+
+    def folded(link: Link) -> Norm:
+        return Norm(link.name, places[link.name], cast(nn.BatchNorm1d, link.module).eps)
+
+    for link in chain:
+        module = link.module
+        stage = stages[-1] if stages else None
+        if isinstance(module, nn.Linear):
+            if link.name not in places:
+                _refuse(link, "it is no submodule of the model")
+            activation = module.activation if isinstance(module, Linear) else IDENTITY
+            stages.append(Stage(link.name, places[link.name], activation, [folded(norm) for norm in norms]))
+            norms = []
+        elif isinstance(module, nn.BatchNorm1d):
+            if module.training:
+                _refuse(link, "it is in training mode; call model.eval() first")
+            if module.running_mean is None or module.running_var is None:
+                _refuse(link, "it has no running statistics")
+            if stage is not None and stage.activation == IDENTITY and not norms:
+                stage.after.append(folded(link))
+            else:
+                norms.append(link)
+        elif isinstance(module, (nn.Dropout, nn.AlphaDropout)):
+            if module.training and module.p > 0:
+                _refuse(link, "it is in training mode; call model.eval() first")
+        elif resolve(module) != IDENTITY:
+            if stage is None:
+                _refuse(link, "no layer precedes it")
+            if norms:
+                _refuse(norms[0], "there is no layer between it and an activation, nor after it")
+            if stage.activation != IDENTITY:
+                _refuse(link, "the layer before it has an activation already")
+            stage.activation = resolve(module)
+    if norms:
+        _refuse(norms[0], "an activation precedes it and no layer follows")
+    if not stages:
+        raise TypeError("fastmlp: model cannot be frozen: it has no layer")
+    return stages
+
+
+def _refuse(link: Link, reason: str) -> NoReturn:
+    raise TypeError(f"fastmlp: {link.name or 'model'} ({type(link.module).__name__}) cannot be frozen: {reason}")
+
+
+# How a model is watched.
+
+#: Position of the parent, name in it, module, number of children, names of attributes, of parameters and of buffers.
+_Watched: TypeAlias = tuple[int, str, nn.Module, int, Sequence[str], Sequence[str], Sequence[str]]
+
+#: How often a model is read anew that another thread gives other modules meanwhile.
+_ATTEMPTS = 100
+
+
+def seen(model: nn.Module) -> tuple[_C.Watch, Tensors]:
+    """A watch of a model, with its stages as plan, and the tensors that it recorded: all of one moment.
+
+    The watch begins before anything is read that it compares, so that no change falls between.
+    """
+    for _ in range(_ATTEMPTS):
+        before = _modules_of(model)
+        try:
+            chain = links(model)
+            entries, places = _watched(model, chain)
+            watch = _C.Watch(entries)
+            watch.plan = _stages_of(chain, places)
+        except Exception as error:
+            # What was found may have been half of the old model and half of the new one.
+            if list(map(id, _modules_of(model))) != list(map(id, before)):
+                continue
+            if "OptimizedModule" in str(error):
+                raise TypeError(
+                    "fastmlp: model is, or holds, what torch.compile returned, which runs compiled code; freeze the "
+                    "module itself, compiled._orig_mod, since a frozen network needs no compilation"
+                ) from error
+            raise
+        tensors = watch.read()
+        if tensors is not None:
+            return watch, tensors
+    raise RuntimeError("fastmlp: the model got other modules again and again while it was read")
+
+
+def _modules_of(model: nn.Module) -> list[nn.Module]:
+    """All modules; another thread may replace some meanwhile."""
+    if not isinstance(model, nn.Module):
+        return []
+    found, seen = [model], {id(model)}
+    for module in found:
+        children = [child for child in tuple(module._modules.values()) if child is not None and id(child) not in seen]
+        seen.update(map(id, children))
+        found.extend(children)
+    return found
+
+
+def _watched(model: nn.Module, chain: Sequence[Link]) -> tuple[list[_Watched], dict[str, int]]:
+    """The modules of a chain and those that hold them, as `_C.Watch` takes them, and where each is in the list."""
+    places: dict[str, int] = {}
+    found: list[_Watched] = []
+
+    def add(name: str, module: nn.Module, leaf: bool) -> int:
+        if name not in places:
+            parent, _, key = name.rpartition(".")
+            above = add(parent, model.get_submodule(parent), False) if name else 0
+            places[name] = len(found)
+            found.append((above, key, module, -1 if leaf else len(module._modules), *_what_matters(module)))
+        return places[name]
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    add("", model, any(model is link.module for link in chain))
+    for link in chain:
+        # Activations that are called as functions are in no model.
+        if modules.get(link.name) is link.module:
+            add(link.name, link.module, True)
+    return found, places
+
+
+def _what_matters(module: nn.Module) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
+    """Names of the attributes, parameters and buffers that say what a module of a chain computes."""
+    if isinstance(module, nn.Linear):
+        return ("activation",) if isinstance(module, Linear) else (), ("weight", "bias"), ()
+    if isinstance(module, nn.BatchNorm1d):
+        # Training changes the statistics without counting their versions, but counts its batches.
+        return ("training", "eps"), ("weight", "bias"), ("running_mean", "running_var", "num_batches_tracked")
+    if isinstance(module, (nn.Dropout, nn.AlphaDropout)):
+        return ("training", "p"), (), ()
+    name = reference.MODULES.get(type(module))
+    return (*(DEFAULTS[name] if name else ()), *(("approximate",) if name == "gelu" else ())), (), ()
