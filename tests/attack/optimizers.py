@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fastmlp
 from tests.attack import drawn, oracle
-from tests.attack.after import compare
+from tests.attack.after import compare, unless_overflowing
 from tests.attack.cases import Case, attempt
 from tests.intervals import Arithmetic, Interval, State
 from tests.training import OPTIMIZERS, Optimizer, draw_optimizer
@@ -116,7 +116,9 @@ def stepped(case: Case, optimizer: Optimizer, log: list[str]) -> None:
             if isinstance(x, Tensor):
                 case.require(x.dtype == theirs[key].dtype, f"{key} {i} has dtype {x.dtype}")
                 compare(case, dense(x), states[key], dense(theirs[key]), f"{key} {i} {tuple(p.shape)} by {p.stride()}")
-        compare(case, p, value, q, f"parameter {i} {tuple(p.shape)} by {p.stride()}")
+        compare(
+            case, p, unless_overflowing(value, states, p.dtype), q, f"parameter {i} {tuple(p.shape)} by {p.stride()}"
+        )
         moved = oracle.bytes_of(p) != before[i][0]
         case.require(not moved or p._version > before[i][1], f"parameter {i} moved without a new version")
         if grads[i] is not None:

@@ -126,7 +126,12 @@ def watch(training: Training) -> None:
     if needs_gradient and not side.parameters[index].requires_grad:
         return
     case.act(f"watch: {name}", f"parameter {index}, leaf {leaf}")
+    if name.startswith("replaced step") and case.chance(0.4):
+        # Whoever replaced it did so before there was a scheduler, or after.
+        training.setup("scheduler", scheduled)
     training.setup(name, options[name])
+    if name.startswith("replaced step, wraps") and case.chance(0.4):
+        training.setup("scheduler", scheduled)
     training.skips = training.skips or "replaced step, skips" in training.risks
 
 
