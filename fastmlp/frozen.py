@@ -328,7 +328,7 @@ def _restore(
     float32_ends: bool,
     matrices_only: bool,
 ) -> FrozenMLP:
-    """What pickles of version 0.5 and before call: they hold tensors."""
+    """What pickles made before pickles held bytes call: they hold tensors."""
     frozen = FrozenMLP()
     _load(frozen, None, weights, biases, activations, float32_ends, matrices_only)
     return frozen

@@ -99,19 +99,8 @@ def plant_plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plant_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastmlp.FrozenMLP, "_read", once_only(fastmlp.FrozenMLP._read))
-
-
-def once_only(read: Callable[[Any], None]) -> Callable[[Any], None]:
     """Weights that never change."""
-    seen: set[int] = set()
-
-    def reads(self: Any) -> None:
-        if id(self) not in seen:
-            seen.add(id(self))
-            read(self)
-
-    return reads
+    monkeypatch.setattr(fastmlp.FrozenMLP, "_reload", lambda self, watch: None)
 
 
 def plant_steps(monkeypatch: pytest.MonkeyPatch) -> None:

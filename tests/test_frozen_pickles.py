@@ -122,7 +122,7 @@ def test_pickles_hold_no_tensors(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(frozen, "_is_packed", lambda device: False)
 
 
-#: Of version 0.4, which pickled tensors: 3 -> 2 leaky_relu(0.25) -> 1 with weights [[-2, -1, 0], [1, 2, 3]] and
+#: Made before pickles held bytes, of tensors: 3 -> 2 leaky_relu(0.25) -> 1 with weights [[-2, -1, 0], [1, 2, 3]] and
 #: [[2, -3]] and biases [0.5, -1] and none.
 OLD = (
     "c-q~R&u`N(6vy*xUCCHA*ohm*>=Mx^EA-T9LgQdDU|e#UqAc;6fEUNHQ>l|G^*}3%e8b%M1Nbl4pTNJtpMb=Hm!=&|0*NbFkrh9G"

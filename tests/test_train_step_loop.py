@@ -583,7 +583,7 @@ def test_objects_whose_init_was_never_called() -> None:
             with pytest.raises((TypeError, RuntimeError)):
                 getattr(_C, name)(given, x, tuple(parameters))
         with pytest.raises((TypeError, RuntimeError)):
-            _C.check_forward(given, x, parameters, True)
+            _C.check_forward(given, x, parameters, True, None)
 
 
 ROWS = 2**36
