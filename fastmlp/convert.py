@@ -16,8 +16,8 @@ from fastmlp import reference
 from fastmlp.activations import IDENTITY
 from fastmlp.classes import fused_class, plain_class, stands_in
 from fastmlp.modules import Alone, Linear, Sequential, parts
-from fastmlp.recording import Tracer
 from fastmlp.trace import Traced, activation_of, load, run_chain, traced
+from fastmlp.trace.recording import Tracer
 
 __all__ = ["Entry", "Report", "convert", "fusion_report", "revert", "run_chain"]
 

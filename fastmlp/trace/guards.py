@@ -1,6 +1,6 @@
 """What a recorded forward refuses when it is called, because it was recorded for something else.
 
-Private: `fastmlp.recording` adds these to the code of its graphs, where a call costs some tens of nanoseconds each.
+Private: `recording.py` adds these to the code of its graphs, where a call costs some tens of nanoseconds each.
 """
 
 import math

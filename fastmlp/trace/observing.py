@@ -1,6 +1,6 @@
 """What a forward does to tensors, seen below torch's dispatcher.
 
-Private: `fastmlp.recording` lets it refuse what would happen only once, and `fastmlp.comparison` lets it keep a log of
+Private: `recording.py` lets it refuse what would happen only once, and `comparison.py` lets it keep a log of
 the operations of an execution, in which two executions that do the same have the same entries.
 """
 

@@ -4,7 +4,7 @@ Private: `fastmlp.trace` fuses the graph. torch.fx executes the forward once, wi
 and takes that execution for the program. So whatever the forward reads, writes or decides besides arithmetic on them is
 looked for here: it is executed on a `Shadow` of the model; functions of torch that are called with tensors
 of the model, or with no tensor at all, are recorded instead of computed; optional arguments are recorded as their
-defaults unless the forward never asks for them; and `fastmlp.comparison` compares the graph with the forward itself.
+defaults unless the forward never asks for them; and `comparison.py` compares the graph with the forward itself.
 """
 
 import inspect
@@ -27,10 +27,10 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils._pytree import tree_leaves
 
 from fastmlp import reference
-from fastmlp.guards import Guard, Guarded
 from fastmlp.modules import Linear
-from fastmlp.observing import Watch
-from fastmlp.shadow import Scripted, Shadow, is_array, untouched_generators
+from fastmlp.trace.guards import Guard, Guarded
+from fastmlp.trace.observing import Watch
+from fastmlp.trace.shadow import Scripted, Shadow, is_array, untouched_generators
 
 __all__ = ["Tracer", "is_library"]
 

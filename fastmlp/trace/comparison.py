@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastmlp.observing import Log
-from fastmlp.recording import Tracer
-from fastmlp.shadow import Shadow, untouched_generators
+from fastmlp.trace.observing import Log
+from fastmlp.trace.recording import Tracer
+from fastmlp.trace.shadow import Shadow, untouched_generators
 
 __all__ = ["compare"]
 

@@ -1,6 +1,6 @@
 """A copy of a model on which its forward may be executed, so that nothing of the model itself is written.
 
-Private: `fastmlp.recording` executes a forward on such a copy, and asks it afterwards what the forward has written.
+Private: `recording.py` executes a forward on such a copy, and asks it afterwards what the forward has written.
 """
 
 import pickle

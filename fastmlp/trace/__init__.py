@@ -21,9 +21,9 @@ from fastmlp import reference
 from fastmlp._load import _C
 from fastmlp.activations import BY_FUNCTION, DEFAULTS, Activation, module_of
 from fastmlp.classes import Quiet, is_importable, new_class
-from fastmlp.comparison import compare
 from fastmlp.modules import Linear, run_parts
-from fastmlp.recording import Tracer, is_library
+from fastmlp.trace.comparison import compare
+from fastmlp.trace.recording import Tracer, is_library
 
 __all__ = ["Recording", "Traced", "activation_of", "load", "record", "run_chain", "traced"]
 
