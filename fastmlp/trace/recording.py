@@ -35,7 +35,7 @@ from fastmlp.trace.shadow import Scripted, Shadow, is_array, untouched_generator
 __all__ = ["Tracer", "is_library"]
 
 #: Where functions are that are not the model's own.
-_LIBRARIES = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parent}/")
+_LIBRARIES = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parent.parent}/")
 _STANDARD = f"{Path(inspect.__file__).parent}/"
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
