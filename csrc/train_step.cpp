@@ -204,7 +204,7 @@ double TrainStep::pass(const Call& call, const at::Tensor& input, const at::Tens
 }
 
 // The optimizer's step, from the gradients that finish_grads() left.
-void TrainStep::take_step(std::optional<OptimizerStep>& step, bool keep) {
+void TrainStep::take_step(std::optional<OptimizerStep>& step) {
   clip();
   if (step) {
     tell_scheduler();
@@ -216,10 +216,9 @@ void TrainStep::take_step(std::optional<OptimizerStep>& step, bool keep) {
       if (slot.stepped) THPVariable_Unpack(slot.object).unsafeGetTensorImpl()->bump_version();
     }
   }
-  if (keep == options_.keep_grads) return;
-  for (const Slot& slot : slots_) {
-    if (slot.stepped) THPVariable_Unpack(slot.object).mutable_grad().reset();
-  }
+  if (options_.keep_grads) return;
+  // Also of parameters that the optimizer does not have.
+  for (const Slot& slot : slots_) THPVariable_Unpack(slot.object).mutable_grad().reset();
 }
 
 py::object TrainStep::run(const py::object& given, const py::object& target) {
@@ -258,7 +257,7 @@ py::object TrainStep::run(const py::object& given, const py::object& target) {
   const double loss = pass(call, input, *checked, release);
   finish_grads(keep);
   waiting = last ? 0 : waiting + 1;
-  if (last) take_step(step, keep);
+  if (last) take_step(step);
   for (Slot& slot : slots_) slot.grad.reset();
   parameters_.clear();
 

@@ -89,7 +89,7 @@ class TrainStep {
   double pass(const Call& call, const at::Tensor& input, const at::Tensor& target, bool release);
   void finish_grads(bool keep);
   void clip() const;
-  void take_step(std::optional<OptimizerStep>& step, bool keep);
+  void take_step(std::optional<OptimizerStep>& step);
   bool steps_itself() const;
   void tell_scheduler() const;
 

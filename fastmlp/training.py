@@ -104,9 +104,10 @@ class TrainStep:
         max_norm: clips the gradients of the model's parameters as `torch.nn.utils.clip_grad_norm_` does, before the
             optimizer steps. At least 0; infinity clips nothing.
         clip_value: clips them as `torch.nn.utils.clip_grad_value_` does. At least 0.
-        accumulate: the optimizer steps at every so-manieth call; gradients of the calls before it, each of its loss
+        accumulate: the optimizer steps at the last of so many calls; the gradients of all of them, each of its loss
             divided by `accumulate`, are summed in `.grad`. `flush` steps before, `restart` begins anew.
-        keep_grads: whether each call leaves its gradients in `.grad`, as the loop would. If not, `.grad` is None.
+        keep_grads: whether each call leaves its gradients in `.grad`, as the loop would. If not, `.grad` of all of the
+            model's parameters is None.
 
     All of them can be read as attributes of the same names, and not be set.
 

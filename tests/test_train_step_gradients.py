@@ -226,6 +226,19 @@ def test_copies_of_a_step(way: Callable[[Any], Any]) -> None:
         assert torch.equal(step(x, y), loss)
 
 
+def test_gradients_that_are_not_kept_are_nobodys() -> None:
+    """Also those of parameters that the optimizer does not have, and those of parameters frozen since."""
+    model = network()
+    first, *others = model.parameters()
+    optimizer = sgd([first])
+    step = fastmlp.TrainStep(model, nn.MSELoss(), optimizer, keep_grads=False)
+    others[0].grad = torch.ones_like(others[0])
+    others[1].grad = torch.ones_like(others[1])
+    others[1].requires_grad_(False)
+    step(*batch())
+    assert [p.grad for p in model.parameters()] == [None] * (1 + len(others))
+
+
 # Memory that nobody has written yet.
 
 
