@@ -233,6 +233,7 @@ py::object TrainStep::run(const py::object& given, const py::object& target) {
   TORCH_CHECK(!why, "fastmlp: TrainStep cannot run: ", why);
   const c10::MaybeOwned<at::Tensor> checked = check_target(call, input, target);
   take_owners();
+  for (PyObject* parameter : others_) call.hold(parameter);
   const bool last = waiting + 1 == options_.accumulate;
   std::optional<OptimizerStep> step;
   place_grads(options_.keep_grads);

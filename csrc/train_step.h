@@ -5,6 +5,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
@@ -68,6 +69,11 @@ class TrainStep {
     c10::intrusive_ptr<Stack> stack;
     LossSpec spec;
     at::Tensor weight;  // of the loss
+    // What slots and others point to. Another thread may take a parameter out of its module as soon as code of Python
+    // runs, which already a lookup by a tensor is.
+    c10::SmallVector<py::object, 16> held;
+
+    void hold(PyObject* object) { held.push_back(py::reinterpret_borrow<py::object>(object)); }
   };
 
   // False if explain() has to say why.

@@ -129,6 +129,7 @@ bool TrainStep::read_parameters(Call& call) {
   parameters_.clear();
   bool any_needed = false;
   for (PyObject* object : objects) {
+    call.hold(object);
     if (!is_plain(object)) return false;
     const at::Tensor& parameter = THPVariable_Unpack(object);
     const at::ScalarType dtype = parameter.scalar_type();
