@@ -267,7 +267,26 @@ class OwnResult(Net):
         return Result(logits=self.fc(x))
 
 
+class ByGradient(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.fc(x)) if x.requires_grad is True else self.fc(x)
+
+
+class ByLeaf(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        return y if y.grad_fn is None else torch.relu(y)
+
+
+class ByDtype(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) if x.dtype is torch.float32 else torch.relu(self.fc(x))
+
+
 REFUSED: list[tuple[type[Net], str]] = [
+    (ByGradient, r"it asks for the requires_grad of a tensor.*decide by an argument"),
+    (ByLeaf, r"it asks for the grad_fn of a tensor.*decide by an argument"),
+    (ByDtype, r"it asks for the dtype of a tensor.*decide by an argument"),
     (OfType, r"recorded, it calls other functions.*aten.relu"),
     (NoiseData, r"it changes a tensor that was there before the call, of shape \(4,\), in place \(aten.normal_"),
     (NoiseParameter, r"it changes self.eps in place \(normal\).*test_trace.py, line \d+"),

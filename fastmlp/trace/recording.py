@@ -70,6 +70,8 @@ _GOTTEN = _CHANGEABLE | _words(
     "shape ndim grad_fn itemsize nbytes _version names name is_sparse is_nested is_quantized is_mkldnn is_sparse_csr "
     "is_xpu is_mps is_xla"
 )
+#: Of these, those that are one of few objects, so that a forward may compare them by identity: `x.grad is None`.
+_ASKED = (_GOTTEN - _words("shape ndim itemsize nbytes")) | {"grad"}
 #: Methods and functions of the same kind.
 _FACTS = _words(
     "size dim numel nelement stride is_contiguous is_floating_point is_complex is_signed element_size get_device "
@@ -87,7 +89,13 @@ _IN_PLACE = _words("iadd isub imul itruediv ifloordiv imod ipow iand ior ixor il
 
 
 class Proxy(fx.Proxy):
-    """A proxy that can be changed in place."""
+    """A proxy that can be changed in place, and tells its tracer which facts of it are asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = super().__getattr__(name)
+        if name in _ASKED:
+            self.tracer.asked.append(attribute)  # type: ignore[attr-defined]
+        return attribute
 
 
 def _in_place(name: str) -> Callable[[Proxy, Any], Any]:
@@ -187,6 +195,7 @@ class Tracer(fx.Tracer):
         self.names: list[str] = []
         self.keywords: list[str] = []
         self.asks_types = False
+        self.asked: list[fx.proxy.Attribute] = []
         self._facts: dict[tuple[str, str], Any] = {}
         self._places: dict[int, str] = {}
 
@@ -236,7 +245,7 @@ class Tracer(fx.Tracer):
         self.num_calls, self.node_name_to_scope = {}, {}
         self.root_module_name = model._get_name()
         self.submodule_paths = {module: name for name, module in shadow.root.named_modules()}
-        self._facts, self._shadow, self.asks_types = {}, shadow, False
+        self._facts, self._shadow, self.asks_types, self.asked = {}, shadow, False, []
         self.tensor_attrs, self._places = {}, {}
         for module, path in self.submodule_paths.items():
             tensors = {**module.__dict__, **module._parameters, **module._buffers}
@@ -257,6 +266,13 @@ class Tracer(fx.Tracer):
             with _Functions(self), Watch(), _watched_for(_TYPE_NAMES) as found:
                 output = forward(*args, **kwargs)
             self.asks_types = self.asks_types or bool(found)
+            for attribute in self.asked:
+                # Nothing that is recorded uses it, and Python lets nobody see comparisons by identity.
+                if attribute._node is None:
+                    raise TraceError(
+                        f"it asks for the {attribute.attr} of a tensor that is computed, or of an argument, and what "
+                        "it does with the answer cannot be seen: decide by an argument of the constructor instead"
+                    )
             self.create_node("output", "output", (self.create_arg(output),), {})
         changed = shadow.changes()
         if changed:
