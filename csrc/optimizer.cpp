@@ -54,6 +54,10 @@ const Names& names() {
 }
 
 PyObject* entry(PyObject* group, PyObject* name) {
+  if (!PyDict_Check(group)) {
+    throw py::type_error(std::string("fastmlp: a group of the optimizer's param_groups is a ") +
+                         Py_TYPE(group)->tp_name + ", expected a dictionary");
+  }
   PyObject* found = item(group, name);
   if (!found) throw py::key_error(py::str(name).cast<std::string>());
   return found;
@@ -80,7 +84,11 @@ std::optional<double> number(PyObject* object) {
 
 // Items of a list or tuple, which no Python code may change meanwhile.
 c10::ArrayRef<PyObject*> items(PyObject* sequence) {
-  if (!PyList_Check(sequence) && !PyTuple_Check(sequence)) throw py::type_error("expected a list");
+  if (!PyList_Check(sequence) && !PyTuple_Check(sequence)) {
+    throw py::type_error(std::string("fastmlp: param_groups, params and betas of an optimizer must be lists or tuples, "
+                                     "got a ") +
+                         Py_TYPE(sequence)->tp_name);
+  }
   return {PySequence_Fast_ITEMS(sequence), size_t(PySequence_Fast_GET_SIZE(sequence))};
 }
 

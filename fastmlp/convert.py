@@ -242,7 +242,7 @@ def fusion_report(model: nn.Module) -> Report:
 
 def _check(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"fastmlp: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 # What runs fused.

@@ -721,7 +721,7 @@ def test_report_is_a_tuple_of_entries() -> None:
 
 @pytest.mark.parametrize("function", [convert, revert, fusion_report])
 def test_what_is_no_module(function: Callable[[Any], Any]) -> None:
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got Tensor"):
+    with pytest.raises(TypeError, match=r"^fastmlp: model must be a torch.nn.Module, got Tensor"):
         function(torch.zeros(1))
 
 

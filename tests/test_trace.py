@@ -284,9 +284,9 @@ class ByDtype(Net):
 
 
 REFUSED: list[tuple[type[Net], str]] = [
-    (ByGradient, r"it asks for the requires_grad of a tensor.*decide by an argument"),
-    (ByLeaf, r"it asks for the grad_fn of a tensor.*decide by an argument"),
-    (ByDtype, r"it asks for the dtype of a tensor.*decide by an argument"),
+    (ByGradient, r"it asks for requires_grad of a value that is computed.*comparison by `is`"),
+    (ByLeaf, r"it asks for grad_fn of a value that is computed.*comparison by `is`"),
+    (ByDtype, r"it asks for dtype of a value that is computed.*comparison by `is`"),
     (OfType, r"recorded, it calls other functions.*aten.relu"),
     (NoiseData, r"it changes a tensor that was there before the call, of shape \(4,\), in place \(aten.normal_"),
     (NoiseParameter, r"it changes self.eps in place \(normal\).*test_trace.py, line \d+"),

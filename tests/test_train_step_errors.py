@@ -352,3 +352,24 @@ def test_state_that_lacks_a_key() -> None:
     with pytest.raises((*ERRORS, KeyError), match="max_exp_avg_sq"):
         step(x, y)
     assert snapshot(model, optimizer) == before
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ((2, 3), "a group of the optimizer's param_groups is a int, expected a dictionary"),
+        ([None], "a group of the optimizer's param_groups is a NoneType, expected a dictionary"),
+        ("groups", "must be lists or tuples, got a str"),
+        ([{"params": 5}], "must be lists or tuples, got a int"),
+    ],
+)
+def test_groups_that_are_none(groups: Any, message: str) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = make(model, nn.MSELoss(), optimizer)
+    step(x, y)
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer.param_groups = groups
+    with pytest.raises(TypeError, match=f"^fastmlp: .*{message}"):
+        step(x, y)
+    assert all(map(torch.equal, before, model.parameters()))

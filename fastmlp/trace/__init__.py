@@ -23,7 +23,8 @@ from fastmlp.activations import BY_FUNCTION, DEFAULTS, Activation, module_of
 from fastmlp.classes import Quiet, is_importable, new_class
 from fastmlp.modules import Linear, run_parts
 from fastmlp.trace.comparison import compare
-from fastmlp.trace.recording import Tracer, is_library
+from fastmlp.trace.outside import Outside, is_library
+from fastmlp.trace.recording import Tracer
 
 __all__ = ["Recording", "Traced", "activation_of", "load", "record", "run_chain", "traced"]
 
@@ -152,7 +153,7 @@ def record(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Recording
     if hooks:
         raise RuntimeError(f"fastmlp: {_name(model)} itself has hooks ({', '.join(hooks)}), which {_ADVICE}")
     given = inputs or ()
-    with _explained(model):
+    with _explained(model), Outside(model):
         with torch.enable_grad():
             in_training = Tracer(given, True).record(model)
             with_gradients = Tracer(given, False).record(model)
@@ -166,7 +167,7 @@ def record(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Recording
         _same(model, with_gradients, graph, "torch.is_grad_enabled()", "With gradients it has")
 
     def check() -> None:
-        with _explained(model):
+        with _explained(model), Outside(model):
             compare(model, tracer, with_gradients, inputs)
 
     # What torch.fx takes the attributes of the graph from, which must not be put on the model.

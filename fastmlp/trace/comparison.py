@@ -43,6 +43,9 @@ def compare(model: nn.Module, tracer: Tracer, graph: fx.Graph, inputs: tuple[Any
         example = _example(model, tracer, graph) if inputs is None else _checked(model, tracer, inputs)
         for training in (False, True):
             _compare(model, tracer, graph, example, training)
+        if (same := _same_objects(example)) is not None:
+            # A forward may ask whether two arguments are one, as attention does of query and key.
+            _compare(model, tracer, graph, same, False)
 
 
 def _compare(model: nn.Module, tracer: Tracer, graph: fx.Graph, example: tuple[Any, ...], training: bool) -> None:
@@ -96,7 +99,8 @@ def _interpret(shadow: Shadow, tracer: Tracer, graph: fx.Graph, args: tuple[Any,
 
 def _execute(shadow: Shadow, example: tuple[Any, ...], call: Callable[[tuple[Any, ...]], Any]) -> list[Any]:
     """The operations of a call, and its output, or what it raises."""
-    args = tree_map(lambda value: value.detach().clone() if isinstance(value, Tensor) else value, example)
+    copies: dict[int, Tensor] = {}
+    args = tree_map(lambda value: _copy(value, copies) if isinstance(value, Tensor) else value, example)
     tensors = [t for m in shadow.modules for t in tree_leaves({**m.__dict__, **m._parameters, **m._buffers})]
     own = [t for m in shadow.modules if type(m).__module__.startswith("torch.nn.") for t in m._buffers.values()]
     log = Log(tree_leaves(args), [t for t in tensors if isinstance(t, Tensor)], [t for t in own if t is not None])
@@ -110,7 +114,21 @@ def _execute(shadow: Shadow, example: tuple[Any, ...], call: Callable[[tuple[Any
     return [*log.entries, ("output", log.describe(output))]
 
 
+def _copy(value: Tensor, copies: dict[int, Tensor]) -> Tensor:
+    """A copy of an argument, the same one if it is given twice."""
+    return copies.setdefault(id(value), value.detach().clone())
+
+
 # Examples.
+
+
+def _same_objects(example: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The example with one tensor for all arguments of the same form, if there are several."""
+    first: dict[Any, Tensor] = {}
+    same = tuple(
+        first.setdefault((arg.shape, arg.dtype, arg.device), arg) if isinstance(arg, Tensor) else arg for arg in example
+    )
+    return None if all(a is b for a, b in zip(same, example, strict=True)) else same
 
 
 def _checked(model: nn.Module, tracer: Tracer, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -4,9 +4,9 @@ Private: `recording.py` lets it refuse what would happen only once, and `compari
 the operations of an execution, in which two executions that do the same have the same entries.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,11 +21,20 @@ __all__ = ["Log", "Watch"]
 _MUTABLE: dict[type, type] = {immutable_list: list, immutable_dict: dict}
 
 
-class Watch(TorchDispatchMode):
-    """Refuses what changes tensors that were there before, and random numbers."""
+def _raise(reason: str) -> NoReturn:
+    raise TraceError(reason)
 
-    def __init__(self) -> None:
+
+class Watch(TorchDispatchMode):
+    """Refuses what changes tensors that were there before, and random numbers.
+
+    Args:
+        refuse: what raises for a reason.
+    """
+
+    def __init__(self, refuse: Callable[[str], NoReturn] = _raise) -> None:
         super().__init__()
+        self._refuse = refuse
         # Storages by their addresses, kept so that addresses are theirs: those that the execution has made, with their
         # numbers, and others that it has read.
         self._made: dict[int, tuple[int, Any]] = {}
@@ -36,7 +45,7 @@ class Watch(TorchDispatchMode):
     ) -> Any:
         self.begin(func, args, kwargs or {})
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise TraceError(f"it draws random numbers ({func}) that would be the same at every call")
+            self._refuse(f"it draws random numbers ({func}) that would be the same at every call")
         output = func(*args, **(kwargs or {}))
         self.keep(output)
         return output
@@ -73,7 +82,7 @@ class Watch(TorchDispatchMode):
                 value = args[i] if i < len(args) else kwargs.get(argument.name)
                 for tensor in tree_leaves(value):
                     if not self.may_change(storage_of(tensor)):
-                        raise TraceError(
+                        self._refuse(
                             f"it changes a tensor that was there before the call, of shape {tuple(tensor.shape)}, in "
                             f"place ({func})"
                         )

@@ -8,16 +8,13 @@ defaults unless the forward never asks for them; and `comparison.py` compares th
 """
 
 import inspect
-import operator
 import random
 import sys
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,24 +27,14 @@ from fastmlp import reference
 from fastmlp.modules import Linear
 from fastmlp.trace.guards import Guard, Guarded
 from fastmlp.trace.observing import Watch
-from fastmlp.trace.shadow import Scripted, Shadow, is_array, untouched_generators
+from fastmlp.trace.outside import LIBRARIES, RECORDING, is_library
+from fastmlp.trace.proxies import IN_PLACE, Attribute, Proxy
+from fastmlp.trace.shadow import Scripted, Shadow, untouched_generators
+from fastmlp.trace.written import is_array
 
-__all__ = ["Tracer", "is_library"]
-
-#: Where functions are that are not the model's own.
-_LIBRARIES = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parent.parent}/")
-_STANDARD = f"{Path(inspect.__file__).parent}/"
+__all__ = ["Tracer"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-#: One recording at a time: torch.fx exchanges functions such as math.sqrt while it records.
-_RECORDING = threading.RLock()
-
-
-def is_library(file: str) -> bool:
-    """Whether a function of that file is torch's, Python's or our own."""
-    standard = file.startswith(_STANDARD) and "site-packages" not in file
-    return standard or file.startswith((*_LIBRARIES, "<"))
 
 
 def _words(text: str) -> frozenset[str]:
@@ -70,8 +57,6 @@ _GOTTEN = _CHANGEABLE | _words(
     "shape ndim grad_fn itemsize nbytes _version names name is_sparse is_nested is_quantized is_mkldnn is_sparse_csr "
     "is_xpu is_mps is_xla"
 )
-#: Of these, those that are one of few objects, so that a forward may compare them by identity: `x.grad is None`.
-_ASKED = (_GOTTEN - _words("shape ndim itemsize nbytes")) | {"grad"}
 #: Methods and functions of the same kind.
 _FACTS = _words(
     "size dim numel nelement stride is_contiguous is_floating_point is_complex is_signed element_size get_device "
@@ -85,38 +70,15 @@ _READS = _words(
     "is_nonzero"
 )
 
-_IN_PLACE = _words("iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift")
-
-
-class Proxy(fx.Proxy):
-    """A proxy that can be changed in place, and tells its tracer which facts of it are asked for."""
-
-    def __getattr__(self, name: str) -> Any:
-        attribute = super().__getattr__(name)
-        if name in _ASKED:
-            self.tracer.asked.append(attribute)  # type: ignore[attr-defined]
-        return attribute
-
-
-def _in_place(name: str) -> Callable[[Proxy, Any], Any]:
-    function = getattr(operator, name)
-
-    def change(self: Proxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return change
-
-
-for _name in _IN_PLACE:
-    setattr(Proxy, f"__{_name}__", _in_place(_name))
-
 
 def _isinstance(value: Any, kinds: Any) -> bool:
     """What `isinstance` is for the functions that are recorded: the arguments of a forward are tensors."""
     if type(value) is not Proxy:
         return isinstance(value, kinds)
     if _has_default(value.node):
-        raise TraceError(f"it asks for the type of its argument {value.node.name}, which has a default")
+        value.tracer.refuse(  # type: ignore[attr-defined]
+            f"it asks for the type of its argument {value.node.name}, which has a default"
+        )
     return isinstance(_TENSOR, kinds)
 
 
@@ -127,14 +89,14 @@ def _is_tensor(value: Any) -> bool:
 _TENSOR = torch.empty(0)
 
 #: Where torch's generators are seeded.
-_SEEDING = (f"{_LIBRARIES[0]}random.py", f"{_LIBRARIES[0]}cuda/random.py")
+_SEEDING = (f"{LIBRARIES[0]}random.py", f"{LIBRARIES[0]}cuda/random.py")
 
 #: What a function that asks for the type of a value calls or reads.
 _TYPE_NAMES = frozenset(("isinstance", "issubclass", "is_tensor", "type", "__class__", "hasattr", "callable"))
 
 
 @contextmanager
-def _watched_for(names: frozenset[str]) -> Iterator[list[bool]]:
+def _watched_for(names: frozenset[str], refuse: Callable[[str], NoReturn]) -> Iterator[list[bool]]:
     """Whether a function outside of torch's and our own files is called that uses one of the names.
 
     Draws from generators of Python, and seeds of torch's, raise a TraceError.
@@ -147,13 +109,11 @@ def _watched_for(names: frozenset[str]) -> Iterator[list[bool]]:
             if not names.isdisjoint(code.co_names) and not is_library(code.co_filename):
                 found.append(True)
             if code.co_filename in _SEEDING and code.co_name not in ("get_rng_state", "initial_seed"):
-                raise TraceError(f"it seeds or moves a generator of random numbers ({code.co_name})")
+                refuse(f"it seeds or moves a generator of random numbers ({code.co_name})")
         elif event == "c_call":
             owner = getattr(called, "__self__", None)
             if isinstance(owner, random.Random):
-                raise TraceError(
-                    f"it draws random numbers ({called.__qualname__}) that would be the same at every call"
-                )
+                refuse(f"it draws random numbers ({called.__qualname__}) that would be the same at every call")
 
     if sys.getprofile() is not None:
         # Somebody else profiles this thread, and cannot always be put back.
@@ -195,7 +155,8 @@ class Tracer(fx.Tracer):
         self.names: list[str] = []
         self.keywords: list[str] = []
         self.asks_types = False
-        self.asked: list[fx.proxy.Attribute] = []
+        self.refused: TraceError | None = None
+        self.attributes: list[Attribute] = []
         self._facts: dict[tuple[str, str], Any] = {}
         self._places: dict[int, str] = {}
 
@@ -211,7 +172,7 @@ class Tracer(fx.Tracer):
         Raises:
             TraceError: and others, for a forward that cannot be recorded.
         """
-        with _RECORDING, untouched_generators():
+        with RECORDING, untouched_generators():
             plain = self._execute(model, frozenset())
             defaults = {str(node.target): node.args[0] for node in plain.nodes if _has_default(node)}
             # An argument that has a default is open if the forward does with any value what it does with the default.
@@ -245,7 +206,8 @@ class Tracer(fx.Tracer):
         self.num_calls, self.node_name_to_scope = {}, {}
         self.root_module_name = model._get_name()
         self.submodule_paths = {module: name for name, module in shadow.root.named_modules()}
-        self._facts, self._shadow, self.asks_types, self.asked = {}, shadow, False, []
+        self._facts, self._shadow, self.asks_types, self.refused = {}, shadow, False, None
+        self.attributes = []
         self.tensor_attrs, self._places = {}, {}
         for module, path in self.submodule_paths.items():
             tensors = {**module.__dict__, **module._parameters, **module._buffers}
@@ -263,23 +225,41 @@ class Tracer(fx.Tracer):
             for module_of_python in self._autowrap_search:
                 _symbolic_trace._autowrap_check(self._patcher, module_of_python.__dict__, self._autowrap_function_ids)
             args, kwargs = self._arguments(forward, free)
-            with _Functions(self), Watch(), _watched_for(_TYPE_NAMES) as found:
+            with _Functions(self), Watch(self.refuse), _watched_for(_TYPE_NAMES, self.refuse) as found:
                 output = forward(*args, **kwargs)
+            if self.refused is not None:
+                # The forward has caught it, and gone on in a way that no call of it does.
+                raise self.refused
             self.asks_types = self.asks_types or bool(found)
-            for attribute in self.asked:
-                # Nothing that is recorded uses it, and Python lets nobody see comparisons by identity.
-                if attribute._node is None:
-                    raise TraceError(
-                        f"it asks for the {attribute.attr} of a tensor that is computed, or of an argument, and what "
-                        "it does with the answer cannot be seen: decide by an argument of the constructor instead"
-                    )
             self.create_node("output", "output", (self.create_arg(output),), {})
+        unused = [attribute.attr for attribute in self.attributes if not attribute.is_used]
+        if unused:
+            raise TraceError(
+                f"it asks for {unused[0]} of a value that is computed from its arguments in a way that cannot be "
+                "recorded, such as hasattr, or a comparison by `is`"
+            )
         changed = shadow.changes()
         if changed:
             raise TraceError(f"it changes {', '.join(changed)}, which would happen only once")
         self.constants = {k: v for k, v in shadow.root.__dict__.items() if k not in model.__dict__}
         self.submodule_paths = None
         return self.graph
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raises, also where the forward catches what is raised."""
+        self.refused = self.refused or TraceError(reason)
+        raise self.refused
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """What `bool` of a value does, which is not known while a forward is recorded."""
+        self.refuse("symbolically traced variables cannot be used as inputs to control flow")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """What `iter` of a value does."""
+        try:
+            return super().iter(obj)
+        except TraceError as error:
+            self.refuse(str(error))
 
     def _arguments(self, forward: Callable[..., Any], free: frozenset[str]) -> tuple[list[Any], dict[str, Any]]:
         args: list[Any] = []
@@ -328,7 +308,7 @@ class Tracer(fx.Tracer):
         """What the call of any module of the shadow does."""
         paths = self.submodule_paths
         if paths is None or module not in paths:
-            raise TraceError(
+            self.refuse(
                 f"it calls {self._shadow.modules[module]}, which is no child of its module: what is in a plain list or "
                 "dictionary has to be in a torch.nn.ModuleList or ModuleDict"
             )
@@ -348,14 +328,14 @@ class Tracer(fx.Tracer):
         if not tensors and not proxied and (function not in _FACTORIES or any(map(is_array, leaves))):
             return function(*args, **kwargs)
         if not proxied and name in _READS:
-            raise TraceError(f"it reads the elements of {self._names(tensors)} ({name}), which may change later")
+            self.refuse(f"it reads the elements of {self._names(tensors)} ({name}), which may change later")
         target = next(iter(args), None)
         if name in ("__set__", "__delete__") or (_changes(name) and not isinstance(target, fx.Proxy)):
             what = self._names([target]) if isinstance(target, Tensor) else "a tensor"
-            raise TraceError(f"it changes {what} in place ({name.strip('_') or name})")
+            self.refuse(f"it changes {what} in place ({name.strip('_') or name})")
         out = [leaf for leaf in tree_leaves(kwargs.get("out")) if isinstance(leaf, Tensor)]
         if out:
-            raise TraceError(f"it changes {self._names(out)} in place (out=)")
+            self.refuse(f"it changes {self._names(out)} in place (out=)")
         if attribute:
             return self.create_proxy("call_function", getattr, (target, attribute), {})
         if is_tensor_method_or_property(function):
@@ -384,7 +364,7 @@ class Tracer(fx.Tracer):
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         """A node; none for what runs in a context that the graph would not remember."""
         if _modes() != self._modes:
-            raise TraceError("gradients or autocast are switched in its forward, which is not recorded")
+            self.refuse("gradients or autocast are switched in its forward, which is not recorded")
         return super().create_node(kind, *args, **kwargs)
 
 
@@ -425,7 +405,7 @@ def _has_default(node: fx.Node) -> bool:
 
 
 def _changes(name: str) -> bool:
-    return name == "__setitem__" or name.strip("_") in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return name == "__setitem__" or name.strip("_") in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def _is_written(value: Any) -> bool:

@@ -3,7 +3,6 @@
 Private: `recording.py` executes a forward on such a copy, and asks it afterwards what the forward has written.
 """
 
-import pickle
 import random
 import sys
 import threading
@@ -12,25 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx.proxy import TraceError
 
-__all__ = ["Scripted", "Shadow", "is_array", "untouched_generators"]
+from fastmlp.trace.written import VALUES, Written, is_array, joined
 
-#: What a model is not searched for deeper than: attributes of objects in attributes of objects.
-_DEPTH = 3
-
-#: Values that are the same if they are equal.
-_VALUES = (int, float, complex, str, bytes, torch.Size)
+__all__ = ["Scripted", "Shadow", "untouched_generators"]
 
 #: Attributes that torch.fx puts on the root for constants.
 _CONSTANTS = ("_tensor_constant", "_torchbind_obj", "_tree_spec_constant", "_opaque_obj")
-
-#: Instances of classes that were defined in Python.
-_HEAP_TYPE = 1 << 9
 
 
 class Scripted(nn.Module):
@@ -48,20 +40,11 @@ class Scripted(nn.Module):
         return getattr(self.__dict__["original"], name)
 
 
-class _Written(NamedTuple):
-    """Something that a forward might write: where it is, and a way to see what it holds."""
-
-    path: str
-    content: Callable[[], Any]
-    before: Any
-    restore: Callable[[Any], None] | None
-
-
-class Shadow:
+class Shadow(Written):
     """A copy of all modules of a model, with the classes, attributes and methods of the originals.
 
     Parameters are shared. Buffers are copied, since layers such as `BatchNorm1d` write them; so are the lists,
-    dictionaries, sets and arrays that modules hold. Other objects of Python are shared and watched.
+    dictionaries, sets and arrays that modules hold. Other objects of Python are shared and observed.
 
     Args:
         model: of which nothing is written.
@@ -69,10 +52,10 @@ class Shadow:
     """
 
     def __init__(self, model: nn.Module, training: bool | None = None) -> None:
+        super().__init__()
         self._training = training
         self._copies: dict[int, Any] = {}
         self._originals: list[Any] = []  # alive, so that their ids are theirs
-        self._written: list[_Written] = []
         self._paths: dict[nn.Module, str] = {}
         self.root: nn.Module = self._module(model, "")
 
@@ -86,19 +69,6 @@ class Shadow:
         for module in self._paths:
             # torch.nn.Module.__call__ looks for this first, whatever the class is.
             module.__dict__["_compiled_call_impl"] = partial(call, module)
-
-    def changes(self) -> list[str]:
-        """Names of what was written since the copy was made; objects that are shared are put back."""
-        found = []
-        for path, content, before, restore in self._written:
-            names = list(_differences(path, before, content()))
-            if names and restore is not None:
-                restore(before)
-            found += names
-        return list(dict.fromkeys(found))
-
-    def _watch(self, path: str, content: Callable[[], Any], restore: Callable[[Any], None] | None = None) -> None:
-        self._written.append(_Written(path, content, content(), restore))
 
     def _known(self, original: Any, made: Any) -> Any:
         self._copies[id(original)] = made
@@ -117,13 +87,15 @@ class Shadow:
             if name == "_buffers":
                 attributes[name] = {key: self._buffer(buffer) for key, buffer in value.items()}
             else:
-                attributes[name] = self._copy(value, path if name in ("_modules", "_parameters") else _join(path, name))
+                attributes[name] = self._copy(
+                    value, path if name in ("_modules", "_parameters") else joined(path, name)
+                )
         if self._training is not None:
             attributes["training"] = self._training
         attributes["_compiled_call_impl"] = None
         self._paths[made] = path
-        self._watch(path, lambda: _attributes(attributes))
-        self._watch(path, lambda: dict(attributes.get("_buffers", ())))
+        self.watch(path, lambda: _attributes(attributes))
+        self.watch(path, lambda: dict(attributes.get("_buffers", ())))
         return made
 
     def _buffer(self, buffer: Any) -> Any:
@@ -135,7 +107,7 @@ class Shadow:
 
     def _copy(self, value: Any, path: str, depth: int = 0) -> Any:
         kind = type(value)
-        if isinstance(value, Tensor) or kind in _VALUES or isinstance(value, type):
+        if isinstance(value, Tensor) or kind in VALUES or isinstance(value, type):
             return self._copies.get(id(value), value)
         if id(value) in self._copies:
             return self._copies[id(value)]
@@ -162,110 +134,29 @@ class Shadow:
         if type(value) in (dict, OrderedDict, defaultdict):
             made = self._known(value, value.copy())
             for key, item in value.items():
-                made[key] = self._copy(item, _join(path, key) if isinstance(key, str) else f"{path}[{key!r}]", depth)
-            self._watch(path, lambda: dict(made))
+                made[key] = self._copy(item, joined(path, key) if isinstance(key, str) else f"{path}[{key!r}]", depth)
+            self.watch(path, lambda: dict(made))
         elif type(value) in (list, deque):
             made = self._known(value, value.copy())
             for i, item in enumerate(value):
                 made[i] = self._copy(item, f"{path}[{i}]", depth)
-            self._watch(path, lambda: list(made))
+            self.watch(path, lambda: list(made))
         elif type(value) is set:
             made = self._known(value, {self._copy(item, path, depth) for item in value})
-            self._watch(path, lambda: set(made))
-        elif (generator := _generator(value)) is not None:
-            get, put = generator
-            made = self._known(value, value)
-            self._watch(path, lambda: pickle.dumps(get()), lambda before: put(pickle.loads(before)))
+            self.watch(path, lambda: set(made))
         elif is_array(value):
             made = self._known(value, value.copy())
-            self._watch(path, lambda: made.tobytes())
+            self.watch(path, lambda: made.tobytes())
         else:
             made = value
-            if _is_plain(value) and depth < _DEPTH:
-                self._known(value, value)
-                self._observe(value, path, depth + 1)
+            self.observe(value, path, depth)
         return made
-
-    def _observe(self, value: Any, path: str, depth: int) -> None:
-        """Watches an object that is shared: a copy of it might do what only one of its kind may."""
-        attributes = vars(value)
-
-        def restore(before: dict[str, Any]) -> None:
-            attributes.clear()
-            attributes.update(before)
-
-        self._watch(path, lambda: dict(attributes), restore)
-        for name, item in list(attributes.items()):
-            inner = _join(path, name)
-            if type(item) is list:
-                self._watch(inner, partial(list, item), partial(_refill, item))
-            elif type(item) in (dict, defaultdict):
-                self._watch(inner, partial(dict, item), partial(_update, item))
-            elif _is_plain(item) and id(item) not in self._copies and depth < _DEPTH:
-                self._known(item, item)
-                self._observe(item, inner, depth + 1)
-
-
-def _refill(items: list[Any], before: list[Any]) -> None:
-    items[:] = before
-
-
-def _update(items: dict[Any, Any], before: dict[Any, Any]) -> None:
-    items.clear()
-    items.update(before)
 
 
 def _attributes(attributes: dict[str, Any]) -> dict[str, Any]:
     """Of a module, without those that recording puts there, and those that are watched by themselves."""
     apart = ("_modules", "_parameters", "_buffers", "_compiled_call_impl")
     return {k: v for k, v in attributes.items() if k not in apart and not k.startswith(_CONSTANTS)}
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether it is an object of a class of Python's, with attributes and nothing else."""
-    kind = type(value)
-    return hasattr(value, "__dict__") and all(base is object or base.__flags__ & _HEAP_TYPE for base in kind.__mro__)
-
-
-def is_array(value: Any) -> bool:
-    """Whether it is an array of numpy, if that was imported."""
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and type(value) is numpy.ndarray
-
-
-def _generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | None:
-    """How to read and write the state of a generator of random numbers, if the value is one."""
-    if isinstance(value, random.Random):
-        return value.getstate, value.setstate
-    if isinstance(value, torch.Generator):
-        return value.get_state, value.set_state
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.random.RandomState):
-        return value.get_state, value.set_state
-    if numpy is not None and isinstance(value, numpy.random.Generator):
-        bits = value.bit_generator
-        return lambda: bits.state, partial(setattr, bits, "state")
-    return None
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _differences(path: str, before: Any, after: Any) -> Iterator[str]:
-    if isinstance(before, dict):
-        for key in {**before, **after}:
-            if key not in before or key not in after or not _same(before[key], after[key]):
-                yield _join(path, key) if isinstance(key, str) else f"{path}[{key!r}]"
-    elif isinstance(before, list):
-        if len(before) != len(after) or not all(map(_same, before, after)):
-            yield path
-    elif before != after:
-        yield path
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and isinstance(a, _VALUES) and a == b)
 
 
 @contextmanager
