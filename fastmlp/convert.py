@@ -61,8 +61,9 @@ def convert(model: nn.Module, trace: bool = False, inputs: tuple[Any, ...] | Non
     A forward is recorded by executing it, on a copy of the modules, and then it and what was recorded are executed on
     an example and compared, operation by operation. Functions of torch are recorded also where they make tensors
     (`torch.zeros(4)`), draw random numbers (`torch.randn(4)`) or read parameters, so they run at every call. What
-    would happen only once is refused: changing a buffer, a parameter or an attribute, drawing numbers from `random`
-    or numpy, reading elements of a tensor into Python. Values of Python that the forward only reads, such as
+    would happen only once is refused: changing a buffer, a parameter, an attribute or a global variable, drawing
+    numbers from `random` or numpy, reading elements of a tensor into Python. What a forward prints, writes to a file
+    or logs is not looked at: it happens while recording, and not again. Values of Python that the forward only reads, such as
     `self.flag`, stay as they were. An argument that has a default is recorded as that default where the forward asks
     for it (`if scale is None`); the recorded module refuses any other value, and `inputs` is the way to record one.
 

@@ -126,8 +126,10 @@ _TYPE_NAMES = frozenset(("isinstance", "issubclass", "is_tensor", "type", "__cla
 
 
 @contextmanager
-def _watched_for(names: frozenset[str]) -> Iterator[list[bool]]:
+def _watched_for(names: frozenset[str], shadow: Shadow) -> Iterator[list[bool]]:
     """Whether a function outside of torch's and our own files is called that uses one of the names.
+
+    The shadow is told of the global variables that such functions use.
 
     Draws from generators of Python, and seeds of torch's, raise a TraceError.
     """
@@ -136,8 +138,10 @@ def _watched_for(names: frozenset[str]) -> Iterator[list[bool]]:
     def look(frame: FrameType, event: str, called: Any) -> None:
         code = frame.f_code
         if event == "call":
-            if not names.isdisjoint(code.co_names) and not is_library(code.co_filename):
-                found.append(True)
+            if not is_library(code.co_filename):
+                shadow.globals(code.co_names, frame.f_globals)
+                if not names.isdisjoint(code.co_names):
+                    found.append(True)
             if code.co_filename in _SEEDING and code.co_name not in ("get_rng_state", "initial_seed"):
                 raise TraceError(f"it seeds or moves a generator of random numbers ({code.co_name})")
         elif event == "c_call":
@@ -254,7 +258,7 @@ class Tracer(fx.Tracer):
             for module_of_python in self._autowrap_search:
                 _symbolic_trace._autowrap_check(self._patcher, module_of_python.__dict__, self._autowrap_function_ids)
             args, kwargs = self._arguments(forward, free)
-            with _Functions(self), Watch(), _watched_for(_TYPE_NAMES) as found:
+            with _Functions(self), Watch(), _watched_for(_TYPE_NAMES, shadow) as found:
                 output = forward(*args, **kwargs)
             self.asks_types = self.asks_types or bool(found)
             self.create_node("output", "output", (self.create_arg(output),), {})

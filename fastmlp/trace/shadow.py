@@ -7,11 +7,14 @@ import pickle
 import random
 import sys
 import threading
+from array import array
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import MethodType
+from itertools import count
+from logging import Logger
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +64,8 @@ class Shadow:
     """A copy of all modules of a model, with the classes, attributes and methods of the originals.
 
     Parameters are shared. Buffers are copied, since layers such as `BatchNorm1d` write them; so are the lists,
-    dictionaries, sets and arrays that modules hold. Other objects of Python are shared and watched.
+    dictionaries, sets and arrays that modules hold. Other objects of Python are shared and watched, and so is what
+    their classes hold; `globals` adds what functions use of their modules of Python.
 
     Args:
         model: of which nothing is written.
@@ -74,6 +78,7 @@ class Shadow:
         self._originals: list[Any] = []  # alive, so that their ids are theirs
         self._written: list[_Written] = []
         self._paths: dict[nn.Module, str] = {}
+        self._globals: set[tuple[int, str]] = set()
         self.root: nn.Module = self._module(model, "")
 
     @property
@@ -122,6 +127,7 @@ class Shadow:
             attributes["training"] = self._training
         attributes["_compiled_call_impl"] = None
         self._paths[made] = path
+        self._classes(module)
         self._watch(path, lambda: _attributes(attributes))
         self._watch(path, lambda: dict(attributes.get("_buffers", ())))
         return made
@@ -179,40 +185,162 @@ class Shadow:
         elif is_array(value):
             made = self._known(value, value.copy())
             self._watch(path, lambda: made.tobytes())
+        elif type(value) is count:
+            made = self._known(value, count(*value.__reduce__()[1]))
+            self._watch(path, lambda: repr(made))
         else:
             made = value
-            if _is_plain(value) and depth < _DEPTH:
-                self._known(value, value)
-                self._observe(value, path, depth + 1)
+            self._share(value, path, depth)
         return made
+
+    def _share(self, value: Any, path: str, depth: int) -> None:
+        """Watches what is not copied, as far as it can be put back."""
+        held = _contents(value)
+        if held is not None:
+            self._known(value, value)
+            self._watch(path, *held)
+        elif isinstance(value, FunctionType):
+            self._known(value, value)
+            for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+                self._watch(_join(path, name), partial(_cell, cell), partial(_refill_cell, cell))
+                for item in _cell(cell):
+                    self._share_once(item, _join(path, name), depth)
+            for item in value.__defaults__ or ():
+                self._share_once(item, path, depth)
+        elif _is_plain(value) and depth < _DEPTH:
+            self._known(value, value)
+            self._observe(value, path, depth + 1)
+
+    def _share_once(self, value: Any, path: str, depth: int) -> None:
+        # Modules are executed as copies only where other modules hold them.
+        if id(value) not in self._copies and not isinstance(value, (nn.Module, Tensor, type)):
+            self._share(value, path, depth)
+
+    def globals(self, names: tuple[str, ...], held: dict[str, Any]) -> None:
+        """Watches the global variables of these names, which a function is about to use."""
+        for name in names:
+            if name not in held or (id(held), name) in self._globals:
+                continue
+            value, path = held[name], f"the global {name}"
+            self._globals.add((id(held), name))
+            if callable(value) or isinstance(value, ModuleType):
+                continue
+            self._watch(path, partial(_binding, held, name), partial(_bind, held, name))
+            if _contents(value) is not None or type(value) is SimpleNamespace:
+                self._share_once(value, path, _DEPTH - 1)
+            elif is_array(value):
+                self._watch(path, value.tobytes, partial(_refill_array, value, value.copy()))
+
+    def _classes(self, module: nn.Module) -> None:
+        """Watches what the classes of a module hold, which its forward may write too."""
+        for kind in type(module).__mro__:
+            if id(kind) in self._copies or kind.__module__.split(".")[0] in ("torch", "fastmlp", "builtins"):
+                continue
+            self._known(kind, kind)
+            self._watch(kind.__name__, partial(_class_attributes, kind), partial(_restore_class, kind))
+            for name, item in _class_attributes(kind).items():
+                if _contents(item) is not None or _is_plain(item):
+                    self._share_once(item, _join(kind.__name__, name), _DEPTH - 1)
 
     def _observe(self, value: Any, path: str, depth: int) -> None:
         """Watches an object that is shared: a copy of it might do what only one of its kind may."""
-        attributes = vars(value)
-
-        def restore(before: dict[str, Any]) -> None:
-            attributes.clear()
-            attributes.update(before)
-
-        self._watch(path, lambda: dict(attributes), restore)
-        for name, item in list(attributes.items()):
-            inner = _join(path, name)
-            if type(item) is list:
-                self._watch(inner, partial(list, item), partial(_refill, item))
-            elif type(item) in (dict, defaultdict):
-                self._watch(inner, partial(dict, item), partial(_update, item))
-            elif _is_plain(item) and id(item) not in self._copies and depth < _DEPTH:
-                self._known(item, item)
-                self._observe(item, inner, depth + 1)
+        slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
+        if slots:
+            self._watch(path, partial(_slotted, value, slots), partial(_restore_slots, value, slots))
+        attributes = getattr(value, "__dict__", {})
+        self._watch(path, lambda: dict(attributes), partial(_update, attributes))
+        for name, item in {**_slotted(value, slots), **attributes}.items():
+            if id(item) not in self._copies and (_contents(item) is not None or _is_plain(item)):
+                self._share_once(item, _join(path, name), depth)
 
 
-def _refill(items: list[Any], before: list[Any]) -> None:
+def _contents(value: Any) -> tuple[Callable[[], Any], Callable[[Any], None]] | None:
+    """How to read and write what a container holds, if the value is one, of whatever subclass."""
+    if isinstance(value, dict):
+        return partial(dict.copy, value), partial(_update, value)
+    if isinstance(value, set):
+        return partial(set.copy, value), partial(_refill_set, value)
+    if isinstance(value, (list, deque)):
+        return partial(list, value), partial(_refill, value)
+    if isinstance(value, (bytearray, array)):
+        return lambda: value[:], partial(_overwrite, value)
+    return None
+
+
+def _overwrite(items: Any, before: Any) -> None:
     items[:] = before
+
+
+def _refill_array(array: Any, values: Any, _: bytes) -> None:
+    array[...] = values
+
+
+def _refill(items: Any, before: list[Any]) -> None:
+    items.clear()
+    items.extend(before)
+
+
+def _refill_set(items: set[Any], before: set[Any]) -> None:
+    items.clear()
+    items.update(before)
 
 
 def _update(items: dict[Any, Any], before: dict[Any, Any]) -> None:
     items.clear()
-    items.update(before)
+    for key, value in before.items():
+        items[key] = value
+
+
+def _cell(cell: Any) -> list[Any]:
+    """What a variable of a closure holds; nothing before it is assigned."""
+    try:
+        return [cell.cell_contents]
+    except ValueError:
+        return []
+
+
+def _refill_cell(cell: Any, before: list[Any]) -> None:
+    del cell.cell_contents
+    for value in before:
+        cell.cell_contents = value
+
+
+def _binding(held: dict[str, Any], name: str) -> list[Any]:
+    return [held[name]] if name in held else []
+
+
+def _bind(held: dict[str, Any], name: str, before: list[Any]) -> None:
+    held[name] = before[0]
+
+
+def _class_attributes(kind: type) -> dict[str, Any]:
+    return {name: value for name, value in vars(kind).items() if not (name.startswith("__") and name.endswith("__"))}
+
+
+def _restore_class(kind: type, before: dict[str, Any]) -> None:
+    for name, value in _class_attributes(kind).items():
+        if name not in before:
+            delattr(kind, name)
+        elif value is not before[name]:
+            setattr(kind, name, before[name])
+    for name in before.keys() - _class_attributes(kind).keys():
+        setattr(kind, name, before[name])
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    names = vars(kind).get("__slots__", ())
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _slotted(value: Any, names: list[str]) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in names if name != "__dict__" and hasattr(value, name)}
+
+
+def _restore_slots(value: Any, names: list[str], before: dict[str, Any]) -> None:
+    for name in _slotted(value, names).keys() - before.keys():
+        delattr(value, name)
+    for name, held in before.items():
+        object.__setattr__(value, name, held)
 
 
 def _attributes(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -222,9 +350,13 @@ def _attributes(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is an object of a class of Python's, with attributes and nothing else."""
-    kind = type(value)
-    return hasattr(value, "__dict__") and all(base is object or base.__flags__ & _HEAP_TYPE for base in kind.__mro__)
+    """Whether it is an object of a class of Python's, with attributes or slots and nothing else."""
+    holds = hasattr(value, "__dict__") or any(map(_slots, type(value).__mro__))
+    known = (object, SimpleNamespace)
+    if isinstance(value, Logger):
+        # It keeps what it has found out about its levels, which decides nothing.
+        return False
+    return holds and all(base in known or base.__flags__ & _HEAP_TYPE for base in type(value).__mro__)
 
 
 def is_array(value: Any) -> bool:
@@ -238,7 +370,8 @@ def _generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | N
     if isinstance(value, random.Random):
         return value.getstate, value.setstate
     if isinstance(value, torch.Generator):
-        return value.get_state, value.set_state
+        # As bytes: a pickle of a tensor names its memory, which is another one each time.
+        return lambda: value.get_state().numpy().tobytes(), partial(_set_state, value)
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.random.RandomState):
         return value.get_state, value.set_state
@@ -246,6 +379,10 @@ def _generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | N
         bits = value.bit_generator
         return lambda: bits.state, partial(setattr, bits, "state")
     return None
+
+
+def _set_state(generator: torch.Generator, state: bytes) -> None:
+    generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
 def _join(path: str, name: str) -> str:
