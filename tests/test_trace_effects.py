@@ -267,3 +267,30 @@ class Reading(Net):
 def test_what_is_only_read() -> None:
     model, x = Reading(), torch.randn(5, 3)
     torch.testing.assert_close(convert(model, trace=True)(x), model(x))
+
+
+def elsewhere(package: str) -> Any:
+    """A function of a package that is installed, which keeps a table of what it has seen."""
+    file = f"/usr/lib/python3/site-packages/{package}/__init__.py"
+    names: dict[str, Any] = {"__name__": package, "__file__": file, "KINDS": {}}
+    exec(compile("def kind(value):\n    return KINDS.setdefault('seen', 1)\n", file, "exec"), names)
+    return names["kind"]
+
+
+class Asking(Net):
+    kind = staticmethod(elsewhere("einops"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.fc(x))) * self.kind(x)
+
+
+class Installed(Asking):
+    __module__ = "models.mlp"
+    kind = staticmethod(elsewhere("models"))
+
+
+def test_what_other_packages_keep() -> None:
+    model, x = Asking(), torch.randn(5, 3)
+    torch.testing.assert_close(convert(model, trace=True)(x), model(x))
+    with pytest.raises(RuntimeError, match=r"it changes the global KINDS.seen, which would happen only once"):
+        convert(Installed(), trace=True)

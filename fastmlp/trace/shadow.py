@@ -79,6 +79,7 @@ class Shadow:
         self._written: list[_Written] = []
         self._paths: dict[nn.Module, str] = {}
         self._globals: set[tuple[int, str]] = set()
+        self._packages: set[str] = set()
         self.root: nn.Module = self._module(model, "")
 
     @property
@@ -217,7 +218,14 @@ class Shadow:
             self._share(value, path, depth)
 
     def globals(self, names: tuple[str, ...], held: dict[str, Any]) -> None:
-        """Watches the global variables of these names, which a function is about to use."""
+        """Watches the global variables of these names, which a function is about to use.
+
+        Not those of packages that have none of the model's classes: they keep what they have found out, such as the
+        kinds of tensors, which decides nothing.
+        """
+        package = str(held.get("__name__", "")).split(".")[0]
+        if "site-packages" in str(held.get("__file__", "")) and package not in self._packages:
+            return
         for name in names:
             if name not in held or (id(held), name) in self._globals:
                 continue
@@ -237,6 +245,7 @@ class Shadow:
             if id(kind) in self._copies or kind.__module__.split(".")[0] in ("torch", "fastmlp", "builtins"):
                 continue
             self._known(kind, kind)
+            self._packages.add(kind.__module__.split(".")[0])
             self._watch(kind.__name__, partial(_class_attributes, kind), partial(_restore_class, kind))
             for name, item in _class_attributes(kind).items():
                 if _contents(item) is not None or _is_plain(item):
