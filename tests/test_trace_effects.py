@@ -1,6 +1,8 @@
 """What a forward writes besides tensors, wherever it lies, is refused by a recording, and put back."""
 
+import copy
 import itertools
+import pickle
 from array import array
 from collections import Counter, UserDict, deque
 from types import SimpleNamespace
@@ -231,6 +233,17 @@ def test_a_generator_is_no_obstacle(kind: type[Own]) -> None:
     expected = [model(x) for _ in range(2)]
     model.generator.set_state(state)
     torch.testing.assert_close([traced(x) for _ in range(2)], expected)
+
+
+def test_copies_of_what_draws() -> None:
+    traced: Any = convert(Drawing(), trace=True)
+    x, duplicate = torch.randn(5, 3), copy.deepcopy(traced)
+    for module in (traced, duplicate):
+        module.generator.manual_seed(3)
+    assert torch.equal(duplicate(x), traced(x))
+    with pytest.raises(pickle.PicklingError, match=r"fastmlp: a recorded Drawing that draws .* pickle the model"):
+        pickle.dumps(traced)
+    assert pickle.loads(pickle.dumps(Own())) is not None
 
 
 def test_a_shadow_sees_generators() -> None:

@@ -295,6 +295,13 @@ class Traced(fx.GraphModule):
         return partial(Traced.__init__, class_name=_name(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if any(
+            isinstance(value, torch.Generator) for key, value in vars(self).items() if key.startswith("_opaque_obj")
+        ):
+            raise pickle.PicklingError(
+                f"fastmlp: a recorded {_name(self)} that draws from a torch.Generator of its own cannot be pickled, "
+                "since the graph names that object; pickle the model, and record it again: convert(model, trace=True)"
+            )
         build, (attributes, imports) = super().__reduce__()
         kind = next((k for k in type(self).__mro__ if k.__dict__.get(_MIXED)), None)
         plain = kind.__dict__[_MIXED] if kind is not None else None
