@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastmlp import reference
 from fastmlp.activations import module_of
 from fastmlp.modules import Linear, Sequential, form_obstacle, watched_obstacle
-from fastmlp.trace import activation_of, record, run_chain
+from fastmlp.trace import activation_of, place_of_inner, record, run_chain
 
 __all__ = ["Link", "links"]
 
@@ -84,6 +85,11 @@ def _links(name: str, module: nn.Module) -> Iterator[Link]:
             if child is None:
                 raise TypeError(f"fastmlp: child {_join(name, key)!r} is None, expected a module")
             yield from _links(_join(name, key), child)
+    elif (place := place_of_inner(module)) is not None:
+        inner = f"model.{_join(name, place)}"
+        _refuse(name, module, f"it only calls the module {inner}, which is the one to use")
+    elif isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        _refuse(name, module, f"{kind.__name__} is not a module with parameters yet; call the model once before")
     elif not isinstance(module, fx.GraphModule) and (
         isinstance(module, _KINDS) or kind.__module__.startswith("torch.")
     ):

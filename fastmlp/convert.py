@@ -61,10 +61,12 @@ def convert(model: nn.Module, trace: bool = False, inputs: tuple[Any, ...] | Non
     A forward is recorded by executing it, on a copy of the modules, and then it and what was recorded are executed on
     an example and compared, operation by operation. Functions of torch are recorded also where they make tensors
     (`torch.zeros(4)`), draw random numbers (`torch.randn(4)`) or read parameters, so they run at every call. What
-    would happen only once is refused: changing a buffer, a parameter or an attribute, drawing numbers from `random`
-    or numpy, reading elements of a tensor into Python. Values of Python that the forward only reads, such as
-    `self.flag`, stay as they were. An argument that has a default is recorded as that default where the forward asks
-    for it (`if scale is None`); the recorded module refuses any other value, and `inputs` is the way to record one.
+    would happen only once is refused: changing a buffer, a parameter, an attribute or a global variable, drawing
+    numbers from `random` or numpy, reading elements of a tensor into Python. What a forward prints, writes to a file
+    or logs is not looked at: it happens while recording, and not again. Values of Python that the forward only reads,
+    such as `self.flag`, stay as they were. An argument that has a default is recorded as that default where the forward
+    asks for it (`if scale is None`); the recorded module refuses any other value, and `inputs` is the way to record
+    one.
 
     `fusion_report` says what came of it. Converting twice is converting once. Code that looks for exactly
     `torch.nn.Linear`, such as `model.apply(init)` with `if type(m) == nn.Linear`, passes converted layers by without a
@@ -73,14 +75,15 @@ def convert(model: nn.Module, trace: bool = False, inputs: tuple[Any, ...] | Non
     Args:
         model: any module; a single `torch.nn.Linear` too.
         trace: whether to record the forward with torch.fx.
-        inputs: with `trace`, examples of the forward's arguments by position, which it is recorded and compared with.
-            By default they are made from the sizes of the layers. What they cover has to be given in every call.
+        inputs: with `trace`, a tuple of examples of the forward's arguments by position, which it is recorded and
+            compared with. By default they are made from the sizes of the layers. What they cover has to be given in
+            every call.
 
     Returns:
         `model`, or the recorded module.
 
     Raises:
-        TypeError: if `model` is not a module.
+        TypeError: if `model` is not a module, or `inputs` not a tuple.
         ValueError: for `inputs` without `trace`.
         RuntimeError: with `trace`, for a forward that torch.fx cannot record, or would record wrongly: whose course
             depends on data, on `self.training` (as in `F.dropout(x, training=self.training)`) or on whether gradients
@@ -148,11 +151,14 @@ def revert(model: M) -> M:
     }
     for name, module in converted.items():
         if plain_class(type(module)) is None:
-            raise ValueError(f"{name or 'model'} has become a {type(module).__name__} since it was converted")
+            raise ValueError(
+                f"fastmlp: {name or 'model'} has become a {type(module).__name__} since it was converted, of which no "
+                "torch.nn module can be made; take off what was put on it first"
+            )
         if isinstance(module, Linear) and module.activation != IDENTITY:
             raise ValueError(
-                f"{name or 'model'} has been given the activation {module.activation!r} since it was converted, "
-                "which torch.nn.Linear cannot have; set it to None first"
+                f"fastmlp: {name or 'model'} has been given the activation {module.activation!r} since it was "
+                "converted, which torch.nn.Linear cannot have; set it to None first"
             )
     for module in converted.values():
         plain = plain_class(type(module))
@@ -302,6 +308,7 @@ def _unregistered(module: nn.Module, registered: set[nn.Module]) -> Iterator[tup
         layers = {m for item in held if isinstance(item, nn.Module) for m in item.modules() if _matters(m)}
         if layers - registered:
             kind, wanted = ("dictionary", "ModuleDict") if isinstance(value, dict) else ("list", "ModuleList")
+            kind = "tuple" if isinstance(value, tuple) else kind
             yield (
                 name,
                 f"its layers are in a plain {kind}, where torch.nn.Module sees none of them, nor their parameters; "

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.optim.swa_utils import AveragedModel
 
 import fastmlp
 from fastmlp import convert
@@ -192,7 +193,10 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("hook on what is recorded", lambda: nn.Sequential(hook(Net())), r"0 \(Net\) .*: it has hooks"),
     ("own forward", lambda: nn.Sequential(OwnLinear(4, 3)), r"0 \(OwnLinear\) .*: OwnLinear is not a"),
     ("subclass", lambda: Renamed(4, 3), r"model \(Renamed\) .*: Renamed is not a"),
-    ("lazy", lambda: nn.LazyLinear(3), r"LazyLinear is not a"),
+    ("lazy", lambda: nn.LazyLinear(3), r"LazyLinear is not a module with parameters yet; call the model once"),
+    ("compiled model", lambda: torch.compile(Net(), backend="eager"), r"it only calls the module model._orig_mod,"),
+    ("average", lambda: AveragedModel(Net()), r"\(AveragedModel\) .*: it only calls the module model.module,"),
+    ("parallel", lambda: nn.Sequential(nn.DataParallel(Net())), r"0 \(DataParallel\) .* the module model.0.module,"),
     ("parametrized", lambda: parametrizations.weight_norm(nn.Linear(4, 3)), r"ParametrizedLinear is not a"),
     ("no parameters", without_parameters, "its parameters are not where"),
     ("replaced forward", lambda: with_attribute(nn.Linear(4, 3), forward=torch.relu), "its forward was replaced"),
@@ -218,7 +222,8 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("tuple", lambda: Net(after=lambda x: (x,)), "its forward returns something else than one tensor"),
     ("constant", lambda: Net(after=lambda x: torch.zeros(1)), r"its forward uses the result of \w+ 0 times"),
     ("data", Branching, "cannot record the forward of Branching"),
-    ("training", lambda: Net(lambda x: F.dropout(x, training=x.sum is None)), r"its forward calls dropout,"),
+    ("training", lambda: Net(lambda x: F.dropout(x, training=x.sum is None)), r"it asks for sum of a value"),
+    ("dropout", lambda: Net(lambda x: F.dropout(x, training=False)), r"its forward calls dropout,"),
 ]
 
 

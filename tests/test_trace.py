@@ -283,6 +283,11 @@ class ByDtype(Net):
         return self.fc(x) if x.dtype is torch.float32 else torch.relu(self.fc(x))
 
 
+class Sized(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.fc(x))) + torch.zeros(x.shape[0], 2)
+
+
 REFUSED: list[tuple[type[Net], str]] = [
     (ByGradient, r"it asks for requires_grad of a value that is computed.*comparison by `is`"),
     (ByLeaf, r"it asks for grad_fn of a value that is computed.*comparison by `is`"),
@@ -310,9 +315,28 @@ REFUSED: list[tuple[type[Net], str]] = [
     (ReadsParameter, r"it reads the elements of self.scale \(__float__\)"),
     (ReadsFlag, r"it reads the elements of self.flag \(__bool__\)"),
     (Listed, r"it calls layers\[0\], which is no child .* torch.nn.ModuleList"),  # type: ignore[list-item]
-    (Unwritten, r"It says: NotImplementedError:.*test_trace.py, line \d+"),
+    (Sized, r"zeros\(\).*; torch.fx records .* only as a tuple, torch.zeros\(\(n, m\)\).*test_trace.py, line \d+"),
+    (Unwritten, r"It says: NotImplementedError \(.*test_trace.py, line \d+"),
     (OwnResult, r"recorded, it calls other functions.*Result"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("make", "kwargs", "error", "message"),
+    [
+        (Net, {"inputs": torch.zeros(2, 3)}, TypeError, r"inputs must be a tuple .*, got Tensor; .* inputs=\(x,\)"),
+        (Net, {"inputs": (torch.zeros(2, 3),) * 2}, RuntimeError, "its arguments are x, and inputs has 2 examples"),
+        (lambda: torch.compile(Net(), backend="eager"), {}, RuntimeError, r"convert that one, model._orig_mod, first"),
+        (lambda: nn.DataParallel(Net()), {}, RuntimeError, r"convert that one, model.module, first"),
+        (lambda: nn.LazyLinear(3), {}, RuntimeError, "has no parameters before its first call; call the model once"),
+        (lambda: torch.relu, {}, TypeError, "model must be a torch.nn.Module, got builtin"),
+    ],
+)
+def test_arguments_are_refused_by_name(
+    make: Callable[[], Any], kwargs: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"fastmlp: .*{message}"):
+        convert(make(), trace=True, **kwargs)
 
 
 def states() -> list[Any]:

@@ -6,6 +6,7 @@
 """
 
 import pickle
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastmlp import reference
 from fastmlp._load import _C
@@ -26,7 +28,7 @@ from fastmlp.trace.comparison import compare
 from fastmlp.trace.outside import Outside, is_library
 from fastmlp.trace.recording import Tracer
 
-__all__ = ["Recording", "Traced", "activation_of", "load", "record", "run_chain", "traced"]
+__all__ = ["Recording", "Traced", "activation_of", "load", "place_of_inner", "record", "run_chain", "traced"]
 
 
 def run_chain(input: Any, layers: dict[str, nn.Module]) -> Any:
@@ -142,6 +144,20 @@ def traced(model: nn.Module, inputs: tuple[Any, ...] | None) -> fx.GraphModule:
     return recording.module
 
 
+#: What torch puts around a module, and the attribute where the module itself is. DistributedDataParallel is not among
+#: them: who leaves it out trains without the other processes.
+_AROUND = {
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.optim.swa_utils.AveragedModel": "module",
+}
+
+
+def place_of_inner(module: nn.Module) -> str | None:
+    """The attribute under which a wrapper of torch's has the module that it calls; None for any other module."""
+    return _AROUND.get(f"{type(module).__module__}.{type(module).__qualname__}")
+
+
 def record(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Recording:
     """The model recorded and fused, not compared with itself yet."""
     if isinstance(model, torch.jit.ScriptModule):
@@ -149,10 +165,24 @@ def record(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Recording
             f"fastmlp: torch.fx cannot record {_name(model)}, a module of torch.jit, whose forward is no code of "
             "Python; convert the model that it was scripted or traced from"
         )
+    if type(model).__name__ in ("OptimizedModule", "DataParallel") and (place := place_of_inner(model)) is not None:
+        raise RuntimeError(
+            f"fastmlp: torch.fx cannot record {_name(model)}, which runs another module in a way of its own; convert "
+            f"that one, model.{place}, first and wrap what comes of it"
+        )
+    if isinstance(model, LazyModuleMixin) and model.has_uninitialized_params():
+        raise RuntimeError(
+            f"fastmlp: {_name(model)} has no parameters before its first call; call the model once, then convert it"
+        )
     hooks = [name for name, value in model.__dict__.items() if name.endswith("_hooks") and value]
     if hooks:
         raise RuntimeError(f"fastmlp: {_name(model)} itself has hooks ({', '.join(hooks)}), which {_ADVICE}")
-    given = inputs or ()
+    if inputs is not None and not isinstance(inputs, (tuple, list)):
+        raise TypeError(
+            f"fastmlp: inputs must be a tuple of the forward's arguments, got {type(inputs).__name__}; for a single "
+            "one pass inputs=(x,)"
+        )
+    given = tuple(inputs or ())
     with _explained(model), Outside(model):
         with torch.enable_grad():
             in_training = Tracer(given, True).record(model)
@@ -204,9 +234,18 @@ def _same(model: nn.Module, first: fx.Graph, second: fx.Graph, what: str, advice
             )
 
 
+#: How errors of torch begin where a proxy is among sizes that are arguments of their own.
+_SIZED = re.compile(r"(zeros|ones|empty|rand|randn)\(\) (takes|received)")
+
+
 def _text(error: BaseException) -> str:
     """What an error says, and the line of the model's own code where it came from."""
-    text = str(error) if isinstance(error, fx.proxy.TraceError) else f"{type(error).__name__}: {error}"
+    text = (
+        str(error) if isinstance(error, fx.proxy.TraceError) else f"{type(error).__name__}: {error}".removesuffix(": ")
+    )
+    sized = _SIZED.match(str(error)) if isinstance(error, TypeError) else None
+    if sized is not None:
+        text += f"; torch.fx records a size that depends on an argument only as a tuple, torch.{sized[1]}((n, m))"
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_library(frame.filename)]
     return f"{text} ({own[-1].filename}, line {own[-1].lineno})" if own else text
 
@@ -257,6 +296,13 @@ class Traced(fx.GraphModule):
         return partial(Traced.__init__, class_name=_name(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if any(
+            isinstance(value, torch.Generator) for key, value in vars(self).items() if key.startswith("_opaque_obj")
+        ):
+            raise pickle.PicklingError(
+                f"fastmlp: a recorded {_name(self)} that draws from a torch.Generator of its own cannot be pickled, "
+                "since the graph names that object; pickle the model, and record it again: convert(model, trace=True)"
+            )
         build, (attributes, imports) = super().__reduce__()
         kind = next((k for k in type(self).__mro__ if k.__dict__.get(_MIXED)), None)
         plain = kind.__dict__[_MIXED] if kind is not None else None

@@ -128,6 +128,9 @@ class Log(Watch):
         """A value in a form that is equal for what is the same in another execution."""
         if isinstance(value, Tensor):
             return self._describe_tensor(value)
+        if isinstance(value, torch.Generator):
+            # Each call has an object of Python of its own for it.
+            return value._cdata  # type: ignore[attr-defined]
         kind = _MUTABLE.get(type(value), type(value))
         if isinstance(value, (tuple, list)):
             return kind, tuple(map(self.describe, value))

@@ -60,6 +60,7 @@ class Outside(Written):
         self._reached: dict[int, Any] = {}  # alive, so that their ids are theirs
         self._modules: set[tuple[int, frozenset[str]]] = set()
         self._exchanged: list[tuple[Callable[[Any], None], Any]] = []
+        self._own = {_package(type(module).__module__) for module in model.modules()}
 
     def __enter__(self) -> Self:
         RECORDING.acquire()
@@ -87,6 +88,11 @@ class Outside(Written):
     def _put_back(self) -> None:
         for put, cached in self._exchanged:
             put(cached)
+
+    def _is_apart(self, module: str, file: str | None) -> bool:
+        """Whether a module of Python is of a package that has none of the model's classes: what it keeps is its own."""
+        installed = file is not None and "-packages/" in file
+        return _package(module) in _PACKAGES or (installed and _package(module) not in self._own)
 
     def _is_new(self, value: Any) -> bool:
         return id(value) not in self._reached and self._reached.update({id(value): value}) is None
@@ -119,13 +125,14 @@ class Outside(Written):
 
     def _class(self, kind: type) -> None:
         for base in kind.__mro__:
-            if not _is_package(base.__module__) and self._is_new(base):
+            if not self._is_apart(base.__module__, _file(base.__module__)) and self._is_new(base):
                 content = partial(_ordinary, base)
                 self._namespace(base.__qualname__, content, partial(setattr, base), partial(delattr, base), frozenset())
 
     def _function(self, function: FunctionType) -> None:
         variables, path = function.__globals__, function.__qualname__
-        if _is_package(variables.get("__name__", "")) or not self._is_new(function):
+        apart = self._is_apart(variables.get("__name__", ""), variables.get("__file__"))
+        if apart or not self._is_new(function):
             return
         names = frozenset(_names(function.__code__))
         self._variables(function.__module__ or path, variables, names)
@@ -145,7 +152,7 @@ class Outside(Written):
 
     def _variables(self, path: str, variables: dict[str, Any], names: frozenset[str]) -> None:
         def content() -> dict[str, Any]:
-            return {name: variables[name] for name in names if name in variables}
+            return {name: variables[name] for name in sorted(names) if name in variables}
 
         self._namespace(path, content, variables.__setitem__, variables.__delitem__, names)
 
@@ -156,7 +163,8 @@ class Outside(Written):
         elif isinstance(value, type):
             self._class(value)
         elif isinstance(value, ModuleType):
-            if not _is_package(value.__name__) and (id(value), names) not in self._modules:
+            apart = self._is_apart(value.__name__, _file(value.__name__))
+            if not apart and (id(value), names) not in self._modules:
                 self._modules.add((id(value), names))
                 self._variables(value.__name__, vars(value), names)
         elif isinstance(value, (nn.Module, Tensor)) or not self._is_new(value):
@@ -169,8 +177,7 @@ class Outside(Written):
             for part in parts:
                 self._reach(part, path, names)
         else:
-            if not _is_package(type(value).__module__):
-                self._class(type(value))
+            self._class(type(value))
             self.observe(value, path)
 
 
@@ -205,8 +212,12 @@ def _contents(cells: dict[str, CellType]) -> dict[str, Any]:
     return found
 
 
-def _is_package(module: str) -> bool:
-    return module.partition(".")[0] in _PACKAGES
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _file(module: str) -> str | None:
+    return getattr(sys.modules.get(module), "__file__", None)
 
 
 def _names(code: CodeType) -> Iterator[str]:

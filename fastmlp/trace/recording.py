@@ -181,6 +181,10 @@ class Tracer(fx.Tracer):
                 free = frozenset()
             graph = self._execute(model, free) if defaults else plain
         guards = [Guard.default(name, value) for name, value in defaults.items() if name not in free]
+        if self.inputs and len(self.inputs) != len(self.names):
+            raise TraceError(
+                f"its arguments are {', '.join(self.names) or 'none'}, and inputs has {len(self.inputs)} examples"
+            )
         tensors = [isinstance(value, Tensor) for value in self.inputs] or [True] * len(self.names)
         for name, is_tensor in zip(self.names, tensors, strict=True):
             guards.append(Guard.tensor(name) if self.asks_types and is_tensor else Guard.given(name))

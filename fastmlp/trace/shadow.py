@@ -10,6 +10,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from types import MethodType
 from typing import Any
 
@@ -147,6 +148,9 @@ class Shadow(Written):
         elif is_array(value):
             made = self._known(value, value.copy())
             self.watch(path, lambda: made.tobytes())
+        elif type(value) is count:
+            made = self._known(value, count(*value.__reduce__()[1]))
+            self.watch(path, lambda: repr(made))
         else:
             made = value
             self.observe(value, path, depth)

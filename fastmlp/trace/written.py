@@ -6,6 +6,7 @@ Private: `shadow.py` watches with it what a model holds, and `outside.py` what t
 import pickle
 import random
 import sys
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -94,6 +95,8 @@ class Written:
             inner = {f"{path}[{i}]": item for i, item in enumerate(_few(value))}
         elif isinstance(value, set):
             self.watch(path, lambda: set(value), partial(_update, value))
+        elif isinstance(value, array):
+            self.watch(path, value.tolist, lambda before: value.__setitem__(slice(None), array(value.typecode, before)))
         elif isinstance(value, bytearray):
             self.watch(path, lambda: bytes(value), partial(_refill, value))
         elif _is_plain(value):
@@ -150,7 +153,8 @@ def _generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | N
     if isinstance(value, random.Random):
         return value.getstate, value.setstate
     if isinstance(value, torch.Generator):
-        return value.get_state, value.set_state
+        # As bytes: the pickle of a tensor names its memory too, which differs.
+        return lambda: value.get_state().numpy().tobytes(), partial(_set_state, value)
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.random.RandomState):
         return value.get_state, value.set_state
@@ -158,6 +162,10 @@ def _generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | N
         bits = value.bit_generator
         return lambda: bits.state, partial(setattr, bits, "state")
     return None
+
+
+def _set_state(generator: torch.Generator, state: bytes) -> None:
+    generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
 def joined(path: str, name: str) -> str:
