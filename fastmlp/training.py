@@ -90,7 +90,8 @@ class TrainStep:
     the loop is refused by name: hooks of modules and of parameters, also those of `DistributedDataParallel`, replaced
     methods, `torch.autograd.detect_anomaly` and `saved_tensors_hooks`. Functions that a loss calls, such as
     `torch.nn.functional.mse_loss`, are not looked at. Memory of a gradient is written again by the next call unless
-    somebody else holds it; memory for activations stays with the object.
+    somebody else holds it; memory for activations stays with the object. `.grad` holds the gradient also where
+    torch's SGD with Nesterov momentum adds the momentum to it in place.
 
     Args:
         model: a `fastmlp.Sequential`, `MLP` or `Linear`, their counterparts of `torch.nn`, or any module whose forward
