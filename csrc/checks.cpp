@@ -41,22 +41,6 @@ const char* input_name(const Arguments& all) { return all.module ? all.module->i
 // Whether what the caller passed is what the layers see.
 bool passes_input(const Arguments& all) { return !all.module || all.module->input == "input"; }
 
-// As a method of tensors and modules; modules have none for other dtypes.
-std::string cast_to(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return ".float()";
-    case at::kDouble:
-      return ".double()";
-    case at::kHalf:
-      return ".half()";
-    case at::kBFloat16:
-      return ".bfloat16()";
-    default:
-      return std::string(".to(") + dtype_name(dtype) + ')';
-  }
-}
-
 std::string move_to(const at::Device& device) { return ".to(\"" + device.str() + "\")"; }
 
 bool is_computable(at::ScalarType dtype) { return at::isFloatingType(dtype) || at::isComplexType(dtype); }
@@ -170,6 +154,21 @@ const char* dtype_name(at::ScalarType dtype) {
     return all;
   }();
   return size_t(dtype) < count ? names[size_t(dtype)].c_str() : "an undefined dtype";
+}
+
+std::string cast_to(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return ".float()";
+    case at::kDouble:
+      return ".double()";
+    case at::kHalf:
+      return ".half()";
+    case at::kBFloat16:
+      return ".bfloat16()";
+    default:
+      return std::string(".to(") + dtype_name(dtype) + ')';
+  }
 }
 
 void check_forward(const Stack& stack, const at::Tensor& input, at::TensorList parameters, bool same_dtype,

@@ -15,6 +15,8 @@ namespace fastmlp {
 
 // As users write it: "torch.float32".
 const char* dtype_name(at::ScalarType dtype);
+// The call that makes it so, as a method of tensors and modules: ".float()".
+std::string cast_to(at::ScalarType dtype);
 
 // What errors call the arguments of layers that a module holds. Without it they are called as in `functional`:
 // "weight", or "weights[1]" in a longer network.

@@ -11,6 +11,7 @@
 #include <string>
 #include <utility>
 
+#include "checks.h"
 #include "frozen_call.h"
 #include "passes.h"
 
@@ -131,23 +132,10 @@ void check_apart(const View& x, const char* out, int64_t out_bytes, int64_t elem
               "fastmlp: out lies in the memory of input, expected memory of its own");
 }
 
-const char* cast_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return ".float()";
-    case at::kDouble:
-      return ".double()";
-    case at::kHalf:
-      return ".half()";
-    default:
-      return ".bfloat16()";
-  }
-}
-
 std::string dtype_remedy(const Call& call, at::ScalarType given, const std::string& convert) {
   const bool float32_ends = call.network && call.network->float32_ends();
   const bool or_model = dtype_of(given) && given != call.dtype && !float32_ends;
-  return "; pass " + convert + (or_model ? std::string(", or freeze model") + cast_of(given) : "");
+  return "; pass " + convert + (or_model ? ", or freeze model" + cast_to(given) : "");
 }
 
 void run(const Call& call, const cpu::InputRows& input, void* output) {

@@ -66,8 +66,6 @@ void check_apart(const View& x, const char* out, int64_t out_bytes, int64_t elem
 // The shape of the output of x.
 View result_of(const Call& call, const View& x);
 
-// The call that gives a tensor or a model a dtype of networks: ".float()".
-const char* cast_of(at::ScalarType dtype);
 // What to do about an argument of another dtype: `convert` is the call that gives it the network's.
 std::string dtype_remedy(const Call& call, at::ScalarType given, const std::string& convert);
 

@@ -37,7 +37,7 @@ void check_plain(const Call& call, const char* name, PyObject* object) {
 
 std::string remedy(const Call& call, const char* name, at::ScalarType given) {
   if (name == std::string_view("out")) return std::string("; make it with dtype=") + dtype_name(call.dtype);
-  return at::isComplexType(given) ? "" : dtype_remedy(call, given, std::string("input") + cast_of(call.dtype));
+  return at::isComplexType(given) ? "" : dtype_remedy(call, given, "input" + cast_to(call.dtype));
 }
 
 void check_dtype(const Call& call, const char* name, const at::Tensor& tensor) {

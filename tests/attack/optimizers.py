@@ -200,7 +200,8 @@ def loaded(case: Case, optimizer: Optimizer) -> Optimizer:
 def state_laid(case: Case, optimizer: Optimizer) -> Optimizer:
     for state in optimizer.state.values():
         for key, x in state.items():
-            if isinstance(x, Tensor) and x.dim():
+            # The state of sparse gradients is sparse, and lies in no other way.
+            if isinstance(x, Tensor) and x.dim() and not x.is_sparse:
                 state[key] = drawn.lay(case, x, 0.7)[0]
     return optimizer
 
