@@ -75,7 +75,7 @@ def test_profile(dtype: torch.dtype) -> None:
 
 def test_a_case_that_runs_no_kernel_has_failed() -> None:
     """As where none is loaded for its architecture: nothing else would tell."""
-    case = checks.Case(9, (8, 16, 8), resolve("relu"))
+    case = checks.Case(9, (8, 16, 8), resolve("relu"), card=ARCHITECTURE)
     tallies = checks.run_cases([case], torch.float32, ARCHITECTURE + 1, lambda case, results: None)
     (row,) = checks.rows_of([], tallies, torch.float32, ARCHITECTURE + 1, "bits")
     assert not row.passed
