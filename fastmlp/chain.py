@@ -16,7 +16,7 @@ from fastmlp.activations import module_of
 from fastmlp.modules import Linear, Sequential, form_obstacle, watched_obstacle
 from fastmlp.trace import activation_of, place_of_inner, record, run_chain
 
-__all__ = ["Link", "links"]
+__all__ = ["Link", "Uncompared", "links"]
 
 #: What a chain is made of.
 _KINDS: tuple[type[nn.Module], ...] = (
@@ -42,6 +42,18 @@ class Link(NamedTuple):
 
     name: str
     module: nn.Module
+
+
+class Uncompared(TypeError):
+    """A forward that was recorded as a chain, and cannot be compared with a call of it or differs from that.
+
+    Attributes:
+        chain: what was recorded. Its parameters may be why the forward cannot be called.
+    """
+
+    def __init__(self, text: str, chain: list[Link]) -> None:
+        super().__init__(text)
+        self.chain = chain
 
 
 def links(model: nn.Module, name: str = "") -> list[Link]:
@@ -118,6 +130,7 @@ def _recorded(name: str, module: nn.Module) -> Iterator[Link]:
         _refuse(name, module, f"its forward has {len(inputs)} inputs")
     (source,) = inputs
     left = [node for node in recorded.graph.nodes if node.op.startswith("call_")]
+    own: list[Link] = []
     while True:
         if len(source.users) != 1:
             reason = f"its forward uses {_value(source)} {len(source.users)} times, where a chain does once"
@@ -125,7 +138,9 @@ def _recorded(name: str, module: nn.Module) -> Iterator[Link]:
         (node,) = source.users
         if node.op == "output":
             break
-        yield from _links_of(name, module, recorded, node, source)
+        for link in _links_of(name, module, recorded, node, source):
+            own.append(link)
+            yield link
         left.remove(node)
         source = node
     if node.args != (source,):
@@ -135,7 +150,7 @@ def _recorded(name: str, module: nn.Module) -> Iterator[Link]:
     try:
         check()
     except RuntimeError as error:
-        raise TypeError(f"{error}") from error
+        raise Uncompared(f"{error}", own) from error
 
 
 def _is_input(node: fx.Node) -> bool:

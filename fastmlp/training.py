@@ -12,7 +12,7 @@ from torch.nn.modules.loss import _Loss
 
 from fastmlp import optim
 from fastmlp._load import _C
-from fastmlp.chain import Link, links
+from fastmlp.chain import Link, Uncompared, links
 from fastmlp.modules import Alone, Linear, parts, why_called
 
 __all__ = ["TrainStep"]
@@ -334,6 +334,8 @@ def _model_problems(model: nn.Module) -> list[str]:
     try:
         chain = links(model)
     except TypeError as error:
+        if isinstance(error, Uncompared) and (found := _parameter_problems(error.chain)):
+            return found
         children = model.named_children() if isinstance(model, nn.Module) else ()
         found = [problem for name, module in children for problem in _child_problems(name, module)]
         text = str(error).removeprefix("fastmlp: ")
