@@ -103,7 +103,10 @@ def watch(training: Training) -> None:
     """Draws one of these."""
     case, side = training.case, training.side
     index = case.random.randrange(len(side.parameters))
-    leaf = case.random.randrange(len(side.leaves))
+    # The model has no module of an activation that it calls as a function.
+    modules = set(side.model.modules())
+    own = [i for i, module in enumerate(side.leaves) if module in modules]
+    leaf = own[case.random.randrange(len(side.leaves)) % len(own)]
     kinds = ("forward", "forward_pre", "full_backward")
     options: dict[str, Callable[[Side], None]] = {
         "tensor hook": on_parameter(index),
