@@ -344,7 +344,14 @@ def states() -> list[Any]:
     return [random.getstate(), torch.get_rng_state().tolist(), str(numpy_state)]
 
 
-def test_generators_that_nobody_watches() -> None:
+@pytest.mark.parametrize("threads", [0, 1])
+def test_generators_that_nobody_watches(threads: int) -> None:
+    """Somebody else profiles this thread, alone or beside another one."""
+    done = threading.Event()
+    others = [threading.Thread(target=done.wait) for _ in range(threads)]
+    for other in others:
+        other.start()
+
     def profile(frame: Any, event: str, _: Any) -> None:
         return None
 
@@ -358,6 +365,9 @@ def test_generators_that_nobody_watches() -> None:
         assert sys.getprofile() is profile
     finally:
         sys.setprofile(None)
+        done.set()
+        for other in others:
+            other.join()
 
 
 def snapshot(model: nn.Module) -> list[Any]:
