@@ -154,6 +154,7 @@ def traced(case: Case, model: Program, odd: bool) -> None:
         with torch.set_grad_enabled(not case.chance(0.2)):
             compare(case, native, lambda run=run: run(ours), run)  # type: ignore[misc]
         same_writes(case, native, model)
+        native.load_state_dict(model.state_dict())
 
 
 def same_writes(case: Case, native: Program, model: Program) -> None:
@@ -179,6 +180,7 @@ def converted(case: Case, model: Program, odd: bool) -> None:
         case.act("call", f"{[tuple(x.shape) for x in given]}")
         compare(case, native, lambda run=run, model=model: run(model), run)  # type: ignore[misc]
         same_writes(case, native, model)
+        native.load_state_dict(model.state_dict())
 
 
 def frozen(case: Case, model: Program, odd: bool) -> None:
@@ -245,6 +247,8 @@ def trained(case: Case, model: Program, odd: bool) -> None:
 
         compare(case, native, lambda x=x, target=target: results(model, step(x, target)), run)  # type: ignore[misc]
         same_writes_but_parameters(case, native, model)
+        # The bounds are those of one call: the next one begins with the same numbers on both sides.
+        native.load_state_dict(model.state_dict())
 
 
 def same_writes_but_parameters(case: Case, native: Program, model: Program) -> None:

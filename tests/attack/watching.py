@@ -21,7 +21,16 @@ def told(side: Side, word: str, result: Any = None) -> Callable[..., Any]:
 
 
 def on_parameter(index: int) -> Callable[[Side], None]:
-    return lambda side: side.kept.append(side.parameters[index].register_hook(told(side, "tensor hook")))
+    """A hook on its gradient. torch registers none while a parameter is frozen, but keeps the one that it has."""
+
+    def make(side: Side) -> None:
+        p = side.parameters[index]
+        frozen = not p.requires_grad
+        p.requires_grad_(True)
+        side.kept.append(p.register_hook(told(side, "tensor hook")))
+        p.requires_grad_(not frozen)
+
+    return make
 
 
 def on_accumulated(index: int) -> Callable[[Side], None]:
