@@ -3,7 +3,8 @@
 Subclasses of those of `torch.optim`, with the same arguments and the same `state_dict`: a checkpoint of one loads into
 the other. They move the parameters of any model. What the kernels do not take (parameters that are complex, not on the
 CPU, of a subclass of `torch.Tensor` or not dense, sparse gradients, and groups with `capturable` or `differentiable`)
-is moved by PyTorch's own step, in the same call. So is everything where the first parameter is not on the CPU, as of a
+is moved by PyTorch's own step, in the same call; by the one that is not fused, since PyTorch's fused step of
+the CPU is wrong for memory with gaps. So is everything where the first parameter is not on the CPU, as of a
 model on a GPU, and while a hook, a profiler or `torch.compile` watches.
 """
 
@@ -59,8 +60,12 @@ def _step_of_torch(optimizer: torch.optim.Optimizer, step: Callable[..., Any], *
 
 
 def _step_of_others(optimizer: torch.optim.Optimizer, step: Callable[..., Any], left: list[Tensor]) -> None:
-    """PyTorch's step for these parameters alone: it passes over what has no gradient."""
+    """PyTorch's step for these parameters alone: it passes over what has no gradient.
+
+    Its fused step reads and writes memory as if it had no gaps, which the memory of these may have.
+    """
     others = {id(parameter) for parameter in left}
+    fused = [group["fused"] for group in optimizer.param_groups]
     hidden = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -71,10 +76,14 @@ def _step_of_others(optimizer: torch.optim.Optimizer, step: Callable[..., Any], 
             if id(parameter) not in others:
                 hidden.append((parameter, parameter.grad))
     try:
+        for group in optimizer.param_groups:
+            group["fused"] = False
         for parameter, _ in hidden:
             parameter.grad = None
         _step_of_torch(optimizer, step)
     finally:
+        for group, was in zip(optimizer.param_groups, fused, strict=True):
+            group["fused"] = was
         for parameter, grad in hidden:
             parameter.grad = grad
 

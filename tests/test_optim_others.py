@@ -78,6 +78,21 @@ def test_among_others(name: str, case: str) -> None:
         assert form(dict(optimizer.state[special])) == form(dict(alone.state[same]))
 
 
+def test_fused_with_gaps(name: str) -> None:
+    """torch's own fused step reads and writes memory with gaps as if it had none: it gives other numbers."""
+    torch.manual_seed(0)
+    memory = torch.randn(4, 6)
+    p, between = nn.Parameter(memory[:, ::2]), memory[:, 1::2].clone()
+    whole = nn.Parameter(torch.randn(4, 3))
+    optimizer = made(name, [p, whole], fused=True)
+    for _ in range(3):
+        set_gradients([p, whole])
+        checked_step(optimizer)
+    assert p.data_ptr() == memory.data_ptr()
+    assert torch.equal(memory[:, 1::2], between)
+    assert optimizer.param_groups[0]["fused"] is True
+
+
 def test_differentiable(name: str) -> None:
     """By torch's own step, through which gradients flow."""
     p = torch.randn(3, requires_grad=True)

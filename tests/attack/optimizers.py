@@ -159,11 +159,10 @@ def dense(x: Tensor) -> Tensor:
 def twin_of(optimizer: Optimizer, parameters: list[nn.Parameter]) -> tuple[Optimizer, list[nn.Parameter]]:
     """torch's own class, on copies.
 
-    torch's fused step reads all memory as if it were contiguous, so that gradients and states that lie otherwise give
-    wrong numbers, and loses NaN where amsgrad takes the larger. It is the twin only where fastmlp calls it too: for
-    hooks, and for sparse gradients, which it refuses.
+    torch's fused step reads all memory as if it had no gaps, so that parameters, gradients and states that lie
+    otherwise give wrong numbers, and loses NaN where amsgrad takes the larger. It is the twin only where fastmlp calls
+    it too.
     """
-    calls_torch = optimizer_is_watched(optimizer) or any(p.grad is not None and p.grad.is_sparse for p in parameters)
     copies: dict[Tensor, nn.Parameter] = {}
     for p in parameters:
         copies[p] = nn.Parameter(oracle.twin_of(p))
@@ -173,7 +172,7 @@ def twin_of(optimizer: Optimizer, parameters: list[nn.Parameter]) -> tuple[Optim
         for group in optimizer.param_groups
     ]
     for group in groups:
-        group["fused"] = group["fused"] if calls_torch else None
+        group["fused"] = optimizer_is_watched(optimizer) and group["fused"]
     made: Optimizer = getattr(torch.optim, type(optimizer).__name__)(groups, lr=0.1)
     for key, state in optimizer.state.items():
         made.state[copies[key]] = {k: oracle.twin_of(x) if isinstance(x, Tensor) else x for k, x in state.items()}
