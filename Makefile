@@ -57,12 +57,12 @@ lint: build
 	$(CXX_FILES) | xargs clang-format --dry-run --Werror
 	mypy
 
-# The extra gpu-proof brings the nvcc of tests/test_cuda_ptx.py.
+# The extra gpu-proof brings the nvcc of tests/cuda/test_cuda_ptx.py.
 pytest: $(VENV)/models $(VENV)/gpu-proof
 	python -m pytest
 
 # On a processor without one of them the list that the tests enumerate is shorter.
-KERNEL_TESTS := tests/test_kernels.py tests/test_math.py tests/test_autograd.py
+KERNEL_TESTS := tests/kernels/test_kernels.py tests/kernels/test_math.py tests/modules/test_autograd.py
 other-isas: build
 	FASTMLP_ISA=portable FASTMLP_TEST_ISAS=portable python -m pytest -q $(KERNEL_TESTS)
 	if python -c "import fastmlp; fastmlp.set_isa('avx2')"; then \
@@ -82,8 +82,8 @@ sanitize: $(SANITIZED)/done
 	cd $(SANITIZED) && \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=. \
-	  python -m pytest -q -p no:cacheprovider tests/test_kernels.py tests/test_errors.py tests/test_optim.py tests/test_train_step_losses.py \
-	    tests/test_frozen.py && \
+	  python -m pytest -q -p no:cacheprovider tests/kernels/test_kernels.py tests/modules/test_errors.py tests/training/test_optim.py tests/training/test_train_step_losses.py \
+	    tests/frozen/test_frozen.py && \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=. \
 	  python -m tests.attack --seconds 60
@@ -121,12 +121,12 @@ gpu-test: build
 	python -c "import sys; from fastmlp import _C; why = _C.device_obstacle('cuda'); sys.exit(why and 'make gpu-test: ' + why)"
 	python -m fastmlp info
 	python -m fastmlp bench --device cuda --output out/gpu.json
-	python -m pytest tests/test_gpu_kernels.py tests/test_cuda.py
+	python -m pytest tests/cuda/test_gpu_kernels.py tests/cuda/test_cuda.py
 
 # The measurements behind the cache blocks of csrc/cpu/tiles.h: make tiles TILES='avx2 float64'
 build/tune_tiles: tools/tune_tiles.cpp $(SOURCES)
 	mkdir -p build
-	$(CXX) -std=c++20 -O3 -fopenmp -Wno-psabi -o $@ $< csrc/activation_info.cpp \
+	$(CXX) -std=c++20 -O3 -fopenmp -Wno-psabi -o $@ $< csrc/contract/activation_info.cpp \
 	  $(addprefix csrc/cpu/,gemm.cpp dispatch.cpp workspace.cpp) csrc/cpu/isa/*.cpp
 
 tiles: build/tune_tiles

@@ -13,8 +13,8 @@ from benchmarks.machine import describe
 from benchmarks.tables import console
 from benchmarks.timing import Effort, race
 from fastmlp.convert import Report
-from tests.comparison import PARTS, compare, pair
-from tests.models import STEPS, SUBJECTS, Subject
+from tests.support.comparison import PARTS, compare, pair
+from tests.support.models import STEPS, SUBJECTS, Subject
 
 #: The ways to convert, by what `trace` is.
 WAYS = {"in place": False, "trace=True": True}
@@ -24,8 +24,8 @@ PATIENCE = 10.0
 
 CAPTION = f"""
 differences: the largest from the same model unconverted, in float64, as a share of the most that rounding explains \
-(tests/rounding.py); fused, kept: by fusion_report, in training mode; step x: the time of {STEPS} training steps \
-unconverted over converted, in float32, the median over rounds in turn"""
+(tests/support/rounding.py); fused, kept: by fusion_report, in training mode; step x: the time of {STEPS} training \
+steps unconverted over converted, in float32, the median over rounds in turn"""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What csrc/bindings.cpp exports. Private: arguments are described where Python calls them."""
+"""What csrc/python/bindings.cpp exports. Private: arguments are described where Python calls them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload

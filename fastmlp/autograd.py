@@ -3,7 +3,7 @@
 Routes:
 
 direct: plain tensors of a device with kernels, in eager mode, go straight into the extension, whose autograd node
-    (`csrc/autograd.cpp`) is a `torch::autograd::Function`: the same in Python costs 6 us more per call.
+    (`csrc/python/autograd.cpp`) is a `torch::autograd::Function`: the same in Python costs 6 us more per call.
 captured: under Dynamo, a Function that calls nothing but registered operators.
 composite: `fastmlp.reference`, for whatever stands between a tensor and its data: functorch
     transforms, forward mode, batched gradients, subclasses, export, dtypes without kernels. It is
@@ -95,7 +95,7 @@ def composed_forward(
     parameters: tuple[Tensor, ...],
     names: Names,
 ) -> Tensor:
-    """What csrc/sequential.cpp calls for a run of layers that cannot take the direct route."""
+    """What csrc/python/sequential.cpp calls for a run of layers that cannot take the direct route."""
     return run(ops.stack_from(has_bias, kinds, scalars), input, parameters, names)
 
 

@@ -267,7 +267,7 @@ class Alone(NamedTuple):
 def parts(children: Mapping[str, nn.Module | None]) -> list[Run | Alone]:
     """What a `Sequential` of these children executes, one after the other.
 
-    The rule of csrc/modules.cpp once more, for Dynamo, which cannot see into that, and for explanations.
+    The rule of csrc/python/modules.cpp once more, for Dynamo, which cannot see into that, and for explanations.
     """
     found: list[Run | Alone] = []
     run: Run | None = None

@@ -1,7 +1,7 @@
 """The operators that the dispatcher knows, and the description of a stack of layers they take.
 
 The operators are private: they lack autograd and are called through `fastmlp.autograd`, which picks
-the route. Their kernels for meta and fake tensors are in `csrc/meta.cpp`.
+the route. Their kernels for meta and fake tensors are in `csrc/tensors/meta.cpp`.
 """
 
 from collections.abc import Sequence

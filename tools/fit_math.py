@@ -1,4 +1,4 @@
-"""Prints the polynomial coefficients of csrc/cpu/math.inl, with the error of each fit.
+"""Prints the polynomial coefficients of csrc/cpu/kernels/math.inl, with the error of each fit.
 
 Each function is interpolated at Chebyshev nodes in 60-digit arithmetic, which is within a
 small factor of the best polynomial of that degree; the printed error is the largest relative

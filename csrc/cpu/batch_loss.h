@@ -2,7 +2,7 @@
 // arithmetic is behind the table.
 #pragma once
 
-#include "../loss.h"
+#include "../contract/loss.h"
 #include "kernel_table.h"
 #include "parallel.h"
 

@@ -10,7 +10,7 @@
 #include <new>
 #include <utility>
 
-#include "../activation_info.h"
+#include "../contract/activation_info.h"
 #include "parallel.h"
 #include "workspace.h"
 

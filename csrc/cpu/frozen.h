@@ -11,7 +11,7 @@
 #include <memory>
 #include <vector>
 
-#include "../problem.h"
+#include "../contract/problem.h"
 #include "dispatch.h"
 
 namespace fastmlp::cpu {

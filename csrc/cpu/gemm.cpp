@@ -10,7 +10,7 @@
 
 #include <algorithm>
 
-#include "../activation_info.h"
+#include "../contract/activation_info.h"
 #include "packing.h"
 #include "parallel.h"
 #include "workspace.h"

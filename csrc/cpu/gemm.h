@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../problem.h"
+#include "../contract/problem.h"
 #include "kernel_table.h"
 #include "parallel.h"
 

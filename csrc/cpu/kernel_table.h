@@ -11,10 +11,10 @@
 // A leaf function works on one panel, tile or run; it starts no thread and allocates nothing.
 #pragma once
 
-#include "../loss.h"
-#include "../problem.h"
-#include "../storage.h"
-#include "../update.h"
+#include "../contract/loss.h"
+#include "../contract/problem.h"
+#include "../contract/storage.h"
+#include "../contract/update.h"
 
 namespace fastmlp::cpu {
 

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "../activation_info.h"
+#include "../contract/activation_info.h"
 #include "dispatch.h"
 #include "gemm.h"
 #include "row_blocks.h"

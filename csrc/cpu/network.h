@@ -2,7 +2,7 @@
 // register.cpp with pointers; knows neither tensors nor instruction sets.
 #pragma once
 
-#include "../problem.h"
+#include "../contract/problem.h"
 
 namespace fastmlp::cpu {
 

@@ -5,8 +5,8 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include "../devices.h"
-#include "../operations.h"
+#include "../tensors/devices.h"
+#include "../tensors/operations.h"
 #include "network.h"
 #include "step.h"
 #include "workspace.h"

@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <vector>
 
-#include "../problem.h"
+#include "../contract/problem.h"
 #include "batch_loss.h"
 #include "kernel_table.h"
 

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "../activation_info.h"
+#include "../contract/activation_info.h"
 #include "kernel_table.h"
 #include "parallel.h"
 

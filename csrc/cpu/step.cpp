@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "../activation_info.h"
+#include "../contract/activation_info.h"
 #include "batch_loss.h"
 #include "dispatch.h"
 #include "network.h"

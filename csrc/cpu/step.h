@@ -5,8 +5,8 @@
 #include <cstddef>
 #include <vector>
 
-#include "../loss.h"
-#include "../update.h"
+#include "../contract/loss.h"
+#include "../contract/update.h"
 
 namespace fastmlp::cpu {
 

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../activation.h"
+#include "../contract/activation.h"
 #include "device.h"
 #include "product.h"
 

@@ -11,7 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../problem.h"
+#include "../contract/problem.h"
 
 namespace fastmlp::cuda {
 // Of an object in shared memory, in bytes: vectors of 16 are read from there, whatever the type's elements are.

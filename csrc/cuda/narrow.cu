@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "../activation_info.h"
-#include "../storage.h"
+#include "../contract/activation_info.h"
+#include "../contract/storage.h"
 #include "tiles.h"
 #include "workspace.h"
 

@@ -1,7 +1,7 @@
 // Narrow networks in one kernel, forward or backward (fused.cuh). Called by network.cu.
 #pragma once
 
-#include "../problem.h"
+#include "../contract/problem.h"
 #include "products.h"
 
 namespace fastmlp::cuda {

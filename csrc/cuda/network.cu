@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "../activation_info.h"
-#include "../storage.h"
+#include "../contract/activation_info.h"
+#include "../contract/storage.h"
 #include "narrow.h"
 #include "workspace.h"
 

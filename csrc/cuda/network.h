@@ -2,7 +2,7 @@
 // the tests' extension in the emulator, with pointers of the device; knows no tensors and never waits for the device.
 #pragma once
 
-#include "../problem.h"
+#include "../contract/problem.h"
 #include "products.h"
 
 namespace fastmlp::cuda {

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "../problem.h"
-#include "../storage.h"
+#include "../contract/problem.h"
+#include "../contract/storage.h"
 
 namespace fastmlp::cuda {
 

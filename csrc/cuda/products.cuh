@@ -7,7 +7,7 @@
 #include <string>
 #include <type_traits>
 
-#include "../activation_info.h"
+#include "../contract/activation_info.h"
 #include "fused.cuh"
 #include "fused_mma.cuh"
 #include "mma.cuh"

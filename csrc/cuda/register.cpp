@@ -13,8 +13,8 @@
 #include <atomic>
 #include <map>
 
-#include "../devices.h"
-#include "../operations.h"
+#include "../tensors/devices.h"
+#include "../tensors/operations.h"
 #include "library.h"
 #include "measured.h"
 #include "network.h"

@@ -8,8 +8,8 @@
 #include <string>
 #include <utility>
 
-#include "../activation_info.h"
-#include "../storage.h"
+#include "../contract/activation_info.h"
+#include "../contract/storage.h"
 #include "device.h"
 
 namespace fastmlp::cuda {

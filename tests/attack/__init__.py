@@ -1,4 +1,4 @@
-"""The generated attack: random programs on the library, against native PyTorch under the bounds of `tests/bounds.py`.
+"""The generated attack: random programs on the library, against native PyTorch under bounds.
 
 A case is a function of a surface and a seed, and nothing else: `python -m tests.attack --surface frozen --seed 7` plays
 one again. `cases.py` says what a case is, `drawn.py` and `nets.py` what is drawn, `oracle.py` what a result must be;

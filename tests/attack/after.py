@@ -13,9 +13,9 @@ from fastmlp.activations import IDENTITY, resolve
 from tests.attack.cases import Case, Disagreement
 from tests.attack.oracle import nan_is_open
 from tests.attack.sides import Side, Training, owned
-from tests.bounds import Bounded, network
-from tests.intervals import Arithmetic, Interval
-from tests.training import Loop, clipped, loss_bounds
+from tests.support.bounds import Bounded, network
+from tests.support.intervals import Arithmetic, Interval
+from tests.support.training import Loop, clipped, loss_bounds
 
 
 @dataclass

@@ -11,7 +11,7 @@ from fastmlp import Activation, reference
 from fastmlp.activations import IDENTITY, module_of
 from tests.attack import drawn
 from tests.attack.cases import Case
-from tests.training import Functional
+from tests.support.training import Functional
 
 #: How a network may be written.
 FORMS = ("nn", "nn", "fast", "nested", "functional", "attributes", "fused", "converted")

@@ -11,8 +11,8 @@ import fastmlp
 from tests.attack import drawn, oracle
 from tests.attack.after import compare, unless_overflowing
 from tests.attack.cases import Case, attempt
-from tests.intervals import Arithmetic, Interval, State
-from tests.training import OPTIMIZERS, Optimizer, draw_optimizer
+from tests.support.intervals import Arithmetic, Interval, State
+from tests.support.training import OPTIMIZERS, Optimizer, draw_optimizer
 
 SHAPES: tuple[tuple[int, ...], ...] = (
     *((), (1,), (1,), (7,), (16,), (67,), (300,), (0,), (3, 0)),

@@ -1,4 +1,4 @@
-"""What results must be: PyTorch's own in float64, with bounds from `tests/bounds.py`."""
+"""What results must be: PyTorch's own in float64, with bounds from `tests/support/bounds.py`."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ import fastmlp
 from fastmlp import Activation, reference
 from fastmlp.activations import IDENTITY, resolve
 from tests.attack.cases import Case, Disagreement
-from tests.bounds import Bounded, activated, gamma, product, rounding, stored
+from tests.support.bounds import Bounded, activated, gamma, product, rounding, stored
 
 #: Norms, dropouts and what else is no layer and no activation.
 VANISHING = (nn.Dropout, nn.AlphaDropout, nn.Identity)

@@ -14,7 +14,7 @@ from fastmlp import Activation, reference
 from fastmlp.activations import IDENTITY, module_of
 from tests.attack import drawn, oracle
 from tests.attack.cases import Case, attempt
-from tests.bounds import Bounded, network
+from tests.support.bounds import Bounded, network
 
 
 @dataclass

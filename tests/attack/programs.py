@@ -13,8 +13,8 @@ import fastmlp
 from tests.attack import oracle
 from tests.attack.cases import Case, Disagreement, attempt
 from tests.attack.statements import ARITHMETIC, GRAPHS, ODD, Program, Scaled, Statement
-from tests.rounding import distance, rounding_bounds
-from tests.training import Loop
+from tests.support.rounding import distance, rounding_bounds
+from tests.support.training import Loop
 
 #: Something that gives tensors by name, from a model.
 Run = Callable[[nn.Module], Mapping[str, Tensor]]

@@ -12,7 +12,7 @@ import fastmlp
 from fastmlp.activations import IDENTITY, module_of
 from tests.attack import oracle
 from tests.attack.cases import Case, attempt
-from tests.training import Loop, Optimizer
+from tests.support.training import Loop, Optimizer
 
 #: The class of torch for each that a step may be of.
 TORCHS: dict[type[Optimizer], type[Optimizer]] = {

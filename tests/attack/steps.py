@@ -13,7 +13,7 @@ from tests.attack import after, drawn, nets, oracle, watching
 from tests.attack.cases import Case, Disagreement, attempt
 from tests.attack.meddling import MEDDLING
 from tests.attack.sides import Side, Training, owned
-from tests.training import LOSSES, OPTIMIZERS, draw_loss, draw_optimizer, optimizer_of, targets
+from tests.support.training import LOSSES, OPTIMIZERS, draw_loss, draw_optimizer, optimizer_of, targets
 
 DTYPES = (torch.float32, torch.float64)
 FORMS = ("nn", "fast", "nested", "functional", "attributes", "fused", "converted")

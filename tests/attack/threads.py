@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import fastmlp
 from tests.attack import drawn, nets, oracle
 from tests.attack.cases import Case
-from tests.bounds import Bounded
 from tests.conftest import ISAS
+from tests.support.bounds import Bounded
 
 
 def play(case: Case) -> None:

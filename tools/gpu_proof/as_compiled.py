@@ -37,7 +37,7 @@ def check(
 ) -> Outcome:
     """Run the translated kernels; each row is a check."""
     outcome = Outcome(columns=("kernel", "dtype", "for", "check", "result"), title="PTX of nvcc, executed")
-    run([sys.executable, "-c", "from tests.emulated import emulated; emulated()"])
+    run([sys.executable, "-c", "from tests.support.emulated import emulated; emulated()"])
     pairs = [(dtype, architecture) for dtype in dtypes for architecture in architectures]
     runs = side_by_side(lambda pair: run_module(*pair, checks, root), pairs)
     for (dtype, architecture), done in zip(pairs, runs, strict=True):

@@ -1,4 +1,4 @@
-"""Gate `executed`: tests/test_cuda_kernels.py in the emulator, which must run every kernel that nvcc compiles."""
+"""Gate `executed`: tests/cuda/test_cuda_kernels.py in the emulator, which must run every kernel that nvcc compiles."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ from tools.gpu_proof.emulation import COVERAGE, build, execute
 from tools.gpu_proof.kernels import Kernel, demangle
 from tools.gpu_proof.toolchain import BUILD, run
 
-TESTS = "tests/test_cuda_kernels.py"
+TESTS = "tests/cuda/test_cuda_kernels.py"
 
 
 def counts(folder: Path) -> tuple[dict[str, int], dict[str, dict[int, int]]]:

@@ -1,7 +1,7 @@
 """Runs each family of kernels on a few small shapes against the specification, in a process that gates start.
 
-Small enough for ThreadSanitizer: some blocks, some tiles of k, aligned and ragged. tests/test_cuda_kernels.py has the
-rest.
+Small enough for ThreadSanitizer: some blocks, some tiles of k, aligned and ragged. The rest is in
+tests/cuda/test_cuda_kernels.py.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from itertools import pairwise
 import torch
 
 from fastmlp.activations import resolve
-from tests.emulated import emulated
-from tests.test_cuda_kernels import check, checks, set_up
+from tests.cuda.test_cuda_kernels import check, checks, set_up
+from tests.support.emulated import emulated
 
 
 def network(dtype: torch.dtype, rows: int, widths: Sequence[int], activation: str, last: str = "identity") -> None:

@@ -4,7 +4,7 @@
 
 #if defined(__x86_64__)
 FASTMLP_TARGET("avx2,fma,f16c")
-#include "../../activation.h"
+#include "../../contract/activation.h"
 
 namespace fastmlp::cpu::avx2 {
 
@@ -45,7 +45,7 @@ struct Isa {
 
 template <class S> constexpr Tiles tiles_of = tiles_of_avx2<S>;
 
-#include "../kernels.inl"
+#include "../kernels/kernels.inl"
 
 constexpr Kernels<float> float32 = Leaf<float>::kernels();
 constexpr Kernels<double> float64 = Leaf<double>::kernels();

@@ -4,7 +4,7 @@
 
 #if defined(__x86_64__)
 FASTMLP_TARGET("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")
-#include "../../activation.h"
+#include "../../contract/activation.h"
 
 namespace fastmlp::cpu::avx512 {
 
@@ -17,7 +17,7 @@ struct Isa : Avx512 {
 
 template <class S> constexpr Tiles tiles_of = tiles_of_avx512<S>;
 
-#include "../kernels.inl"
+#include "../kernels/kernels.inl"
 
 extern const Kernels<float> float32;
 extern const Kernels<double> float64;

@@ -5,7 +5,7 @@
 
 #if defined(__x86_64__)
 FASTMLP_TARGET("avx512bf16,avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")
-#include "../../activation.h"
+#include "../../contract/activation.h"
 
 namespace fastmlp::cpu {
 
@@ -38,7 +38,7 @@ struct Isa : Avx512 {
 
 template <class S> constexpr Tiles tiles_of = tiles_of_avx512<S>;
 
-#include "../kernels.inl"
+#include "../kernels/kernels.inl"
 
 constexpr Kernels<BFloat16> bfloat16 = Leaf<BFloat16>::kernels();
 

@@ -2,7 +2,7 @@
 // table that dispatch.cpp falls back to, and the one that other ISAs are compared with.
 #include "target.h"
 
-#include "../../activation.h"
+#include "../../contract/activation.h"
 
 namespace fastmlp::cpu::portable {
 
@@ -64,7 +64,7 @@ struct Isa {
 
 template <class S> constexpr Tiles tiles_of = tiles_of_portable<S>;
 
-#include "../kernels.inl"
+#include "../kernels/kernels.inl"
 
 constexpr Kernels<float> float32 = Leaf<float>::kernels();
 constexpr Kernels<double> float64 = Leaf<double>::kernels();

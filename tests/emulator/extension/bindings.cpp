@@ -1,14 +1,14 @@
 // _C_emulated: forward and backward of csrc/cuda, run by the emulator on CPU tensors. For tests only, which build it
-// (tests/emulated.py) and pass the card whose choices are wanted. Results and scratch memory start as NaN, so
+// (tests/support/emulated.py) and pass the card whose choices are wanted. Results and scratch memory start as NaN, so
 // that what a kernel leaves out shows.
 #include <torch/extension.h>
 
 #include "cuda/library.h"
 #include "cuda/network.h"
-#include "devices.h"
+#include "tensors/devices.h"
 #include "emulated.h"
-#include "operations.h"
-#include "storage.h"
+#include "tensors/operations.h"
+#include "contract/storage.h"
 
 namespace fastmlp::emulated {
 namespace {

@@ -8,7 +8,7 @@ place of its own of the same name. checks.py compares the two, profile.py counts
     python -m tests.emulator.ptx --arch 75 80 90 --dtype float32 --check bits bounds profile
 
 prints a row of JSON for each kernel and check (kernel, dtype, architecture, check, result) and fails if one of them
-failed; the first run compiles. tests/test_cuda_ptx.py is the part that CI runs.
+failed; the first run compiles. tests/cuda/test_cuda_ptx.py is the part that CI runs.
 
 nvcc is that of CUDA_HOME or comes from PyPI: nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-crt, nvidia-cuda-runtime and
 nvidia-cuda-cccl, all ==13.0.*, which make the same PTX byte for byte. Besides, g++ and binutils (c++filt).

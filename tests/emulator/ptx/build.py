@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 
-from tests.emulated import ROOT, emulated
 from tests.emulator.ptx.names import launches
 from tests.emulator.ptx.translate import Kernel, translate
+from tests.support.emulated import ROOT, emulated
 
 BUILD = ROOT / "build" / "ptx"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -89,7 +89,7 @@ def compile_cxx(command: list[str], output: Path) -> None:
 @cache
 def workplace() -> Path:
     """A folder for what is compiled with the emulator as it is, with semantics.h precompiled."""
-    headers = contents(ROOT / "tests/emulator") + (ROOT / "csrc/problem.h").read_bytes()
+    headers = contents(ROOT / "tests/emulator") + (ROOT / "csrc/contract/problem.h").read_bytes()
     folder = BUILD / digest(headers, str(flags()))
     precompiled = folder / "semantics.h.gch"
     if not precompiled.exists():

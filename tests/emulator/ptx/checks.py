@@ -3,7 +3,7 @@
 bits: Activations that only add, multiply, divide, compare and select: results have the bits of the shim's, which is the
     same source compiled by the host compiler. Both fuse a * b + c; products of 16-bit numbers are exact in float32, so
     tensor cores have no choice but the order of the sums, which the emulator fixes for both.
-bounds: Every activation, within the bounds that tests/bounds.py computes from the data. Exponentials and the like come
+bounds: Every activation, within the bounds of tests/support/bounds.py, from the data. Exponentials and the like come
     from libdevice here and from glibc in the shim: two good approximations whose last bits differ.
 profile: Bank conflicts and sectors, on whole aligned tiles.
 """
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from fastmlp import Activation
 from fastmlp.activations import resolve
-from tests.emulated import emulated
+from tests.cuda.test_cuda_kernels import ORDERS, check, set_up
 from tests.emulator.ptx.names import readable
 from tests.emulator.ptx.translate import Kernel
-from tests.kernel_checks import parts_of_chunks
-from tests.test_cuda_kernels import ORDERS, check, set_up
+from tests.support.emulated import emulated
+from tests.support.kernel_checks import parts_of_chunks
 
 EXACT = [resolve(name) for name in ("identity", "relu", "leaky_relu", "hardswish")]
 

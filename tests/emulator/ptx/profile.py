@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from fastmlp.activations import resolve
-from tests.emulated import ROOT, emulated
 from tests.emulator.ptx.checks import FEW_MULTIPROCESSORS, Case, Row, many_rows
 from tests.emulator.ptx.names import readable
 from tests.emulator.ptx.translate import Kernel
+from tests.support.emulated import ROOT, emulated
 
 #: Gates, for every kernel: wavefronts of shared memory in main loops and around them, and sectors of global memory.
 MAIN_LOOP = 1.0

@@ -1,0 +1,232 @@
+// Vector arithmetic of one ISA: the operand type M of activation.h. Included by kernels.inl inside
+// an ISA's namespace and target region, after Isa is defined; must not include anything. Coefficients come
+// from tools/fit_math.py. Largest errors seen, in units in the last place of the result
+// (tests/kernels/test_math.py measures them again): exp 1, expm1 2, tanh 3, sigmoid 3, sin and cos 2.
+
+template <class T> struct Real;
+
+template <> struct Real<float> {
+  using Bits = uint32_t;
+  static constexpr int mantissa = 23;
+  static constexpr Bits bias = 127;
+  static constexpr Bits magnitude = 0x7fffffffu;
+  static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float exp_low = -104.0f, exp_high = 89.0f;
+  // pi in parts short enough that their products with n <= 2^13 are exact without FMA.
+  static constexpr float pi[4] = {3.140625f, 0x1.fb8p-11f, -0x1.5ep-22f, 0x1.0b4612p-33f};
+  static constexpr float reducible = 25000.0f;
+  static constexpr float expm1_tail[] = {0.5f, 0.166665767f, 0.0416665542f, 0.00836323288f, 0.00139262508f};
+  static constexpr float atanh_tail[] = {0.333333337f, 0.199998532f, 0.14296179f, 0.108532879f, 0.116121646f};
+  static constexpr float sin_tail[] = {-0.166666667f, 0.00833333277f, -0.00019841086f, 2.75364224e-6f, -2.4079237e-8f};
+  static constexpr float normal_tail[] = {0.09441064f,     0.170397727f,   0.124379369f,    0.0717071098f,
+                                          0.0308633602f,   0.00849611659f, 0.000512078989f, -0.000657920448f,
+                                          -0.00018204653f, 7.35653223e-5f};
+  static float sin(float x) { return __builtin_sinf(x); }
+  static float cos(float x) { return __builtin_cosf(x); }
+};
+
+template <> struct Real<double> {
+  using Bits = uint64_t;
+  static constexpr int mantissa = 52;
+  static constexpr Bits bias = 1023;
+  static constexpr Bits magnitude = 0x7fffffffffffffffu;
+  static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double ln2_high = 0x1.62e42feep-1, ln2_low = 1.9082149292705877e-10;
+  static constexpr double exp_low = -746.0, exp_high = 710.0;
+  static constexpr double pi[4] = {0x1.921fb58p+1, -0x1.dde974p-26, 0x1.1a62633145c07p-53, 0.0};
+  static constexpr double reducible = 2.0e8;
+  static constexpr double expm1_tail[] = {0.5,
+                                          0.16666666666666671,
+                                          0.04166666666666667,
+                                          0.0083333333333260831,
+                                          0.0013888888888883711,
+                                          0.00019841269875002279,
+                                          2.4801587325677462e-5,
+                                          2.7557255170000887e-6,
+                                          2.755727347871858e-7,
+                                          2.5105312729622102e-8,
+                                          2.0914755325893202e-9};
+  static constexpr double atanh_tail[] = {0.33333333333333333,  0.19999999999999761,  0.1428571428580005,
+                                          0.11111111099118385,  0.090909099489813572, 0.076922719824302746,
+                                          0.066675893157246279, 0.058671395306515987, 0.054225891974400074,
+                                          0.037460718977753837, 0.078152889004614252};
+  static constexpr double sin_tail[] = {-0.16666666666666667,    0.0083333333333333157, -0.00019841269841254885,
+                                        2.7557319219139182e-6,   -2.505210761393476e-8, 1.6058977114074673e-10,
+                                        -7.6439639659253567e-13, 2.7313658674940167e-15};
+  static constexpr double normal_tail[] = {
+      0.094410641301968937,    0.17039772154845543,   0.12437925533926305,     0.071707407337736041,
+      0.030864804106340671,    0.0084920954821332594, 0.00050756207455231793,  -0.00063881385185401519,
+      -0.00018718426406679651, 4.5554893760753168e-5, 2.8648308433846263e-5,   -4.6315455293707837e-6,
+      -4.30340111060603e-6,    8.2932453703119818e-7, 6.6107125396495826e-7,   -2.056895922776015e-7,
+      -9.3403523799667994e-8,  5.2144192493934279e-8, 8.5414901769631514e-9,   -1.1064683262182794e-8,
+      6.4824040317288806e-10,  1.4436122147749161e-9, -3.2380045819253328e-10, -2.1810003849023284e-11};
+  static double sin(double x) { return __builtin_sin(x); }
+  static double cos(double x) { return __builtin_cos(x); }
+};
+
+template <class T> struct Math {
+  using R = Real<T>;
+  using Bits = typename R::Bits;
+  typedef T V __attribute__((vector_size(Isa::vector_bytes)));
+  typedef Bits I __attribute__((vector_size(Isa::vector_bytes)));
+  static constexpr int lanes = Isa::vector_bytes / int(sizeof(T));
+
+  // x - 0 is x for every x, -0.0 included; x + 0 is not, and costs an addition.
+  static V broadcast(T x) { return x - V{}; }
+  // Counting<n>::Type is Indices<0, ..., n - 1>.
+  template <int... l> struct Indices {};
+  template <int n, int... l> struct Counting : Counting<n - 1, n - 1, l...> {};
+  template <int... l> struct Counting<0, l...> {
+    using Type = Indices<l...>;
+  };
+
+  static V fill(double x) { return broadcast(T(x)); }
+  static V load(const T* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  // The first n lanes, n < lanes; zero after. Memory of the others is not touched.
+  static V load_first(const T* p, int64_t n) { return V(Isa::load_first(p, n)); }
+  static void store(T* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
+  static void store_first(T* p, V v, int64_t n) { Isa::store_first(p, v, n); }
+
+  // rows[i][j] <-> rows[j][i]: at each distance, a power of two, halves of pairs of rows change places.
+  static void transpose(V (&rows)[lanes]) { transpose_from<1>(rows, typename Counting<lanes>::Type{}); }
+
+  // Lane i becomes the sum of the lanes of rows[i]: a transposition that adds the halves it makes.
+  static V sums(V (&rows)[lanes]) { return sums_from<1>(rows, typename Counting<lanes>::Type{}); }
+
+  static V sqrt(V x) { return V(Isa::sqrt(x)); }
+  static V abs(V x) { return V(I(x) & R::magnitude); }
+
+  // e^x. Values below and above the range of T become 0 and infinity.
+  static V exp(V x) {
+    const V low = fill(R::exp_low), high = fill(R::exp_high);
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    V n;
+    const V p = fill(1) + expm1_reduced(x, n);
+    // 2^n in two factors, since n may exceed the exponent range by one bit.
+    const I half = exponent(n) >> 1;
+    const I rest = exponent(n) - half;
+    return p * power_of_2(half - offset / 2) * power_of_2(rest - (offset - offset / 2));
+  }
+
+  // e^x - 1 for x <= 0; a zero keeps its sign.
+  static V expm1_of_negative(V x) {
+    const V low = fill(-50), zero = x;
+    x = x < low ? low : x;
+    V n;
+    const V p = expm1_reduced(x, n);
+    const V s = power_of_2(exponent(n) - offset);
+    return zero == fill(0) ? zero : s * p + (s - fill(1));
+  }
+
+  // log(1 + x) for 0 <= x <= 1, as 2 atanh(x / (2 + x)).
+  static V log1p_of_unit(V x) {
+    const V s = x / (fill(2) + x);
+    const V u = s * s;
+    return fill(2) * (s + s * u * polynomial(R::atanh_tail, u));
+  }
+
+  static V sigmoid(V x) { return fill(1) / (fill(1) + exp(-x)); }
+
+  // -expm1(-2|x|) / (2 + expm1(-2|x|)) with the sign of x.
+  static V tanh(V x) {
+    const V e = expm1_of_negative(fill(-2) * abs(x));
+    const V t = -e / (e + fill(2));
+    return V(I(t) | (I(x) & ~R::magnitude));
+  }
+
+  static V sin(V x) { return sin_shifted(x, fill(0), 0); }
+  static V cos(V x) { return sin_shifted(x, fill(0.5), 1); }
+
+  // Q(x) e^(x^2 / 2) for x >= 0, where Q is the upper tail of the normal distribution.
+  static V normal_tail(V x) {
+    const V t = fill(8) / (fill(4) + x) - fill(1);
+    // Far out, where e^(-x^2 / 2) is 0, the polynomial may err below zero, and -0.0 would change the product's sign.
+    return abs(polynomial(R::normal_tail, t));
+  }
+
+ private:
+  template <int distance, int... l> static void transpose_from(V (&rows)[lanes], Indices<l...> all) {
+    if constexpr (distance < lanes) {
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; i++) {
+        if (i & distance) continue;
+        const V a = rows[i], b = rows[i + distance];
+        rows[i] = __builtin_shufflevector(a, b, (l & distance ? lanes + l - distance : l)...);
+        rows[i + distance] = __builtin_shufflevector(a, b, (l & distance ? lanes + l : l + distance)...);
+      }
+      transpose_from<2 * distance>(rows, all);
+    }
+  }
+
+  template <int distance, int... l> static V sums_from(V (&rows)[lanes], Indices<l...> all) {
+    if constexpr (distance == lanes) {
+      return rows[0];
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; i += 2 * distance) {
+        const V a = rows[i], b = rows[i + distance];
+        rows[i] = __builtin_shufflevector(a, b, (l & distance ? lanes + l - distance : l)...) +
+                  __builtin_shufflevector(a, b, (l & distance ? lanes + l : l + distance)...);
+      }
+      return sums_from<2 * distance>(rows, all);
+    }
+  }
+
+  // Keeps exponents positive while they are split in two.
+  static constexpr Bits offset = 2048;
+
+  template <int N> static V polynomial(const T (&c)[N], V x) {
+    V p = fill(c[N - 1]);
+#pragma GCC unroll 32
+    for (int i = N - 2; i >= 0; i--) p = p * x + fill(c[i]);
+    return p;
+  }
+
+  // The integer n, as n + offset.
+  static I exponent(V n) {
+    const V shifted = n + fill(R::round);
+    return I(shifted) - I(fill(R::round)) + offset;
+  }
+
+  static V power_of_2(I n) { return V((n + R::bias) << R::mantissa); }
+
+  // x = n ln 2 + r, |r| <= ln 2 / 2; returns e^r - 1.
+  static V expm1_reduced(V x, V& n) {
+    const V shifted = x * fill(1.44269504088896340736) + fill(R::round);
+    n = shifted - fill(R::round);
+    const V r = (x - n * fill(R::ln2_high)) - n * fill(R::ln2_low);
+    return r + r * r * polynomial(R::expm1_tail, r);
+  }
+
+  // x = (n + shift) pi + r, |r| <= pi / 2: sin x = (-1)^n sin r for shift 0, and
+  // cos x = (-1)^(n + 1) sin r for shift 1/2. Lanes too large for the reduction go to libm, each by
+  // its own value, so that a lane's bits do not depend on its neighbours.
+  static V sin_shifted(V x, V shift, Bits parity) {
+    const V quotient = x * fill(0.318309886183790671538) - shift;
+    const V shifted = quotient + fill(R::round);
+    const V n = (shifted - fill(R::round)) + shift;
+    V r = x - n * fill(R::pi[0]);
+    r = r - n * fill(R::pi[1]);
+    r = r - n * fill(R::pi[2]);
+    r = r - n * fill(R::pi[3]);
+    const V u = r * r;
+    const V s = r + r * u * polynomial(R::sin_tail, u);
+    const I sign = (I(shifted) + parity) << (sizeof(T) * 8 - 1);
+    V y = V(I(s) ^ sign);
+    const I large = I(abs(x) > fill(R::reducible));
+    Bits any = 0;
+    for (int i = 0; i < lanes; i++) any |= large[i];
+    if (any) {
+      for (int i = 0; i < lanes; i++) {
+        if (large[i]) y[i] = parity ? R::cos(x[i]) : R::sin(x[i]);
+      }
+    }
+    return y;
+  }
+};

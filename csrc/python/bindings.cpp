@@ -1,0 +1,204 @@
+// The names that Python sees: the module _C for direct calls, and the operators' schemas for the
+// dispatcher. No computation and no checks of its own.
+#include <torch/extension.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+
+#include "autograd.h"
+#include "../tensors/borrowed.h"
+#include "../tensors/checks.h"
+#include "../cpu/dispatch.h"
+#include "../tensors/devices.h"
+#include "frozen.h"
+#include "modules.h"
+#include "../tensors/operators.h"
+#include "optimizer.h"
+#include "route.h"
+#include "sequential.h"
+#include "train_step.h"
+
+namespace fastmlp {
+namespace {
+
+py::list activations() {
+  py::list all;
+  for (int kind = 0; kind < Activations::size; kind++) {
+    const ActivationInfo& info = activation_info(kind);
+    py::dict parameters;
+    for (int i = 0; i < 2 && info.parameters[i].name; i++)
+      parameters[info.parameters[i].name] = info.parameters[i].initial;
+    all.append(py::make_tuple(info.name, parameters));
+  }
+  return all;
+}
+
+py::list instruction_sets() {
+  py::list all;
+  for (const cpu::KernelTable* table : cpu::tables()) {
+    const auto sizes = [](const auto* k) {
+      return py::dict(py::arg("MR") = k->mr, py::arg("NR") = k->nr, py::arg("MC") = k->mc, py::arg("NC") = k->nc,
+                      py::arg("KC") = k->kc, py::arg("chain") = k->chain, py::arg("lanes") = k->lanes,
+                      py::arg("stream_rows") = k->stream_rows, py::arg("stream_columns") = k->stream_columns);
+    };
+    all.append(py::dict(py::arg("name") = table->name, py::arg("description") = table->description,
+                        py::arg("supported") = cpu::supported(*table), py::arg("float32") = sizes(table->float32),
+                        py::arg("float64") = sizes(table->float64), py::arg("bfloat16") = sizes(table->bfloat16),
+                        py::arg("float16") = sizes(table->float16)));
+  }
+  return all;
+}
+
+c10::ArrayRef<PyObject*> items_of(const py::tuple& tuple) {
+  return {PySequence_Fast_ITEMS(tuple.ptr()), size_t(PyTuple_GET_SIZE(tuple.ptr()))};
+}
+
+std::optional<std::string> obstacle_of(py::handle input, const py::tuple& parameters) {
+  const char* why = obstacle(input.ptr(), items_of(parameters));
+  return why ? std::optional<std::string>(why) : std::nullopt;
+}
+
+// An object whose __init__ has not run holds nothing.
+TrainStep& initialised(const py::object& self) {
+  TORCH_CHECK_TYPE(py::isinstance<TrainStep>(self) && py::detail::is_holder_constructed(self.ptr()),
+                   "fastmlp: this is no TrainStep, or one whose __init__ was never called");
+  return py::cast<TrainStep&>(self);
+}
+
+const Stack& initialised(const c10::intrusive_ptr<Stack>& stack) {
+  TORCH_CHECK_TYPE(stack, "fastmlp: stack is None, expected a Stack");
+  return *stack;
+}
+
+// The direct route, or None if something stands in its way.
+std::optional<at::Tensor> try_run(const c10::intrusive_ptr<Stack>& stack, py::handle input,
+                                  const py::tuple& parameters) {
+  initialised(stack);
+  if (obstacle(input.ptr(), items_of(parameters))) return std::nullopt;
+  Borrowed unpacked;
+  for (const py::handle parameter : parameters) unpacked.push_back(THPVariable_Unpack(parameter.ptr()));
+  return run(stack, THPVariable_Unpack(input.ptr()), unpacked);
+}
+
+// A model may hold the step that trains it.
+void collect_train_steps(PyHeapTypeObject* heap_type) {
+  PyTypeObject& type = heap_type->ht_type;
+  type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    return py::detail::is_holder_constructed(self) ? py::cast<TrainStep&>(py::handle(self)).traverse(visit, arg) : 0;
+  };
+  type.tp_clear = [](PyObject* self) {
+    if (py::detail::is_holder_constructed(self)) py::cast<TrainStep&>(py::handle(self)).clear();
+    return 0;
+  };
+}
+
+// Below autograd, as inside a kernel that the dispatcher calls.
+template <auto function, class... Args> auto direct(const c10::intrusive_ptr<Stack>& given, const Args&... args) {
+  const Stack& stack = initialised(given);
+  const py::gil_scoped_release release;
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return function(stack, args...);
+}
+
+}  // namespace
+}  // namespace fastmlp
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace fastmlp;
+  prepare_routes();
+  name_node();
+  py::class_<Stack, c10::intrusive_ptr<Stack>>(m, "Stack")
+      .def(py::init<std::vector<bool>, std::vector<int64_t>, std::vector<double>>(), py::arg("has_bias"),
+           py::arg("activations"), py::arg("scalars"));
+  m.def("forward", &direct<&fastmlp::forward, at::Tensor, Tensors>);
+  m.def("infer", &direct<&fastmlp::infer, at::Tensor, Tensors>);
+  m.def("backward", &direct<&fastmlp::backward, at::Tensor, at::Tensor, Tensors, Tensors, std::vector<bool>>);
+  // For tests, which put guards around what is written.
+  m.def("forward_into", &direct<&cpu::forward_into, at::Tensor, Tensors, at::Tensor, Tensors>);
+  m.def("backward_into", &direct<&cpu::backward_into, at::Tensor, at::Tensor, Tensors, Tensors, Tensors>);
+  m.def("check_forward",
+        [](const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, const Tensors& parameters, bool same_dtype,
+           const std::optional<std::pair<std::string, std::vector<std::string>>>& names) {
+          const ModuleNames called = names ? ModuleNames{names->first, names->second} : ModuleNames{};
+          check_forward(initialised(stack), input, parameters, same_dtype, names ? &called : nullptr);
+        });
+  m.def("try_run", &try_run);
+  m.def("has_gradient_from_output", &has_gradient_from_output);
+  m.def("gradient_from_output", &gradient_from_output);
+  m.def("with_graph", [](const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, const Tensors& parameters,
+                         const at::Tensor& output) {
+    initialised(stack);
+    return with_graph(stack, input, parameters, output);
+  });
+  m.def("set_composed_backward", [](const py::function& function) { set_composed_backward(function.ptr()); });
+  m.def("obstacle", &obstacle_of);
+  m.def("devices", &device_names);
+  m.def("device_obstacle", [](const std::string& device) -> std::optional<std::string> {
+    const char* why = device_obstacle(c10::Device(device));
+    return why ? std::optional<std::string>(why) : std::nullopt;
+  });
+  m.def("register_modules", &register_modules);
+  m.def("set_composed_forward", &set_composed_forward);
+  m.def("run_children", &run_children);
+  m.def("run_layer", &run_layer);
+  m.def("call_module", &call_module);
+  m.def("rules", [] { return py::dict(py::arg("sgd") = int(Rule::sgd), py::arg("adam") = int(Rule::adam)); });
+  m.def("step_optimizer", [](const py::handle& optimizer, int rule, bool partly) {
+    return step_optimizer(optimizer, Rule(rule), partly);
+  });
+  m.def("drop_grads", &drop_grads);
+  m.def("is_step_watched", &is_step_watched);
+  m.def("register_optimizer_hooks", &register_optimizer_hooks);
+  m.def("losses", [] {
+    return py::dict(py::arg("mse") = loss_kind<MeanSquaredError>, py::arg("l1") = loss_kind<MeanAbsoluteError>,
+                    py::arg("huber") = loss_kind<Huber>, py::arg("bce_with_logits") = loss_kind<BinaryCrossEntropy>,
+                    py::arg("cross_entropy") = cross_entropy_kind);
+  });
+  py::class_<TrainStep>(m, "TrainStep", py::custom_type_setup(&collect_train_steps))
+      .def(py::init([](py::tuple links, py::dict holders, py::object loss, int kind, py::object optimizer, int rule,
+                       py::object call, py::object forward, py::object step, py::object zero_grad,
+                       std::optional<double> max_norm, std::optional<double> clip_value, int64_t accumulate,
+                       bool keep_grads) {
+        return std::make_unique<TrainStep>(links, holders, loss, kind, optimizer, rule,
+                                           Originals{call, forward, step, zero_grad},
+                                           TrainOptions{max_norm, clip_value, accumulate, keep_grads});
+      }))
+      .def("run", [](const py::object& self, const py::object& input,
+                     const py::object& target) { return initialised(self).run(input, target); })
+      .def_property(
+          "waiting", [](const py::object& self) { return initialised(self).waiting; },
+          [](const py::object& self, int64_t waiting) { initialised(self).waiting = waiting; });
+  m.def("has_hooks", &has_hooks);
+  add_frozen(m);
+  m.def("activations", &activations);
+  m.def("instruction_sets", &instruction_sets);
+  m.def("dtypes", [] { return std::vector<std::string>{"float32", "float64", "bfloat16", "float16"}; });
+  m.def("get_isa", [] { return cpu::active().name; });
+  m.def("set_isa", &cpu::set_active);
+  m.def("last_isa", [] { return cpu::last_isa; });
+  m.def("decode_features", [](uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_1_eax, uint64_t xcr0) {
+    const unsigned features = cpu::decode_features({leaf1_ecx, leaf7_ebx, leaf7_1_eax, xcr0});
+    py::list names;
+    for (const cpu::KernelTable* table : cpu::tables()) {
+      if ((table->needs & ~features) == 0) names.append(table->name);
+    }
+    return names;
+  });
+}
+
+TORCH_LIBRARY(fastmlp, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def(
+      "forward(Tensor input, Tensor[] parameters, bool[] has_bias, int[] activations, float[] scalars)"
+      " -> (Tensor, Tensor[])",
+      tags);
+  m.def("infer(Tensor input, Tensor[] parameters, bool[] has_bias, int[] activations, float[] scalars) -> Tensor",
+        tags);
+  m.def(
+      "backward(Tensor grad, Tensor input, Tensor[] saved, Tensor[] parameters, bool[] has_bias, int[] activations,"
+      " float[] scalars, bool[] needs) -> Tensor[]",
+      tags);
+}

@@ -1,0 +1,237 @@
+// Tensors and NumPy arrays -> cpu::FrozenNetwork::run, and tensors of other devices -> DeviceNetwork::run. A class of
+// the C API, since a call through it costs a third of one through pybind11. Takes the arguments of a call apart and
+// lets the network follow its model; frozen_tensor.cpp and frozen_array.cpp check the rest before anything is written.
+#include "frozen.h"
+
+#include <ATen/Parallel.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <new>
+#include <string>
+#include <utility>
+
+#include "../tensors/checks.h"
+#include "frozen_call.h"
+#include "../tensors/passes.h"
+
+namespace fastmlp {
+namespace frozen {
+namespace {
+
+// Other threads of Python wait while so many multiply-adds are done: a few microseconds.
+constexpr double kept_gil = 1 << 16;
+
+struct Frozen {
+  PyObject object;  // first, for Python
+  State* state;
+};
+
+PyTypeObject* frozen_type = nullptr;
+
+struct Known {
+  PyObject* input = PyUnicode_InternFromString("input");
+  PyObject* out = PyUnicode_InternFromString("out");
+  PyObject* reload = PyUnicode_InternFromString("_reload");
+};
+const Known& known() {
+  static const Known all;
+  return all;
+}
+
+// If the model has changed, Python's _reload(watch) reads it: with a watch that knows its modules, or with None if they
+// are others by now. It fills the network again, or raises and leaves it as it is: then the next call tries again.
+void follow_model(PyObject* self, State& state) {
+  if (!state.watch) return;
+  const Watch::Finding finding = state.watch->look();
+  if (finding == Watch::Finding::unchanged) return;
+  if (finding == Watch::Finding::gone) {
+    state.watch.reset();
+    return;
+  }
+  const py::object watch =
+      finding == Watch::Finding::other_values ? py::cast(std::make_shared<Watch>(*state.watch)) : py::none();
+  const auto done = py::reinterpret_steal<py::object>(PyObject_CallMethodOneArg(self, known().reload, watch.ptr()));
+  if (!done) throw py::error_already_set();
+}
+
+void follow_isa(State& state) {
+  if (!state.network) return;
+  const cpu::KernelTable& active = cpu::active();
+  if (&state.network->table() != &active) state.network = state.network->packed_for(active);
+}
+
+// Whether [a, a + bytes) and the elements of a strided input may share memory.
+bool overlaps(const char* a, int64_t bytes, const char* data, int64_t element, int dims, const int64_t* sizes,
+              const int64_t* steps) {
+  int64_t low = 0, high = element;
+  for (int d = 0; d < dims; d++) {
+    if (sizes[d] == 0) return false;
+    (steps[d] < 0 ? low : high) += (sizes[d] - 1) * steps[d];
+  }
+  return a < data + high && data + low < a + bytes;
+}
+
+}  // namespace
+
+State& state_of(PyObject* self) {
+  TORCH_CHECK_TYPE(PyObject_TypeCheck(self, frozen_type), "fastmlp: expected a FrozenMLP, got ",
+                   Py_TYPE(self)->tp_name);
+  return *reinterpret_cast<Frozen*>(self)->state;
+}
+
+void check_filled(const State& state) {
+  TORCH_CHECK(state.network || state.on_device,
+              "fastmlp: this FrozenMLP holds no network; fastmlp.freeze makes one that does");
+}
+
+void follow(PyObject* self, State& state) {
+  follow_model(self, state);
+  follow_isa(state);
+}
+
+Call::Call(const State& state)
+    : network(state.network), on_device(state.on_device), matrices_only(state.matrices_only) {
+  if (on_device) {
+    device = on_device->device();
+    dtype = on_device->dtype();
+    in_features = on_device->in_features();
+    out_features = on_device->out_features();
+  } else {
+    dtype = scalar_type_of(network->end_dtype());
+    in_features = network->in_features();
+    out_features = network->out_features();
+  }
+}
+
+void check_dimensions(int64_t dimensions) {
+  TORCH_CHECK(dimensions <= most_dimensions, "fastmlp: input has ", dimensions, " dimensions, expected at most ",
+              most_dimensions);
+}
+
+void check_shape(const Call& call, const View& x) {
+  const int64_t features = call.in_features;
+  TORCH_CHECK(x.dims > 0, "fastmlp: input has no dimension, expected at least one, of size in_features");
+  TORCH_CHECK(x.sizes[x.dims - 1] == features, "fastmlp: input has shape ", x.shape(), ", expected ", features,
+              " in the last dimension, the in_features of the frozen network");
+  TORCH_CHECK(!call.matrices_only || x.dims == 2, "fastmlp: input has shape ", x.shape(),
+              ", expected two dimensions, since a BatchNorm1d takes its features from the second one");
+}
+
+// The shape of the output of x.
+View result_of(const Call& call, const View& x) {
+  View result;
+  result.dims = x.dims;
+  std::copy_n(x.sizes, x.dims, result.sizes);
+  result.sizes[x.dims - 1] = call.out_features;
+  return result;
+}
+
+void check_apart(const View& x, const char* out, int64_t out_bytes, int64_t element) {
+  TORCH_CHECK(!overlaps(out, out_bytes, x.data, element, x.dims, x.sizes, x.steps),
+              "fastmlp: out lies in the memory of input, expected memory of its own");
+}
+
+std::string dtype_remedy(const Call& call, at::ScalarType given, const std::string& convert) {
+  const bool float32_ends = call.network && call.network->float32_ends();
+  const bool or_model = dtype_of(given) && given != call.dtype && !float32_ends;
+  return "; pass " + convert + (or_model ? ", or freeze model" + cast_to(given) : "");
+}
+
+void run(const Call& call, const cpu::InputRows& input, void* output) {
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const auto compute = [&] { call.network->run(input, output, threads); };
+  const bool tiny = call.network->multiply_adds() * double(input.count()) < kept_gil;
+  tiny ? compute() : without_gil(compute);
+}
+
+namespace {
+
+PyObject* call_checked(PyObject* self, PyObject* args, PyObject* kwargs) {
+  PyObject* given[2] = {};
+  const Py_ssize_t count = PyTuple_GET_SIZE(args);
+  TORCH_CHECK_TYPE(count <= 2, "fastmlp: a frozen network takes input and out, got ", count, " arguments");
+  for (Py_ssize_t i = 0; i < count; i++) given[i] = PyTuple_GET_ITEM(args, i);
+  if (kwargs) {
+    PyObject *key = nullptr, *value = nullptr;
+    for (Py_ssize_t at = 0; PyDict_Next(kwargs, &at, &key, &value);) {
+      const int i = PyUnicode_Compare(key, known().input) == 0 ? 0 : PyUnicode_Compare(key, known().out) == 0 ? 1 : 2;
+      TORCH_CHECK_TYPE(i < 2 && !given[i], "fastmlp: a frozen network takes input and out, each once, got the keyword ",
+                       py::repr(key).cast<std::string>());
+      given[i] = value;
+    }
+  }
+  PyObject* const input = given[0];
+  PyObject* const out = given[1] == Py_None ? nullptr : given[1];
+  TORCH_CHECK_TYPE(input, "fastmlp: a frozen network takes an input, got none");
+  State& state = *reinterpret_cast<Frozen*>(self)->state;
+  check_filled(state);
+  follow(self, state);
+  const Call call(state);
+  const auto of_same_kind = [&](bool same) {
+    TORCH_CHECK_TYPE(!out || same, "fastmlp: out is a ", Py_TYPE(out)->tp_name, ", expected the kind of input, ",
+                     Py_TYPE(input)->tp_name);
+  };
+  if (THPVariable_Check(input)) {
+    of_same_kind(out && THPVariable_Check(out));
+    return call_tensor(call, input, out);
+  }
+  TORCH_CHECK_TYPE(is_array(input), "fastmlp: input must be a torch.Tensor or exactly a numpy.ndarray, got ",
+                   Py_TYPE(input)->tp_name);
+  of_same_kind(out && is_array(out));
+  TORCH_CHECK_TYPE(!call.on_device, "fastmlp: input is a numpy.ndarray, but the frozen network is on ", call.device,
+                   "; pass a tensor of that device");
+  return call_array(call, input, out);
+}
+
+// Errors of C++ as Python's.
+template <class F> PyObject* guarded(const F& f) {
+  try {
+    return f();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (...) {
+    torch::translate_exception_to_python(std::current_exception());
+  }
+  return nullptr;
+}
+
+PyObject* call(PyObject* self, PyObject* args, PyObject* kwargs) {
+  return guarded([&] { return call_checked(self, args, kwargs); });
+}
+
+PyObject* create(PyTypeObject* type, PyObject*, PyObject*) {
+  return guarded([&]() -> PyObject* {
+    PyObject* self = type->tp_alloc(type, 0);
+    if (self) reinterpret_cast<Frozen*>(self)->state = new State();
+    return self;
+  });
+}
+
+void destroy(PyObject* self) {
+  PyTypeObject* const type = Py_TYPE(self);
+  delete reinterpret_cast<Frozen*>(self)->state;
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+}  // namespace
+}  // namespace frozen
+
+void add_frozen(py::module_& module) {
+  static PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(&frozen::create)},
+                                {Py_tp_dealloc, reinterpret_cast<void*>(&frozen::destroy)},
+                                {Py_tp_call, reinterpret_cast<void*>(&frozen::call)},
+                                {0, nullptr}};
+  static PyType_Spec spec = {"fastmlp._C.Frozen", int(sizeof(frozen::Frozen)), 0,
+                             Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, slots};
+  const auto type = py::reinterpret_steal<py::object>(PyType_FromSpec(&spec));
+  if (!type) throw py::error_already_set();
+  frozen::frozen_type = reinterpret_cast<PyTypeObject*>(type.ptr());
+  module.attr("Frozen") = type;
+  frozen::add_loading(module);
+}
+
+}  // namespace fastmlp

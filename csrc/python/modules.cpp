@@ -1,0 +1,278 @@
+// The rules of modules.h, by lookups in dictionaries: some tens of nanoseconds a module.
+#include "modules.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <array>
+#include <functional>
+#include <optional>
+
+#include "../contract/activation_info.h"
+
+namespace fastmlp {
+
+PyObject* item(PyObject* dict, PyObject* key) {
+  PyObject* found = PyDict_GetItemWithError(dict, key);
+  if (!found && PyErr_Occurred()) throw py::error_already_set();
+  return found;
+}
+
+py::object attributes_of(PyObject* object) {
+  PyObject* attributes = PyObject_GenericGetDict(object, nullptr);
+  if (!attributes) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(attributes);
+}
+
+namespace {
+
+enum class Role { linear, fused_linear, activation, dropout };
+
+// A class that may be part of a run, while it computes by the forward that it came with.
+struct Class {
+  PyTypeObject* type = nullptr;
+  PyObject* forward = nullptr;
+  PyObject* call = nullptr;  // null for that of torch.nn.Module
+  Role role = Role::linear;
+  int kind = identity_kind;               // of an activation
+  std::array<PyObject*, 2> attributes{};  // of its parameters
+};
+
+// Objects that live as long as the process.
+struct Known {
+  std::vector<Class> classes;
+  std::vector<PyObject*> watchers;
+  PyTypeObject* gelu = nullptr;
+  // Found on a class, they say that nobody has replaced them.
+  PyTypeObject* module = nullptr;
+  PyObject *module_call = nullptr, *sequential_forward = nullptr, *layer_forward = nullptr;
+  int gelu_tanh_kind = 0;
+};
+Known known;
+
+struct Names {
+  static PyObject* intern(const char* name) { return PyUnicode_InternFromString(name); }
+  PyObject* forward = intern("forward");
+  PyObject* call = intern("__call__");
+  PyObject* modules = intern("_modules");
+  PyObject* parameters = intern("_parameters");
+  PyObject* weight = intern("weight");
+  PyObject* bias = intern("bias");
+  PyObject* activation = intern("activation");
+  PyObject* kind = intern("kind");
+  PyObject* scalars = intern("scalars");
+  PyObject* approximate = intern("approximate");
+  PyObject* training = intern("training");
+  PyObject* p = intern("p");
+  PyObject* compiled = intern("_compiled_call_impl");
+  std::array<PyObject*, 4> hooks = {intern("_forward_hooks"), intern("_forward_pre_hooks"), intern("_backward_hooks"),
+                                    intern("_backward_pre_hooks")};
+};
+const Names& names() {
+  static const Names all;
+  return all;
+}
+
+bool filled(PyObject* dict) { return dict && PyDict_Check(dict) && PyDict_GET_SIZE(dict) > 0; }
+
+const Class* class_of(PyObject* module) {
+  for (const Class& candidate : known.classes) {
+    if (Py_TYPE(module) == candidate.type) {
+      // Patches of all modules at once are for the container's own call to see.
+      PyObject* call = candidate.call ? candidate.call : _PyType_Lookup(known.module, names().call);
+      const bool original = _PyType_Lookup(candidate.type, names().forward) == candidate.forward &&
+                            _PyType_Lookup(candidate.type, names().call) == call;
+      return original ? &candidate : nullptr;
+    }
+  }
+  return nullptr;
+}
+
+std::optional<double> number(PyObject* object) {
+  if (!object || !(PyFloat_Check(object) || PyLong_Check(object))) return std::nullopt;
+  const double value = PyFloat_AsDouble(object);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+// None if an attribute is not what the class itself would have put there.
+std::optional<ActivationSpec> activation_of(const Class& c, PyObject* attributes) {
+  ActivationSpec spec{c.kind, {}};
+  std::array<double*, 2> values = {&spec.scalars.a, &spec.scalars.b};
+  for (size_t i = 0; i < values.size() && c.attributes[i]; i++) {
+    const std::optional<double> value = number(item(attributes, c.attributes[i]));
+    if (!value) return std::nullopt;
+    *values[i] = *value;
+  }
+  if (c.type == known.gelu) {
+    PyObject* form = item(attributes, names().approximate);
+    if (!form || !PyUnicode_Check(form)) return std::nullopt;
+    if (PyUnicode_CompareWithASCIIString(form, "tanh") == 0) {
+      spec.kind = known.gelu_tanh_kind;
+    } else if (PyUnicode_CompareWithASCIIString(form, "none") != 0) {
+      return std::nullopt;
+    }
+  }
+  return spec;
+}
+
+// That of a fastmlp.Linear, a fastmlp.Activation.
+std::optional<ActivationSpec> own_activation(PyObject* attributes) {
+  PyObject* activation = item(attributes, names().activation);
+  if (!activation) return std::nullopt;
+  const auto fields = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(activation, nullptr));
+  PyObject* kind = fields ? item(fields.ptr(), names().kind) : nullptr;
+  PyObject* scalars = fields ? item(fields.ptr(), names().scalars) : nullptr;
+  if (!kind || !scalars || !PyTuple_Check(scalars) || PyTuple_GET_SIZE(scalars) != 2) {
+    PyErr_Clear();
+    return std::nullopt;
+  }
+  return ActivationSpec{
+      int(PyLong_AsLong(kind)),
+      {PyFloat_AsDouble(PyTuple_GET_ITEM(scalars, 0)), PyFloat_AsDouble(PyTuple_GET_ITEM(scalars, 1))}};
+}
+
+}  // namespace
+
+PyObject* children_of(PyObject* attributes) {
+  PyObject* children = item(attributes, names().modules);
+  return children && PyDict_Check(children) ? children : nullptr;
+}
+
+Hooks hooks_of(PyObject* attributes) {
+  Hooks all;
+  std::transform(names().hooks.begin(), names().hooks.end(), all.begin(),
+                 [&](PyObject* name) { return item(attributes, name); });
+  return all;
+}
+
+bool any_filled(const Hooks& hooks) { return std::any_of(hooks.begin(), hooks.end(), filled); }
+
+bool must_be_called(PyObject* attributes) {
+  if (any_filled(hooks_of(attributes))) return true;
+  PyObject* compiled = item(attributes, names().compiled);
+  return item(attributes, names().forward) || (compiled && compiled != Py_None);
+}
+
+bool is_layer(PyObject* module) {
+  const Class* c = class_of(module);
+  return c && (c->role == Role::linear || c->role == Role::fused_linear);
+}
+
+bool is_watched() { return std::any_of(known.watchers.begin(), known.watchers.end(), filled); }
+
+// False if the layer's weight is not of the kind of those before it.
+bool Run::add_layer(PyObject* attributes, const ActivationSpec& activation) {
+  PyObject* parameters = item(attributes, names().parameters);
+  if (!parameters || !PyDict_Check(parameters)) return false;
+  // Attributes in place of parameters, as in replicas and parametrized layers: the module knows where they are.
+  PyObject* weight = item(parameters, names().weight);
+  PyObject* bias = item(parameters, names().bias);
+  if (!weight || !bias || !THPVariable_Check(weight)) return false;
+  if (!empty()) {
+    const at::Tensor& first = THPVariable_Unpack(parameters_[0]);
+    const at::Tensor& own = THPVariable_Unpack(weight);
+    if (own.scalar_type() != first.scalar_type() || own.device() != first.device()) return false;
+  }
+  parameters_.push_back(weight);
+  if (bias != Py_None) parameters_.push_back(bias);
+  has_bias_.push_back(bias != Py_None);
+  kinds_.push_back(identity_kind);
+  scalars_.append({0.0, 0.0});
+  set_activation(activation);
+  return true;
+}
+
+void Run::set_activation(const ActivationSpec& activation) {
+  kinds_.back() = activation.kind;
+  scalars_[scalars_.size() - 2] = activation.scalars.a;
+  scalars_[scalars_.size() - 1] = activation.scalars.b;
+  activated_ = activation.kind != identity_kind;
+}
+
+bool Run::add_fused_layer(PyObject* attributes) {
+  const std::optional<ActivationSpec> activation = own_activation(attributes);
+  return activation && add_layer(attributes, *activation);
+}
+
+bool Run::extend(PyObject* module) {
+  const Class* c = class_of(module);
+  if (!c || (empty() && c->role != Role::linear && c->role != Role::fused_linear)) return false;
+  const py::object attributes = attributes_of(module);
+  if (must_be_called(attributes.ptr())) return false;
+  switch (c->role) {
+    case Role::linear:
+      return add_layer(attributes.ptr(), ActivationSpec{identity_kind, {}});
+    case Role::fused_linear:
+      return add_fused_layer(attributes.ptr());
+    case Role::dropout:
+      return item(attributes.ptr(), names().training) == Py_False ||
+             number(item(attributes.ptr(), names().p)).value_or(1) == 0;
+    case Role::activation: {
+      const std::optional<ActivationSpec> activation = activation_of(*c, attributes.ptr());
+      if (!activation || (activated_ && activation->kind != identity_kind)) return false;
+      if (!activated_) set_activation(*activation);
+      return true;
+    }
+  }
+  return false;
+}
+
+// Stacks that were parsed before are found by what they are made of. A fixed number, so that it does not grow.
+c10::intrusive_ptr<Stack> Run::stack() const {
+  static std::array<c10::intrusive_ptr<Stack>, 256> recent;
+  size_t hash = kinds_.size();
+  const auto mix = [&](size_t value) { hash = (hash ^ value) * 0x9e3779b97f4a7c15u; };
+  for (const int64_t kind : kinds_) mix(size_t(kind));
+  for (const bool bias : has_bias_) mix(bias);
+  for (const double scalar : scalars_) mix(std::hash<double>()(scalar));
+  c10::intrusive_ptr<Stack>& place = recent[hash >> 56];
+  if (!place || !place->equals(has_bias_, kinds_, scalars_)) {
+    place = c10::make_intrusive<Stack>(std::vector<bool>(has_bias_.begin(), has_bias_.end()),
+                                       std::vector<int64_t>(kinds_.begin(), kinds_.end()),
+                                       std::vector<double>(scalars_.begin(), scalars_.end()));
+  }
+  return place;
+}
+
+void register_modules(const py::object& linear, const py::object& fused_linear, const py::object& dropout,
+                      const py::object& sequential, const py::dict& activations, const py::dict& kinds,
+                      const py::dict& forwards, const py::tuple& watchers) {
+  const auto forever = [](py::handle object) { return object.inc_ref().ptr(); };
+  const auto type_of = [&](py::handle type) { return reinterpret_cast<PyTypeObject*>(forever(type)); };
+  known.module = type_of(py::module_::import("torch.nn").attr("Module"));
+  known.module_call = _PyType_Lookup(known.module, names().call);
+  const auto add = [&](py::handle type, Role role) -> Class& {
+    PyObject* forward = item(forwards.ptr(), type.ptr());
+    Class& c = known.classes.emplace_back();
+    c.type = type_of(type);
+    c.forward = forward ? forever(forward) : nullptr;
+    PyObject* call = _PyType_Lookup(c.type, names().call);
+    c.call = call == known.module_call ? nullptr : call;
+    c.role = role;
+    return c;
+  };
+  add(linear, Role::linear);
+  add(fused_linear, Role::fused_linear);
+  for (const auto& [type, description] : activations) {
+    Class& c = add(type, Role::activation);
+    const auto [name, attributes] = description.cast<std::pair<std::string, std::vector<std::string>>>();
+    c.kind = kinds[py::str(name)].cast<int>();
+    for (size_t i = 0; i < attributes.size(); i++) c.attributes[i] = Names::intern(attributes[i].c_str());
+    if (name == "gelu") known.gelu = c.type;
+  }
+  add(dropout, Role::dropout);
+  known.layer_forward = _PyType_Lookup(type_of(fused_linear), names().forward);
+  known.sequential_forward = _PyType_Lookup(type_of(sequential), names().forward);
+  known.gelu_tanh_kind = kinds["gelu_tanh"].cast<int>();
+  for (const py::handle watcher : watchers) known.watchers.push_back(forever(watcher));
+}
+
+Forward forward_of(PyObject* module) {
+  if (_PyType_Lookup(known.module, names().call) != known.module_call) return Forward::other;
+  const PyObject* forward = _PyType_Lookup(Py_TYPE(module), names().forward);
+  if (forward == known.sequential_forward) return Forward::sequential;
+  return forward == known.layer_forward ? Forward::layer : Forward::other;
+}
+
+}  // namespace fastmlp

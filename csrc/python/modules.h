@@ -1,0 +1,78 @@
+// What a module of Python is, read from it at each call, since hooks, parametrizations and swapped parameters come
+// unannounced: whether it may be part of a run of layers that execute as one operation, and with which tensors. Called
+// by sequential.cpp and train_step.cpp with the GIL; runs nothing. fastmlp/modules.py holds the same rule for Dynamo.
+#pragma once
+
+#include <c10/util/SmallVector.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <array>
+
+#include "../tensors/stack.h"
+
+namespace fastmlp {
+
+// What fastmlp/modules.py knows and this file is told once: the exact classes of torch.nn and of ours that may be part
+// of a run.
+//   linear, fused_linear: classes of layers; dropout: one that does nothing outside of training
+//   sequential: the class whose forward is run_children
+//   activations: {class: (name, (attribute of each parameter, ...))}
+//   kinds: {name: kind}
+//   forwards: {class: how it computes}; a class that is not in it, or computes otherwise by now, is called
+//   watchers: dictionaries of hooks on all modules; while one holds anything every child is called
+void register_modules(const py::object& linear, const py::object& fused_linear, const py::object& dropout,
+                      const py::object& sequential, const py::dict& activations, const py::dict& kinds,
+                      const py::dict& forwards, const py::tuple& watchers);
+
+// Layers and their activations, one after another. Borrows the tensors: no Python code may run that could free them.
+class Run {
+ public:
+  // Takes a module in; false, and nothing changed, if it cannot be next.
+  bool extend(PyObject* module);
+  // The same for a fastmlp.Linear that stands by itself, whose class is known.
+  bool add_fused_layer(PyObject* attributes);
+
+  bool empty() const { return kinds_.empty(); }
+  c10::ArrayRef<PyObject*> parameters() const { return parameters_; }
+  c10::intrusive_ptr<Stack> stack() const;
+
+  // As the lists of an operator's schema.
+  c10::ArrayRef<bool> has_bias() const { return has_bias_; }
+  c10::ArrayRef<int64_t> kinds() const { return kinds_; }
+  c10::ArrayRef<double> scalars() const { return scalars_; }
+
+ private:
+  bool add_layer(PyObject* attributes, const ActivationSpec& activation);
+  void set_activation(const ActivationSpec& activation);
+
+  c10::SmallVector<PyObject*, 16> parameters_;
+  c10::SmallVector<bool, 8> has_bias_;
+  c10::SmallVector<int64_t, 8> kinds_;
+  c10::SmallVector<double, 16> scalars_;
+  bool activated_ = false;  // the last layer has its activation
+};
+
+// The value under a key, borrowed; null if there is none. Raises what comparing keys raises.
+PyObject* item(PyObject* dict, PyObject* key);
+// The __dict__ of an object that has one; raises else.
+py::object attributes_of(PyObject* object);
+// Of a module's attributes the dictionary of its children, borrowed; null if it has none.
+PyObject* children_of(PyObject* attributes);
+
+// Whether a module is of a class of layers, with a weight and perhaps a bias.
+bool is_layer(PyObject* module);
+
+// The dictionaries of a module's hooks, borrowed, null for those that it lacks; and whether one holds anything.
+using Hooks = std::array<PyObject*, 4>;
+Hooks hooks_of(PyObject* attributes);
+bool any_filled(const Hooks& hooks);
+// Whether something, such as a hook, wants the module itself to be called.
+bool must_be_called(PyObject* attributes);
+// Whether something wants every module to be called.
+bool is_watched();
+
+// Whose forward the class of a module has.
+enum class Forward { sequential, layer, other };
+Forward forward_of(PyObject* module);
+
+}  // namespace fastmlp

@@ -1,0 +1,401 @@
+// The reading behind optimizer.h, by lookups in the dictionaries that torch.optim keeps.
+#include "optimizer.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/profiler/api.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+
+#include "modules.h"
+#include "../tensors/operators.h"
+#include "../tensors/passes.h"
+#include "route.h"
+
+namespace fastmlp {
+namespace {
+
+std::vector<PyObject*> hooks_of_all;
+
+struct Names {
+  static PyObject* intern(const char* name) { return PyUnicode_InternFromString(name); }
+  PyObject* param_groups = intern("param_groups");
+  PyObject* state = intern("state");
+  PyObject* params = intern("params");
+  PyObject* lr = intern("lr");
+  PyObject* weight_decay = intern("weight_decay");
+  PyObject* maximize = intern("maximize");
+  PyObject* differentiable = intern("differentiable");
+  PyObject* fused = intern("fused");
+  PyObject* momentum = intern("momentum");
+  PyObject* dampening = intern("dampening");
+  PyObject* nesterov = intern("nesterov");
+  PyObject* betas = intern("betas");
+  PyObject* eps = intern("eps");
+  PyObject* amsgrad = intern("amsgrad");
+  PyObject* capturable = intern("capturable");
+  PyObject* decoupled = intern("decoupled_weight_decay");
+  PyObject* momentum_buffer = intern("momentum_buffer");
+  PyObject* step = intern("step");
+  PyObject* exp_avg = intern("exp_avg");
+  PyObject* exp_avg_sq = intern("exp_avg_sq");
+  PyObject* max_exp_avg_sq = intern("max_exp_avg_sq");
+  // What hooks and scalers of gradients leave on an optimizer.
+  std::array<PyObject*, 2> hooks = {intern("_optimizer_step_pre_hooks"), intern("_optimizer_step_post_hooks")};
+  std::array<PyObject*, 2> scaler = {intern("grad_scale"), intern("found_inf")};
+};
+const Names& names() {
+  static const Names all;
+  return all;
+}
+
+PyObject* entry(PyObject* group, PyObject* name) {
+  if (!PyDict_Check(group)) {
+    throw py::type_error(std::string("fastmlp: a group of the optimizer's param_groups is a ") +
+                         Py_TYPE(group)->tp_name + ", expected a dictionary");
+  }
+  PyObject* found = item(group, name);
+  if (!found) throw py::key_error(py::str(name).cast<std::string>());
+  return found;
+}
+
+bool flag(PyObject* group, PyObject* name) {
+  const int truth = PyObject_IsTrue(entry(group, name));
+  if (truth < 0) throw py::error_already_set();
+  return truth > 0;
+}
+
+// Of a number or a tensor that holds one; none for what torch would differentiate or has elsewhere.
+std::optional<double> number(PyObject* object) {
+  if (PyFloat_Check(object) || PyLong_Check(object)) {
+    const double value = PyFloat_AsDouble(object);
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+  if (!THPVariable_Check(object) || !is_plain(object)) return std::nullopt;
+  const at::Tensor& tensor = THPVariable_Unpack(object);
+  if (tensor.numel() != 1 || tensor.requires_grad()) return std::nullopt;
+  return tensor.item().toDouble();
+}
+
+// Items of a list or tuple, which no Python code may change meanwhile.
+c10::ArrayRef<PyObject*> items(PyObject* sequence) {
+  if (!PyList_Check(sequence) && !PyTuple_Check(sequence)) {
+    throw py::type_error(std::string("fastmlp: param_groups, params and betas of an optimizer must be lists or tuples, "
+                                     "got a ") +
+                         Py_TYPE(sequence)->tp_name);
+  }
+  return {PySequence_Fast_ITEMS(sequence), size_t(PySequence_Fast_GET_SIZE(sequence))};
+}
+
+PyObject* groups_of(PyObject* attributes) { return entry(attributes, names().param_groups); }
+
+// The state of parameters that are asked for in the order in which their states were made, as nearly always: a
+// dictionary of tensors hashes its keys in Python.
+class States {
+ public:
+  explicit States(PyObject* dict) : dict_(dict) {}
+
+  // Null if there is none yet.
+  PyObject* find(PyObject* parameter) {
+    PyObject *key = nullptr, *value = nullptr;
+    Py_ssize_t next = at_;
+    if (!PyDict_Next(dict_, &next, &key, &value) || key != parameter) {
+      value = PyDict_GET_SIZE(dict_) > 0 ? item(dict_, parameter) : nullptr;
+    } else {
+      at_ = next;
+    }
+    return value && PyDict_Check(value) ? value : nullptr;
+  }
+
+ private:
+  PyObject* dict_;
+  Py_ssize_t at_ = 0;
+};
+
+// Whether elements of the same index lie at the same place. The stride of a dimension of size 1 is never used, and may
+// be anything; so may all strides of a tensor without elements.
+bool lies_like(const at::Tensor& tensor, const at::Tensor& like) {
+  if (tensor.scalar_type() != like.scalar_type() || tensor.sizes() != like.sizes()) return false;
+  if (tensor.strides() == like.strides() || like.numel() == 0) return true;
+  for (int64_t d = 0; d < like.dim(); d++) {
+    if (like.size(d) != 1 && tensor.stride(d) != like.stride(d)) return false;
+  }
+  return true;
+}
+
+// Torch writes what was made under torch.inference_mode there only, and raises elsewhere.
+bool may_be_written(const at::Tensor& state) { return !state.is_inference() || c10::InferenceMode::is_enabled(); }
+
+// The larger of two magnitudes, of which infinities and NaN, which every dtype has, do not count.
+double larger(double most, double number) { return std::isfinite(number) ? std::max(most, std::abs(number)) : most; }
+
+double largest_of(DType dtype) {
+  switch (dtype) {
+    case DType::float32:
+      return std::numeric_limits<float>::max();
+    case DType::float64:
+      return std::numeric_limits<double>::max();
+    case DType::bfloat16:
+      return double(std::numeric_limits<c10::BFloat16>::max());
+    case DType::float16:
+      return double(std::numeric_limits<c10::Half>::max());
+  }
+  __builtin_unreachable();
+}
+
+bool is_counter(PyObject* object) {
+  if (!THPVariable_Check(object) || !is_plain(object)) return false;
+  const at::Tensor& tensor = THPVariable_Unpack(object);
+  return may_be_written(tensor) && tensor.dim() == 0 &&
+         (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
+}
+
+double read_counter(const at::Tensor& counter) {
+  return counter.scalar_type() == at::kFloat ? double(*counter.const_data_ptr<float>())
+                                             : *counter.const_data_ptr<double>();
+}
+
+void write_counter(const at::Tensor& counter, double value) {
+  if (counter.scalar_type() == at::kFloat) {
+    *counter.mutable_data_ptr<float>() = float(value);
+  } else {
+    *counter.mutable_data_ptr<double>() = value;
+  }
+}
+
+}  // namespace
+
+// The numbers that the parameters of a group share.
+struct OptimizerStep::Group {
+  UpdateSpec spec;
+  bool amsgrad = false;
+  bool fused = false;
+  bool fits = true;
+  double largest = 0;  // of the numbers, by magnitude
+
+  Group(PyObject* group, Rule rule) {
+    spec.rule = rule;
+    spec.maximize = flag(group, names().maximize);
+    fused = flag(group, names().fused);
+    fits = !flag(group, names().differentiable);
+    set(spec.lr, entry(group, names().lr));
+    set(spec.weight_decay, entry(group, names().weight_decay));
+    if (rule == Rule::sgd) {
+      set(spec.momentum, entry(group, names().momentum));
+      set(spec.dampening, entry(group, names().dampening));
+      spec.nesterov = flag(group, names().nesterov);
+      largest = larger(largest, 1 - spec.dampening);
+    } else {
+      const auto betas = items(entry(group, names().betas));
+      fits = fits && betas.size() == 2 && !flag(group, names().capturable);
+      if (betas.size() == 2) {
+        set(spec.beta1, betas[0]);
+        set(spec.beta2, betas[1]);
+      }
+      set(spec.eps, entry(group, names().eps));
+      amsgrad = flag(group, names().amsgrad);
+      spec.decoupled = flag(group, names().decoupled);
+    }
+  }
+
+ private:
+  void set(double& value, PyObject* object) {
+    const std::optional<double> found = number(object);
+    value = found.value_or(0);
+    fits = fits && found;
+    largest = larger(largest, value);
+  }
+};
+
+OptimizerStep::OptimizerStep(const py::handle& optimizer, Rule rule, GradOf grad_of) {
+  const py::object attributes = attributes_of(optimizer.ptr());
+  state_ = py::reinterpret_borrow<py::object>(entry(attributes.ptr(), names().state));
+  if (!PyDict_Check(state_.ptr())) throw py::type_error("the optimizer's state is no dictionary");
+  States states(state_.ptr());
+  for (PyObject* dict : items(groups_of(attributes.ptr()))) {
+    const Group group(dict, rule);
+    for (PyObject* parameter : items(entry(dict, names().params))) {
+      const at::Tensor grad = grad_of(parameter);
+      if (!grad.defined()) continue;
+      if (!group.fits || !add(group, parameter, grad, states.find(parameter))) left_.push_back(parameter);
+    }
+  }
+}
+
+// That of the parameter's state, or a new one; null if it does not lie like the parameter.
+const at::Tensor* OptimizerStep::state_tensor(PyObject* parameter, PyObject* state, PyObject* name,
+                                              const at::Tensor& like, bool zero) {
+  PyObject* found = state ? item(state, name) : nullptr;
+  if (!found || found == Py_None) {
+    return &missing_.emplace_back(Missing{parameter, name, zero ? at::zeros_like(like) : at::empty_like(like)}).tensor;
+  }
+  if (!THPVariable_Check(found) || !is_plain(found)) return nullptr;
+  const at::Tensor& tensor = THPVariable_Unpack(found);
+  TORCH_CHECK(tensor.sizes() == like.sizes(), "fastmlp: the optimizer's state ", py::str(name).cast<std::string>(),
+              " has shape ", tensor.sizes(), ", expected that of its parameter, ", like.sizes());
+  return lies_like(tensor, like) && may_be_written(tensor) ? &tensor : nullptr;
+}
+
+// False, and nothing added, if the kernels cannot take it.
+bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tensor& grad, PyObject* state) {
+  if (!is_plain(parameter)) return false;
+  const at::Tensor& p = THPVariable_Unpack(parameter);
+  const std::optional<DType> dtype = dtype_of(p.scalar_type());
+  if (!dtype || p.is_inference() || !p.is_non_overlapping_and_dense() || !is_plain(grad) ||
+      grad.scalar_type() != p.scalar_type() || grad.sizes() != p.sizes())
+    return false;
+  Update update;
+  update.dtype = *dtype;
+  update.n = p.numel();
+  update.parameter = p.data_ptr();
+  update.spec = group.spec;
+  const size_t missing = missing_.size(), written = written_.size(), counters = counters_.size();
+  const auto take = [&](int i, PyObject* name, bool zero) {
+    const at::Tensor* const tensor = state_tensor(parameter, state, name, p, zero);
+    if (!tensor) return false;
+    written_.push_back(*tensor);
+    update.state[i] = tensor->data_ptr();
+    return true;
+  };
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  update.grad = grad.const_data_ptr();
+  bool fits = true;
+  double largest = group.largest;
+  if (group.spec.rule == Rule::sgd) {
+    if (group.spec.momentum != 0) {
+      fits = take(0, names().momentum_buffer, false);
+      update.spec.first = missing_.size() > missing;
+    }
+  } else {
+    // Torch makes all of a parameter's state at once, and misses what is gone later.
+    const bool fresh = !state || PyDict_GET_SIZE(state) == 0;
+    if (fresh) state = nullptr;
+    const at::Tensor* counter = nullptr;
+    if (fresh) {
+      const bool wide = !group.fused && at::typeMetaToScalarType(at::get_default_dtype()) == at::kDouble;
+      const auto options = at::TensorOptions(wide ? at::kDouble : at::kFloat).device(at::kCPU);
+      counter = &missing_.emplace_back(Missing{parameter, names().step, at::zeros({}, options)}).tensor;
+    } else {
+      PyObject* step = entry(state, names().step);
+      TORCH_CHECK(!THPVariable_Check(step) || THPVariable_Unpack(step).numel() == 1,
+                  "fastmlp: the optimizer's state step has more than one element");
+      fits = is_counter(step);
+      if (fits) counter = &THPVariable_Unpack(step);
+      entry(state, names().exp_avg);
+      entry(state, names().exp_avg_sq);
+      if (group.amsgrad) entry(state, names().max_exp_avg_sq);
+    }
+    fits = fits && take(0, names().exp_avg, true) && take(1, names().exp_avg_sq, true) &&
+           (!group.amsgrad || take(2, names().max_exp_avg_sq, true));
+    if (fits) {
+      const double step = read_counter(*counter) + 1;
+      update.spec.step_size = group.spec.lr / (1 - std::pow(group.spec.beta1, step));
+      update.spec.root = std::sqrt(1 - std::pow(group.spec.beta2, step));
+      largest = larger(largest, update.spec.step_size);
+      counters_.push_back(*counter);
+    }
+  }
+  // Torch raises for numbers that the dtype cannot hold.
+  if (!fits || largest > largest_of(*dtype)) {
+    written_.shrink(written);
+    counters_.shrink(counters);
+    missing_.erase(missing_.begin() + std::ptrdiff_t(missing), missing_.end());
+    return false;
+  }
+  written_.push_back(p);
+  if (!lies_like(grad, p)) strays_.emplace_back(updates_.size(), parameter);
+  grads_.push_back(grad);
+  updates_.push_back(update);
+  return true;
+}
+
+void OptimizerStep::hold(Held& held) const {
+  held.take(written_);
+  held.take(counters_);
+  held.take(grads_);
+}
+
+void OptimizerStep::apply() {
+  for (const Missing& one : missing_) {
+    const auto parameter = py::reinterpret_borrow<py::object>(one.parameter);
+    state_[parameter][py::reinterpret_borrow<py::object>(one.name)] = py::cast(one.tensor);
+  }
+  for (const at::Tensor& counter : at::TensorList(counters_)) {
+    write_counter(counter, read_counter(counter) + 1);
+    counter.unsafeGetTensorImpl()->bump_version();
+  }
+  for (const auto& [i, parameter] : strays_) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    grads_[i] = at::empty_like(THPVariable_Unpack(parameter)).copy_(grads_[i]);
+    updates_[i].grad = grads_[i].const_data_ptr();
+  }
+  {
+    constexpr int64_t worth_releasing = 1 << 14;  // elements: some microseconds
+    int64_t elements = 0;
+    for (const Update& update : updates_) elements += update.n;
+    Held held;
+    std::optional<py::gil_scoped_release> release;
+    if (elements > worth_releasing) {
+      hold(held);
+      release.emplace();
+    }
+    cpu::update(updates_);
+    release.reset();
+    for (const at::Tensor& tensor : at::TensorList(written_)) tensor.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+void for_each_parameter(const py::handle& optimizer, c10::function_ref<void(PyObject*)> visit) {
+  const py::object attributes = attributes_of(optimizer.ptr());
+  for (PyObject* group : items(groups_of(attributes.ptr()))) {
+    for (PyObject* parameter : items(entry(group, names().params))) visit(parameter);
+  }
+}
+
+// Whether the first parameter is on another device than the CPU. Then nearly always all are, and for torch to move.
+bool begins_elsewhere(const py::handle& optimizer) {
+  const py::object attributes = attributes_of(optimizer.ptr());
+  for (PyObject* group : items(groups_of(attributes.ptr()))) {
+    for (PyObject* parameter : items(entry(group, names().params)))
+      return THPVariable_Check(parameter) && !THPVariable_Unpack(parameter).device().is_cpu();
+  }
+  return false;
+}
+
+py::object step_optimizer(const py::handle& optimizer, Rule rule, bool partly) {
+  if (is_step_watched(optimizer) || begins_elsewhere(optimizer)) return py::none();
+  OptimizerStep step(optimizer, rule, [](PyObject* parameter) { return THPVariable_Unpack(parameter).grad(); });
+  py::list left;
+  for (PyObject* parameter : step.left()) left.append(py::reinterpret_borrow<py::object>(parameter));
+  if (partly || left.empty()) step.apply();
+  return left;
+}
+
+void drop_grads(const py::handle& optimizer) {
+  for_each_parameter(optimizer, [](PyObject* parameter) {
+    const at::Tensor& tensor = THPVariable_Unpack(parameter);
+    if (tensor.grad().defined()) tensor.mutable_grad().reset();
+  });
+}
+
+bool is_step_watched(const py::handle& optimizer) {
+  const auto filled = [](PyObject* dict) { return dict && PyObject_Size(dict) > 0; };
+  if (std::any_of(hooks_of_all.begin(), hooks_of_all.end(), filled)) return true;
+  if (torch::profiler::impl::profilerEnabled() || !no_mode_is_active()) return true;
+  const py::object attributes = attributes_of(optimizer.ptr());
+  const auto has = [&](PyObject* name) { return item(attributes.ptr(), name) != nullptr; };
+  return std::any_of(names().hooks.begin(), names().hooks.end(),
+                     [&](PyObject* name) { return filled(item(attributes.ptr(), name)); }) ||
+         std::any_of(names().scaler.begin(), names().scaler.end(), has);
+}
+
+void register_optimizer_hooks(const py::tuple& hooks) {
+  for (const py::handle dict : hooks) hooks_of_all.push_back(dict.inc_ref().ptr());
+}
+
+}  // namespace fastmlp

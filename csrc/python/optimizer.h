@@ -1,0 +1,78 @@
+// The step that a torch.optim.SGD, Adam or AdamW, or a subclass of ours, would take now. Groups and state are read at
+// each call: schedulers and load_state_dict replace what is in them. Used by fastmlp/optim.py through bindings.cpp and
+// by train_step.cpp, with the GIL. Computes nothing: cpu/step.cpp does.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/FunctionRef.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <deque>
+#include <utility>
+#include <vector>
+
+#include "../tensors/borrowed.h"
+#include "../contract/update.h"
+
+namespace fastmlp {
+
+class OptimizerStep {
+ public:
+  // The gradient of a parameter; undefined if it has none and is not to move. Its numbers are read by apply() only, so
+  // that they may be written until then.
+  using GradOf = c10::function_ref<at::Tensor(PyObject*)>;
+
+  // Reads, and writes nothing. Raises KeyError for a group without an entry that torch would miss too.
+  OptimizerStep(const py::handle& optimizer, Rule rule, GradOf grad_of);
+
+  // Parameters with a gradient that are for torch to move: sparse, complex, not on the CPU, and so on.
+  const std::vector<PyObject*>& left() const { return left_; }
+
+  // What must live while the GIL is given up between reading and applying.
+  void hold(Held& held) const;
+
+  // Creates missing state as torch's first step would, moves the parameters and counts the step.
+  void apply();
+
+ private:
+  struct Group;
+  struct Missing {
+    PyObject* parameter;
+    PyObject* name;
+    at::Tensor tensor;
+  };
+
+  bool add(const Group& group, PyObject* parameter, const at::Tensor& grad, PyObject* state);
+  const at::Tensor* state_tensor(PyObject* parameter, PyObject* state, PyObject* name, const at::Tensor& like,
+                                 bool zero);
+
+  py::object state_;
+  std::vector<Update> updates_;
+  Borrowed written_, counters_;    // whose versions count
+  std::vector<at::Tensor> grads_;  // one an update
+  // Updates whose gradient lies otherwise than its parameter, which is named too: apply() copies it.
+  std::vector<std::pair<size_t, PyObject*>> strays_;
+  std::deque<Missing> missing_;
+  std::vector<PyObject*> left_;
+};
+
+// Calls visit(parameter) for each parameter of an optimizer, group by group.
+void for_each_parameter(const py::handle& optimizer, c10::function_ref<void(PyObject*)> visit);
+
+// optimizer.step() of fastmlp.optim without a closure; None, and nothing done, if all of it is for torch: something
+// watches the step, or the first parameter is not on the CPU, so that on a GPU nothing is read in vain. Else the
+// parameters that are left for torch; if there are any, the others move only if `partly`, so that torch, which may
+// refuse them, can go first.
+py::object step_optimizer(const py::handle& optimizer, Rule rule, bool partly);
+
+// optimizer.zero_grad(): every gradient becomes None.
+void drop_grads(const py::handle& optimizer);
+
+// Whether something has to see a step of the optimizer: a hook of its own or of all optimizers, a profiler, a scaler of
+// gradients, or a mode of torch.
+bool is_step_watched(const py::handle& optimizer);
+
+// Dictionaries of hooks on all optimizers. Held for the life of the process.
+void register_optimizer_hooks(const py::tuple& hooks);
+
+}  // namespace fastmlp

@@ -1,0 +1,124 @@
+// One step of training in one call: forward, loss, backward and the optimizer's step, on the tensors of PyTorch's own
+// objects. Made by fastmlp/training.py, which has checked what it is given; whatever can change later is read again at
+// each call (train_step_read.cpp), before anything is written (train_step.cpp). Called with the GIL. Computes nothing
+// itself: the operators of a device do.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <optional>
+#include <vector>
+
+#include "../tensors/borrowed.h"
+#include "../contract/loss.h"
+#include "modules.h"
+#include "../tensors/operators.h"
+#include "optimizer.h"
+#include "../contract/update.h"
+
+namespace fastmlp {
+
+struct TrainOptions {
+  std::optional<double> max_norm, clip_value;
+  int64_t accumulate = 1;
+  bool keep_grads = true;
+};
+
+// What the classes of loss and optimizer had when fastmlp was imported. Who replaces one of them wants it to be called.
+struct Originals {
+  py::object call;     // that of torch.nn.Module
+  py::object forward;  // of the loss
+  // Of the optimizer. None for a step that was replaced before, which is always called.
+  py::object step, zero_grad;
+};
+
+class TrainStep {
+ public:
+  // links: the modules through which the input passes; holders: {module: (forward and __call__ of its class, and its
+  // children)} of the modules around them. loss: the module, and its kind.
+  TrainStep(py::tuple links, py::dict holders, py::object loss, int kind, py::object optimizer, int rule,
+            Originals originals, const TrainOptions& options);
+
+  // The loss. None, and nothing done, if the model, the loss or the optimizer is no longer what it was or does not run
+  // as one operation now: fastmlp/training.py says why. Raises for arguments that do not belong together, before
+  // anything is written.
+  py::object run(const py::object& input, const py::object& target);
+
+  // For Python's garbage collector.
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
+
+  // Calls so far whose gradients wait for a step.
+  int64_t waiting = 0;
+
+ private:
+  // A parameter of the network during one call.
+  struct Slot {
+    PyObject* object = nullptr;
+    bool needed = false;   // requires a gradient
+    bool stepped = false;  // belongs to the optimizer
+    bool added = false;    // its gradient joins the one that it has
+    at::Tensor grad;       // where backward writes; after that, what the loop has in .grad before the step
+  };
+
+  // What one call reads of the model and the loss.
+  struct Call {
+    Run run;
+    c10::intrusive_ptr<Stack> stack;
+    LossSpec spec;
+    at::Tensor weight;  // of the loss
+    // What slots and others point to. Another thread may take a parameter out of its module as soon as code of Python
+    // runs, which already a lookup by a tensor is.
+    c10::SmallVector<py::object, 16> held;
+
+    void hold(PyObject* object) { held.push_back(py::reinterpret_borrow<py::object>(object)); }
+  };
+
+  // False if explain() has to say why.
+  bool read(Call& call);
+  bool read_model(Run& run) const;
+  bool read_parameters(Call& call);
+  bool read_loss(Call& call) const;
+  bool read_optimizer() const;
+
+  // Raise for what is not as expected.
+  void check_modes() const;
+  void check_input(const at::Tensor& input) const;
+  c10::MaybeOwned<at::Tensor> check_target(Call& call, const at::Tensor& input, const py::object& target) const;
+
+  Slot* slot_of(PyObject* parameter, size_t& next);
+  void take_owners();
+  void place_grads(bool keep);
+  void read_step(std::optional<OptimizerStep>& step);
+  double pass(const Call& call, const at::Tensor& input, const at::Tensor& target, bool release);
+  void finish_grads(bool keep);
+  void clip() const;
+  void take_step(std::optional<OptimizerStep>& step);
+  bool steps_itself() const;
+  void tell_scheduler() const;
+
+  py::tuple links_;
+  py::dict holders_;
+  py::object loss_;
+  int kind_;
+  py::object optimizer_;
+  Rule rule_;
+  Originals originals_;
+  TrainOptions options_;
+
+  bool running_ = false;
+  std::vector<Slot> slots_;
+  Borrowed parameters_;
+  std::vector<PyObject*> others_;  // of the optimizer, not of the model
+  // Between calls they hold nothing that is needed, only memory.
+  Tensors scratch_;
+  at::Tensor memory_;
+};
+
+// Whether hooks want to see the gradient of a tensor that has none yet: its own, or those of the node of the graph that
+// would accumulate it.
+bool has_hooks(const at::Tensor& parameter);
+
+}  // namespace fastmlp

@@ -1,0 +1,281 @@
+// What train_step.h reads and checks at each call, by lookups in the dictionaries of PyTorch's objects: some tens of
+// nanoseconds each. Writes nothing.
+#include <ATen/ATen.h>
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/anomaly_mode.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+#include <functional>
+#include <optional>
+
+#include "../tensors/checks.h"
+#include "route.h"
+#include "train_step.h"
+
+namespace fastmlp {
+namespace {
+
+struct Names {
+  static PyObject* intern(const char* name) { return PyUnicode_InternFromString(name); }
+  PyObject* forward = intern("forward");
+  PyObject* call = intern("__call__");
+  PyObject* reduction = intern("reduction");
+  PyObject* delta = intern("delta");
+  PyObject* ignore_index = intern("ignore_index");
+  PyObject* label_smoothing = intern("label_smoothing");
+  PyObject* buffers = intern("_buffers");
+  PyObject* weight = intern("weight");
+  PyObject* pos_weight = intern("pos_weight");
+  PyObject* zero_grad = intern("zero_grad");
+};
+const Names& names() {
+  static const Names all;
+  return all;
+}
+
+bool has_in_class(PyObject* object, PyObject* name, PyObject* expected) {
+  return _PyType_Lookup(Py_TYPE(object), name) == expected;
+}
+
+// Whether a module computes by the same functions and holds just these children still.
+bool holds(PyObject* module, PyObject* expected) {
+  constexpr Py_ssize_t functions = 2;
+  if (!has_in_class(module, names().forward, PyTuple_GET_ITEM(expected, 0)) ||
+      !has_in_class(module, names().call, PyTuple_GET_ITEM(expected, 1)))
+    return false;
+  const py::object attributes = attributes_of(module);
+  PyObject* children = children_of(attributes.ptr());
+  if (must_be_called(attributes.ptr()) || !children ||
+      functions + PyDict_GET_SIZE(children) != PyTuple_GET_SIZE(expected))
+    return false;
+  PyObject *key = nullptr, *child = nullptr;
+  Py_ssize_t at = 0;
+  for (Py_ssize_t i = functions; PyDict_Next(children, &at, &key, &child); i++) {
+    if (child != PyTuple_GET_ITEM(expected, i)) return false;
+  }
+  return true;
+}
+
+std::optional<double> read_number(PyObject* attributes, PyObject* name) {
+  PyObject* object = item(attributes, name);
+  if (!object || !(PyFloat_Check(object) || PyLong_Check(object))) return std::nullopt;
+  const double value = PyFloat_AsDouble(object);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+bool read_index(PyObject* attributes, PyObject* name, int64_t& value) {
+  PyObject* object = item(attributes, name);
+  if (!object || !PyLong_Check(object)) return false;
+  int overflow = 0;
+  value = PyLong_AsLongLongAndOverflow(object, &overflow);
+  return overflow == 0;
+}
+
+// Whether each layer takes what the one before it gives.
+bool go_together(const Stack& stack, const Borrowed& parameters) {
+  for (size_t l = 0; l < stack.layers(); l++) {
+    const at::Tensor& weight = parameters[stack.weight(l)];
+    if (weight.dim() != 2) return false;
+    if (l > 0 && weight.size(1) != parameters[stack.weight(l - 1)].size(0)) return false;
+    if (!stack.has_bias(l)) continue;
+    const at::Tensor& bias = parameters[stack.bias(l)];
+    if (bias.dim() != 1 || bias.size(0) != weight.size(0)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+bool has_hooks(const at::Tensor& parameter) {
+  const auto* meta = torch::autograd::impl::get_autograd_meta(parameter);
+  if (!meta) return false;
+  const auto node = torch::autograd::impl::try_get_grad_accumulator(parameter);
+  if (node && !(node->pre_hooks().empty() && node->post_hooks().empty())) return true;
+  if (meta->hooks_.empty() && !meta->post_acc_grad_hooks_) return false;
+  // Dictionaries of hooks, which may be empty.
+  const py::object object = py::cast(parameter);
+  const auto filled = [&](const char* name) {
+    const py::object hooks = object.attr(name);
+    return !hooks.is_none() && py::len(hooks) > 0;
+  };
+  return filled("_backward_hooks") || filled("_post_accumulate_grad_hooks");
+}
+
+bool TrainStep::read(Call& call) {
+  return read_model(call.run) && read_parameters(call) && read_loss(call) && read_optimizer();
+}
+
+bool TrainStep::read_model(Run& run) const {
+  if (is_watched()) return false;
+  PyObject *module = nullptr, *expected = nullptr;
+  for (Py_ssize_t at = 0; PyDict_Next(holders_.ptr(), &at, &module, &expected);) {
+    if (!holds(module, expected)) return false;
+  }
+  for (const py::handle link : links_) {
+    if (!run.extend(link.ptr())) return false;
+  }
+  return !run.empty();
+}
+
+bool TrainStep::read_parameters(Call& call) {
+  const c10::ArrayRef<PyObject*> objects = call.run.parameters();
+  slots_.clear();
+  parameters_.clear();
+  bool any_needed = false;
+  for (PyObject* object : objects) {
+    call.hold(object);
+    if (!is_plain(object)) return false;
+    const at::Tensor& parameter = THPVariable_Unpack(object);
+    const at::ScalarType dtype = parameter.scalar_type();
+    if ((dtype != at::kFloat && dtype != at::kDouble) || dtype != THPVariable_Unpack(objects[0]).scalar_type() ||
+        parameter.is_inference())
+      return false;
+    Slot& slot = slots_.emplace_back();
+    slot.object = object;
+    slot.needed = parameter.requires_grad();
+    if (slot.needed && (!parameter.is_leaf() || has_hooks(parameter))) return false;
+    any_needed |= slot.needed;
+    parameters_.push_back(parameter);
+  }
+  if (!any_needed) return false;
+  c10::SmallVector<PyObject*, 32> sorted(objects.begin(), objects.end());
+  std::sort(sorted.begin(), sorted.end(), std::less<>());
+  if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) return false;
+  call.stack = call.run.stack();
+  return go_together(*call.stack, parameters_);
+}
+
+bool TrainStep::read_loss(Call& call) const {
+  LossSpec& spec = call.spec;
+  // torch.nn.Module has the __call__ of all losses, and of all other modules.
+  if (!has_in_class(loss_.ptr(), names().forward, originals_.forward.ptr()) ||
+      !has_in_class(loss_.ptr(), names().call, originals_.call.ptr()))
+    return false;
+  const py::object attributes = attributes_of(loss_.ptr());
+  PyObject* reduction = item(attributes.ptr(), names().reduction);
+  if (must_be_called(attributes.ptr()) || !reduction || !PyUnicode_Check(reduction)) return false;
+  spec.kind = kind_;
+  spec.divisor = double(options_.accumulate);
+  spec.mean = PyUnicode_CompareWithASCIIString(reduction, "mean") == 0;
+  if (!spec.mean && PyUnicode_CompareWithASCIIString(reduction, "sum") != 0) return false;
+  if (kind_ == loss_kind<Huber>) {
+    spec.delta = read_number(attributes.ptr(), names().delta).value_or(0);
+    return spec.delta > 0;
+  }
+  const bool entropy = kind_ == cross_entropy_kind;
+  if (!entropy && kind_ != loss_kind<BinaryCrossEntropy>) return true;
+  PyObject* buffers = item(attributes.ptr(), names().buffers);
+  if (!buffers || !PyDict_Check(buffers)) return false;
+  PyObject* given = item(buffers, names().weight);
+  if (entropy) {
+    spec.label_smoothing = read_number(attributes.ptr(), names().label_smoothing).value_or(-1);
+    if (!(spec.label_smoothing >= 0 && spec.label_smoothing <= 1) ||
+        !read_index(attributes.ptr(), names().ignore_index, spec.ignore_index))
+      return false;
+  } else {
+    if (given != Py_None) return false;
+    given = item(buffers, names().pos_weight);
+  }
+  // A parameter in place of the buffer stands elsewhere.
+  if (!given) return false;
+  if (given == Py_None) return true;
+  if (!is_plain(given)) return false;
+  call.weight = THPVariable_Unpack(given);
+  return true;
+}
+
+bool TrainStep::read_optimizer() const {
+  return has_in_class(optimizer_.ptr(), names().zero_grad, originals_.zero_grad.ptr()) &&
+         !item(attributes_of(optimizer_.ptr()).ptr(), names().zero_grad);
+}
+
+// Contexts in which the loop would raise, or do something else.
+void TrainStep::check_modes() const {
+  TORCH_CHECK(
+      !c10::InferenceMode::is_enabled(),
+      "fastmlp: TrainStep cannot run under torch.inference_mode, where nothing can be trained: call it outside");
+  TORCH_CHECK(at::GradMode::is_enabled(),
+              "fastmlp: TrainStep cannot run under torch.no_grad or torch.set_grad_enabled(False), where the loop's "
+              "backward() raises: call it outside, or under torch.enable_grad()");
+  TORCH_CHECK(!at::autocast::is_autocast_enabled(at::kCPU),
+              "fastmlp: TrainStep cannot run under autocast, which would change the dtype of the layers: call it "
+              "outside, or under torch.autocast(\"cpu\", enabled=False)");
+  TORCH_CHECK(!torch::autograd::AnomalyMode::is_enabled(),
+              "fastmlp: TrainStep cannot run under torch.autograd.detect_anomaly, which it would not obey: write the "
+              "loop's four lines there");
+  TORCH_CHECK(at::SavedTensorDefaultHooks::get_tls_state().stack.empty(),
+              "fastmlp: TrainStep cannot run under torch.autograd.graph.saved_tensors_hooks, which it would not call: "
+              "call it outside");
+}
+
+void TrainStep::check_input(const at::Tensor& input) const {
+  const at::Tensor& weight = parameters_[0];
+  const at::ScalarType dtype = input.scalar_type(), expected = weight.scalar_type();
+  TORCH_CHECK(dtype == expected, "fastmlp: input has dtype ", dtype_name(dtype),
+              ", expected that of the model's parameters, ", dtype_name(expected), ": convert it by input.to(",
+              dtype_name(expected), ')');
+  TORCH_CHECK(!input.requires_grad(),
+              "fastmlp: input requires a gradient, which TrainStep does not compute: give input.detach()");
+  TORCH_CHECK(input.dim() >= 1, "fastmlp: input has no dimension, expected at least one, of size ", weight.size(1),
+              ", the in_features of the model's first layer");
+  TORCH_CHECK(input.sizes().back() == weight.size(1), "fastmlp: input has shape ", input.sizes(), ", expected ",
+              weight.size(1), " in the last dimension, the in_features of the model's first layer");
+}
+
+// As the loss takes it, gapless. The weight of the loss becomes one for each column.
+c10::MaybeOwned<at::Tensor> TrainStep::check_target(Call& call, const at::Tensor& input,
+                                                    const py::object& target) const {
+  check_plain("target", target.ptr());
+  const at::Tensor& given = THPVariable_Unpack(target.ptr());
+  TORCH_CHECK(!given.requires_grad(),
+              "fastmlp: target requires a gradient, which TrainStep does not compute: give target.detach()");
+  const bool entropy = call.spec.kind == cross_entropy_kind;
+  const int64_t columns = parameters_[call.stack->weight(call.stack->layers() - 1)].size(0);
+  at::DimVector output(input.sizes());
+  output.back() = columns;
+  const auto dtype = [&] { return dtype_name(input.scalar_type()); };  // for errors
+  if (at::Tensor& weight = call.weight; weight.defined()) {
+    const bool fits = weight.dim() == 1 && weight.size(0) == columns;
+    const bool one = !entropy && weight.numel() == 1;
+    const char* const name = entropy ? "weight" : "pos_weight";
+    TORCH_CHECK(fits || one, "fastmlp: ", name, " of the loss has shape ", weight.sizes(), ", expected [", columns,
+                "], one for each column of the output");
+    TORCH_CHECK(weight.scalar_type() == input.scalar_type(), "fastmlp: ", name, " of the loss has dtype ",
+                dtype_name(weight.scalar_type()), ", expected the dtype of the output, ", dtype(),
+                ": convert it by loss_fn.to(", dtype(), ')');
+    TORCH_CHECK(!weight.requires_grad(), "fastmlp: ", name,
+                " of the loss requires a gradient, which TrainStep does not compute: detach it");
+    weight = weight.reshape({-1}).expand({columns}).contiguous();
+  }
+  if (!entropy) {
+    TORCH_CHECK(given.sizes() == at::IntArrayRef(output), "fastmlp: target has shape ", given.sizes(), ", expected ",
+                at::IntArrayRef(output), ", the shape of the output");
+    TORCH_CHECK(given.scalar_type() == input.scalar_type(), "fastmlp: target has dtype ",
+                dtype_name(given.scalar_type()), ", expected the dtype of the output, ", dtype(),
+                ": convert it by target.to(", dtype(), ')');
+    return given.expect_contiguous();
+  }
+  const at::IntArrayRef leading(output.data(), output.size() - 1);
+  TORCH_CHECK(output.size() <= 2, "fastmlp: CrossEntropyLoss got an output of shape ", at::IntArrayRef(output),
+              ", expected (N, C) or (C)");
+  TORCH_CHECK(given.scalar_type() == at::kLong, "fastmlp: target has dtype ", dtype_name(given.scalar_type()),
+              ", expected class indices of dtype ", dtype_name(at::kLong));
+  TORCH_CHECK(given.sizes() == leading, "fastmlp: target has shape ", given.sizes(), ", expected ", leading,
+              ", a class for each row of the output");
+  c10::MaybeOwned<at::Tensor> classes = given.expect_contiguous();
+  const int64_t* const all = classes->const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < classes->numel(); i++) {
+    TORCH_CHECK_INDEX(all[i] == call.spec.ignore_index || (all[i] >= 0 && all[i] < columns),
+                      "fastmlp: target holds class ", all[i], ", expected 0 to ", columns - 1,
+                      ", or the loss's ignore_index, ", call.spec.ignore_index);
+  }
+  return classes;
+}
+
+}  // namespace fastmlp

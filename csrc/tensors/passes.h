@@ -1,0 +1,55 @@
+// Tensors -> problem.h, for the register files of all devices: pointers and strides of arguments that checks.h has
+// seen. Allocates nothing but copies of tensors whose leading dimensions do not fold into rows.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/MaybeOwned.h>
+#include <c10/util/SmallVector.h>
+
+#include <optional>
+#include <vector>
+
+#include "../contract/loss.h"
+#include "operators.h"
+#include "../contract/problem.h"
+#include "stack.h"
+
+namespace fastmlp {
+
+std::optional<DType> dtype_of(at::ScalarType type);
+at::ScalarType scalar_type_of(DType dtype);
+
+// The passes point into tensors: those of the caller, and the two-dimensional forms that are kept here.
+struct ForwardTensors {
+  ForwardPass pass;
+  c10::MaybeOwned<at::Tensor> input;
+};
+
+struct BackwardTensors {
+  BackwardPass pass;
+  c10::MaybeOwned<at::Tensor> input, grad;
+  c10::SmallVector<c10::MaybeOwned<at::Tensor>, 8> saved;
+};
+
+struct StepTensors {
+  StepPass pass;
+  c10::MaybeOwned<at::Tensor> input;
+};
+
+// `device` is for the error if there are no kernels for the dtype: "CPU". No `hidden` means that nothing is kept.
+ForwardTensors forward_pass(const char* device, const Stack& stack, const at::Tensor& input, at::TensorList parameters,
+                            const at::Tensor& output, at::TensorList hidden);
+
+// An undefined gradient is not asked for.
+BackwardTensors backward_pass(const char* device, const Stack& stack, const at::Tensor& grad, const at::Tensor& input,
+                              at::TensorList saved, at::TensorList parameters, at::TensorList grads);
+
+// One gradient for each parameter; an undefined one is not asked for. The target of cross entropy holds classes;
+// `weight` is undefined where there is none.
+StepTensors step_pass(const char* device, const Stack& stack, const at::Tensor& input, at::TensorList parameters,
+                      const LossSpec& spec, const at::Tensor& target, const at::Tensor& weight, at::TensorList grads);
+
+// Sizes of a result of so many features for each row of the input.
+c10::SmallVector<int64_t, 5> sizes_with(const at::Tensor& input, int64_t features);
+
+}  // namespace fastmlp

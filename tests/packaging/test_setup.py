@@ -1,0 +1,110 @@
+"""What FASTMLP_CUDA asks of the build, in a process without CUDA."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmlp import _C
+from fastmlp._load import read_build
+
+SETUP = Path(__file__).parents[2] / "setup.py"
+
+
+def configure(choice: str) -> subprocess.CompletedProcess[str]:
+    """setup.py as far as its choice of an extension: the name alone is asked for."""
+    environment = {**os.environ, "FASTMLP_CUDA": choice}
+    command = [sys.executable, str(SETUP), "--name"]
+    return subprocess.run(command, cwd=SETUP.parent, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("choice", ["0", "auto"])
+def test_without_cuda_the_cpu_alone_is_built(choice: str) -> None:
+    assert configure(choice).returncode == 0
+
+
+def test_cuda_that_cannot_be_had_is_an_error() -> None:
+    found = configure("1")
+    if torch.version.cuda is None:
+        assert found.returncode != 0
+        assert f"FASTMLP_CUDA=1, but torch {torch.__version__} is built without CUDA" in found.stderr
+    else:
+        assert "is built without CUDA" not in found.stderr
+
+
+def test_other_choices_are_errors() -> None:
+    found = configure("yes")
+    assert found.returncode != 0
+    assert "FASTMLP_CUDA must be 0, 1 or auto, got 'yes'" in found.stderr
+
+
+#: setup.py with a torch that has CUDA, a toolkit, and these cards.
+WITH_CARDS = """
+import json, os, runpy, subprocess, sys, torch, torch.utils.cpp_extension as extension
+cards, known = json.loads(sys.argv[1])
+torch.version.cuda = "13.0"
+torch.cuda.is_available = lambda: bool(cards)
+torch.cuda.device_count = lambda: len(cards)
+torch.cuda.get_device_capability = lambda device=0: tuple(cards[device])
+torch.cuda.get_arch_list = lambda: known
+extension.CUDA_HOME = sys.argv[2]
+extension.CUDAExtension = extension.CppExtension
+sys.argv = ["setup.py", "--name"]
+runpy.run_path("setup.py")
+print(os.environ["TORCH_CUDA_ARCH_LIST"])
+"""
+
+
+def configure_with(cards: list[tuple[int, int]], folder: Path, listed: str | None) -> subprocess.CompletedProcess[str]:
+    nvcc = folder / "bin/nvcc"
+    nvcc.parent.mkdir(exist_ok=True)
+    nvcc.write_text("#!/bin/sh\necho release 13.0, V13.0.48\n")
+    nvcc.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
+    environment |= {"FASTMLP_CUDA": "1"} | ({} if listed is None else {"TORCH_CUDA_ARCH_LIST": listed})
+    arguments = [json.dumps([cards, ["sm_75", "sm_90", "sm_120", "compute_120"]]), str(folder)]
+    command = [sys.executable, "-c", WITH_CARDS, *arguments]
+    return subprocess.run(command, cwd=SETUP.parent, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("cards", "expected"),
+    [
+        ([], "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
+        ([(9, 0)], "9.0+PTX"),
+        ([(7, 5)], "7.5"),
+        ([(12, 0), (7, 5), (12, 0)], "7.5;12.0+PTX"),
+        ([(13, 0)], "12.0+PTX"),
+    ],
+    ids=str,
+)
+def test_architectures_are_those_of_the_cards(cards: list[tuple[int, int]], expected: str, tmp_path: Path) -> None:
+    """PTX of sm_75 has traps in place of bfloat16's tensor cores: newer cards must never compile it."""
+    found = configure_with(cards, tmp_path, None)
+    assert found.stdout.splitlines()[-1:] == [expected], found.stderr
+
+
+def test_listed_architectures_are_taken_but_for_ptx_that_lacks_kernels(tmp_path: Path) -> None:
+    assert configure_with([(9, 0)], tmp_path, "8.6+PTX").stdout.splitlines()[-1] == "8.6+PTX"
+    refused = configure_with([(9, 0)], tmp_path, "7.5+PTX")
+    assert refused.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST=7.5+PTX asks for PTX of an architecture before 8.0" in refused.stderr
+
+
+def test_devices_are_those_of_the_build() -> None:
+    assert _C.devices() == (["cpu", "cuda"] if read_build()["cuda"] else ["cpu"])
+    assert _C.device_obstacle("cpu") is None
+    assert _C.device_obstacle("meta") == "there are no kernels for the device"
+
+
+def test_cuda_tensors_name_the_rebuild() -> None:
+    why = _C.device_obstacle("cuda")
+    if read_build()["cuda"]:
+        assert why is None
+    else:
+        assert why is not None
+        assert "FASTMLP_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps ." in why
