@@ -177,7 +177,7 @@ def seen(model: nn.Module) -> tuple[_C.Watch, Tensors]:
     The watch begins before anything is read that it compares, so that no change falls between.
     """
     for _ in range(_ATTEMPTS):
-        before = _modules_of(model)
+        before = _held(model)
         try:
             chain = links(model)
             entries, places = _watched(model, chain)
@@ -185,7 +185,7 @@ def seen(model: nn.Module) -> tuple[_C.Watch, Tensors]:
             watch.plan = _stages_of(chain, places)
         except Exception as error:
             # What was found may have been half of the old model and half of the new one.
-            if list(map(id, _modules_of(model))) != list(map(id, before)):
+            if _are_others(before, _held(model)):
                 continue
             if "OptimizedModule" in str(error):
                 raise TypeError(
@@ -196,7 +196,32 @@ def seen(model: nn.Module) -> tuple[_C.Watch, Tensors]:
         tensors = watch.read()
         if tensors is not None:
             return watch, tensors
-    raise RuntimeError("fastmlp: the model got other modules again and again while it was read")
+    raise RuntimeError(
+        "fastmlp: another thread gave the model other modules or tensors again and again while it was read: call again "
+        "when that thread is done"
+    )
+
+
+def _held(model: nn.Module) -> list[object]:
+    """All modules, tensors and their memory, which is none that anything else can get while this list lives."""
+    found: list[object] = []
+    for module in _modules_of(model):
+        found.append(module)
+        for tensor in (*tuple(module._parameters.values()), *tuple(module._buffers.values())):
+            found.append(tensor)
+            if tensor is not None and torch._C._has_storage(tensor):
+                found.append(tensor.untyped_storage())
+    return found
+
+
+def _are_others(before: Sequence[object], after: Sequence[object]) -> bool:
+    """Whether a model holds something else than before."""
+
+    def identity(part: object) -> int:
+        # Each call of untyped_storage makes a Python object of its own for the same memory.
+        return part._cdata if isinstance(part, torch.UntypedStorage) else id(part)
+
+    return list(map(identity, before)) != list(map(identity, after))
 
 
 def _modules_of(model: nn.Module) -> list[nn.Module]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmlp
-from fastmlp import FrozenMLP, freeze
+from fastmlp import FrozenMLP, chain, freeze, stages
 from tests.frozen.test_frozen import norm
 
 
@@ -179,3 +179,32 @@ def test_hooks_and_modes_come_and_go() -> None:
     assert values_of([result for result in found if isinstance(result, Tensor)]) <= {2.0}
     assert all("training mode" in str(e) or "has hooks" in str(e) for e in found if isinstance(e, Exception))
     assert (frozen(x) == 2).all()
+
+
+@pytest.mark.parametrize("what", ["parameter", "data", "module", "nothing"])
+def test_an_error_while_something_else_was_put_in(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Recording compares two executions, between which another thread may exchange anything: it is done again."""
+    model = nn.Sequential(layer(1.0), nn.ReLU())
+    attempts = 0
+
+    def interrupted(given: nn.Module) -> Any:
+        nonlocal attempts
+        attempts += 1
+        if attempts > 1:
+            return chain.links(given)
+        if what == "parameter":
+            model[0].weight = nn.Parameter(torch.ones(4, 4))
+        elif what == "data":
+            model[0].weight.data = torch.ones(4, 4)
+        elif what == "module":
+            model[0] = layer(4.0)
+        raise RuntimeError("the executions differ")
+
+    monkeypatch.setattr(stages, "links", interrupted)
+    if what == "nothing":
+        with pytest.raises(RuntimeError, match="the executions differ"):
+            freeze(model)
+        assert attempts == 1
+    else:
+        assert torch.equal(freeze(model)(torch.ones(1, 4)), torch.full((1, 4), 4.0))
+        assert attempts == 2
