@@ -12,6 +12,8 @@ from typing import Any
 
 from torch.utils.cpp_extension import load
 
+from tests.support.kernel_checks import KernelChecks
+
 ROOT = Path(__file__).parents[2]
 #: nvcc fuses a * b + c, so the host compiler does too: sums of products have the same bits then. Not vectorised, where
 #: gcc multiplies first and adds in order.
@@ -45,3 +47,14 @@ def emulated() -> Any:
         extra_ldflags=sanitize,
         build_directory=str(folder),
     )
+
+
+#: The orders in which the threads of a block may run between barriers; a number is a seed.
+ORDERS = ("fifo", "lifo", "1", "2")
+
+checks = KernelChecks(emulated, "cpu")
+
+
+def set_up(architecture: int = 80, tile: int = -1, order: str = "fifo", fuses: bool = True) -> None:
+    """What the next passes run with; tile -1 leaves the choice to the static table."""
+    emulated().set_up(architecture, tile, order, fuses)
