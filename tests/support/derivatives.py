@@ -50,6 +50,7 @@ def assert_same(ours: Sequence[Tensor | None], torchs: Sequence[Tensor | None]) 
 
 
 def subsets(case: Case, masks: Sequence[Sequence[bool]]) -> None:
+    """Compares first and second derivatives while only the tensors that a mask names require a gradient."""
     for mask in masks:
         if not any(mask):
             continue

@@ -1,7 +1,7 @@
 """Builds and loads `_C_emulated`: the CUDA kernels, run on CPU tensors by tests/emulator.
 
-FASTMLP_SANITIZE=address,undefined (or thread): with these sanitizers of the compiler.
-FASTMLP_EMULATED=/path/_C_emulated.so: this one, which tools/gpu_proof has built.
+FASTMLP_SANITIZE=address,undefined (or thread): build it with these sanitizers of the compiler.
+FASTMLP_EMULATED=/path/_C_emulated.so: load this library, which tools/gpu_proof has built, and build nothing.
 """
 
 import importlib.util
@@ -15,8 +15,8 @@ from torch.utils.cpp_extension import load
 from tests.support.kernel_checks import KernelChecks
 
 ROOT = Path(__file__).parents[2]
-#: nvcc fuses a * b + c, so the host compiler does too: sums of products have the same bits then. Not vectorised, where
-#: gcc multiplies first and adds in order.
+#: The host compiler fuses a * b + c because nvcc does, so that sums of products have the same bits. Loops are not
+#: vectorised, because gcc's vectors multiply first and add afterwards.
 FUSED = ["-mfma", "-mf16c", "-ffp-contract=fast", "-fno-tree-vectorize"]
 
 
@@ -56,5 +56,5 @@ checks = KernelChecks(emulated, "cpu")
 
 
 def set_up(architecture: int = 80, tile: int = -1, order: str = "fifo", fuses: bool = True) -> None:
-    """What the next passes run with; tile -1 leaves the choice to the static table."""
+    """Sets what the next passes run with; with tile -1 the static table chooses."""
     emulated().set_up(architecture, tile, order, fuses)

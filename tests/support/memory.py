@@ -1,4 +1,4 @@
-"""Memory that tells on kernels: filled with junk before it is written, or with a border that must stay as it is."""
+"""Finds kernels that read memory which nobody has written, and kernels that write outside of their results."""
 
 import torch
 from torch import Tensor

@@ -10,7 +10,7 @@ from fastmlp import optim
 from tests.support.intervals import Arithmetic, Interval
 from tests.support.training import Optimizer, optimizer_of
 
-#: With all kinds of state.
+#: Options with which each optimizer keeps all the kinds of state that it can.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
     "Adam": {"lr": 0.01, "amsgrad": True},
@@ -32,6 +32,7 @@ def set_gradients(params: list[nn.Parameter]) -> None:
 
 
 def numbers(x: Tensor) -> Tensor:
+    """The values without gaps between them, whatever the strides."""
     return x.detach().contiguous()
 
 
@@ -49,7 +50,7 @@ def checked_step(
         what: for messages.
         step: how to step, if not by `optimizer.step`.
         scale: a power of two, that gradients are multiplied with and the step divides by.
-        leave: parameters to leave out.
+        leave: parameters that are not checked.
     """
     expected = []
     for group in optimizer.param_groups:
@@ -77,6 +78,7 @@ def checked_step(
 
 
 def form(x: Any) -> Any:
+    """What a `state_dict` consists of, without numbers: keys in their order, types, dtypes and shapes."""
     if isinstance(x, Tensor):
         return type(x), x.dtype, x.shape, x.device, x.requires_grad
     if isinstance(x, dict):

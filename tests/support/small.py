@@ -1,4 +1,4 @@
-"""Models of two layers and what tests of several folders put around them."""
+"""Small models that tests of several folders convert, record and freeze."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +21,8 @@ class Net(nn.Module):
 
 
 class OwnLinear(nn.Linear):
+    """A subclass that computes something else than nn.Linear, so that nobody may take it for one."""
+
     def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input)
 
@@ -30,7 +32,7 @@ def sequential() -> nn.Sequential:
 
 
 def norm(features: int, **options: Any) -> nn.BatchNorm1d:
-    """One that has seen data."""
+    """A batch norm whose statistics are of some data, not those that it is made with."""
     layer = nn.BatchNorm1d(features, **options)
     layer(torch.randn(50, features) * 2 + 3)
     if options.get("affine", True):

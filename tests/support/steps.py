@@ -1,4 +1,4 @@
-"""A network, its data and its optimizer for tests of TrainStep; and what it means that TrainStep refuses something."""
+"""A network, data and an optimizer for tests of TrainStep, and checks that TrainStep refuses what it cannot do."""
 
 from typing import Any
 
@@ -33,12 +33,13 @@ def sgd(parameters: Any, **arguments: Any) -> torch.optim.SGD:
 
 
 def gradients_left_behind(model: Any, optimizer: Optimizer) -> None:
+    """As if something else had called `backward` since the last step."""
     for p in model.parameters():
         p.grad = torch.ones_like(p)
 
 
 def refused(model: nn.Module, loss_fn: Any, optimizer: Any, text: str) -> None:
-    """Explained in the same words as raised."""
+    """Asserts that TrainStep raises an error with this text, and that `explain` gives its reasons in the same words."""
     reasons = explain(model, loss_fn, optimizer)
     assert isinstance(reasons, tuple)
     assert len(reasons) > 0
@@ -59,6 +60,7 @@ def snapshot(model: nn.Module, optimizer: Optimizer) -> list[Any]:
 
 
 def unchanged(step: Any, model: nn.Module, optimizer: Optimizer, input: Any, target: Any, text: str) -> None:
+    """Asserts that a call raises an error with this text, and that nothing has been written before."""
     before = snapshot(model, optimizer)
     with pytest.raises(ERRORS, match=text) as error:
         step(input, target)
