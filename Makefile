@@ -15,22 +15,39 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= $(shell nproc)
 
+# Recipes fail where a part of a pipe does.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+
 # Tools of the environment, ninja among them, are found first.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export MAX_JOBS ?= $(JOBS)
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-SANITIZED := build/sanitized
 
-.PHONY: demo test build lint pytest other-isas sanitize attack bench account models gpu-proof gpu-proof-quick gpu-test tiles format clean
+.PHONY: demo test tested checked build lint pytest other-isas sanitize sanitized-sources attack bench account models gpu-proof gpu-proof-quick gpu-test tiles format clean
 .DELETE_ON_ERROR:
 
 demo: build
 	python -m fastmlp demo
 
 # Lint, types, all tests, the kernels once more on the other instruction sets and under sanitizers, and the quick part of
-# what is proved of the CUDA kernels.
-test: lint sanitize other-isas gpu-proof-quick pytest
+# what is proved of the CUDA kernels. The tests run beside all else, because most of them use one core. Their output is
+# seen as it comes, that of the rest when it ends: out/checks.log. pytest's closing line is the last.
+CHECKS := lint sanitize other-isas gpu-proof-quick
+# OpenMP's threads sleep while they wait, because one that spins takes the core from the process beside it.
+test: export OMP_WAIT_POLICY = passive
+test: build $(VENV)/models $(VENV)/gpu-proof
+	$(MAKE) --no-print-directory --jobs=2 tested checked
+	cat out/checks.log
+	tail -n 1 out/pytest.log
+
+tested:
+	mkdir -p out
+	python -m pytest 2>&1 | tee out/pytest.log
+
+checked:
+	mkdir -p out && $(MAKE) --jobs=1 $(CHECKS) >out/checks.log 2>&1 || { cat out/checks.log; exit 1; }
 
 build: $(VENV)/built
 
@@ -64,29 +81,29 @@ pytest: $(VENV)/models $(VENV)/gpu-proof
 # On a processor without one of them the list that the tests enumerate is shorter.
 KERNEL_TESTS := tests/kernels/test_kernels.py tests/kernels/test_math.py tests/modules/test_autograd.py
 other-isas: build
-	FASTMLP_ISA=portable FASTMLP_TEST_ISAS=portable python -m pytest -q $(KERNEL_TESTS)
+	FASTMLP_ISA=portable FASTMLP_TEST_ISAS=portable python -m pytest -q -p no:cacheprovider $(KERNEL_TESTS)
 	if python -c "import fastmlp; fastmlp.set_isa('avx2')"; then \
-	  FASTMLP_ISA=avx2 FASTMLP_TEST_ISAS=avx2 python -m pytest -q $(KERNEL_TESTS); fi
+	  FASTMLP_ISA=avx2 FASTMLP_TEST_ISAS=avx2 python -m pytest -q -p no:cacheprovider $(KERNEL_TESTS); fi
 
 # A second build of the package with ASan and UBSan, in a folder of its own. Python itself is not
 # instrumented, so the runtime is preloaded and leaks are not looked for.
-$(SANITIZED)/done: $(VENV)/built
-	rm -rf $(SANITIZED)
-	mkdir -p $(SANITIZED)
-	cp -r setup.py pyproject.toml README.md LICENSE csrc fastmlp tests $(SANITIZED)
-	rm -f $(SANITIZED)/fastmlp/_C*.so
+SANITIZED := build/sanitized
+SANITIZED_TESTS := $(addprefix tests/,kernels/test_kernels.py modules/test_errors.py training/test_optim.py \
+  training/test_train_step_losses.py frozen/test_frozen.py)
+SANITIZED_PYTHON = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=. python
+sanitize: sanitized-sources
 	cd $(SANITIZED) && FASTMLP_SANITIZE=address,undefined python setup.py -q build_ext --inplace
-	touch $@
+	cd $(SANITIZED) && $(SANITIZED_PYTHON) -m pytest -q -p no:cacheprovider $(SANITIZED_TESTS)
+	cd $(SANITIZED) && $(SANITIZED_PYTHON) -m tests.attack --seconds 60
 
-sanitize: $(SANITIZED)/done
-	cd $(SANITIZED) && \
-	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=. \
-	  python -m pytest -q -p no:cacheprovider tests/kernels/test_kernels.py tests/modules/test_errors.py tests/training/test_optim.py tests/training/test_train_step_losses.py \
-	    tests/frozen/test_frozen.py && \
-	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=. \
-	  python -m tests.attack --seconds 60
+# Objects stay, so that only what has changed is compiled again. Caches of Python are left out, because tests that run
+# meanwhile write them.
+sanitized-sources: build
+	mkdir -p $(SANITIZED)
+	cd $(SANITIZED) && rm -rf csrc fastmlp tests
+	cp -p --parents setup.py pyproject.toml README.md LICENSE \
+	  $$(find csrc fastmlp tests -name __pycache__ -prune -o -type f -not -name '_C*.so' -print) $(SANITIZED)
 
 # The generated attack: what it is, tests/attack/__init__.py says. Fresh memory is filled with a byte that makes floats huge.
 attack: build

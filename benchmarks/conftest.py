@@ -1,6 +1,5 @@
 """Options, and how one contender is measured on one workload."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 
 import pytest
@@ -9,9 +8,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks.check import verify
 from benchmarks.contenders import Contender, absent, contenders, versions
 from benchmarks.machine import describe, peak
+from benchmarks.timing import Measure
 from benchmarks.workloads import Tier, Workload, select
-
-Measure = Callable[[Workload, type[Contender]], None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,7 +1,7 @@
 """One layer with ReLU: forward without a graph; forward, and backward to weight, bias and input."""
 
-from benchmarks.conftest import Measure
 from benchmarks.contenders import Contender
+from benchmarks.timing import Measure
 from benchmarks.workloads import Suite, Workload
 
 SUITE: Suite = "layers"

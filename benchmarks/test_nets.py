@@ -1,7 +1,7 @@
 """Whole networks: forward without a graph; forward, and backward to the parameters."""
 
-from benchmarks.conftest import Measure
 from benchmarks.contenders import Contender
+from benchmarks.timing import Measure
 from benchmarks.workloads import Suite, Workload
 
 SUITE: Suite = "nets"

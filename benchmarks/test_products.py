@@ -1,7 +1,7 @@
 """Products of matrices in the three layouts of a network: forward, and both gradients."""
 
-from benchmarks.conftest import Measure
 from benchmarks.contenders import Contender
+from benchmarks.timing import Measure
 from benchmarks.workloads import Suite, Workload
 
 SUITE: Suite = "products"

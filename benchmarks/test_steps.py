@@ -1,7 +1,7 @@
 """The training loop's four lines: zero_grad, forward and loss, backward, the optimizer's step."""
 
-from benchmarks.conftest import Measure
 from benchmarks.contenders import Contender
+from benchmarks.timing import Measure
 from benchmarks.workloads import Suite, Workload
 
 SUITE: Suite = "steps"

@@ -16,7 +16,7 @@ from time import perf_counter, process_time
 from typing import Any
 
 from benchmarks.check import verify
-from benchmarks.contenders import YARDSTICK, contenders
+from benchmarks.contenders import YARDSTICK, Contender, contenders
 from benchmarks.machine import describe, dtype_name, multiply_adds
 from benchmarks.workloads import Suite, Workload
 
@@ -36,6 +36,9 @@ AWAKE = 0.98
 PEAK = "peak"
 
 Call = Callable[[], Any]
+
+#: The fixture of benchmarks/conftest.py: checks a contender's results, then times it.
+Measure = Callable[[Workload, type[Contender]], None]
 
 
 @dataclass(frozen=True)

@@ -1,40 +1,15 @@
-"""What the extension reports (instruction sets, activations), as parameters of the tests."""
+"""Fixtures of all tests. What tests import lies in tests/support."""
 
 import ctypes
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import fastmlp
-from fastmlp import _C, Activation
-from fastmlp.activations import DEFAULTS
-
-#: FASTMLP_TEST_ISAS narrows the list, for the runs of CI that are about one of them.
-_WANTED = os.environ.get("FASTMLP_TEST_ISAS")
-ISAS = [
-    str(isa["name"])
-    for isa in _C.instruction_sets()
-    if isa["supported"] and (_WANTED is None or isa["name"] in _WANTED.split(","))
-]
-DTYPES: list[torch.dtype] = [getattr(torch, name) for name in _C.dtypes()]
-
-#: Every activation with its defaults, and those with parameters also with others, of either sign.
-ACTIVATIONS = [Activation(name) for name in DEFAULTS] + [
-    Activation("leaky_relu", negative_slope=0.0),
-    Activation("leaky_relu", negative_slope=-0.5),
-    Activation("elu", alpha=0.3),
-    Activation("elu", alpha=0.0),
-    Activation("elu", alpha=-0.7),
-    Activation("softplus", beta=2.5, threshold=1.0),
-]
-
-
-#: What torch's allocator of the CPU writes into new memory, as 32 bits.
-JUNK = 0x7FEDBEEF
+from fastmlp import Activation
+from tests.support.axes import ACTIVATIONS, DTYPES, ISAS
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -91,10 +66,3 @@ def without_onednn() -> Iterator[None]:
     torch._C._set_mkldnn_enabled(False)
     yield
     torch._C._set_mkldnn_enabled(True)
-
-
-def tiles(isa: str, dtype: torch.dtype) -> dict[str, int]:
-    """MR, NR, MC, NC and KC of an instruction set's kernels."""
-    found: Any = next(i for i in _C.instruction_sets() if i["name"] == isa)
-    sizes: dict[str, int] = found[str(dtype).removeprefix("torch.")]
-    return sizes

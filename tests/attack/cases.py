@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 import fastmlp
-from tests.conftest import ISAS
+from tests.support.axes import ISAS
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from fastmlp import reference
 from fastmlp.activations import IDENTITY, module_of
 from tests.attack import drawn, nets
 from tests.attack.cases import Case
-from tests.conftest import ISAS
+from tests.support.axes import ISAS
 
 
 @dataclass

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastmlp import Activation
 from fastmlp.activations import IDENTITY
 from tests.attack.cases import Case
-from tests.conftest import ACTIVATIONS, DTYPES
+from tests.support.axes import ACTIVATIONS, DTYPES
 
 #: Edges of tiles and panels, one less and one more.
 SIZES = (0, 1, 1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 64, 65)

@@ -13,7 +13,7 @@ from fastmlp.activations import IDENTITY, module_of
 from tests.attack import drawn
 from tests.attack.cases import attempt
 from tests.attack.sides import Training
-from tests.conftest import ISAS
+from tests.support.axes import ISAS
 
 
 class Entry(NamedTuple):

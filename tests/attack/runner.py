@@ -63,22 +63,23 @@ def sequence(surfaces: Sequence[str], first: int) -> Iterator[tuple[str, int]]:
 
 
 def serve(connection: Connection) -> None:
-    """A worker: plays what it is told until it is told nothing."""
+    """A worker: plays what it is told until it is told nothing; tells the result, and the processor time it has had."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     while (told := connection.recv()) is not None:
-        connection.send(run(*told))
+        connection.send((run(*told), time.process_time()))
 
 
 @dataclass
 class Worker:
-    """A process and the case that it plays."""
+    """A process, the case that it plays, and the seconds of a processor that it has had."""
 
     context: Any
     process: Any = None
     connection: Any = None
     playing: tuple[str, int] | None = None
     since: float = 0.0
+    spent: float = 0.0
 
     def start(self) -> None:
         self.connection, theirs = self.context.Pipe()
@@ -103,12 +104,15 @@ class Worker:
 def attack(
     surfaces: Sequence[str], cases: int, seconds: float, processes: int, first: int, output: Any = sys.stdout
 ) -> Totals:
-    """Runs cases until there were so many, or so much time has passed."""
+    """Runs cases until there were so many, or each process has had so many seconds of a processor.
+
+    The time of a processor is what counts, because processes that share the machine with others play as much.
+    """
     context: Any = multiprocessing.get_context("spawn")
     workers = [Worker(context) for _ in range(processes)]
     for worker in workers:
         worker.start()
-    todo, given, end, totals = sequence(surfaces, first), 0, time.monotonic() + seconds, Totals()
+    todo, given, totals = sequence(surfaces, first), 0, Totals()
 
     def done(worker: Worker, result: Result) -> None:
         totals.add(result)
@@ -120,7 +124,7 @@ def attack(
 
     while True:
         for worker in workers:
-            if worker.playing is None and given < cases and time.monotonic() < end:
+            if worker.playing is None and given < cases and worker.spent < seconds:
                 worker.play(next(todo))
                 given += 1
         busy = {worker.connection: worker for worker in workers if worker.playing is not None}
@@ -129,7 +133,8 @@ def attack(
         for ready in wait(list(busy), timeout=1.0):
             worker = busy[ready]
             try:
-                done(worker, worker.connection.recv())
+                result, worker.spent = worker.connection.recv()
+                done(worker, result)
             except (EOFError, OSError):
                 worker.process.join()
                 done(worker, worker.lost(f"the process died: exit code {worker.process.exitcode}"))
@@ -147,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--surface", action="append", choices=list(SURFACES), help="only this one; may be repeated")
     parser.add_argument("--seed", type=int, help="play this case alone, in this process, and say what it consists of")
     parser.add_argument("--cases", type=int, default=20_000, help="how many (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so many seconds")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of a processor, for each process")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--first", type=int, default=0, help="the first seed (default: %(default)s)")
     options = parser.parse_args(arguments)

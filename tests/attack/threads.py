@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastmlp
 from tests.attack import drawn, nets, oracle
 from tests.attack.cases import Case
-from tests.conftest import ISAS
+from tests.support.axes import ISAS
 from tests.support.bounds import Bounded
 
 

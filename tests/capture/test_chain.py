@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 import fastmlp
 from fastmlp import convert
 from fastmlp.chain import Link, links
-from tests.modules.test_autograd import assert_same
+from tests.support.derivatives import assert_same
 
 
 class Net(nn.Module):

@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 
 import fastmlp
 from fastmlp import TrainStep, convert, freeze
-from tests.modules.test_autograd import assert_same
-from tests.modules.test_convert import derivatives, state_of
+from tests.support.derivatives import assert_same, derivatives
+from tests.support.small import state_of
 
 
 class Net(nn.Module):
@@ -630,35 +630,6 @@ def test_nothing_of_the_model_is_written_while_it_is_recorded() -> None:
     assert writes == []
     assert norm.state_dict()["1.running_mean"].eq(0).all()
     assert norm.state_dict()["1.num_batches_tracked"] == 0
-
-
-def test_other_threads_call_the_model_while_it_is_recorded() -> None:
-    model, x = nn.Sequential(Net(), nn.BatchNorm1d(3), nn.Linear(3, 2)).eval(), torch.randn(5, 4)
-    expected, wrong, done = model(x).detach(), [], threading.Event()
-
-    def call() -> None:
-        while not done.is_set():
-            try:
-                if not torch.equal(model(x), expected):
-                    wrong.append("another value")
-            except Exception as error:
-                wrong.append(repr(error))
-
-    threads = [threading.Thread(target=call) for _ in range(2)]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        for thread in threads:
-            thread.start()
-        recorded = [convert(model, trace=True) for _ in range(5)]
-    finally:
-        done.set()
-        for thread in threads:
-            thread.join()
-        sys.setswitchinterval(interval)
-    assert wrong == []
-    for module in recorded:
-        torch.testing.assert_close(module(x), expected)
 
 
 def test_hooks_do_not_run_while_it_is_recorded() -> None:

@@ -23,8 +23,8 @@ from torch.func import functional_call, hessian, jacrev, jvp, vmap
 import fastmlp
 from fastmlp import _C, Activation, freeze, functional, reference
 from fastmlp.activations import IDENTITY, module_of, resolve
-from tests.modules.test_autograd import assert_same
 from tests.support.bounds import assert_within, network
+from tests.support.derivatives import assert_same
 from tests.support.kernel_checks import KernelChecks
 from tests.support.rounding import distance, rounding_bounds
 

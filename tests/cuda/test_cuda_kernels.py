@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fastmlp import Activation
 from fastmlp.activations import IDENTITY, resolve
-from tests.conftest import DTYPES
+from tests.support.axes import DTYPES
 from tests.support.bounds import assert_within, network
-from tests.support.emulated import emulated
-from tests.support.kernel_checks import LAYOUTS, KernelChecks, edges, shapes_around
+from tests.support.emulated import ORDERS, checks, emulated, set_up
+from tests.support.kernel_checks import KernelChecks, edges, shapes_around
+from tests.support.layouts import CUDA_LAYOUTS
 
-checks = KernelChecks(emulated, "cpu")
 check, one_layer, chain, native = checks.check, checks.one_layer, checks.chain, checks.native
 
 #: Sums are rounded before an activation.
@@ -25,7 +25,6 @@ by_library = KernelChecks(emulated, "cpu", rounds_sums=True)
 #: As csrc/cuda/tiles.h numbers what is no tile.
 LIBRARY = 3
 
-ORDERS = ("fifo", "lifo", "1", "2")
 #: Dtypes of the kernels that take a whole network; bfloat16 has them from sm_80 on.
 FUSED = [dtype for dtype in DTYPES if dtype != torch.float64]
 
@@ -40,11 +39,6 @@ def order(request: pytest.FixtureRequest) -> str:
 def restored() -> Iterator[None]:
     yield
     set_up()
-
-
-def set_up(architecture: int = 80, tile: int = -1, order: str = "fifo", fuses: bool = True) -> None:
-    """What the next passes run with; tile -1 leaves the choice to the static table."""
-    emulated().set_up(architecture, tile, order, fuses)
 
 
 @pytest.mark.parametrize("tile", range(3))
@@ -118,7 +112,7 @@ def test_same_bits_in_every_order(dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", CUDA_LAYOUTS)
 @pytest.mark.parametrize("which", ["input", "weight", "grad", "saved"])
 def test_layouts(order: str, dtype: torch.dtype, which: str, layout: str) -> None:
     set_up(order=order)

@@ -16,15 +16,14 @@ from torch import Tensor
 
 from fastmlp import Activation
 from fastmlp.activations import resolve
-from tests.conftest import ACTIVATIONS
-from tests.cuda import test_cuda_kernels
-from tests.emulator.ptx import checks
+from tests.emulator.ptx import checks as ptx_checks
 from tests.emulator.ptx.build import load, load_all, ptx_of
 from tests.emulator.ptx.names import readable
 from tests.emulator.ptx.profile import Ratios, accesses, measure, summary, whole_tiles
 from tests.emulator.ptx.syntax import PtxError
 from tests.emulator.ptx.translate import Kernel, translate
-from tests.support.emulated import ROOT, emulated
+from tests.support.axes import ACTIVATIONS
+from tests.support.emulated import ROOT, checks, emulated, set_up
 
 ARCHITECTURE = 80
 DTYPES = ("float32", "bfloat16")
@@ -43,12 +42,12 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 def test_bits_are_the_shim_s(dtype: torch.dtype) -> None:
     """Products, sums and the activations that need no libdevice."""
-    rows = checks.bits(kernels(str(dtype).removeprefix("torch.")), dtype, ARCHITECTURE)
+    rows = ptx_checks.bits(kernels(str(dtype).removeprefix("torch.")), dtype, ARCHITECTURE)
     assert [r for r in rows if not r.passed] == []
 
 
 def test_every_activation(dtype: torch.dtype) -> None:
-    rows = checks.bounds(kernels(str(dtype).removeprefix("torch.")), dtype, ARCHITECTURE, ACTIVATIONS)
+    rows = ptx_checks.bounds(kernels(str(dtype).removeprefix("torch.")), dtype, ARCHITECTURE, ACTIVATIONS)
     assert [r for r in rows if not r.passed] == []
 
 
@@ -61,8 +60,8 @@ def translated(dtype: torch.dtype) -> Iterator[None]:
 
 def test_special_values(dtype: torch.dtype, activation: Activation, translated: None, without_onednn: None) -> None:
     """NaN and infinities in libdevice's functions."""
-    test_cuda_kernels.test_special_values_are_torch_s(dtype, activation, None)
-    test_cuda_kernels.test_special_values_of_fused_networks(dtype, activation, None)
+    checks.special_values(dtype, activation)
+    checks.special_values(dtype, activation, layers=2)
 
 
 def test_profile(dtype: torch.dtype) -> None:
@@ -75,9 +74,9 @@ def test_profile(dtype: torch.dtype) -> None:
 
 def test_a_case_that_runs_no_kernel_has_failed() -> None:
     """As where none is loaded for its architecture: nothing else would tell."""
-    case = checks.Case(9, (8, 16, 8), resolve("relu"), card=ARCHITECTURE)
-    tallies = checks.run_cases([case], torch.float32, ARCHITECTURE + 1, lambda case, results: None)
-    (row,) = checks.rows_of([], tallies, torch.float32, ARCHITECTURE + 1, "bits")
+    case = ptx_checks.Case(9, (8, 16, 8), resolve("relu"), card=ARCHITECTURE)
+    tallies = ptx_checks.run_cases([case], torch.float32, ARCHITECTURE + 1, lambda case, results: None)
+    (row,) = ptx_checks.rows_of([], tallies, torch.float32, ARCHITECTURE + 1, "bits")
     assert not row.passed
     assert "no translated kernel" in row.result
 
@@ -89,15 +88,15 @@ PLANTED = 1000
 def forward(dtype: torch.dtype, route: int, tile: int, act: str = "relu") -> Tensor:
     """One layer of whole tiles."""
     torch.manual_seed(0)
-    test_cuda_kernels.set_up(ARCHITECTURE, tile)
+    set_up(ARCHITECTURE, tile)
     emulated().set_route(route)
     try:
-        stack = test_cuda_kernels.native((False,), (resolve(act),))
+        stack = checks.native((False,), (resolve(act),))
         input, weight = torch.randn(64, 64, dtype=dtype), torch.randn(64, 64, dtype=dtype)
         return emulated().infer(stack, input, [weight])
     finally:
         emulated().set_route(0)
-        test_cuda_kernels.set_up()
+        set_up()
 
 
 def plant(text: str, wanted: str) -> dict[str, Kernel]:

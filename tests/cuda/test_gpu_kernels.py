@@ -14,7 +14,8 @@ from torch import Tensor
 from fastmlp import _C, Activation, functional
 from fastmlp.activations import IDENTITY, resolve
 from tests.support.bounds import assert_within, network
-from tests.support.kernel_checks import LAYOUTS, KernelChecks, shapes_around
+from tests.support.kernel_checks import KernelChecks, shapes_around
+from tests.support.layouts import CUDA_LAYOUTS
 
 if "cuda" not in _C.devices():
     pytest.skip("the build has no CUDA kernels", allow_module_level=True)
@@ -107,7 +108,7 @@ def test_deep_and_wide_networks(rows: int, dtype: torch.dtype) -> None:
         checks.chain(rows, widths, act, IDENTITY if rows % 2 else act, dtype)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", CUDA_LAYOUTS)
 @pytest.mark.parametrize("which", ["input", "weight", "grad", "saved"])
 def test_layouts(dtype: torch.dtype, which: str, layout: str) -> None:
     checks.layouts(dtype, which, layout)

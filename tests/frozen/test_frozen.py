@@ -18,58 +18,12 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 import fastmlp
-from fastmlp import _C, FrozenMLP, convert, freeze
-from tests.modules.test_autograd import assert_same
-
-X = torch.zeros(2, 4)
-
-
-class Net(nn.Module):
-    def __init__(self, between: Callable[..., Tensor] = torch.relu) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(4, 5), nn.Linear(5, 3)
-        self.between = between
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.between(self.fc1(x)))
-
-
-def small() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
-
-
-def norm(features: int, **options: Any) -> nn.BatchNorm1d:
-    """One that has seen data."""
-    layer = nn.BatchNorm1d(features, **options)
-    layer(torch.randn(50, features) * 2 + 3)
-    if options.get("affine", True):
-        nn.init.normal_(layer.weight)
-        nn.init.normal_(layer.bias)
-    return layer
-
+from fastmlp import _C, FrozenMLP, freeze
+from tests.support.derivatives import assert_same
+from tests.support.small import Net, norm, sequential
+from tests.support.to_freeze import BAD, MODELS, X
 
 # What is taken.
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "layer": lambda: nn.Linear(4, 3),
-    "fused layer": lambda: fastmlp.Linear(4, 3, bias=False, activation="tanh"),
-    "sequential": small,
-    "mlp": lambda: fastmlp.MLP(4, [6, 7], 3, activation=nn.GELU(approximate="tanh"), output_activation="sigmoid"),
-    "nested": lambda: nn.Sequential(nn.Sequential(nn.Linear(4, 5), nn.LeakyReLU(0.3)), nn.Sequential(nn.Linear(5, 3))),
-    "recorded": Net,
-    "recorded module": lambda: Net(nn.Sequential(nn.ELU(0.5), nn.Identity())),
-    "converted": lambda: convert(Net(), trace=True),
-    "inside": lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Net(), nn.SiLU()),
-    "shared": lambda: nn.Sequential(*[nn.Linear(4, 4), nn.Tanh()] * 3),
-    "dropout": lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 5), nn.AlphaDropout(), nn.SELU(), nn.Linear(5, 3)),
-    "norm after": lambda: nn.Sequential(nn.Linear(4, 5), norm(5), nn.ReLU(), nn.Linear(5, 3, bias=False), norm(3)),
-    "norm before": lambda: nn.Sequential(norm(4), nn.Linear(4, 5, bias=False), nn.ReLU(), norm(5), nn.Linear(5, 3)),
-    "norms": lambda: nn.Sequential(
-        *(norm(4), norm(4, affine=False), nn.Linear(4, 5), norm(5, eps=0.1), norm(5), nn.ReLU(), norm(5)),
-        *(nn.Dropout(), norm(5, affine=False), fastmlp.Linear(5, 3, activation="relu"), norm(3), nn.Linear(3, 2)),
-    ),
-    "norm in a module": lambda: Net(nn.Sequential(norm(5), nn.Tanh())),
-}
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
@@ -131,7 +85,7 @@ def test_dropout_of_nothing_is_taken() -> None:
 
 
 def test_hooks_are_refused() -> None:
-    model = small()
+    model = sequential()
     model[1].register_forward_hook(lambda *_: None)
     with pytest.raises(TypeError, match=r"1 \(ReLU\) .* it has hooks"):
         freeze(model)
@@ -139,23 +93,27 @@ def test_hooks_are_refused() -> None:
 
 def test_dtypes_and_devices() -> None:
     with pytest.raises(ValueError, match=r"dtype must be None or torch.bfloat16, got torch.float16"):
-        freeze(small(), dtype=torch.float16)
+        freeze(sequential(), dtype=torch.float16)
     mixed = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3).double())
     with pytest.raises(RuntimeError, match=r"1.weight has dtype torch.float64, expected torch.float32"):
         freeze(mixed)
     with pytest.raises(RuntimeError, match=r"0.weight has dtype torch.complex64, expected one of float32"):
         freeze(nn.Sequential(nn.Linear(4, 5, dtype=torch.complex64)))
     with pytest.raises(RuntimeError, match=r"0.weight is on meta, and there are no kernels for the device"):
-        freeze(small().to("meta"))
+        freeze(sequential().to("meta"))
     with pytest.raises(RuntimeError, match=r"1.weight has shape \[3, 6\], expected 5 in the last"):
         freeze(nn.Sequential(nn.Linear(4, 5), nn.Linear(6, 3)))
     with FakeTensorMode():
-        fake = small()
+        fake = sequential()
     with pytest.raises(RuntimeError, match=r"0.weight cannot be frozen: "):
         freeze(fake)
 
 
-@pytest.mark.parametrize("make", [FrozenMLP, lambda: FrozenMLP.__new__(FrozenMLP), _C.Frozen], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [FrozenMLP, lambda: FrozenMLP.__new__(FrozenMLP), _C.Frozen],
+    ids=["called", "made by __new__", "of the extension"],
+)
 def test_a_class_without_a_network(make: Callable[[], Any]) -> None:
     frozen = make()
     with pytest.raises(RuntimeError, match="holds no network"):
@@ -202,7 +160,7 @@ LOADED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 @pytest.mark.parametrize(("arguments", "message"), LOADED.values(), ids=LOADED.keys())
 def test_loading_checks_what_it_is_given(arguments: tuple[Any, ...], message: str) -> None:
-    frozen = freeze(small())
+    frozen = freeze(sequential())
     expected = frozen(X)
     load: Any = _C.load_frozen
     load_on_device: Any = _C.load_frozen_on_device
@@ -244,7 +202,7 @@ UNCLEAR: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"0.running_mean has shape \[5\], expected \[4\], the in_features of 1",
     ),
     "compiled": (
-        lambda: freeze(compiled(small())),
+        lambda: freeze(compiled(sequential())),
         TypeError,
         "what torch.compile returned, .* freeze the module itself, compiled._orig_mod",
     ),
@@ -264,11 +222,11 @@ UNCLEAR: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "uses its input x 2 times, where a chain does once",
     ),
     "dtype": (
-        lambda: freeze(small(), dtype=torch.float64),
+        lambda: freeze(sequential(), dtype=torch.float64),
         ValueError,
         "fastmlp: dtype must be None or torch.bfloat16",
     ),
-    "meta input": (lambda: freeze(small())(X.to("meta")), RuntimeError, "input is on meta, expected cpu"),
+    "meta input": (lambda: freeze(sequential())(X.to("meta")), RuntimeError, "input is on meta, expected cpu"),
     "a layer by itself": (
         lambda: freeze(nn.Linear(4, 3, dtype=torch.complex64)),
         RuntimeError,
@@ -405,7 +363,7 @@ def test_it_follows_dtypes_and_modes() -> None:
 
 
 def test_a_model_that_cannot_be_frozen_any_more() -> None:
-    model = small()
+    model = sequential()
     frozen = freeze(model)
     x, out = torch.randn(2, 4), torch.full((2, 3), 7.0)
     before = frozen(x)
@@ -436,7 +394,7 @@ def test_recorded_models_are_followed() -> None:
 
 
 def test_swapped_parameters() -> None:
-    model = small()
+    model = sequential()
     frozen = freeze(model)
     x = torch.randn(2, 4)
     before = frozen(x)
@@ -455,7 +413,7 @@ def test_swapped_parameters() -> None:
 
 
 def test_it_outlives_the_model() -> None:
-    model = small()
+    model = sequential()
     frozen = freeze(model)
     x = torch.randn(2, 4)
     before = frozen(x)
@@ -470,7 +428,7 @@ def test_it_outlives_the_model() -> None:
 
 
 def test_it_goes_itself() -> None:
-    model = small()
+    model = sequential()
     gone = weakref.ref(freeze(model))
     gc.collect()
     assert gone() is None
@@ -478,7 +436,7 @@ def test_it_goes_itself() -> None:
 
 def test_changes_in_inference_mode() -> None:
     with torch.inference_mode():
-        model = small()
+        model = sequential()
     frozen = freeze(model)
     x = torch.randn(2, 4)
     before = frozen(x)
@@ -503,7 +461,7 @@ def test_instruction_sets_change(isa: str, dtype: torch.dtype) -> None:
 
 
 def test_shapes() -> None:
-    model = small()
+    model = sequential()
     frozen = freeze(model)
     for shape in ((4,), (1, 4), (0, 4), (2, 3, 4), (2, 0, 3, 4), (1, 1, 1, 1, 4)):
         x = torch.randn(shape)
@@ -544,7 +502,7 @@ def test_out(dtype: torch.dtype, guard: int) -> None:
 
 
 def test_out_of_arrays() -> None:
-    frozen = freeze(small())
+    frozen = freeze(sequential())
     x = np.random.default_rng(0).standard_normal((20, 4)).astype(np.float32)
     memory = np.full(20 * 3 + 8, 7, np.float32)
     out = memory[4:-4].reshape(20, 3)
@@ -554,102 +512,9 @@ def test_out_of_arrays() -> None:
     assert (memory[-4:] == 7).all()
 
 
-def inference_tensor() -> Tensor:
-    with torch.inference_mode():
-        return torch.zeros(2, 3)
-
-
-def overlapping() -> tuple[Tensor, Tensor]:
-    memory = torch.zeros(2 * 4 + 3)
-    return memory[:8].view(2, 4), memory[5:11].view(2, 3)
-
-
-def read_only() -> np.ndarray[Any, Any]:
-    array = np.zeros((2, 3), np.float32)
-    array.flags.writeable = False
-    return array
-
-
-BAD: dict[str, tuple[type[Exception], str, Callable[[], tuple[Any, ...]]]] = {
-    "no argument": (TypeError, "takes an input", lambda: ()),
-    "many arguments": (TypeError, "got 3 arguments", lambda: (X, None, None)),
-    "list": (TypeError, "must be a torch.Tensor or exactly a numpy.ndarray, got list", lambda: ([0.0] * 4,)),
-    "none": (TypeError, "got NoneType", lambda: (None,)),
-    "masked": (TypeError, "got MaskedArray", lambda: (np.ma.zeros((2, 4), np.float32),)),
-    "scalar": (RuntimeError, "input has no dimension", lambda: (torch.zeros(()),)),
-    "features": (RuntimeError, r"input has shape \[2, 5\], expected 4 in the last", lambda: (torch.zeros(2, 5),)),
-    "features of arrays": (RuntimeError, r"shape \[5\], expected 4", lambda: (np.zeros(5, np.float32),)),
-    "dtype": (
-        RuntimeError,
-        r"input has dtype torch.float64, expected torch.float32, .*; pass input.float\(\), or freeze model.double\(\)$",
-        lambda: (X.double(),),
-    ),
-    "integers": (RuntimeError, r"dtype torch.int32, expected torch.float32, .* input.float\(\)$", lambda: (X.int(),)),
-    "booleans": (RuntimeError, r"dtype torch.bool, expected torch.float32, .* input.float\(\)$", lambda: (X.bool(),)),
-    "complex": (RuntimeError, r"dtype torch.complex64, .* the frozen network$", lambda: (X.to(torch.complex64),)),
-    "integers of arrays": (
-        RuntimeError,
-        r"dtype int64, .*input.astype\(np.float32\)$",
-        lambda: (np.zeros((2, 4), int),),
-    ),
-    "dtype of arrays": (
-        RuntimeError,
-        r"dtype float64, expected float32 .*; pass input.astype\(np.float32\), or freeze model.double\(\)$",
-        lambda: (np.zeros((2, 4)),),
-    ),
-    "byte order": (RuntimeError, "dtype >f4, expected float32 in native", lambda: (np.zeros((2, 4), ">f4"),)),
-    "objects": (RuntimeError, "dtype object, expected float32", lambda: (np.zeros((2, 4), object),)),
-    "device": (RuntimeError, "input is on meta, expected cpu", lambda: (X.to("meta"),)),
-    "layout": (RuntimeError, r"another layout than torch.strided; .* \(input.to_dense\(\)\)", lambda: (X.to_sparse(),)),
-    "conjugated": (
-        RuntimeError,
-        "takes plain tensors",
-        lambda: (torch.zeros(2, 4, dtype=torch.complex64).conj().imag,),
-    ),
-    "gradient": (RuntimeError, r"input requires grad, .* input.detach\(\)", lambda: (X.clone().requires_grad_(),)),
-    "out shape": (RuntimeError, r"out has shape \[2, 4\], expected \[2, 3\]", lambda: (X, torch.zeros(2, 4))),
-    "out dtype": (
-        RuntimeError,
-        r"out has dtype torch.float64, expected torch.float32, .*; make it with dtype=torch.float32$",
-        lambda: (X, torch.zeros(2, 3).double()),
-    ),
-    "out strides": (
-        RuntimeError,
-        r"out has strides \[1, 2\], expected a contiguous",
-        lambda: (X, torch.zeros(3, 2).t()),
-    ),
-    "out device": (RuntimeError, "out is on meta, expected cpu", lambda: (X, torch.zeros(2, 3, device="meta"))),
-    "out gradient": (RuntimeError, "out requires grad", lambda: (X, torch.zeros(2, 3, requires_grad=True))),
-    "out inference": (RuntimeError, "out is an inference tensor", lambda: (X, inference_tensor())),
-    "out overlaps": (RuntimeError, "out lies in the memory of input", overlapping),
-    "out kind": (TypeError, "out is a numpy.ndarray, expected the kind of input", lambda: (X, np.zeros((2, 3)))),
-    "out kind of arrays": (TypeError, "out is a Tensor", lambda: (np.zeros((2, 4), np.float32), torch.zeros(2, 3))),
-    "array out shape": (RuntimeError, r"out has shape \[3\]", lambda: (X.numpy(), np.zeros(3, np.float32))),
-    "array out dtype": (
-        RuntimeError,
-        r"float64, .*; make it with dtype=np.float32$",
-        lambda: (X.numpy(), np.zeros((2, 3))),
-    ),
-    "array out strides": (RuntimeError, "not contiguous", lambda: (X.numpy(), np.zeros((3, 2), np.float32).T)),
-    "array out aligned": (
-        RuntimeError,
-        "not aligned",
-        lambda: (X.numpy(), np.zeros(25, np.uint8)[1:].view(np.float32).reshape(2, 3)),
-    ),
-    "array out read-only": (RuntimeError, "not writeable", lambda: (X.numpy(), read_only())),
-    "array out overlaps": (
-        RuntimeError,
-        "out lies in the memory",
-        lambda: (lambda memory: (memory[:8].reshape(2, 4)[:, ::-1], memory[7:13].reshape(2, 3)))(
-            np.zeros(16, np.float32)
-        ),
-    ),
-}
-
-
 @pytest.mark.parametrize(("error", "message", "arguments"), BAD.values(), ids=BAD.keys())
 def test_errors(error: type[Exception], message: str, arguments: Callable[[], tuple[Any, ...]]) -> None:
-    frozen: Any = freeze(small())
+    frozen: Any = freeze(sequential())
     given = arguments()
     outs = [
         out for out in given[1:2] if isinstance(out, np.ndarray) or (isinstance(out, Tensor) and out.device == X.device)
@@ -664,7 +529,7 @@ def test_errors(error: type[Exception], message: str, arguments: Callable[[], tu
 
 
 def test_keywords() -> None:
-    frozen: Any = freeze(small())
+    frozen: Any = freeze(sequential())
     with pytest.raises(TypeError, match="got the keyword 'output'"):
         frozen(X, output=X)
     with pytest.raises(TypeError, match="each once, got the keyword 'input'"):
@@ -672,7 +537,7 @@ def test_keywords() -> None:
 
 
 def test_neighbours_in_memory_do_not_overlap() -> None:
-    frozen = freeze(small())
+    frozen = freeze(sequential())
     memory = torch.randn(2 * 4 + 2 * 3)
     x, out = memory[:8].view(2, 4), memory[8:].view(2, 3)
     expected = frozen(x)
@@ -682,7 +547,7 @@ def test_neighbours_in_memory_do_not_overlap() -> None:
 
 
 def test_inference_mode() -> None:
-    frozen = freeze(small())
+    frozen = freeze(sequential())
     with torch.inference_mode():
         out = torch.zeros(2, 3)
         assert frozen(X, out) is out
@@ -692,17 +557,17 @@ def test_inference_mode() -> None:
 
 
 def test_bfloat16_has_no_arrays() -> None:
-    frozen = freeze(small().bfloat16())
+    frozen = freeze(sequential().bfloat16())
     with pytest.raises(TypeError, match="dtype bfloat16, which NumPy lacks"):
         frozen(np.zeros((2, 4), np.float32))
-    assert freeze(small(), dtype=torch.bfloat16)(np.zeros((2, 4), np.float32)).dtype == np.float32
+    assert freeze(sequential(), dtype=torch.bfloat16)(np.zeros((2, 4), np.float32)).dtype == np.float32
 
 
 # Among the modes of torch.
 
 
 def test_autocast_has_no_effect() -> None:
-    frozen = freeze(small())
+    frozen = freeze(sequential())
     x = torch.randn(3, 4)
     expected = frozen(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -710,7 +575,7 @@ def test_autocast_has_no_effect() -> None:
 
 
 def test_default_devices_have_no_effect() -> None:
-    frozen = freeze(small())
+    frozen = freeze(sequential())
     with torch.device("meta"):
         assert frozen(X).device.type == "cpu"
 
@@ -745,11 +610,11 @@ MODES: dict[str, Callable[[FrozenMLP], Any]] = {
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_modes(use: Callable[[FrozenMLP], Any]) -> None:
     with pytest.raises(RuntimeError, match=r"call the model that it was made from|requires grad"):
-        use(freeze(small()))
+        use(freeze(sequential()))
 
 
 def test_compile_breaks_its_graph() -> None:
-    frozen = freeze(small())
+    frozen = freeze(sequential())
 
     def function(x: Tensor) -> Tensor:
         return frozen(x * 2) + 1

@@ -20,11 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastmlp
 from fastmlp import _C, FrozenMLP, autograd, freeze, frozen
 from fastmlp.activations import IDENTITY, resolve
-from tests.frozen.test_frozen import BAD, MODELS, norm, small
-from tests.modules.test_autograd import assert_same
 from tests.support import bounds
 from tests.support.bounds import assert_within
-from tests.support.kernel_checks import LAYOUTS
+from tests.support.derivatives import assert_same
+from tests.support.layouts import CUDA_LAYOUTS
+from tests.support.small import norm, sequential
+from tests.support.to_freeze import BAD, MODELS
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_it_is_the_model_s_own_inference(dtype: torch.dtype) -> None:
     network = freeze(model)
     assert network.nbytes == sum(p.nbytes for p in model.parameters())
     inputs = [torch.randn(shape, dtype=dtype) for shape in ((6,), (35, 6), (2, 3, 6), (0, 6), (4, 0, 6), (1, 1, 1, 6))]
-    inputs += [arrange(torch.randn(35, 6, dtype=dtype)) for arrange in LAYOUTS.values()]
+    inputs += [arrange(torch.randn(35, 6, dtype=dtype)) for arrange in CUDA_LAYOUTS.values()]
     inputs.append(torch.randn(3, 6, 5, dtype=dtype).transpose(1, 2))
     for x in inputs:
         with torch.no_grad():
@@ -79,14 +80,14 @@ def test_it_is_the_model_s_own_inference(dtype: torch.dtype) -> None:
     ids=[name for name, case in BAD.items() if not any(isinstance(argument, np.ndarray) for argument in case[2]())],
 )
 def test_arguments(error: type[Exception], message: str, arguments: Callable[[], tuple[Any, ...]]) -> None:
-    network: Any = freeze(small())
+    network: Any = freeze(sequential())
     with pytest.raises(error, match=message):
         network(*arguments())
 
 
 @pytest.mark.usefixtures("unpacked")
 def test_arrays_are_refused() -> None:
-    network = freeze(small())
+    network = freeze(sequential())
     with pytest.raises(
         TypeError, match=r"input is a numpy.ndarray, but the frozen network is on cpu; pass a tensor of"
     ):
@@ -98,7 +99,7 @@ def test_arrays_are_refused() -> None:
 @pytest.mark.usefixtures("unpacked")
 def test_bfloat16_between_float32_is_refused() -> None:
     with pytest.raises(ValueError, match=r"dtype=torch.bfloat16 is for networks on the CPU.*model.bfloat16\(\)"):
-        freeze(small(), dtype=torch.bfloat16)
+        freeze(sequential(), dtype=torch.bfloat16)
 
 
 def assert_follows(network: FrozenMLP, model: nn.Module, x: Tensor) -> None:
@@ -108,7 +109,7 @@ def assert_follows(network: FrozenMLP, model: nn.Module, x: Tensor) -> None:
 
 @pytest.mark.usefixtures("unpacked")
 def test_it_follows_its_model() -> None:
-    model = small()
+    model = sequential()
     network, x = freeze(model), torch.randn(5, 4)
     memory = _C.unload_frozen(network)[0][0].data_ptr()
 
@@ -121,9 +122,9 @@ def test_it_follows_its_model() -> None:
     assert_follows(network, model, x)
     # Other values of the same shapes are written where the old ones were, in inference mode too.
     with torch.inference_mode():
-        model.load_state_dict(small().state_dict())
+        model.load_state_dict(sequential().state_dict())
         network(x)
-    model.load_state_dict(small().state_dict())
+    model.load_state_dict(sequential().state_dict())
     assert_follows(network, model, x)
     assert _C.unload_frozen(network)[0][0].data_ptr() == memory
     model[1] = nn.Tanh()

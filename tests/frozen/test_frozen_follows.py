@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import fastmlp
 from fastmlp import FrozenMLP, convert, freeze
-from tests.frozen.test_frozen import Net, norm, small
-from tests.modules.test_autograd import assert_same
+from tests.support.derivatives import assert_same
+from tests.support.small import Net, norm, sequential
 
 X = torch.linspace(-2, 2, 12).view(3, 4)
 
@@ -278,7 +278,7 @@ READ: dict[str, Callable[[FrozenMLP], Any]] = {
 
 @pytest.mark.parametrize("read", READ.values(), ids=READ.keys())
 def test_copies_hold_the_weights_of_the_model_as_it_is(read: Callable[[FrozenMLP], Any]) -> None:
-    model = small()
+    model = sequential()
     frozen = freeze(model)
     before = frozen(X)
     with torch.no_grad():
@@ -293,7 +293,7 @@ def test_copies_hold_the_weights_of_the_model_as_it_is(read: Callable[[FrozenMLP
 
 
 def test_text_and_sizes_are_those_of_the_model_as_it_is() -> None:
-    model = small()
+    model = sequential()
     frozen = freeze(model)
     model[0], model[2] = nn.Linear(7, 100), nn.Linear(100, 2)
     expected = freeze(model)
@@ -318,7 +318,7 @@ class Own(FrozenMLP):
 
 
 def test_copies_are_of_the_same_class() -> None:
-    frozen = freeze(small())
+    frozen = freeze(sequential())
     frozen.__class__ = Own
     for copied in (copy.copy(frozen), copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
         assert type(copied) is Own
@@ -328,11 +328,11 @@ def test_copies_are_of_the_same_class() -> None:
 # What a living frozen network must not hinder.
 
 
-@pytest.fixture
-def swapping() -> Iterator[None]:
-    """Conversions of modules swap tensors instead of writing `.data`."""
+@pytest.fixture(params=[True, False], ids=["swap", "data"])
+def swaps(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Conversions of modules swap tensors, or write `.data`."""
     before = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)
+    torch.__future__.set_swap_module_params_on_conversion(request.param)
     yield
     torch.__future__.set_swap_module_params_on_conversion(before)
 
@@ -348,9 +348,8 @@ OPERATIONS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.usefixtures("swapping")
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
-def test_conversions_that_swap(operation: Callable[[nn.Module], Any]) -> None:
+def test_conversions(operation: Callable[[nn.Module], Any], swaps: None) -> None:
     model = whole()
     frozen = freeze(model)
     frozen(X)
@@ -359,16 +358,6 @@ def test_conversions_that_swap(operation: Callable[[nn.Module], Any]) -> None:
     assert torch.equal(frozen(x), freeze(model)(x))
     with torch.no_grad():
         next(model.parameters()).mul_(2)
-    assert torch.equal(frozen(x), freeze(model)(x))
-
-
-@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
-def test_conversions_that_write_data(operation: Callable[[nn.Module], Any]) -> None:
-    model = whole()
-    frozen = freeze(model)
-    frozen(X)
-    operation(model)
-    x = X.to(next(model.parameters()).dtype)
     assert torch.equal(frozen(x), freeze(model)(x))
 
 
@@ -386,7 +375,7 @@ def test_swapped_tensors() -> None:
 
 
 def test_tensors_go_while_it_lives() -> None:
-    model = small()
+    model = sequential()
     frozen = freeze(model)
     tensors = [weakref.ref(p) for p in model.parameters()]
     memory = [weakref.ref(p.untyped_storage()) for p in model.parameters()]
@@ -421,7 +410,7 @@ UNSEEN: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.mark.parametrize("write", UNSEEN.values(), ids=UNSEEN.keys())
 def test_refresh_reads_what_no_call_sees(write: Callable[[nn.Module], Any]) -> None:
-    model = small()
+    model = sequential()
     frozen = freeze(model)
     before = frozen(X)
     write(model)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fastmlp
 from fastmlp import FrozenMLP, frozen
-from tests.conftest import DTYPES
+from tests.support.axes import DTYPES
 
 X = torch.linspace(-2, 2, 12).view(3, 4)
 

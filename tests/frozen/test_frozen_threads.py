@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fastmlp
 from fastmlp import FrozenMLP, chain, freeze, stages
-from tests.frozen.test_frozen import norm
+from tests.support.small import norm
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import torch
 
 import fastmlp
 from fastmlp import _C
-from tests.conftest import ISAS
+from tests.support.axes import ISAS
 
 # CPUID bits: OSXSAVE, FMA and F16C in leaf 1 ECX; AVX2, AVX-512 F, DQ, BW, VL in leaf 7 EBX; AVX512-BF16 in
 # subleaf 1 of leaf 7, EAX.

@@ -1,6 +1,6 @@
 """Every instruction set, dtype, activation and layout against the specification."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,42 +12,14 @@ from torch import Tensor
 from fastmlp import _C, Activation, reference
 from fastmlp.activations import IDENTITY, resolve
 from fastmlp.ops import Stack, stack_of
-from tests.conftest import tiles
+from tests.support.axes import tiles
 from tests.support.bounds import assert_within, network
+from tests.support.kernel_checks import KernelChecks
+from tests.support.layouts import LAYOUTS, strided
+from tests.support.memory import Buffers
 
-GUARD = 32
-
-
-def check(
-    input: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    activations: Sequence[Activation],
-    grad: Tensor,
-) -> None:
-    """Forward (keeping and not) and backward against the bounds."""
-    stack = stack_of(tuple(b is not None for b in biases), tuple(activations))
-    parameters = [t for pair in zip(weights, biases, strict=True) for t in pair if t is not None]
-    expected = network(input, weights, biases, activations, grad)
-    output, hidden = _C.forward(stack.native, input, parameters)
-    assert_within(output, expected.output, "output")
-    assert torch.equal(_C.infer(stack.native, input, parameters), output)
-    saved = hidden if len(hidden) == stack.saved else [*hidden, output]
-    needs = [True] * (1 + len(parameters))
-    gradients = _C.backward(stack.native, grad, input, saved, parameters, needs)
-    for i, (found, bound) in enumerate(zip(gradients, expected.gradients, strict=True)):
-        assert found is not None
-        assert_within(found, bound, f"gradient {i}")
-
-
-def one_layer(m: int, n: int, k: int, dtype: torch.dtype, act: Activation, bias: bool = True) -> None:
-    check(
-        torch.randn(m, k, dtype=dtype),
-        [torch.randn(n, k, dtype=dtype) / max(k, 1) ** 0.5],
-        [torch.randn(n, dtype=dtype) if bias else None],
-        [act],
-        torch.randn(m, n, dtype=dtype),
-    )
+checks = KernelChecks(lambda: _C, "cpu")
+check, one_layer = checks.check, checks.one_layer
 
 
 def edges(size: int) -> list[int]:
@@ -110,32 +82,17 @@ def test_few_rows_and_columns_of_strided_operands(isa: str, dtype: torch.dtype) 
                 check(arrange(input), [arrange(weight)], [None], [resolve("tanh")], grad)
 
 
-def whole_numbers(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randint(-3, 4, shape).to(dtype)
-
-
 def test_whole_numbers_are_summed_exactly(isa: str, dtype: torch.dtype) -> None:
-    """However the sums are cut, nothing is rounded but the result: a sum that stops in 16 bits shows."""
     size = tiles(isa, dtype)
-    stack = stack_of((True,), (resolve("identity"),))
-    for m, n, k in (
+    shapes = (
         (3, 40, 2 * size["KC"] + 3),
         (size["MR"] + 1, 2, 2 * size["KC"] + 3),
         (40, size["NR"] + 1, 3 * size["KC"] + 1),
         (1100, 3, size["KC"] + 1),
         (3, 3 * size["KC"] + 1, 40),
         (5000, 7, 13),
-    ):
-        input, weight = whole_numbers(m, k, dtype=dtype), whole_numbers(n, k, dtype=dtype)
-        bias, grad = whole_numbers(n, dtype=dtype), whole_numbers(m, n, dtype=dtype)
-        exact = [t.double() for t in (input, weight, bias, grad)]
-        output, _ = _C.forward(stack.native, input, [weight, bias])
-        assert torch.equal(output, (exact[0] @ exact[1].T + exact[2]).to(dtype))
-        gradients = _C.backward(stack.native, grad, input, [], [weight, bias], [True] * 3)
-        expected = (exact[3] @ exact[1], exact[3].T @ exact[0], exact[3].sum(0))
-        for found, wanted in zip(gradients, expected, strict=True):
-            assert found is not None
-            assert torch.equal(found, wanted.to(dtype))
+    )
+    checks.whole_numbers(dtype, shapes)
 
 
 @pytest.mark.parametrize("shape", [(64, 256, 64), (64, 1024, 64), (64, 64, 2048), (3, 1024, 512), (100, 3, 2000)])
@@ -198,30 +155,6 @@ def test_networks(isa: str, dtype: torch.dtype, activation: Activation) -> None:
         )
 
 
-def strided(x: Tensor) -> Tensor:
-    wide = torch.zeros(x.shape[0] * 3, x.shape[1] * 2, dtype=x.dtype)
-    wide[::3, ::2] = x
-    return wide[::3, ::2]
-
-
-def misaligned(x: Tensor) -> Tensor:
-    buffer = torch.zeros(x.numel() + 1, dtype=x.dtype)
-    buffer[1:] = x.flatten()
-    return buffer[1:].view_as(x)
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "transposed": lambda x: x.t().contiguous().t(),
-    "strided": strided,
-    "misaligned": misaligned,
-    "padded_rows": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
-    "equal_rows": lambda x: x[:1].expand_as(x),
-    "equal_columns": lambda x: x[:, :1].expand_as(x),
-    "one_value": lambda x: x[:1, :1].expand_as(x),
-}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("which", ["input", "weight", "grad", "saved"])
 @pytest.mark.parametrize("name", ["identity", "sigmoid", "silu"])
@@ -282,25 +215,17 @@ def test_nothing_is_written_outside_outputs(isa: str, dtype: torch.dtype, activa
         parameters = [p.to(dtype) for p in parameters]
         input, grad = torch.randn(m, k, dtype=dtype), torch.randn(m, 3, dtype=dtype)
         output, hidden = _C.forward(stack.native, input, parameters)
-        buffers: list[Tensor] = []
-
-        def guarded(like: Tensor, buffers: list[Tensor] = buffers) -> Tensor:
-            buffers.append(torch.full((like.numel() + 2 * GUARD,), -12345.0, dtype=like.dtype))
-            return buffers[-1][GUARD:-GUARD].view_as(like)
-
-        def intact(buffers: list[Tensor] = buffers) -> bool:
-            return all(bool((b[:GUARD] == -12345).all() and (b[-GUARD:] == -12345).all()) for b in buffers)
-
-        output_in, hidden_in = guarded(output), [guarded(h) for h in hidden]
+        buffers = Buffers()
+        output_in, hidden_in = buffers.like(output), [buffers.like(h) for h in hidden]
         _C.forward_into(stack.native, input, parameters, output_in, hidden_in)
         assert torch.equal(output_in, output)
         assert all(torch.equal(a, b) for a, b in zip(hidden_in, hidden, strict=True))
         saved = hidden if len(hidden) == stack.saved else [*hidden, output]
         gradients = _C.backward(stack.native, grad, input, saved, parameters, [True] * 5)
-        into = [guarded(g) for g in gradients if g is not None]
+        into = [buffers.like(g) for g in gradients if g is not None]
         _C.backward_into(stack.native, grad, input, saved, parameters, into)
         assert all(g is not None and torch.equal(a, g) for a, g in zip(into, gradients, strict=True))
-        assert intact()
+        assert buffers.intact()
 
 
 def through(stack: Stack, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

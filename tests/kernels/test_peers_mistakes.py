@@ -18,10 +18,11 @@ import fastmlp
 from fastmlp import _C, Activation, functional
 from fastmlp.activations import IDENTITY, resolve
 from fastmlp.ops import stack_of
-from tests.modules.test_autograd import assert_same
 from tests.support.bounds import assert_within, network
+from tests.support.derivatives import assert_same
 from tests.support.emulated import emulated
-from tests.support.kernel_checks import LAYOUTS, KernelChecks
+from tests.support.kernel_checks import KernelChecks
+from tests.support.layouts import CUDA_LAYOUTS
 
 BACKENDS = {"cpu": KernelChecks(lambda: _C, "cpu"), "emulator": KernelChecks(emulated, "cpu")}
 #: Those that write into memory of the caller.
@@ -114,7 +115,7 @@ def test_bias_gradients_are_written(backend: str, dtype: torch.dtype) -> None:
         checks.extension().backward(stack, grad[1:], input, saved, parameters, [True] * 5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", CUDA_LAYOUTS)
 @pytest.mark.parametrize("which", ["input", "weight", "grad", "saved"])
 def test_strides_are_read(checks: KernelChecks, dtype: torch.dtype, which: str, layout: str) -> None:
     """apex took every tensor for contiguous: a transposed input was silently multiplied wrong."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastmlp
 from fastmlp import Activation, functional, reference
-from tests.conftest import ACTIVATIONS
+from tests.support.axes import ACTIVATIONS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "special_values.md"
 NAN, INF = float("nan"), float("inf")

@@ -1,7 +1,7 @@
 """Derivatives of every order, by value."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,48 +11,9 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 import fastmlp
 from fastmlp import _C, Activation, functional, reference
 from fastmlp.activations import IDENTITY, resolve
+from tests.support.derivatives import Case, assert_same, subsets
 
 Function = Callable[..., Tensor]
-
-
-class Case:
-    """A network's tensors in float64, and the same function by the library and by the specification."""
-
-    def __init__(self, widths: Sequence[int], acts: Sequence[Activation], bias: Sequence[bool], rows: int = 3) -> None:
-        self.acts, self.bias = list(acts), list(bias)
-        self.input = torch.randn(rows, widths[0], dtype=torch.float64, requires_grad=True)
-        self.parameters: list[Tensor] = []
-        for k, n, has_bias in zip(widths[:-1], widths[1:], bias, strict=True):
-            self.parameters.append(torch.randn(n, k, dtype=torch.float64).div_(k**0.5).requires_grad_())
-            if has_bias:
-                self.parameters.append(torch.randn(n, dtype=torch.float64, requires_grad=True))
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.input, *self.parameters)
-
-    def split(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
-        flat = iter(parameters)
-        pairs = [(next(flat), next(flat) if b else None) for b in self.bias]
-        return [p[0] for p in pairs], [p[1] for p in pairs]
-
-    def ours(self, input: Tensor, *parameters: Tensor) -> Tensor:
-        weights, biases = self.split(parameters)
-        return functional.mlp(input, weights, biases, self.acts)
-
-    def torchs(self, input: Tensor, *parameters: Tensor) -> Tensor:
-        weights, biases = self.split(parameters)
-        return reference.mlp(input, weights, biases, [(a.name, a.parameters) for a in self.acts])
-
-
-def assert_same(ours: Sequence[Tensor | None], torchs: Sequence[Tensor | None]) -> None:
-    """Equal to rounding: 1e3 units in the last place of the largest value (float64)."""
-    for a, b in zip(ours, torchs, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None and b is not None:
-            assert a.shape == b.shape
-            scale = 1 + b.abs().max() if b.numel() else torch.ones(())
-            assert bool(((a - b).abs() <= 1e3 * torch.finfo(a.dtype).eps * scale).all()), (a - b).abs().max()
 
 
 def stacks(act: Activation) -> list[Case]:
@@ -108,21 +69,6 @@ def test_sampled_subsets_of_requires_grad(layers: int) -> None:
     case = Case([3, 4, 2, 5, 3, 4, 3, 2, 3][: layers + 1], acts[:layers], ([True, False] * 4)[:layers])
     masks = torch.rand(60, len(case.tensors)) < torch.rand(60, 1)
     subsets(case, [tuple(m) for m in masks.tolist()])
-
-
-def subsets(case: Case, masks: Sequence[Sequence[bool]]) -> None:
-    for mask in masks:
-        if not any(mask):
-            continue
-        for tensor, wanted in zip(case.tensors, mask, strict=True):
-            tensor.requires_grad_(wanted)
-        wanted_tensors = [t for t in case.tensors if t.requires_grad]
-        first = [
-            grad(f(*case.tensors).pow(3).sum(), wanted_tensors, create_graph=True) for f in (case.ours, case.torchs)
-        ]
-        assert_same(*first)
-        second = [grad(sum(g.pow(2).sum() for g in gs), wanted_tensors, allow_unused=True) for gs in first]  # type: ignore[arg-type]
-        assert_same(*second)
 
 
 def test_fourth_derivative() -> None:

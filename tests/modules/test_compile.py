@@ -16,7 +16,8 @@ from torch.func import functional_call
 
 import fastmlp
 from fastmlp import Activation, functional
-from tests.modules.test_autograd import assert_same
+from tests.support.compiling import compiled
+from tests.support.derivatives import assert_same
 
 ops = torch.ops.fastmlp
 
@@ -30,11 +31,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Dep
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     torch._dynamo.reset()
-
-
-def compiled(module: nn.Module, **options: Any) -> Any:
-    """Ahead-of-time autograd without code generation: what is traced is what is tested."""
-    return torch.compile(module, backend="aot_eager", fullgraph=True, **options)
 
 
 Make: TypeAlias = Callable[[], nn.Module]

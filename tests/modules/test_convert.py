@@ -21,47 +21,12 @@ from fastmlp import Activation, convert, fusion_report, reference, revert
 from fastmlp.activations import module_of, resolve
 from fastmlp.chain import links
 from fastmlp.convert import run_chain
-from tests.modules.test_autograd import assert_same
-
-
-class Net(nn.Module):
-    """Two layers of 4 and 3 columns, and what a test puts between them and after them."""
-
-    def __init__(self, between: Callable[..., Tensor] = torch.relu, after: Callable[..., Tensor] | None = None) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(4, 5), nn.Linear(5, 3)
-        self.between, self.after = between, after
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.fc2(self.between(self.fc1(x)))
-        return y if self.after is None else self.after(y)
-
-
-class OwnLinear(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return 2 * super().forward(input)
-
-
-def sequential() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+from tests.support.derivatives import assert_same, derivatives
+from tests.support.small import Net, OwnLinear, sequential, state_of
 
 
 def nested() -> nn.Module:
     return nn.ModuleDict({"a": nn.ModuleList([sequential(), nn.Linear(2, 2)]), "b": nn.Sequential(sequential())})
-
-
-def state_of(model: nn.Module) -> list[Any]:
-    """Classes and attributes of every module, as they are."""
-    return [(name, type(m), m, dict(m.__dict__)) for name, m in model.named_modules()]
-
-
-def derivatives(model: nn.Module, x: Tensor) -> list[Tensor | None]:
-    """The output, and the gradients of the input and of every parameter."""
-    x = x.detach().clone().requires_grad_()
-    y = model(x)
-    weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
-    wanted = [x, *model.parameters()]
-    return [y, *torch.autograd.grad((y * weights).sum(), wanted, allow_unused=True)]
 
 
 def assert_same_function(converted: nn.Module, plain: nn.Module, x: Tensor) -> None:
@@ -228,7 +193,7 @@ def test_what_is_no_plain_layer_is_left_and_named() -> None:
     tanh = "own_sequential.0: no layer that is fused precedes it"
     assert sorted(lines(model)) == sorted(
         [
-            f"kept   own: its class {__name__}.OwnLinear {other}",
+            f"kept   own: its class {OwnLinear.__module__}.OwnLinear {other}",
             f"kept   parametrized: its class torch.nn.utils.parametrize.ParametrizedLinear {other}",
             "kept   lazy: it has no parameters yet; convert again after a first call",
             "kept   replaced: its forward was replaced",
@@ -931,31 +896,59 @@ def test_calls_that_have_begun_go_on() -> None:
     handle.remove()
 
 
-def test_threads_call_while_it_is_converted() -> None:
-    model, x = tower().eval(), torch.randn(2, 4)
+def in_place_and_back(model: nn.Module) -> list[nn.Module]:
+    for _ in range(300):
+        revert(convert(model))
+    return [model]
+
+
+def recorded(model: nn.Module) -> list[nn.Module]:
+    return [convert(model, trace=True) for _ in range(5)]
+
+
+#: Models that threads call, how they are converted meanwhile, and how often threads take turns, in seconds.
+WHILE_CALLED: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], list[nn.Module]], float]] = {
+    "in place": (tower, in_place_and_back, 1e-6),
+    "recorded": (lambda: nn.Sequential(Net(), nn.BatchNorm1d(3), nn.Linear(3, 2)), recorded, 1e-5),
+}
+
+
+@pytest.mark.parametrize(("make", "converting", "turns"), WHILE_CALLED.values(), ids=WHILE_CALLED.keys())
+def test_threads_call_while_it_is_converted(
+    make: Callable[[], nn.Module], converting: Callable[[nn.Module], list[nn.Module]], turns: float
+) -> None:
+    """Recording leaves the model as it is, so calls have the same bits; conversion in place changes it."""
+    model, x = make().eval(), torch.randn(5, 4)
     expected, wrong, done = model(x).detach(), [], threading.Event()
+
+    def compare(output: Tensor) -> None:
+        if converting is recorded:
+            assert torch.equal(output, expected)
+        else:
+            torch.testing.assert_close(output, expected)
 
     def call() -> None:
         while not done.is_set():
             try:
-                torch.testing.assert_close(model(x), expected)
+                compare(model(x))
             except Exception as error:
                 wrong.append(repr(error))
 
     threads = [threading.Thread(target=call) for _ in range(2)]
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
+    sys.setswitchinterval(turns)
     try:
         for thread in threads:
             thread.start()
-        for _ in range(300):
-            revert(convert(model))
+        results = converting(model)
     finally:
         done.set()
         for thread in threads:
             thread.join()
         sys.setswitchinterval(interval)
     assert wrong == []
+    for module in results:
+        torch.testing.assert_close(module(x), expected)
 
 
 def test_reports_take_time_in_proportion_to_the_layers() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmlp
-from tests.conftest import ACTIVATIONS
+from tests.support.axes import ACTIVATIONS
 from tests.support.bounds import assert_within, network
 
 # torch copies exported programs by a call that it deprecates itself.

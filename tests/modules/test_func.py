@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import fastmlp
 from fastmlp import functional, reference
 from fastmlp.activations import resolve
-from tests.modules.test_autograd import assert_same
+from tests.support.derivatives import assert_same
 
 ACTS = [resolve("tanh"), resolve("gelu"), resolve("sin")]
 F64 = torch.float64

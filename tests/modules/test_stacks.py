@@ -15,9 +15,10 @@ import fastmlp
 from fastmlp import _C, Activation, reference
 from fastmlp.activations import IDENTITY, resolve
 from fastmlp.ops import Stack, stack_of
-from tests.conftest import ACTIVATIONS, DTYPES, ISAS, tiles
-from tests.kernels.test_kernels import GUARD, LAYOUTS
+from tests.support.axes import ACTIVATIONS, DTYPES, ISAS, tiles
 from tests.support.bounds import Expected, assert_within, network
+from tests.support.layouts import LAYOUTS
+from tests.support.memory import GUARD, Buffers
 
 #: Of row_blocks.cpp, to see that what is drawn lies on both sides of them.
 LAYER_BYTES, GROUP_BYTES = 128 << 10, 256 << 10
@@ -206,20 +207,6 @@ def compare(gradients: Sequence[Tensor | None], expected: Expected, needs: Seque
         assert (found is not None) == need
         if found is not None:
             assert_within(found.reshape(bound.value.shape), bound, f"gradient {i} of {drawn}")
-
-
-class Buffers:
-    """Memory with a border on either side that must stay as it is."""
-
-    def __init__(self) -> None:
-        self.all: list[Tensor] = []
-
-    def like(self, tensor: Tensor) -> Tensor:
-        self.all.append(torch.full((tensor.numel() + 2 * GUARD,), -12345.0, dtype=tensor.dtype))
-        return self.all[-1][GUARD:-GUARD].view(tensor.shape)
-
-    def intact(self) -> bool:
-        return all(bool((b[:GUARD] == b[0]).all() and (b[-GUARD:] == b[0]).all()) for b in self.all)
 
 
 @pytest.mark.parametrize("drawn", DRAWN, ids=str)

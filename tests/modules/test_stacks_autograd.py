@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import fastmlp
 from fastmlp.activations import IDENTITY, module_of, resolve
 from fastmlp.ops import stack_of
-from tests.conftest import ACTIVATIONS
-from tests.modules.test_autograd import Case, assert_same, subsets
-from tests.modules.test_compile import compiled
+from tests.support.axes import ACTIVATIONS
+from tests.support.compiling import compiled
+from tests.support.derivatives import Case, assert_same, subsets
 
 F64 = torch.float64
 

@@ -1,7 +1,7 @@
 """Builds and loads `_C_emulated`: the CUDA kernels, run on CPU tensors by tests/emulator.
 
-FASTMLP_SANITIZE=address,undefined (or thread): with these sanitizers of the compiler.
-FASTMLP_EMULATED=/path/_C_emulated.so: this one, which tools/gpu_proof has built.
+FASTMLP_SANITIZE=address,undefined (or thread): build it with these sanitizers of the compiler.
+FASTMLP_EMULATED=/path/_C_emulated.so: load this library, which tools/gpu_proof has built, and build nothing.
 """
 
 import importlib.util
@@ -12,9 +12,11 @@ from typing import Any
 
 from torch.utils.cpp_extension import load
 
+from tests.support.kernel_checks import KernelChecks
+
 ROOT = Path(__file__).parents[2]
-#: nvcc fuses a * b + c, so the host compiler does too: sums of products have the same bits then. Not vectorised, where
-#: gcc multiplies first and adds in order.
+#: The host compiler fuses a * b + c because nvcc does, so that sums of products have the same bits. Loops are not
+#: vectorised, because gcc's vectors multiply first and add afterwards.
 FUSED = ["-mfma", "-mf16c", "-ffp-contract=fast", "-fno-tree-vectorize"]
 
 
@@ -34,10 +36,8 @@ def emulated() -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     sources = [
         *sorted((ROOT / "tests/emulator/extension").glob("*.cpp")),
-        *(
-            ROOT / "csrc" / name
-            for name in ("activation_info.cpp", "checks.cpp", "devices.cpp", "passes.cpp", "stack.cpp")
-        ),
+        ROOT / "csrc/contract/activation_info.cpp",
+        *(ROOT / "csrc/tensors" / name for name in ("checks.cpp", "devices.cpp", "passes.cpp", "stack.cpp")),
     ]
     return load(
         "_C_emulated",
@@ -47,3 +47,14 @@ def emulated() -> Any:
         extra_ldflags=sanitize,
         build_directory=str(folder),
     )
+
+
+#: The orders in which the threads of a block may run between barriers; a number is a seed.
+ORDERS = ("fifo", "lifo", "1", "2")
+
+checks = KernelChecks(emulated, "cpu")
+
+
+def set_up(architecture: int = 80, tile: int = -1, order: str = "fifo", fuses: bool = True) -> None:
+    """Sets what the next passes run with; with tile -1 the static table chooses."""
+    emulated().set_up(architecture, tile, order, fuses)

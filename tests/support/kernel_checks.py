@@ -17,36 +17,7 @@ from fastmlp import Activation, reference
 from fastmlp.activations import IDENTITY, resolve
 from fastmlp.ops import stack_of
 from tests.support.bounds import assert_within, network
-
-# Ways in which the elements of a tensor may lie.
-
-
-def strided(x: Tensor) -> Tensor:
-    wide = torch.zeros(x.shape[0] * 3, x.shape[1] * 2, dtype=x.dtype, device=x.device)
-    wide[::3, ::2] = x
-    return wide[::3, ::2]
-
-
-def misaligned(x: Tensor) -> Tensor:
-    buffer = torch.zeros(x.numel() + 1, dtype=x.dtype, device=x.device)
-    buffer[1:] = x.flatten()
-    return buffer[1:].view_as(x)
-
-
-def parts_of_chunks(x: Tensor) -> Tensor:
-    """Rows begin at multiples of eight elements, and what follows them is no zero."""
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % 8), value=7.0)[:, : x.shape[1]]
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "transposed": lambda x: x.t().contiguous().t(),
-    "strided": strided,
-    "misaligned": misaligned,
-    "padded_rows": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
-    "odd_pitch": lambda x: torch.cat([x, x[:, :1]], 1)[:, :-1],
-    "equal_rows": lambda x: x[:1].expand_as(x),
-    "equal_columns": lambda x: x[:, :1].expand_as(x),
-}
+from tests.support.layouts import CUDA_LAYOUTS, parts_of_chunks
 
 
 def edges(size: int) -> tuple[int, ...]:
@@ -147,7 +118,7 @@ class KernelChecks:
 
     def layouts(self, dtype: torch.dtype, which: str, layout: str) -> None:
         """Two layers, one of whose tensors ("input", "weight", "grad" or "saved") lies in memory as `layout` says."""
-        arrange = LAYOUTS[layout]
+        arrange = CUDA_LAYOUTS[layout]
         m, n, k = 35, 40, 24
         input, weight = self.randn(m, k, dtype=dtype), self.randn(n, k, dtype=dtype)
         second = self.randn(8, n, dtype=dtype) / 6

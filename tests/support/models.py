@@ -36,23 +36,23 @@ class Subject:
         self.dtype = dtype
 
     def randn(self, *shape: int, seed: int) -> Tensor:
-        """Data, the same in every dtype but for rounding."""
+        """Makes data, the same in every dtype but for rounding."""
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
 
     def make(self) -> nn.Module:
-        """The model, not converted, from torch's random numbers."""
+        """Returns the model, not converted, with weights from torch's random numbers."""
         raise NotImplementedError
 
     def outputs(self, model: nn.Module) -> Tensor:
-        """What the model is used for, in evaluation mode."""
+        """Returns what the model is used for, in evaluation mode."""
         raise NotImplementedError
 
     def loss(self, model: nn.Module) -> Tensor:
-        """Of one batch, in training mode."""
+        """Returns the loss of one batch, in training mode."""
         raise NotImplementedError
 
     def train(self, model: nn.Module) -> None:
-        """`STEPS` steps of the optimizer."""
+        """Trains the model by `STEPS` steps of the optimizer."""
         optimizer = torch.optim.Adam(model.parameters())
         for _ in range(STEPS):
             optimizer.zero_grad()
@@ -88,11 +88,11 @@ class Torchvision(Supervised):
 
 
 def torchvision_mlp() -> Callable[..., nn.Module]:
-    """The class. What the package index has is built for CUDA's torch; beside another it only lacks operators."""
+    """Returns the class. Packages of the index are built for a torch with CUDA; beside another they lack operators."""
     try:
         from torchvision.ops import MLP
     except RuntimeError:
-        # Its import asks for these. Whoever called them would be told that they are not there.
+        # The import needs the names of these operators. A call of one would say that there is no implementation.
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         from torchvision.ops import MLP
@@ -100,7 +100,7 @@ def torchvision_mlp() -> Callable[..., nn.Module]:
 
 
 class TabularMLP(Supervised):
-    """Of "Revisiting Deep Learning Models for Tabular Data", section 3.1."""
+    """The MLP of "Revisiting Deep Learning Models for Tabular Data", section 3.1."""
 
     name = "rtdl MLP"
     package = "rtdl_revisiting_models"
@@ -112,7 +112,7 @@ class TabularMLP(Supervised):
 
 
 class TabularResNet(Supervised):
-    """Of the same, section 3.2: batch normalisation, dropout and residual connections."""
+    """The ResNet of the same paper, section 3.2: batch normalisation, dropout and residual connections."""
 
     name = "rtdl ResNet"
     package = "rtdl_revisiting_models"
@@ -148,7 +148,7 @@ class Policy(Subject):
         return policy
 
     def evaluate(self, policy: Any) -> list[Tensor]:
-        """Values, the actions' log-probabilities, and entropies."""
+        """Returns values, the actions' log-probabilities, and entropies."""
         return list(policy.evaluate_actions(self.rollout.observations, self.rollout.actions.long().flatten()))
 
     def outputs(self, model: nn.Module) -> Tensor:

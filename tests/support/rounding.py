@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.bounds import ULPS, gamma
 
-#: Runs with directions of their own. The largest change counts, in each tensor.
+#: How many runs there are, each with random directions of its own. For each tensor the largest change counts.
 PROBES = 5
 
 Results = Mapping[str, Tensor]
@@ -67,7 +67,7 @@ def _relative(output: Tensor, *args: Any) -> Tensor:
 
 
 def _relative_to_the_first(output: Tensor, x: Tensor, *args: Any) -> Tensor:
-    """Of derivatives times gradients, and of GELU, which passes errors of its argument on."""
+    """A share of the first argument: for derivatives times gradients, and for GELU, which keeps its error."""
     return ULPS * torch.finfo(output.dtype).eps * x.abs()
 
 
@@ -80,12 +80,12 @@ def _mean(output: Tensor, x: Tensor, *args: Any) -> Tensor:
 
 
 def _relative_and_sum(output: Tensor, x: Tensor, *args: Any) -> Tensor:
-    """Of a mean or sum of numbers that have one sign and lose some units in the last place."""
+    """For a mean or sum of terms of one sign, each of which was computed to some units in the last place."""
     return gamma(x.numel() + 2 * ULPS, output.dtype) * output.abs()
 
 
 def _log_softmax(output: Tensor, x: Tensor, dim: int, *args: Any) -> Tensor:
-    """The largest logit is subtracted from each, which rounds by the largest of them."""
+    """A share of the largest logit too, because it is subtracted from each, and that difference is rounded."""
     return gamma(x.shape[dim] + 2 * ULPS, output.dtype) * (output.abs() + x.abs().amax(dim, keepdim=True))
 
 
@@ -96,7 +96,7 @@ def _log_softmax_backward(output: Tensor, grad: Tensor, logarithms: Tensor, dim:
 
 _aten = torch.ops.aten
 
-#: Operations on the tensors that are their first argument: what optimizers are made of.
+#: The operations that optimizers are made of. Each changes the tensors that are its first argument.
 UPDATES: frozenset[Any] = frozenset(
     getattr(getattr(_aten, name), overload)
     for name, overloads in {
@@ -116,7 +116,7 @@ UPDATES: frozenset[Any] = frozenset(
     for overload in overloads
 )
 
-#: What a converted model computes itself.
+#: The operations that a converted model computes by kernels of ours, and a bound on the error of each.
 LAYERS: Mapping[Any, Callable[..., Tensor]] = {
     _aten.mm.default: _product,
     _aten.addmm.default: _product_and_bias,
@@ -179,5 +179,5 @@ def rounding_bounds(run: Callable[[], Results], found: Results, steps: bool = Fa
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
-    """The largest difference of two entries; NaN if there is one."""
+    """The largest difference between entries of the two tensors; NaN if an entry is NaN."""
     return (a.double() - b.double()).abs().max()

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import fastmlp
 from fastmlp import optim
-from tests.conftest import DTYPES, ISAS
-from tests.support.intervals import Arithmetic, Interval
+from tests.support.axes import DTYPES, ISAS
+from tests.support.optimizers import checked_step, form
 from tests.support.training import OPTIMIZERS, Optimizer, draw_optimizer, optimizer_of
 
 STEPS = 6
@@ -134,51 +134,6 @@ def test_what_is_drawn() -> None:
             assert {bool(d.arguments[key]) for d in drawn if dtype in d.dtypes} == {True, False}, (key, dtype)
 
 
-def numbers(x: Tensor) -> Tensor:
-    return x.detach().contiguous()
-
-
-def checked_step(
-    optimizer: Optimizer,
-    what: str = "",
-    step: Callable[[], Any] | None = None,
-    scale: float = 1,
-    leave: Sequence[Tensor] = (),
-) -> None:
-    """A step, and whether all that it wrote lies within the bounds of `tests/support/intervals.py`.
-
-    Args:
-        optimizer: an SGD, Adam or AdamW.
-        what: for messages.
-        step: how to step, if not by `optimizer.step`.
-        scale: a power of two, that gradients are multiplied with and the step divides by.
-        leave: parameters to leave out.
-    """
-    expected = []
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if any(p is other for other in leave):
-                continue
-            kept = optimizer.state.get(p, {})
-            if p.grad is None:
-                expected.append((p, (Interval.exact(numbers(p)), dict(kept))))
-                continue
-            state = {key: Interval.exact(numbers(x)) for key, x in kept.items() if x is not None}
-            value, grad = Interval.exact(numbers(p)), Interval.exact(numbers(p.grad)).times(1 / scale)
-            expected.append((p, Arithmetic(p.dtype).step(optimizer, group, value, grad, state)))
-    graded = {p for p, _ in expected if p.grad is not None}
-    (step or optimizer.step)()
-    for i, (p, (value, after)) in enumerate(expected):
-        found: Mapping[str, Any] = {key: x for key, x in optimizer.state.get(p, {}).items() if x is not None}
-        assert set(found) == set(after), f"{what}: state of {i}"
-        for key, kept in after.items():
-            if p in graded:
-                kept.check(numbers(found[key]), f"{what}: {key} of {i}")
-            else:
-                assert found[key] is kept, f"{what}: {key} of {i}"
-        value.check(numbers(p), f"{what}: parameter {i}")
-
-
 def set_gradients(drawn: Drawn, parameters: Sequence[nn.Parameter], random_: random.Random) -> None:
     """Of different sizes, some exactly zero; now and then one has none."""
     for p, layout in zip(parameters, drawn.gradients, strict=True):
@@ -217,16 +172,6 @@ def test_state_dicts_are_those_of_torch(drawn: Drawn) -> None:
             optimizer.step()
             forms[-1].append(form(optimizer.state_dict()))
     assert forms[0] == forms[1]
-
-
-def form(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return type(x), x.dtype, x.shape, x.device, x.requires_grad
-    if isinstance(x, dict):
-        # Entries in their order, and parameters, which a state_dict has by number, in theirs.
-        items = sorted(x.items()) if all(isinstance(key, int) for key in x) else x.items()
-        return [(key, form(value)) for key, value in items]
-    return [form(value) for value in x] if isinstance(x, (list, tuple)) else (type(x), x)
 
 
 @pytest.mark.parametrize("drawn", DRAWN[1::3], ids=str)

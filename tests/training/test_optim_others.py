@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from fastmlp import optim
+from tests.support.optimizers import checked_step, form, made, parameters, set_gradients
 from tests.support.training import OPTIMIZERS
-from tests.training.test_optim import checked_step, form
-from tests.training.test_optim_rules import made, parameters, set_gradients
 
 
 @pytest.fixture(params=OPTIMIZERS)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fastmlp
 from fastmlp import optim
-from tests.conftest import ISAS
+from tests.support.axes import ISAS
 from tests.support.bounds import gamma
 from tests.support.training import OPTIMIZERS, Optimizer, optimizer_of
 

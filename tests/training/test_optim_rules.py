@@ -12,17 +12,9 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fastmlp import optim
-from tests.modules.test_compile import compiled
-from tests.support.training import OPTIMIZERS, Optimizer, optimizer_of
-from tests.training.test_optim import checked_step, form
-
-#: With all kinds of state.
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
-    "Adam": {"lr": 0.01, "amsgrad": True},
-    "AdamW": {"lr": 0.01},
-}
-
+from tests.support.compiling import compiled
+from tests.support.optimizers import checked_step, form, made, parameters, set_gradients
+from tests.support.training import OPTIMIZERS, Optimizer
 
 pytestmark = pytest.mark.usefixtures("as_before")
 
@@ -30,19 +22,6 @@ pytestmark = pytest.mark.usefixtures("as_before")
 @pytest.fixture(params=OPTIMIZERS)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    return [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((5, 3), (7,), (), (2, 3, 4))]
-
-
-def made(name: str, params: Any, module: Any = optim, **more: Any) -> Optimizer:
-    return optimizer_of(module, name, ARGUMENTS[name] | more, params)
-
-
-def set_gradients(params: list[nn.Parameter]) -> None:
-    for p in params:
-        p.grad = torch.randn_like(p)
 
 
 def stepped(name: str, **more: Any) -> tuple[list[nn.Parameter], Optimizer]:

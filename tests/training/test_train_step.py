@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastmlp
 from fastmlp import Activation
 from fastmlp.activations import IDENTITY
-from tests.conftest import ACTIVATIONS, ISAS
+from tests.support.axes import ACTIVATIONS, ISAS
 from tests.support.rounding import Results
 from tests.support.training import (
     FORMS,

@@ -9,12 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import fastmlp
-from tests.modules.test_convert import OwnLinear
-from tests.support.training import Optimizer
-
-ERRORS = (RuntimeError, TypeError, ValueError, IndexError)
-explain: Any = fastmlp.TrainStep.explain
-make: Any = fastmlp.TrainStep
+from tests.support.small import OwnLinear
+from tests.support.steps import ERRORS, explain, make, refused, snapshot, unchanged
 
 
 class OwnSGD(torch.optim.SGD):
@@ -105,18 +101,6 @@ def hooked(loss_fn: nn.Module) -> nn.Module:
     return loss_fn
 
 
-def refused(model: nn.Module, loss_fn: Any, optimizer: Any, text: str) -> None:
-    """Explained in the same words as raised."""
-    reasons = explain(model, loss_fn, optimizer)
-    assert isinstance(reasons, tuple)
-    assert len(reasons) > 0
-    assert all(isinstance(reason, str) and reason for reason in reasons)
-    with pytest.raises(TypeError, match=text) as error:
-        make(model, loss_fn, optimizer)
-    assert str(error.value).startswith("fastmlp: ")
-    assert [reason for reason in reasons if reason not in str(error.value)] == []
-
-
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
     isa = fastmlp.get_isa()
@@ -194,23 +178,6 @@ def test_options(options: dict[str, Any], text: str) -> None:
 
 
 # At a call.
-
-
-def snapshot(model: nn.Module, optimizer: Optimizer) -> list[Any]:
-    """Values, version counters and identities of all that a step writes."""
-    found: list[Any] = []
-    for p in model.parameters():
-        tensors = [p, *([] if p.grad is None else [p.grad]), *optimizer.state.get(p, {}).values()]
-        found += [(id(x), x._version, x.detach().tolist()) for x in tensors if x.device.type != "meta"]
-    return found
-
-
-def unchanged(step: Any, model: nn.Module, optimizer: Optimizer, input: Any, target: Any, text: str) -> None:
-    before = snapshot(model, optimizer)
-    with pytest.raises(ERRORS, match=text) as error:
-        step(input, target)
-    assert str(error.value).startswith("fastmlp: ")
-    assert snapshot(model, optimizer) == before
 
 
 x, y, classes = torch.randn(2, 4), torch.rand(2, 3), torch.tensor([0, 2])

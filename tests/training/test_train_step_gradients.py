@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 import fastmlp
-from tests.conftest import ISAS, JUNK
+from tests.support.axes import ISAS
+from tests.support.memory import JUNK
 from tests.support.rounding import Results
+from tests.support.steps import F64, batch, gradients_left_behind, network, sgd
 from tests.support.training import Loop, Maker, Optimizer, assert_equal_to_rounding, everything
-from tests.training.test_train_step_rules import F64, batch, gradients_left_behind, network, sgd
 
 
 @pytest.fixture(autouse=True)

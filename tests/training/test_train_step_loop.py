@@ -24,11 +24,10 @@ from torch.optim.lr_scheduler import StepLR
 
 import fastmlp
 from fastmlp import _C
-from tests.conftest import ISAS
+from tests.support.axes import ISAS
 from tests.support.rounding import Results
+from tests.support.steps import F64, batch, losses, network, refused, sgd, snapshot, unchanged
 from tests.support.training import Loop, Maker, Optimizer, assert_equal_to_rounding, everything
-from tests.training.test_train_step_errors import refused, snapshot, unchanged
-from tests.training.test_train_step_rules import F64, batch, losses, network, sgd
 
 pytestmark = [
     pytest.mark.usefixtures("as_before"),

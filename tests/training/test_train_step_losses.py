@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmlp
-from tests.conftest import ISAS
+from tests.support.axes import ISAS
 from tests.support.rounding import Results
 from tests.support.training import Loop, Maker, assert_equal_to_rounding, everything
 

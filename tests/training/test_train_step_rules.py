@@ -11,36 +11,17 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, Re
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fastmlp
-from tests.conftest import ISAS
+from tests.support.axes import ISAS
 from tests.support.rounding import Results
-from tests.support.training import Loop, Maker, Optimizer, Step, assert_equal_to_rounding, everything
-
-F64 = torch.float64
-
+from tests.support.steps import F64, batch, gradients_left_behind, losses, network, sgd
+from tests.support.training import Loop, Maker, Optimizer, assert_equal_to_rounding, everything
 
 pytestmark = pytest.mark.usefixtures("as_before")
-
-
-def network(dtype: torch.dtype = F64) -> Any:
-    layers = [nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5), nn.GELU(), nn.Linear(5, 3)]
-    return nn.Sequential(*layers).to(dtype)
 
 
 def module_of(make: Maker) -> Any:
     """Ours step with our optimizers."""
     return torch.optim if make is Loop else fastmlp.optim
-
-
-def batch(dtype: torch.dtype = F64, rows: int = 8) -> tuple[Tensor, Tensor]:
-    return torch.randn(rows, 6, dtype=dtype), torch.randn(rows, 3, dtype=dtype)
-
-
-def losses(step: Step, calls: int = 4) -> Tensor:
-    return torch.stack([step(*batch()) for _ in range(calls)])
-
-
-def sgd(parameters: Any, **arguments: Any) -> torch.optim.SGD:
-    return torch.optim.SGD(parameters, **({"lr": 0.05, "momentum": 0.9} | arguments))
 
 
 # Schedulers and options of optimizers.
@@ -198,11 +179,6 @@ def new_group(model: Any, optimizer: Optimizer) -> None:
     (bias,) = (p for p in optimizer.param_groups[0]["params"] if p is model[4].bias)
     optimizer.param_groups[0]["params"] = [p for p in optimizer.param_groups[0]["params"] if p is not bias]
     optimizer.add_param_group({"params": [bias], "lr": 0.001, "momentum": 0.3})
-
-
-def gradients_left_behind(model: Any, optimizer: Optimizer) -> None:
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
 
 
 def evaluation(model: Any, optimizer: Optimizer) -> None:

@@ -14,14 +14,13 @@ from itertools import pairwise
 import torch
 
 from fastmlp.activations import resolve
-from tests.cuda.test_cuda_kernels import check, checks, set_up
-from tests.support.emulated import emulated
+from tests.support.emulated import checks, emulated, set_up
 
 
 def network(dtype: torch.dtype, rows: int, widths: Sequence[int], activation: str, last: str = "identity") -> None:
     """Run forward and backward of layers of these widths; every second one has no bias."""
     pairs = list(pairwise(widths))
-    check(
+    checks.check(
         torch.randn(rows, widths[0], dtype=dtype),
         [torch.randn(n, k, dtype=dtype) / k**0.5 for k, n in pairs],
         [torch.randn(n, dtype=dtype) if i % 2 == 0 else None for i, (_, n) in enumerate(pairs)],

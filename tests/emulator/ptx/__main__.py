@@ -10,10 +10,10 @@ from dataclasses import asdict
 
 import torch
 
-from tests.conftest import ACTIVATIONS
 from tests.emulator.ptx.build import DTYPES, load
 from tests.emulator.ptx.checks import Row, bits, bounds
 from tests.emulator.ptx.profile import profile
+from tests.support.axes import ACTIVATIONS
 
 
 def main() -> int:

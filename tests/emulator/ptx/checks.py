@@ -18,11 +18,10 @@ from torch import Tensor
 
 from fastmlp import Activation
 from fastmlp.activations import resolve
-from tests.cuda.test_cuda_kernels import ORDERS, check, set_up
 from tests.emulator.ptx.names import readable
 from tests.emulator.ptx.translate import Kernel
-from tests.support.emulated import emulated
-from tests.support.kernel_checks import parts_of_chunks
+from tests.support.emulated import ORDERS, checks, emulated, set_up
+from tests.support.layouts import parts_of_chunks
 
 EXACT = [resolve(name) for name in ("identity", "relu", "leaky_relu", "hardswish")]
 
@@ -48,7 +47,7 @@ class Case:
         arrange = parts_of_chunks if self.padded else torch.clone
         emulated().set_route(route)
         try:
-            return check(
+            return checks.check(
                 arrange(torch.randn(self.rows, self.widths[0], dtype=dtype)),
                 [arrange(torch.randn(n, k, dtype=dtype) / k**0.5) for k, n in pairs],
                 [torch.randn(n, dtype=dtype) if i % 2 == 0 else None for i, (_, n) in enumerate(pairs)],
