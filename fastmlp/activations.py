@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastmlp import reference
 from fastmlp._errors import described, nearest
 from fastmlp._load import _C
+from fastmlp.hooks import has_hooks
 
 #: Parameters and their defaults of each activation, in the numbering of the operators. No mapping proxy, which
 #: Dynamo refuses to read once the traced code has changed any dictionary, as functional_call does.
@@ -159,6 +160,19 @@ def resolve(activation: ActivationLike, argument: str = "activation") -> Activat
     )
 
 
+def is_meant_as_activation(value: object) -> bool:
+    """Whether somebody who passes this where a device or a flag belongs means an activation.
+
+    Example:
+        >>> [is_meant_as_activation(value) for value in ("ReLU", nn.Tanh(), torch.sin, "cpu", torch.device("cpu"), 0)]
+        [True, True, True, False, False, False]
+    """
+    if isinstance(value, str):
+        return nearest(value, DEFAULTS, _SYNONYMS) != ""
+    # A device is callable, since it is a context manager and a decorator too.
+    return isinstance(value, Activation) or (callable(value) and not isinstance(value, torch.device))
+
+
 def module_of(activation: Activation) -> nn.Module:
     """A new module that computes the activation.
 
@@ -175,7 +189,7 @@ def module_of(activation: Activation) -> nn.Module:
 def _of_module(module: nn.Module, name: str, argument: str) -> Activation:
     kind = type(module).__name__
     # A layer computes the activation itself, so that nothing else that the module does would happen.
-    if "forward" in module.__dict__ or any(module.__dict__.get(hooks) for hooks in _HOOKS):
+    if "forward" in module.__dict__ or has_hooks(module):
         raise ValueError(
             f"fastmlp: {argument} {kind} has hooks or a forward of its own, which a fused layer would not run; in a "
             "fastmlp.Sequential, after the layer, it is called as it is"
@@ -188,9 +202,6 @@ def _of_module(module: nn.Module, name: str, argument: str) -> Activation:
     if not DEFAULTS[name]:
         return _BY_NAME[name]
     return Activation(name, **{key: getattr(module, key) for key in DEFAULTS[name]})
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _unknown(argument: str, name: str) -> str:

@@ -11,21 +11,20 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from fastmlp import reference
+from fastmlp._errors import not_a_child, not_a_module, place_of
 from fastmlp.activations import module_of
-from fastmlp.modules import Linear, Sequential, form_obstacle, watched_obstacle
+from fastmlp.linear import Linear
+from fastmlp.modules import Sequential
+from fastmlp.runs import FUSABLE, form_obstacle, original_forwards, watched_obstacle
 from fastmlp.trace import activation_of, place_of_inner, record, run_chain
 
 __all__ = ["Link", "Uncompared", "links"]
 
 #: What a chain is made of.
-_KINDS: tuple[type[nn.Module], ...] = (
-    *(nn.Linear, Linear, nn.Dropout, nn.AlphaDropout, nn.BatchNorm1d),
-    *reference.MODULES,
-)
+_KINDS: tuple[type[nn.Module], ...] = (*FUSABLE, nn.AlphaDropout, nn.BatchNorm1d)
 
-#: How these compute, unless somebody has replaced that.
-_LEAVES: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for kind in _KINDS}
+#: How these compute.
+_LEAVES = original_forwards(_KINDS)
 
 #: Forwards of containers that call one child after another.
 _CONTAINERS = (nn.Sequential.forward, Sequential.forward)
@@ -76,7 +75,7 @@ def links(model: nn.Module, name: str = "") -> list[Link]:
         ['0', '1.0', '1.1']
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"fastmlp: model must be a torch.nn.Module, got {type(model).__name__}")
+        raise not_a_module(model)
     return list(_links(name, model))
 
 
@@ -95,7 +94,7 @@ def _links(name: str, module: nn.Module) -> Iterator[Link]:
             _refuse(name, module, reason)
         for key, child in module._modules.items():
             if child is None:
-                raise TypeError(f"fastmlp: child {_join(name, key)!r} is None, expected a module")
+                raise not_a_child(_join(name, key))
             yield from _links(_join(name, key), child)
     elif (place := place_of_inner(module)) is not None:
         inner = f"model.{_join(name, place)}"
@@ -188,6 +187,4 @@ def _join(name: str, key: str) -> str:
 
 
 def _refuse(name: str, module: nn.Module, reason: str) -> NoReturn:
-    raise TypeError(
-        f"fastmlp: {name or 'model'} ({type(module).__name__}) cannot be part of a chain of layers: {reason}"
-    )
+    raise TypeError(f"fastmlp: {place_of(name, module)} cannot be part of a chain of layers: {reason}")

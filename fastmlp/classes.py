@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from fastmlp.modules import Linear, Sequential
+from fastmlp.linear import Linear
+from fastmlp.modules import Sequential
 
 __all__ = ["Quiet", "fused_class", "is_importable", "new_class", "plain_class", "stands_in"]
 

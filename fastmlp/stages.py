@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fastmlp import reference
+from fastmlp._errors import place_of
 from fastmlp._load import _C
 from fastmlp.activations import DEFAULTS, IDENTITY, Activation, resolve
 from fastmlp.chain import Link, links
-from fastmlp.modules import Linear
+from fastmlp.linear import Linear
 
 __all__ = ["Stage", "Tensors", "seen"]
 
@@ -159,7 +160,7 @@ def _stages_of(chain: Sequence[Link], places: Mapping[str, int]) -> list[Stage]:
 
 
 def _refuse(link: Link, reason: str) -> NoReturn:
-    raise TypeError(f"fastmlp: {link.name or 'model'} ({type(link.module).__name__}) cannot be frozen: {reason}")
+    raise TypeError(f"fastmlp: {place_of(link.name, link.module)} cannot be frozen: {reason}")
 
 
 # How a model is watched.

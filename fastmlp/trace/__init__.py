@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from fastmlp import reference
 from fastmlp._load import _C
 from fastmlp.activations import BY_FUNCTION, DEFAULTS, Activation, module_of
 from fastmlp.classes import Quiet, is_importable, new_class
-from fastmlp.modules import Linear, run_parts
+from fastmlp.runs import FUSABLE, run_parts
 from fastmlp.trace.comparison import compare
 from fastmlp.trace.outside import Outside, is_library
 from fastmlp.trace.recording import Tracer
@@ -74,7 +73,7 @@ def _member(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
         return None
     if node.op == "call_module":
         called = module.get_submodule(str(node.target))
-        return called if type(called) in (nn.Linear, Linear, nn.Dropout, *reference.MODULES) else None
+        return called if type(called) in FUSABLE else None
     activation = activation_of(node)
     return None if activation is None else module_of(activation)
 

@@ -23,8 +23,8 @@ from torch.fx.proxy import Scope, TraceError
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils._pytree import tree_leaves
 
-from fastmlp import reference
-from fastmlp.modules import Linear
+from fastmlp.hooks import has_hooks
+from fastmlp.runs import FUSABLE
 from fastmlp.trace.guards import Guard, Guarded
 from fastmlp.trace.observing import Watch
 from fastmlp.trace.outside import LIBRARIES, RECORDING, is_library
@@ -33,8 +33,6 @@ from fastmlp.trace.shadow import Scripted, Shadow, untouched_generators
 from fastmlp.trace.written import is_array
 
 __all__ = ["Tracer"]
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _words(text: str) -> frozenset[str]:
@@ -357,9 +355,9 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the module is called as it is. One with hooks is, so that they run at every call."""
-        if isinstance(m, Scripted) or any(m.__dict__.get(hooks) for hooks in _HOOKS):
+        if isinstance(m, Scripted) or has_hooks(m):
             return True
-        return type(m) in (Linear, *reference.MODULES) or super().is_leaf_module(m, module_qualified_name)
+        return type(m) in FUSABLE or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Of a node."""

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastmlp
 from fastmlp import Sin, reference
-from fastmlp.modules import Alone, Run, parts
+from fastmlp.runs import Alone, Run, parts
 from tests.modules.test_autograd import assert_same
 
 F64 = torch.float64
