@@ -98,7 +98,7 @@ def run_bench(device: str, output: Path | None, networks: list[str] | None, quic
     try:
         bench.main(device, output, networks or list(bench.NETWORKS), quick)
     except (bench.WrongResult, RuntimeError, OSError) as failure:
-        print(f"The bench failed: {failure}", file=sys.stderr)
+        print(f"The bench failed: {str(failure).removeprefix('fastmlp: ')}", file=sys.stderr)
         return 1
     return 0
 

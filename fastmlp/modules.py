@@ -125,11 +125,11 @@ def _size(name: str, size: Any) -> Any:
     if isinstance(size, torch.SymInt):
         return size
     try:
-        if isinstance(size, bool):
-            raise TypeError
-        number = operator.index(size)
+        number = None if isinstance(size, bool) else operator.index(size)
     except TypeError:
-        raise TypeError(f"fastmlp: {name} must be an integer, got {described(size)}") from None
+        number = None
+    if number is None:
+        raise TypeError(f"fastmlp: {name} must be an integer, got {described(size)}")
     if not 0 <= number < 1 << 63:
         raise ValueError(f"fastmlp: {name} must be at least 0 and below 2^63, got {described(number)}")
     return number

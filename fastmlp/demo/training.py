@@ -1,7 +1,7 @@
 """How the demo trains: the contenders, the comparison step by step, and the race.
 
-Called by demo.py. Three contenders start from the same parameters: PyTorch's loop on PyTorch's network, the same loop
-on fastmlp's, and `fastmlp.TrainStep` on PyTorch's. What PyTorch's network has learnt is served frozen, too.
+Called by the demo's `main`. Three contenders start from the same parameters: PyTorch's loop on PyTorch's network, the
+same loop on fastmlp's, and `fastmlp.TrainStep` on PyTorch's. What PyTorch's network has learnt is served frozen, too.
 """
 
 import copy
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import fastmlp
-from fastmlp.demo_bounds import output_bounds, rounding_bounds, update_bounds
-from fastmlp.demo_tasks import Batch, Task, cast, shuffled
+from fastmlp.demo.bounds import output_bounds, rounding_bounds, update_bounds
+from fastmlp.demo.tasks import Batch, Task, cast, shuffled
 
 __all__ = [
     "FAST",
