@@ -51,7 +51,7 @@ BATCHES = {
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 SAMPLES = 7
 SAMPLE_SECONDS = 0.02
-#: How many times PyTorch's own error ours may be, by the norm.
+#: Our error, by the norm, may be so many times PyTorch's own.
 MOST_ERROR = 2.0
 
 #: A call that is timed, whatever it returns, and one whose result is compared.
@@ -173,7 +173,7 @@ def measured(name: str, batch: int, dtype: torch.dtype, device: str) -> Iterator
         expected = call()
         calls = [contender[task] for contender in contenders]
         errors = [distance(call(), expected) for call in calls]
-        # PyTorch's own error may be small by chance: a unit in the last place of each layer is nobody's fault.
+        # A unit in the last place for each layer is always allowed, because PyTorch's own error may be small by chance.
         least = torch.finfo(dtype).eps * (len(NETWORKS[name]) - 1)
         if not errors[1] <= MOST_ERROR * max(errors[0], least):
             raise WrongResult(

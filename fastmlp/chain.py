@@ -1,7 +1,7 @@
-"""A model as the flat list of modules that its input passes through, one after another.
+"""Reads a model as the flat list of modules that its input passes through, one after another.
 
-Private: `fastmlp.freeze` and `fastmlp.TrainStep` begin with it. It says what a model is made of; which of the modules
-can be frozen or trained is for them to say.
+`fastmlp.freeze` and `fastmlp.TrainStep` call it first. It says what a model is made of; which of the modules can be
+frozen or trained is for its callers to say.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,13 +20,13 @@ from fastmlp.trace import activation_of, place_of_inner, record, run_chain
 
 __all__ = ["Link", "Uncompared", "links"]
 
-#: What a chain is made of.
+#: The classes of the modules that a chain is made of.
 _KINDS: tuple[type[nn.Module], ...] = (*FUSABLE, nn.AlphaDropout, nn.BatchNorm1d)
 
-#: How these compute.
+#: The forward of each of them, unless somebody has replaced it.
 _LEAVES = original_forwards(_KINDS)
 
-#: Forwards of containers that call one child after another.
+#: The forwards of containers that call one child after another. Containers are dissolved.
 _CONTAINERS = (nn.Sequential.forward, Sequential.forward)
 
 
@@ -123,7 +123,7 @@ def _recorded(name: str, module: nn.Module) -> Iterator[Link]:
         recorded, check = record(module)
     except RuntimeError as error:
         raise TypeError(f"{error}") from error
-    # Arguments that have defaults, and are recorded as these, have no users.
+    # An argument that was recorded as its default has no users, so it is no input of the chain.
     inputs = [node for node in recorded.graph.nodes if node.op == "placeholder" and _is_input(node)]
     if len(inputs) != 1:
         _refuse(name, module, f"its forward has {len(inputs)} inputs")

@@ -19,7 +19,7 @@ __all__ = ["convert", "revert"]
 
 M = TypeVar("M", bound=nn.Module)
 
-#: An attribute of every module that was converted. In its `__dict__`, so that copies and pickles have it too.
+#: The attribute that marks a converted module. It is in the module's `__dict__`, so copies and pickles have it too.
 _MARK = "_fastmlp_converted"
 
 
@@ -97,10 +97,10 @@ def convert(model: nn.Module, trace: bool = False, inputs: tuple[Any, ...] | Non
         raise ValueError("fastmlp: inputs are examples for trace=True, and trace is False")
     for module in model.modules():
         fused = None if isinstance(module, torch.jit.ScriptModule) else fused_class(type(module))
-        # The forward of an instance may call whatever its author wrote it for.
+        # A forward that was set on the instance stays what its author wrote, so the class is not changed under it.
         if fused is None or "forward" in module.__dict__:
             continue
-        # Other threads may call the module meanwhile: its class is the last that changes, and the first that goes back.
+        # The class changes last (and `revert` changes it first), because other threads may call the module meanwhile.
         if fused is Linear:
             module.__dict__["activation"] = IDENTITY
         module.__dict__[_MARK] = True
@@ -139,7 +139,7 @@ def revert(model: M) -> M:
     converted = {
         name: module
         for name, module in model.named_modules()
-        # A slice of a converted module has its class, and no mark.
+        # A slice of a converted Sequential has the class that was made for it, but not the mark.
         if _MARK in module.__dict__ or stands_in(type(module))
     }
     for name, module in converted.items():

@@ -76,7 +76,8 @@ def explain(target: nn.Module | Tensor, input: Tensor | None = None) -> Route:
         if isinstance(part, Alone):
             alone.append(f"{part.name}: {part.reason}")
         elif not alone:
-            # Later runs have inputs that only their predecessors could tell.
+            # Only the first run is checked with the input, because the inputs of later runs are not known before they
+            # are computed.
             route = _route(tensor, part)
             if route.reason:
                 return route
@@ -158,7 +159,7 @@ def fusion_report(model: nn.Module) -> Report:
         if path.startswith(scripted):
             continue
         if isinstance(module, torch.jit.ScriptModule):
-            # Of what is in it nothing is executed by Python.
+            # Python executes nothing that is inside of a scripted module, so its children are not reported.
             scripted = (*scripted, f"{path}." if path else "")
         found = list(_found(module))
         for names, modules, reason in found:
@@ -171,7 +172,7 @@ def fusion_report(model: nn.Module) -> Report:
     return Report(entries)
 
 
-#: Names, modules and reason of what executes together, or does not.
+#: Modules that execute as one operation, or one module that does not: names, the modules, and the reason.
 _Found: TypeAlias = tuple[list[str], list[nn.Module], str]
 
 
@@ -188,7 +189,7 @@ def _found(module: nn.Module) -> Iterator[_Found]:
     else:
         found = iter([([""], [module], _why_by_itself(module))])
     for names, modules, reason in found:
-        # Modules that are neither layers nor activations have entries of their own, if they hold some.
+        # A module that is neither a layer nor an activation gets no entry; layers that it holds are looked at later.
         if not modules or not reason or _matters(modules[0]):
             yield names, [m for m in modules if _matters(m)], reason
 
@@ -212,7 +213,8 @@ def _found_in_graph(module: fx.GraphModule) -> Iterator[_Found]:
 
 
 def _matters(module: nn.Module) -> bool:
-    # By name, since quantized layers and the wrappers of other libraries are no subclasses.
+    """Whether a report mentions a module: layers and activations."""
+    # Layers are known by name, because quantized layers and the wrappers of other libraries are no subclasses.
     return type(module) in reference.MODULES or "Linear" in type(module).__name__
 
 

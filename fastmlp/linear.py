@@ -17,7 +17,7 @@ __all__ = ["Called", "Linear"]
 
 
 class Called(nn.Module):
-    """Calls cost a third of those of `torch.nn.Module` while nothing, such as a hook, wants to see them."""
+    """A module whose call skips what `torch.nn.Module` does for hooks while there are none, at a third of the price."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As `torch.nn.Module.__call__`."""
@@ -25,7 +25,7 @@ class Called(nn.Module):
             output = _C.call_module(self, args, kwargs)
             if output is not NotImplemented:
                 return output
-            # Another thread may have reverted the module since this call began: it is what its class is now.
+            # Another thread may have reverted the module since this call began, so its class of now says what follows.
             kind = type(self)
             following: Any = super(Called, kind) if issubclass(kind, Called) else kind
             return following.__call__(self, *args, **kwargs)
@@ -81,7 +81,8 @@ class Linear(Called, nn.Linear):
         self.activation: Activation = act
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Whatever form an activation is given in, now or later, it is kept as an Activation.
+        # An activation may be given in many forms, also after construction. It is kept as an Activation, because
+        # csrc/python/modules.cpp reads its fields.
         kept: Any = resolve(value) if name == "activation" else value
         super().__setattr__(name, kept)
 
@@ -91,7 +92,7 @@ class Linear(Called, nn.Linear):
             output = _C.run_layer(self, input)
             if output is not None:
                 return output
-        # Another thread may have reverted the module since this call began.
+        # The attribute is missing where another thread has reverted the module since this call began.
         activation = getattr(self, "activation", IDENTITY)
         return functional.linear(input, self.weight, self.bias, activation)
 

@@ -155,7 +155,7 @@ def why_called(child: nn.Module) -> str | None:
 
 
 def watched_obstacle(module: nn.Module) -> str | None:
-    """Why a module has to be called itself, if something such as a hook wants to see that."""
+    """Why a module must be called by itself, if something such as a hook wants to see its call; None otherwise."""
     if any(GLOBAL_HOOKS):
         return "there are hooks on all modules"
     if has_hooks(module):
@@ -168,15 +168,15 @@ def watched_obstacle(module: nn.Module) -> str | None:
 
 
 def form_obstacle(module: nn.Module) -> str | None:
-    """Why a layer or an activation has no fused form, if its class has one."""
+    """Why a layer or an activation of a class with a fused form has none; None otherwise."""
     kind = type(module)
-    # As some leave them: tensors, or a form that only torch knows how to refuse.
+    # Users may have set the attributes to tensors, or to a form that only torch knows how to refuse.
     names = DEFAULTS[reference.MODULES[kind]] if kind in reference.MODULES else ()
     if not all(isinstance(getattr(module, name), (int, float)) for name in names):
         return "its attributes are not numbers"
     if isinstance(module, nn.GELU) and module.approximate not in ("none", "tanh"):
         return f"its form is {module.approximate!r}"
-    # Attributes in place of parameters, as in replicas: the layer knows where they are.
+    # Replicas of DataParallel hold plain attributes in place of parameters, which only the layer's own forward finds.
     own = module._parameters
     if FUSABLE.get(kind) == "layer" and (own.get("weight") is None or "bias" not in own):
         return "its parameters are not where torch.nn.Linear keeps them"

@@ -1,6 +1,6 @@
-"""What of a model is frozen: its layers with what is folded into them, and a watch that notices when they change.
+"""Reads a model for `fastmlp.freeze`: its layers with what is folded into them, and a watch that notices changes.
 
-Private: `fastmlp.freeze` begins with it, and so does every reading of a model that has changed since.
+Called when a model is frozen, and again after each change of it. frozen.py does the rest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from fastmlp.linear import Linear
 
 __all__ = ["Stage", "Tensors", "seen"]
 
-#: The tensors of each module that is watched, by name.
+#: For each module that is watched, its parameters and buffers by name.
 Tensors: TypeAlias = Sequence[Mapping[str, Tensor | None]]
 
 
@@ -165,10 +165,11 @@ def _refuse(link: Link, reason: str) -> NoReturn:
 
 # How a model is watched.
 
-#: Position of the parent, name in it, module, number of children, names of attributes, of parameters and of buffers.
+#: A module as `_C.Watch` takes it: the position of its parent in the list, its name there, the module, its number of
+#: children (-1 for a leaf), and the names of the attributes, parameters and buffers to watch.
 _Watched: TypeAlias = tuple[int, str, nn.Module, int, Sequence[str], Sequence[str], Sequence[str]]
 
-#: How often a model is read anew that another thread gives other modules meanwhile.
+#: How often a model is read again because another thread has exchanged its modules meanwhile.
 _ATTEMPTS = 100
 
 
@@ -185,7 +186,7 @@ def seen(model: nn.Module) -> tuple[_C.Watch, Tensors]:
             watch = _C.Watch(entries)
             watch.plan = _stages_of(chain, places)
         except Exception as error:
-            # What was found may have been half of the old model and half of the new one.
+            # If modules were exchanged meanwhile, the error may be about a mixture of old and new ones: read again.
             if list(map(id, _modules_of(model))) != list(map(id, before)):
                 continue
             if "OptimizedModule" in str(error):
@@ -228,7 +229,7 @@ def _watched(model: nn.Module, chain: Sequence[Link]) -> tuple[list[_Watched], d
     modules = dict(model.named_modules(remove_duplicate=False))
     add("", model, any(model is link.module for link in chain))
     for link in chain:
-        # Activations that are called as functions are in no model.
+        # An activation that the forward calls as a function is no module of the model, so it cannot be watched.
         if modules.get(link.name) is link.module:
             add(link.name, link.module, True)
     return found, places
@@ -239,7 +240,8 @@ def _what_matters(module: nn.Module) -> tuple[Sequence[str], Sequence[str], Sequ
     if isinstance(module, nn.Linear):
         return ("activation",) if isinstance(module, Linear) else (), ("weight", "bias"), ()
     if isinstance(module, nn.BatchNorm1d):
-        # Training changes the statistics without counting their versions, but counts its batches.
+        # The number of batches is watched, because training changes the statistics without raising their version
+        # counters, but raises that of this number.
         return ("training", "eps"), ("weight", "bias"), ("running_mean", "running_var", "num_batches_tracked")
     if isinstance(module, (nn.Dropout, nn.AlphaDropout)):
         return ("training", "p"), (), ()

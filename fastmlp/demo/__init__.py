@@ -36,7 +36,7 @@ COMPARED_EPOCHS = 20
 def measure(tasks: Sequence[Task], epochs: int, seed: int, console: Console) -> list[Result]:
     """Compares and times every task, behind a progress bar where there is a terminal."""
     columns = (TextColumn("{task.description:26}"), BarColumn(), TimeElapsedColumn())
-    # Refreshed by hand between epochs: a thread that redraws the bar would run into the timings.
+    # The bar is redrawn between epochs, because a thread that redraws it would disturb the timings.
     bar = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal)
     compared = min(epochs, COMPARED_EPOCHS)
     results = []

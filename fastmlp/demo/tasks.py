@@ -26,7 +26,7 @@ Parameters = Iterable[Tensor]
 MakeOptimizer = Callable[[Parameters], torch.optim.Optimizer]
 
 
-# The tutorial's network, before and after.
+# The tutorial's network, with torch's layers and with ours.
 
 
 class NativeNN(nn.Module):
@@ -147,7 +147,7 @@ def digits_tasks() -> list[Task]:
             activation=activation.__name__.lower(),
             loss=nn.CrossEntropyLoss(),
             optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.01),
-            # The network could learn 1347 clean images by heart; noisy ones it has to understand.
+            # Noise is added, because the network could learn 1347 clean images by heart.
             noise=0.2,
         )
 
