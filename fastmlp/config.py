@@ -68,7 +68,7 @@ def show_config() -> None:
 
 
 def _without_cuda() -> str:
-    # The command that builds CUDA kernels is named only where torch has CUDA, because elsewhere it cannot help.
+    # The command helps only where torch has CUDA.
     return "not built in" if torch.version.cuda is None else f"not built in: {_C.device_obstacle('cuda')}"
 
 

@@ -16,7 +16,7 @@ from fastmlp._load import _C
 from fastmlp.autograd import autocast, why_not_direct
 from fastmlp.linear import Linear
 from fastmlp.modules import Sequential
-from fastmlp.runs import Alone, Run, parts
+from fastmlp.runs import Alone, Layer, Run, parts
 from fastmlp.trace import activation_of, run_chain
 
 __all__ = ["Entry", "Report", "Route", "explain", "fusion_report"]
@@ -67,10 +67,8 @@ def explain(target: nn.Module | Tensor, input: Tensor | None = None) -> Route:
         raise TypeError(f"fastmlp: target must be {expected}, got {described(target)}{advice}")
     if not isinstance(input, Tensor):
         raise not_a_tensor("input", input, next((p.dtype for p in target.parameters()), None))
-    tensor = input
     if isinstance(target, Linear):
-        bias = () if target.bias is None else (target.bias,)
-        return _route(tensor, Run([""], [""], [target.weight, *bias], [bool(bias)], [target.activation]))
+        return _route(input, Run([""], [Layer("", target.weight, target.bias, target.activation)]))
     alone: list[str] = []
     for part in parts(target._modules):
         if isinstance(part, Alone):
@@ -78,14 +76,14 @@ def explain(target: nn.Module | Tensor, input: Tensor | None = None) -> Route:
         elif not alone:
             # Only the first run is checked with the input, because the inputs of later runs are not known before they
             # are computed.
-            route = _route(tensor, part)
+            route = _route(input, part)
             if route.reason:
                 return route
     return Route("children", "; ".join(alone)) if alone else Route("direct", "")
 
 
 def _route(input: Tensor, run: Run | None) -> Route:
-    parameters = tuple(run.parameters) if run else ()
+    parameters = run.parameters() if run else ()
     reason = why_not_direct(input, parameters)
     if reason is None and run:
         input, *cast = autocast(input, *parameters)

@@ -19,8 +19,19 @@ from fastmlp.hooks import GLOBAL_HOOKS, has_hooks
 from fastmlp.linear import Called, Linear
 from fastmlp.ops import Stack, stack_of
 
-__all__ = ["FUSABLE", "Alone", "Run", "form_obstacle", "original_forwards", "parts", "register", "run_parts"]
-__all__ += ["watched_obstacle", "why_called"]
+__all__ = [
+    "FUSABLE",
+    "Alone",
+    "Layer",
+    "Run",
+    "form_obstacle",
+    "original_forwards",
+    "parts",
+    "register",
+    "run_parts",
+    "watched_obstacle",
+    "why_called",
+]
 
 #: What a module is in a run: a layer, the activation of the layer before it, or nothing (a `Dropout` outside of
 #: training).
@@ -73,8 +84,18 @@ def run_parts(children: Mapping[str, nn.Module | None], input: Any) -> Any:
         if isinstance(part, Alone):
             input = part.child(input)
         else:
-            input = run(part.stack(), input, tuple(part.parameters), part.called())
+            input = run(part.stack(), input, part.parameters(), part.called())
     return input
+
+
+@dataclass
+class Layer:
+    """A layer of a run: its name, its tensors, and the activation that it computes too."""
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    activation: Activation
 
 
 @dataclass
@@ -82,28 +103,29 @@ class Run:
     """Children of a `Sequential` that execute as one operation.
 
     Attributes:
-        names: of the children.
-        layers: those of them that are layers.
-        parameters: weight and, where there is one, bias of each layer.
-        has_bias: one for each layer.
-        activations: one for each layer.
+        names: of all of these children.
+        layers: one for each child that is a layer.
         is_first: whether their input is that of the whole.
     """
 
     names: list[str] = field(default_factory=list)
-    layers: list[str] = field(default_factory=list)
-    parameters: list[Tensor] = field(default_factory=list)
-    has_bias: list[bool] = field(default_factory=list)
-    activations: list[Activation] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
     is_first: bool = True
 
     def stack(self) -> Stack:
         """The layers without their tensors."""
-        return stack_of(tuple(self.has_bias), tuple(self.activations))
+        has_bias = [layer.bias is not None for layer in self.layers]
+        return stack_of(tuple(has_bias), tuple([layer.activation for layer in self.layers]))
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Weight and, where there is one, bias of each layer."""
+        tensors = [tensor for layer in self.layers for tensor in (layer.weight, layer.bias)]
+        return tuple([tensor for tensor in tensors if tensor is not None])
 
     def called(self) -> Names:
         """What errors call the input and the layers."""
-        return ("input" if self.is_first else f"the input of {self.names[0]}", self.layers)
+        input = "input" if self.is_first else f"the input of {self.names[0]}"
+        return input, [layer.name for layer in self.layers]
 
 
 class Alone(NamedTuple):
@@ -193,13 +215,13 @@ def _why_not_in(run: Run | None, child: nn.Module) -> str | None:
         return None
     if run is None:
         return "no layer that is fused precedes it"
-    if role == "activation" and run.activations[-1] != IDENTITY:
+    if role == "activation" and run.layers[-1].activation != IDENTITY:
         return "the layer before it has an activation already"
     return None
 
 
 def _is_of_another_kind(run: Run, child: nn.Module) -> bool:
-    weight, first = child._parameters.get("weight"), run.parameters[0]
+    weight, first = child._parameters.get("weight"), run.layers[0].weight
     return weight is not None and (weight.dtype != first.dtype or weight.device != first.device)
 
 
@@ -209,11 +231,7 @@ def _take(run: Run, name: str, child: nn.Module) -> None:
     if role == "layer":
         weight, bias = child._parameters["weight"], child._parameters["bias"]
         assert weight is not None
-        run.layers.append(name)
-        run.parameters.append(weight)
-        if bias is not None:
-            run.parameters.append(bias)
-        run.has_bias.append(bias is not None)
-        run.activations.append(child.activation if isinstance(child, Linear) else IDENTITY)
+        activation = child.activation if isinstance(child, Linear) else IDENTITY
+        run.layers.append(Layer(name, weight, bias, activation))
     elif role == "activation":
-        run.activations[-1] = resolve(child)
+        run.layers[-1].activation = resolve(child)

@@ -767,7 +767,7 @@ def test_the_rule_in_c_is_the_rule_in_python() -> None:
         seen["runs"] += sum(isinstance(p, Run) for p in found)
         seen["alone"] += sum(isinstance(p, Alone) for p in found)
         seen["layers in one run"] = max(
-            seen["layers in one run"], *(len(p.has_bias) for p in found if isinstance(p, Run)), 0
+            seen["layers in one run"], *(len(p.layers) for p in found if isinstance(p, Run)), 0
         )
     assert seen["runs"] > 400
     assert seen["alone"] > 800
