@@ -1,6 +1,6 @@
 """Fused multilayer perceptrons for PyTorch: the same modules, the same numbers, faster."""
 
-from fastmlp import _moved as _moved
+from fastmlp import _moved as _moved  # so that pickles of an earlier version find their names
 from fastmlp import functional, optim, reference
 from fastmlp.activations import Activation
 from fastmlp.config import get_isa, set_isa, show_config
