@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.machine import describe
 from benchmarks.tables import console
 from benchmarks.timing import Effort, race
-from fastmlp.convert import Report
+from fastmlp.explain import Report
 from tests.support.comparison import PARTS, compare, pair
 from tests.support.models import STEPS, SUBJECTS, Subject
 

@@ -1,11 +1,14 @@
 """Fused multilayer perceptrons for PyTorch: the same modules, the same numbers, faster."""
 
+from fastmlp import _moved as _moved  # so that pickles of an earlier version find their names
 from fastmlp import functional, optim, reference
 from fastmlp.activations import Activation
-from fastmlp.config import Route, explain, get_isa, set_isa, show_config
-from fastmlp.convert import convert, fusion_report, revert
+from fastmlp.config import get_isa, set_isa, show_config
+from fastmlp.convert import convert, revert
+from fastmlp.explain import Route, explain, fusion_report
 from fastmlp.frozen import FrozenMLP, freeze
-from fastmlp.modules import MLP, Linear, Sequential
+from fastmlp.linear import Linear
+from fastmlp.modules import MLP, Sequential
 from fastmlp.reference import Sin
 from fastmlp.training import TrainStep
 from fastmlp.tuning import autotune

@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--epochs", type=whole(1), metavar="N", help="of each training (default: enough for 97 %%)")
     demo.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of parameters and batches (default: 0)")
-    # Networks of this size gain nothing from more threads, and lose where others use the processor too.
+    # One thread is the default, because networks of this size gain nothing from more and lose on a busy processor.
     threads = whole(1, os.cpu_count() or 1)
     demo.add_argument("--threads", type=threads, default=1, metavar="N", help="for both contenders (default: 1)")
     bench = commands.add_parser("bench", help="time networks beside PyTorch's own modules, and write a report")
@@ -72,7 +72,7 @@ def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
 def run_demo(output: Path, epochs: int | None, seed: int, threads: int) -> int:
     """Runs the demo if its packages are there, and tells in one line what went wrong."""
     try:
-        # Only now, so that the rest of the library does without these packages.
+        # The demo is imported only now, so that the rest of the library does without its packages.
         from fastmlp import demo
     except ModuleNotFoundError as error:
         return missing("demo", error)
@@ -98,7 +98,7 @@ def run_bench(device: str, output: Path | None, networks: list[str] | None, quic
     try:
         bench.main(device, output, networks or list(bench.NETWORKS), quick)
     except (bench.WrongResult, RuntimeError, OSError) as failure:
-        print(f"The bench failed: {failure}", file=sys.stderr)
+        print(f"The bench failed: {str(failure).removeprefix('fastmlp: ')}", file=sys.stderr)
         return 1
     return 0
 

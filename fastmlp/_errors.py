@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["described", "nearest", "not_a_tensor"]
+__all__ = ["described", "nearest", "not_a_child", "not_a_module", "not_a_tensor", "place_of"]
 
 
 def described(value: Any) -> str:
@@ -48,6 +48,31 @@ def not_a_tensor(name: str, value: Any, dtype: torch.dtype | None = None) -> Typ
     numbers = isinstance(value, (int, float, list, tuple)) or hasattr(value, "__array__")
     remedy = f"; pass {converted}" if numbers else ""
     return TypeError(f"fastmlp: {name} must be a torch.Tensor, got {described(value)}{remedy}")
+
+
+def not_a_module(model: Any) -> TypeError:
+    """The error for a model that is something else.
+
+    Example:
+        >>> not_a_module(torch.nn.ReLU)
+        TypeError('fastmlp: model must be a torch.nn.Module, got class ReLU')
+    """
+    return TypeError(f"fastmlp: model must be a torch.nn.Module, got {described(model)}")
+
+
+def not_a_child(name: str) -> TypeError:
+    """The error for a child of a container that is None."""
+    return TypeError(f"fastmlp: child {name!r} is None, expected a module")
+
+
+def place_of(name: str, module: torch.nn.Module) -> str:
+    """What errors call a module of a model: where it is, and its class.
+
+    Example:
+        >>> place_of("0.fc", torch.nn.Linear(1, 1)), place_of("", torch.nn.ReLU())
+        ('0.fc (Linear)', 'model (ReLU)')
+    """
+    return f"{name or 'model'} ({type(module).__name__})"
 
 
 def nearest(given: str, known: Iterable[str], synonyms: Mapping[str, str]) -> str:

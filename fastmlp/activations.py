@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from fastmlp import reference
 from fastmlp._errors import described, nearest
 from fastmlp._load import _C
+from fastmlp.hooks import has_hooks
 
-#: Parameters and their defaults of each activation, in the numbering of the operators. No mapping proxy, which
-#: Dynamo refuses to read once the traced code has changed any dictionary, as functional_call does.
+#: The parameters of each activation and their defaults, in the order in which the operators number activations. It is a
+#: plain dictionary, because Dynamo refuses to read a mapping proxy once the traced code has changed any dictionary, as
+#: functional_call does.
 DEFAULTS: Mapping[str, Mapping[str, float]] = dict(_C.activations())
 _KINDS = {name: kind for kind, name in enumerate(DEFAULTS)}
 
-#: What some call them elsewhere.
+#: The names that other libraries and papers have for activations, for errors that suggest ours.
 _SYNONYMS = {
     "swish": "silu",
     "linear": "identity",
@@ -80,11 +82,12 @@ class Activation:
         object.__setattr__(self, "kind", _KINDS[name])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By name: kinds may be numbered otherwise where this is read.
+        # Pickles hold the name, because another version may number kinds otherwise.
         return _rebuild, (self.name, self.parameters)
 
     def __hash__(self) -> int:
-        # Asked at every call of a layer, and by torch.compile, which cannot trace a tuple's in PyTorch 2.11.
+        # Plain, because the cache of stacks asks for it, and torch.compile cannot trace the hash of a tuple in
+        # PyTorch 2.11.
         return self.kind
 
     @property
@@ -97,7 +100,8 @@ class Activation:
         return f"{self.name}({', '.join(changed)})" if changed else self.name
 
 
-#: What public calls take: None (identity), a name, a function, a module class or instance, or an `Activation`.
+#: The forms in which public calls take an activation: None (the identity), a name, a function, a module (class or
+#: instance), or an `Activation`.
 ActivationLike: TypeAlias = str | nn.Module | type[nn.Module] | Callable[..., Tensor] | Activation | None
 
 IDENTITY = Activation("identity")
@@ -110,7 +114,7 @@ def _functions() -> dict[Callable[..., Any], str]:
     return {getattr(place, key): name for place, name, key in found if hasattr(place, key)}
 
 
-#: PyTorch's functions for the activations; those that end in an underscore work in place.
+#: PyTorch's functions that compute an activation, those that work in place (`relu_`) included.
 BY_FUNCTION: dict[Any, str] = {**_functions(), torch.special.expit: "sigmoid"}
 
 
@@ -159,6 +163,19 @@ def resolve(activation: ActivationLike, argument: str = "activation") -> Activat
     )
 
 
+def is_meant_as_activation(value: object) -> bool:
+    """Whether somebody who passes this where a device or a flag belongs means an activation.
+
+    Example:
+        >>> [is_meant_as_activation(value) for value in ("ReLU", nn.Tanh(), torch.sin, "cpu", torch.device("cpu"), 0)]
+        [True, True, True, False, False, False]
+    """
+    if isinstance(value, str):
+        return nearest(value, DEFAULTS, _SYNONYMS) != ""
+    # A device is callable, since it is a context manager and a decorator too.
+    return isinstance(value, Activation) or (callable(value) and not isinstance(value, torch.device))
+
+
 def module_of(activation: Activation) -> nn.Module:
     """A new module that computes the activation.
 
@@ -174,8 +191,8 @@ def module_of(activation: Activation) -> nn.Module:
 
 def _of_module(module: nn.Module, name: str, argument: str) -> Activation:
     kind = type(module).__name__
-    # A layer computes the activation itself, so that nothing else that the module does would happen.
-    if "forward" in module.__dict__ or any(module.__dict__.get(hooks) for hooks in _HOOKS):
+    # A layer computes the activation in place of the module, so whatever else a call of the module does would be lost.
+    if "forward" in module.__dict__ or has_hooks(module):
         raise ValueError(
             f"fastmlp: {argument} {kind} has hooks or a forward of its own, which a fused layer would not run; in a "
             "fastmlp.Sequential, after the layer, it is called as it is"
@@ -188,9 +205,6 @@ def _of_module(module: nn.Module, name: str, argument: str) -> Activation:
     if not DEFAULTS[name]:
         return _BY_NAME[name]
     return Activation(name, **{key: getattr(module, key) for key in DEFAULTS[name]})
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _unknown(argument: str, name: str) -> str:

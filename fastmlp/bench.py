@@ -28,7 +28,7 @@ NETWORKS: dict[str, tuple[int, ...]] = {
     "mnist": (784, 256, 128, 10),
     "dlrm": (13, 512, 256, 64, 16),
     "wide": (1024, 1024, 1024, 1024),
-    "field": (32, 64, 64, 64, 64, 3),
+    "narrow": (32, 64, 64, 64, 64, 3),
 }
 BATCHES = {
     "cpu": {
@@ -37,7 +37,7 @@ BATCHES = {
         "mnist": (1, 128),
         "dlrm": (1, 1024),
         "wide": (1, 256),
-        "field": (4096,),
+        "narrow": (4096,),
     },
     "cuda": {
         "tutorial": (32, 65536),
@@ -45,16 +45,18 @@ BATCHES = {
         "mnist": (128, 4096),
         "dlrm": (1024, 16384),
         "wide": (64, 1024, 16384),
-        "field": (4096, 65536, 1048576),
+        "narrow": (4096, 65536, 1048576),
     },
 }
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 SAMPLES = 7
 SAMPLE_SECONDS = 0.02
-#: How many times PyTorch's own error ours may be, by the norm.
+#: Our error, by the norm, may be so many times PyTorch's own.
 MOST_ERROR = 2.0
 
+#: A call that is timed, whatever it returns, and one whose result is compared.
 Call = Callable[[], object]
+Compared = Callable[[], list[Tensor]]
 
 
 class WrongResult(Exception):
@@ -104,7 +106,7 @@ def main(device: str, output: Path | None, networks: list[str], quick: bool) -> 
             for batch in batches[:1] if quick else batches:
                 for row in measured(name, batch, dtype, device):
                     rows.append(row)
-                    table.add_row(*cells(row, device))
+                    table.add_row(*cells(row))
         console.print(table)
     if output:
         report = {"about": about, "rows": [asdict(row) for row in rows]}
@@ -121,9 +123,11 @@ def environment(device: str) -> dict[str, str]:
     about = {"fastmlp": fastmlp.__version__, "torch": torch.__version__, "threads": str(torch.get_num_threads())}
     if device == "cuda":
         if not torch.cuda.is_available():
-            raise RuntimeError("device is cuda, and this PyTorch finds no GPU: torch.cuda.is_available() is False")
+            raise RuntimeError(
+                "fastmlp: device is cuda, and this PyTorch finds no GPU: torch.cuda.is_available() is False"
+            )
         if obstacle := _C.device_obstacle("cuda:0"):
-            raise RuntimeError(f"device is cuda, and {obstacle}")
+            raise RuntimeError(f"fastmlp: device is cuda, and {obstacle}")
         properties = torch.cuda.get_device_properties(0)
         about |= {
             "GPU": properties.name,
@@ -164,11 +168,12 @@ def measured(name: str, batch: int, dtype: torch.dtype, device: str) -> Iterator
         model.load_state_dict(eager.state_dict())
     input = torch.randn(batch, NETWORKS[name][0], device=device, dtype=dtype)
     grad = torch.randn(batch, NETWORKS[name][-1], device=device, dtype=dtype)
-    for task, prepare in {"inference": inference, "forward + backward": both}.items():
-        expected = prepare(exact, input.double(), grad.double())()
-        calls = [prepare(model, input, grad) for model in (eager, ours)]
+    contenders = [calls_of(model, input, grad) for model in (eager, ours)]
+    for task, call in calls_of(exact, input.double(), grad.double()).items():
+        expected = call()
+        calls = [contender[task] for contender in contenders]
         errors = [distance(call(), expected) for call in calls]
-        # PyTorch's own error may be small by chance: a unit in the last place of each layer is nobody's fault.
+        # A unit in the last place for each layer is always allowed, because PyTorch's own error may be small by chance.
         least = torch.finfo(dtype).eps * (len(NETWORKS[name]) - 1)
         if not errors[1] <= MOST_ERROR * max(errors[0], least):
             raise WrongResult(
@@ -180,20 +185,18 @@ def measured(name: str, batch: int, dtype: torch.dtype, device: str) -> Iterator
         yield Row(name, batch, str(dtype).removeprefix("torch."), task, *whole, *own, *errors)
 
 
-def inference(model: nn.Module, input: Tensor, grad: Tensor) -> Callable[[], list[Tensor]]:
-    """A call of the model under no_grad."""
+def calls_of(model: nn.Module, input: Tensor, grad: Tensor) -> dict[str, Compared]:
+    """What is timed, by task: a call under no_grad, and one with the gradients of all parameters."""
+    parameters = list(model.parameters())
 
-    def call() -> list[Tensor]:
+    def inference() -> list[Tensor]:
         with torch.no_grad():
             return [model(input)]
 
-    return call
+    def forward_and_backward() -> list[Tensor]:
+        return list(torch.autograd.grad(model(input), parameters, grad))
 
-
-def both(model: nn.Module, input: Tensor, grad: Tensor) -> Callable[[], list[Tensor]]:
-    """Forward, and the gradients of all parameters."""
-    parameters = list(model.parameters())
-    return lambda: list(torch.autograd.grad(model(input), parameters, grad))
+    return {"inference": inference, "forward + backward": forward_and_backward}
 
 
 def distance(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -201,7 +204,7 @@ def distance(found: list[Tensor], expected: list[Tensor]) -> float:
     return max(float((f.double() - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True))
 
 
-def wall_times(calls: list[Callable[[], list[Tensor]]]) -> list[float]:
+def wall_times(calls: list[Compared]) -> list[float]:
     """Microseconds of each, medians of samples that take turns."""
     timers = [Timer("call()", globals={"call": call}) for call in calls]
     numbers = []
@@ -250,7 +253,7 @@ def empty_table(dtype: torch.dtype, device: str) -> Table:
     return table
 
 
-def cells(row: Row, device: str) -> list[str]:
+def cells(row: Row) -> list[str]:
     """One line of the table."""
     times = [f"{row.eager:.1f}", f"{row.ours:.1f}", f"{row.eager / row.ours:.2f}"]
     if row.eager_device is not None and row.ours_device is not None:

@@ -1,7 +1,7 @@
-"""A model as the flat list of modules that its input passes through, one after another.
+"""Reads a model as the flat list of modules that its input passes through, one after another.
 
-Private: `fastmlp.freeze` and `fastmlp.TrainStep` begin with it. It says what a model is made of; which of the modules
-can be frozen or trained is for them to say.
+`fastmlp.freeze` and `fastmlp.TrainStep` call it first. It says what a model is made of; which of the modules can be
+frozen or trained is for its callers to say.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,23 +11,22 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from fastmlp import reference
+from fastmlp._errors import not_a_child, not_a_module, place_of
 from fastmlp.activations import module_of
-from fastmlp.modules import Linear, Sequential, form_obstacle, watched_obstacle
+from fastmlp.linear import Linear
+from fastmlp.modules import Sequential
+from fastmlp.runs import FUSABLE, form_obstacle, original_forwards, watched_obstacle
 from fastmlp.trace import activation_of, place_of_inner, record, run_chain
 
 __all__ = ["Link", "Uncompared", "links"]
 
-#: What a chain is made of.
-_KINDS: tuple[type[nn.Module], ...] = (
-    *(nn.Linear, Linear, nn.Dropout, nn.AlphaDropout, nn.BatchNorm1d),
-    *reference.MODULES,
-)
+#: The classes of the modules that a chain is made of.
+_KINDS: tuple[type[nn.Module], ...] = (*FUSABLE, nn.AlphaDropout, nn.BatchNorm1d)
 
-#: How these compute, unless somebody has replaced that.
-_LEAVES: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for kind in _KINDS}
+#: The forward of each of them, unless somebody has replaced it.
+_LEAVES = original_forwards(_KINDS)
 
-#: Forwards of containers that call one child after another.
+#: The forwards of containers that call one child after another. Containers are dissolved.
 _CONTAINERS = (nn.Sequential.forward, Sequential.forward)
 
 
@@ -76,7 +75,7 @@ def links(model: nn.Module, name: str = "") -> list[Link]:
         ['0', '1.0', '1.1']
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"fastmlp: model must be a torch.nn.Module, got {type(model).__name__}")
+        raise not_a_module(model)
     return list(_links(name, model))
 
 
@@ -95,7 +94,7 @@ def _links(name: str, module: nn.Module) -> Iterator[Link]:
             _refuse(name, module, reason)
         for key, child in module._modules.items():
             if child is None:
-                raise TypeError(f"fastmlp: child {_join(name, key)!r} is None, expected a module")
+                raise not_a_child(_join(name, key))
             yield from _links(_join(name, key), child)
     elif (place := place_of_inner(module)) is not None:
         inner = f"model.{_join(name, place)}"
@@ -124,7 +123,7 @@ def _recorded(name: str, module: nn.Module) -> Iterator[Link]:
         recorded, check = record(module)
     except RuntimeError as error:
         raise TypeError(f"{error}") from error
-    # Arguments that have defaults, and are recorded as these, have no users.
+    # An argument that was recorded as its default has no users, so it is no input of the chain.
     inputs = [node for node in recorded.graph.nodes if node.op == "placeholder" and _is_input(node)]
     if len(inputs) != 1:
         _refuse(name, module, f"its forward has {len(inputs)} inputs")
@@ -188,6 +187,4 @@ def _join(name: str, key: str) -> str:
 
 
 def _refuse(name: str, module: nn.Module, reason: str) -> NoReturn:
-    raise TypeError(
-        f"fastmlp: {name or 'model'} ({type(module).__name__}) cannot be part of a chain of layers: {reason}"
-    )
+    raise TypeError(f"fastmlp: {place_of(name, module)} cannot be part of a chain of layers: {reason}")

@@ -1,7 +1,7 @@
-"""Classes that modules get when they are converted, and what they get back.
+"""Which class a module gets when it is converted, and which one it gets back; makes such classes where there are none.
 
-Private: `fastmlp.convert` swaps classes, and `fastmlp.trace` mixes the class of a model into that of its recording,
-which has the methods of both.
+`fastmlp.convert` swaps the classes of modules, and `fastmlp.trace` mixes the class of a model into that of its
+recording, which so has the methods of both.
 """
 
 import copyreg
@@ -12,31 +12,32 @@ from typing import Any
 
 from torch import nn
 
-from fastmlp.modules import Linear, Sequential
+from fastmlp.linear import Linear
+from fastmlp.modules import Sequential
 
 __all__ = ["Quiet", "fused_class", "is_importable", "new_class", "plain_class", "stands_in"]
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, nn.Sequential: Sequential}
 _PLAIN = {fused: plain for plain, fused in _FUSED.items()}
 
-#: An attribute of a class that was made here: the class of the user's that it stands in for.
+#: The attribute of a class that was made here which holds the user's class that it stands in for.
 _ORIGIN = "_fastmlp_stands_for"
 
 _MAKING = threading.Lock()
 
 
 class Quiet(nn.Module):
-    """A base of classes that are made here: classes of the user's that count their subclasses do not see these."""
+    """A base of the classes that are made here, which hides them from user's classes that count their subclasses."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Says nothing."""
+        """Does not call the `__init_subclass__` of the user's class, which comes later in the order of bases."""
 
 
 class _Converted(Quiet):
     """A base of the classes that stand in for subclasses of `torch.nn.Sequential`."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is none that could be imported; it is made again where this is read.
+        # A pickle cannot name a class that was made here, so `_rebuild` makes it again from the user's class.
         found: Any = super().__reduce_ex__(protocol)
         build, arguments = found[:2]
         if build is copyreg.__newobj__ and arguments[0] is type(self):  # type: ignore[attr-defined]

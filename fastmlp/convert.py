@@ -1,33 +1,25 @@
-"""Conversion of models that were written with `torch.nn`, and what it achieved.
+"""Conversion of models that were written with `torch.nn`, and back.
 
-`convert(model)` swaps the classes of modules and touches nothing else. `convert(model, trace=True)` lets torch.fx
-record the forward, so that activations called as functions are seen too. In the recorded graph one node,
-`run_chain`, stands for what a `fastmlp.Sequential` of the same modules would do; the modules stay where they are,
-and so do the keys of the `state_dict`.
+`convert(model)` swaps the classes of modules and touches nothing else. `convert(model, trace=True)` has fastmlp/trace
+record the forward, so that activations called as functions are seen too.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import fx, nn
 
-from fastmlp import reference
+from fastmlp._errors import not_a_module
 from fastmlp.activations import IDENTITY
 from fastmlp.classes import fused_class, plain_class, stands_in
-from fastmlp.modules import Alone, Linear, Sequential, parts
-from fastmlp.trace import Traced, activation_of, load, run_chain, traced
-from fastmlp.trace.recording import Tracer
+from fastmlp.linear import Linear
+from fastmlp.trace import traced
 
-__all__ = ["Entry", "Report", "convert", "fusion_report", "revert", "run_chain"]
-
-# The names that these have in pickles of models that were recorded before they had files of their own.
-_Traced, _Tracer, _load = Traced, Tracer, load
+__all__ = ["convert", "revert"]
 
 M = TypeVar("M", bound=nn.Module)
 
-
-#: An attribute of every module that was converted. In its `__dict__`, so that copies and pickles have it too.
+#: The attribute that marks a converted module. It is in the module's `__dict__`, so copies and pickles have it too.
 _MARK = "_fastmlp_converted"
 
 
@@ -91,10 +83,11 @@ def convert(model: nn.Module, trace: bool = False, inputs: tuple[Any, ...] | Non
             autocast are switched. The message names the reason and, if there is one, the line.
 
     Example:
+        >>> import fastmlp
         >>> model = convert(nn.Sequential(nn.Linear(10, 50), nn.ReLU(), nn.Linear(50, 1)))
-        >>> type(model), type(model[0])
-        (<class 'fastmlp.modules.Sequential'>, <class 'fastmlp.modules.Linear'>)
-        >>> fusion_report(model)
+        >>> type(model) is fastmlp.Sequential, type(model[0]) is fastmlp.Linear
+        (True, True)
+        >>> fastmlp.fusion_report(model)
         fused  0 + 1 + 2
     """
     _check(model)
@@ -104,10 +97,10 @@ def convert(model: nn.Module, trace: bool = False, inputs: tuple[Any, ...] | Non
         raise ValueError("fastmlp: inputs are examples for trace=True, and trace is False")
     for module in model.modules():
         fused = None if isinstance(module, torch.jit.ScriptModule) else fused_class(type(module))
-        # The forward of an instance may call whatever its author wrote it for.
+        # A forward that was set on the instance stays what its author wrote, so the class is not changed under it.
         if fused is None or "forward" in module.__dict__:
             continue
-        # Other threads may call the module meanwhile: its class is the last that changes, and the first that goes back.
+        # The class changes last (and `revert` changes it first), because other threads may call the module meanwhile.
         if fused is Linear:
             module.__dict__["activation"] = IDENTITY
         module.__dict__[_MARK] = True
@@ -146,7 +139,7 @@ def revert(model: M) -> M:
     converted = {
         name: module
         for name, module in model.named_modules()
-        # A slice of a converted module has its class, and no mark.
+        # A slice of a converted Sequential has the class that was made for it, but not the mark.
         if _MARK in module.__dict__ or stands_in(type(module))
     }
     for name, module in converted.items():
@@ -169,172 +162,6 @@ def revert(model: M) -> M:
     return model
 
 
-class Entry(NamedTuple):
-    """A line of a `Report`.
-
-    Attributes:
-        names: of the modules, and in a traced model of the calls, that execute as one operation; or of the one
-            that does not.
-        reason: why it does not; empty for what is fused.
-    """
-
-    names: tuple[str, ...]
-    reason: str
-
-
-class Report(tuple[Entry, ...]):
-    """What `fusion_report` found, an `Entry` each. Printed, one line each."""
-
-    def __repr__(self) -> str:
-        return "\n".join(
-            f"{'kept ' if entry.reason else 'fused'}  {' + '.join(entry.names)}{entry.reason and f': {entry.reason}'}"
-            for entry in self
-        )
-
-    __str__ = __repr__
-
-
-def fusion_report(model: nn.Module) -> Report:
-    """Says which layers and activations of a model run fused, which do not, and why.
-
-    It looks at the model as it is now: before or after `convert`, copied, loaded, with hooks added since, in training
-    mode or not. Whether the kernels then take a certain input is for `explain` to say.
-
-    Args:
-        model: any module.
-
-    Returns:
-        A tuple of entries, each with names and a reason; printed, it is text.
-
-    Raises:
-        TypeError: if `model` is not a module.
-
-    Example:
-        >>> class SimpleNN(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.fc1, self.act, self.fc2 = nn.Linear(10, 50), nn.ReLU(), nn.Linear(50, 1)
-        ...
-        ...     def forward(self, x):
-        ...         return self.fc2(self.act(self.fc1(x)))
-        >>> fusion_report(convert(SimpleNN()))
-        fused  fc1
-        kept   act: it is called by itself; trace=True sees what comes before it
-        fused  fc2
-        >>> fusion_report(convert(SimpleNN(), trace=True))
-        fused  fc1 + act + fc2
-    """
-    _check(model)
-    entries: list[Entry] = []
-    seen: set[nn.Module] = set()
-    registered = set(model.modules())
-    scripted: tuple[str, ...] = ()
-    for path, module in model.named_modules():
-        if path.startswith(scripted):
-            continue
-        if isinstance(module, torch.jit.ScriptModule):
-            # Of what is in it nothing is executed by Python.
-            scripted = (*scripted, f"{path}." if path else "")
-        found = list(_found(module))
-        for names, modules, reason in found:
-            if seen.isdisjoint(modules):
-                entries.append(Entry(tuple([f"{path}.{name}".strip(".") or "model" for name in names]), reason))
-        for _, modules, _ in found:
-            seen.update(modules)
-        for name, reason in _unregistered(module, registered):
-            entries.append(Entry((f"{path}.{name}".strip("."),), reason))
-    return Report(entries)
-
-
 def _check(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"fastmlp: model must be a torch.nn.Module, got {type(model).__name__}")
-
-
-# What runs fused.
-
-_Found = tuple[list[str], list[nn.Module], str]
-
-
-def _found(module: nn.Module) -> Iterator[_Found]:
-    """Names, modules and reason of what a module executes itself; of a layer, the layer."""
-    if isinstance(module, torch.jit.ScriptModule):
-        yield [""], [], "it is a module of torch.jit, which runs its own code; convert the model before it is scripted"
-        return
-    if isinstance(module, fx.GraphModule):
-        found = _found_in_graph(module)
-    elif type(module).forward is Sequential.forward:
-        children = {name: child for name, child in module._modules.items() if child is not None}
-        found = _found_in_children(children, {name: name for name in children})
-    else:
-        found = iter([([""], [module], _why_by_itself(module))])
-    for names, modules, reason in found:
-        # Modules that are neither layers nor activations have entries of their own, if they hold some.
-        if not modules or not reason or _matters(modules[0]):
-            yield names, [m for m in modules if _matters(m)], reason
-
-
-def _found_in_children(children: Mapping[str, nn.Module], names: Mapping[str, str]) -> Iterator[_Found]:
-    for part in parts(children):
-        keys, reason = ([part.name], part.reason) if isinstance(part, Alone) else (part.names, "")
-        yield [names[key] for key in keys], [children[key] for key in keys], reason
-
-
-def _found_in_graph(module: fx.GraphModule) -> Iterator[_Found]:
-    for node in module.graph.nodes:
-        if node.op == "call_function" and node.target is run_chain:
-            nodes: dict[str, fx.Node] = node.args[1]
-            names = {key: str(attribute.target) for key, attribute in nodes.items()}
-            yield from _found_in_children({key: module.get_submodule(name) for key, name in names.items()}, names)
-        elif node.op == "call_module" and type(module.get_submodule(node.target)) in reference.MODULES:
-            yield [node.target], [module.get_submodule(node.target)], _why_not_in_a_chain(node)
-        elif activation_of(node) is not None:
-            yield [node.name], [], _why_not_in_a_chain(node)
-
-
-def _matters(module: nn.Module) -> bool:
-    # By name, since quantized layers and the wrappers of other libraries are no subclasses.
-    return type(module) in reference.MODULES or "Linear" in type(module).__name__
-
-
-def _unregistered(module: nn.Module, registered: set[nn.Module]) -> Iterator[tuple[str, str]]:
-    """Attributes of a module that hold layers which it does not know of, and why they do not run fused."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return
-    for name, value in module.__dict__.items():
-        if name == "_modules" or not isinstance(value, (list, tuple, dict)):
-            continue
-        held = list(value.values() if isinstance(value, dict) else value)
-        layers = {m for item in held if isinstance(item, nn.Module) for m in item.modules() if _matters(m)}
-        if layers - registered:
-            kind, wanted = ("dictionary", "ModuleDict") if isinstance(value, dict) else ("list", "ModuleList")
-            kind = "tuple" if isinstance(value, tuple) else kind
-            yield (
-                name,
-                f"its layers are in a plain {kind}, where torch.nn.Module sees none of them, nor their parameters; "
-                f"make it a torch.nn.{wanted}",
-            )
-
-
-def _why_by_itself(module: nn.Module) -> str:
-    if "forward" in module.__dict__:
-        return "its forward was replaced"
-    if type(module) is Linear:
-        return ""
-    if type(module) is nn.Linear:
-        return "it is not converted"
-    if type(module) in reference.MODULES:
-        return "it is called by itself; trace=True sees what comes before it"
-    if isinstance(module, nn.LazyLinear):
-        return "it has no parameters yet; convert again after a first call"
-    kind = type(module)
-    return f"its class {kind.__module__}.{kind.__qualname__} is not torch.nn.Linear and may compute something else"
-
-
-def _why_not_in_a_chain(node: fx.Node) -> str:
-    before = node.all_input_nodes[0] if node.all_input_nodes else None
-    if before is None or before.target is not run_chain:
-        return "no layer that is fused precedes it"
-    if len(before.users) == 1:
-        return "it was recorded apart from the layers before it"
-    return f"the result before it is used {len(before.users)} times"
+        raise not_a_module(model)

@@ -1,4 +1,8 @@
-"""Networks for serving: weights packed once, and one call of C++ between the caller and the products."""
+"""Networks for serving: `freeze` packs the weights once, and a call is one call into C++.
+
+stages.py reads the model, csrc/python/frozen.cpp is what is called. This file fills the frozen network with what was
+read, and pickles it.
+"""
 
 import ctypes
 from collections.abc import Sequence
@@ -135,7 +139,7 @@ class FrozenMLP(_C.Frozen):
         return _C.describe_frozen(self)[-1]
 
     def __repr__(self) -> str:
-        # Debuggers and logs ask for it, so that what a call would raise is told and not raised.
+        # Debuggers and logs ask for a repr at any time, so an error that a call would raise becomes part of the text.
         try:
             sizes, kinds, scalars, dtype, float32_ends, device, _ = _C.describe_frozen(self)
         except (RuntimeError, TypeError, ValueError) as error:
@@ -149,8 +153,9 @@ class FrozenMLP(_C.Frozen):
         return f"{type(self).__name__}({text})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Tensors as bytes, since torch.multiprocessing would send the file descriptors of their memory, which is gone
-        # when another process asks for it. Activations by name: kinds may be numbered otherwise where this is read.
+        # Tensors are pickled as bytes, because torch.multiprocessing would send file descriptors of their memory, which
+        # is gone when another process asks for it. Activations are pickled by name, because another version may number
+        # kinds otherwise.
         weights, biases, kinds, scalars, *rest = _C.unload_frozen(self)
         raw = [_raw(weight) for weight in weights], [None if bias is None else _raw(bias) for bias in biases]
         return _rebuild, (type(self), str(weights[0].device), *raw, _activations(kinds, scalars), *rest)
@@ -192,13 +197,13 @@ class FrozenMLP(_C.Frozen):
         self._read(watch, tensors)
 
     def _reload(self, watch: _C.Watch | None) -> None:
-        """What C++ calls when the model has changed.
+        """Reads the model after a change; called by csrc/python/frozen.cpp.
 
         Args:
             watch: a new one for the modules that were there before, if they still are.
         """
         model = self._model() if self._model is not None else None
-        if model is None:  # it went a moment ago, and what was read of it remains
+        if model is None:  # it was deleted a moment ago, and what was read of it stays
             return
         tensors = None if watch is None else watch.read()
         if watch is None or tensors is None:
@@ -253,7 +258,7 @@ def _load(
     kinds, scalars = [act.kind for act in activations], [x for act in activations for x in act.scalars]
     device, dtype = weights[0].device, weights[0].dtype
     packed = _is_packed(device)
-    # The CPU's kernels add biases in the dtype of sums.
+    # The kernels of the CPU add biases to sums, which for dtypes of 16 bits are float32.
     of_biases = torch.float32 if packed and dtype.itemsize == 2 else dtype
     biases = [None if bias is None else bias.to(of_biases) for bias in biases]
     if packed:
@@ -276,9 +281,9 @@ def _activations(kinds: Sequence[int], scalars: Sequence[float]) -> list[Activat
     ]
 
 
-# Pickles.
+# How frozen networks are pickled.
 
-#: A tensor in a pickle: the name of its dtype, its shape, and its elements as they lie in memory.
+#: A tensor in a pickle: the name of its dtype, its shape, and the bytes of its elements in order.
 _Raw: TypeAlias = tuple[str, tuple[int, ...], bytes]
 
 
@@ -292,13 +297,13 @@ def _tensor_of(raw: _Raw) -> Tensor:
     if name not in _C.dtypes():
         raise ValueError(f"fastmlp: the pickle of a frozen network is damaged: there is no dtype {name!r}")
     dtype: torch.dtype = getattr(torch, name)
-    # Before memory is taken for it.
+    # The sizes are checked before memory is allocated, because a damaged pickle may ask for any amount.
     if any(size < 0 for size in shape) or prod(shape) * dtype.itemsize != len(data):
         raise ValueError(
             f"fastmlp: the pickle of a frozen network is damaged: a tensor of shape {list(shape)} in {name} has "
             f"{len(data)} bytes"
         )
-    # A copy, since torch warns of memory that must not be written. It refuses memory of no size.
+    # The bytes are copied, because torch warns of memory that must not be written. It refuses an empty buffer.
     return torch.frombuffer(bytearray(data), dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
 
 

@@ -44,7 +44,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     """
     act = resolve(activation)
     if isinstance(weight, Tensor) and weight.dim() == 1:
-        # torch's vector form, (in_features) -> (): a dot product, with nothing to fuse.
+        # torch's linear takes a weight of one dimension, too: a dot product, in which there is nothing to fuse.
         _check_vector_form(input, weight, bias)
         return reference.activate(F.linear(input, weight, bias), act.name, act.parameters)
     if bias is None:
@@ -103,7 +103,7 @@ def _check_list(name: str, given: Any) -> None:
 
 def _check_vector_form(input: Any, weight: Tensor, bias: Any) -> None:
     for name, given in (("input", input), ("bias", bias)):
-        # Such as the proxies of torch.fx, which record PyTorch's functions.
+        # Objects that record PyTorch's functions, such as the proxies of torch.fx, are for PyTorch to check.
         if not isinstance(given, Tensor) and hasattr(given, "__torch_function__"):
             return
         if not isinstance(given, Tensor) and not (name == "bias" and given is None):

@@ -1,6 +1,6 @@
-"""What of a model is frozen: its layers with what is folded into them, and a watch that notices when they change.
+"""Reads a model for `fastmlp.freeze`: its layers with what is folded into them, and a watch that notices changes.
 
-Private: `fastmlp.freeze` begins with it, and so does every reading of a model that has changed since.
+Called when a model is frozen, and again after each change of it. frozen.py does the rest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fastmlp import reference
+from fastmlp._errors import place_of
 from fastmlp._load import _C
 from fastmlp.activations import DEFAULTS, IDENTITY, Activation, resolve
 from fastmlp.chain import Link, links
-from fastmlp.modules import Linear
+from fastmlp.linear import Linear
 
 __all__ = ["Stage", "Tensors", "seen"]
 
-#: The tensors of each module that is watched, by name.
+#: For each module that is watched, its parameters and buffers by name.
 Tensors: TypeAlias = Sequence[Mapping[str, Tensor | None]]
 
 
@@ -159,15 +160,16 @@ def _stages_of(chain: Sequence[Link], places: Mapping[str, int]) -> list[Stage]:
 
 
 def _refuse(link: Link, reason: str) -> NoReturn:
-    raise TypeError(f"fastmlp: {link.name or 'model'} ({type(link.module).__name__}) cannot be frozen: {reason}")
+    raise TypeError(f"fastmlp: {place_of(link.name, link.module)} cannot be frozen: {reason}")
 
 
 # How a model is watched.
 
-#: Position of the parent, name in it, module, number of children, names of attributes, of parameters and of buffers.
+#: A module as `_C.Watch` takes it: the position of its parent in the list, its name there, the module, its number of
+#: children (-1 for a leaf), and the names of the attributes, parameters and buffers to watch.
 _Watched: TypeAlias = tuple[int, str, nn.Module, int, Sequence[str], Sequence[str], Sequence[str]]
 
-#: How often a model is read anew that another thread gives other modules meanwhile.
+#: How often a model is read again because another thread has exchanged its modules meanwhile.
 _ATTEMPTS = 100
 
 
@@ -184,7 +186,7 @@ def seen(model: nn.Module) -> tuple[_C.Watch, Tensors]:
             watch = _C.Watch(entries)
             watch.plan = _stages_of(chain, places)
         except Exception as error:
-            # What was found may have been half of the old model and half of the new one.
+            # If something was exchanged meanwhile, the error may be about a mixture of old and new: read again.
             if _are_others(before, _held(model)):
                 continue
             if "OptimizedModule" in str(error):
@@ -252,7 +254,7 @@ def _watched(model: nn.Module, chain: Sequence[Link]) -> tuple[list[_Watched], d
     modules = dict(model.named_modules(remove_duplicate=False))
     add("", model, any(model is link.module for link in chain))
     for link in chain:
-        # Activations that are called as functions are in no model.
+        # An activation that the forward calls as a function is no module of the model, so it cannot be watched.
         if modules.get(link.name) is link.module:
             add(link.name, link.module, True)
     return found, places
@@ -263,7 +265,8 @@ def _what_matters(module: nn.Module) -> tuple[Sequence[str], Sequence[str], Sequ
     if isinstance(module, nn.Linear):
         return ("activation",) if isinstance(module, Linear) else (), ("weight", "bias"), ()
     if isinstance(module, nn.BatchNorm1d):
-        # Training changes the statistics without counting their versions, but counts its batches.
+        # The number of batches is watched, because training changes the statistics without raising their version
+        # counters, but raises that of this number.
         return ("training", "eps"), ("weight", "bias"), ("running_mean", "running_var", "num_batches_tracked")
     if isinstance(module, (nn.Dropout, nn.AlphaDropout)):
         return ("training", "p"), (), ()

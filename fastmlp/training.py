@@ -13,7 +13,8 @@ from torch.nn.modules.loss import _Loss
 from fastmlp import optim
 from fastmlp._load import _C
 from fastmlp.chain import Link, Uncompared, links
-from fastmlp.modules import Alone, Linear, parts, why_called
+from fastmlp.linear import Linear
+from fastmlp.runs import Alone, parts, why_called
 
 __all__ = ["TrainStep"]
 

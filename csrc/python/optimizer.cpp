@@ -215,7 +215,10 @@ struct OptimizerStep::Group {
 OptimizerStep::OptimizerStep(const py::handle& optimizer, Rule rule, GradOf grad_of) {
   const py::object attributes = attributes_of(optimizer.ptr());
   state_ = py::reinterpret_borrow<py::object>(entry(attributes.ptr(), names().state));
-  if (!PyDict_Check(state_.ptr())) throw py::type_error("the optimizer's state is no dictionary");
+  if (!PyDict_Check(state_.ptr())) {
+    throw py::type_error(std::string("fastmlp: the state of the optimizer is a ") + Py_TYPE(state_.ptr())->tp_name +
+                         ", expected a dictionary");
+  }
   States states(state_.ptr());
   for (PyObject* dict : items(groups_of(attributes.ptr()))) {
     const Group group(dict, rule);

@@ -1,8 +1,8 @@
-"""Whether a recorded graph does what the forward does that it was recorded from.
+"""Compares a recorded graph with the forward that it was recorded from.
 
-Private: `fastmlp.trace` asks. Both are executed on the same example, in both modes, and have to execute the same
-operations of torch on the same tensors in the same order: so a branch that the recording did not take is seen even
-where its values are the same. The example is what the caller gives, or is made from the sizes of the model's layers.
+Called by `fastmlp.trace`. Both are executed on the same example, in both modes, and have to execute the same operations
+of torch on the same tensors in the same order; so a branch that the recording did not take is seen even where its
+values are the same. The example is what the caller gives, or is made from the sizes of the model's layers.
 """
 
 import itertools
@@ -20,10 +20,10 @@ from fastmlp.trace.shadow import Shadow, untouched_generators
 
 __all__ = ["compare"]
 
-#: How many examples are tried before one is asked for.
+#: So many examples are tried before the user is asked for one.
 _TRIES = 600
 
-#: Attributes with the size of the last dimension of a module's input.
+#: Attributes of modules that hold the size of the last dimension of their input.
 _SIZES = ("in_features", "in1_features", "in2_features", "input_size", "embed_dim", "d_model", "num_features")
 
 
@@ -78,7 +78,7 @@ def _shown(entry: tuple[Any, ...], other: tuple[Any, ...]) -> str:
 
 def _prepared(model: nn.Module, training: bool) -> Shadow:
     shadow = Shadow(model, training)
-    # Without hooks: modules that have some are called as they are by recorded forwards too.
+    # Hooks are not run, because recorded forwards call modules that have hooks as they are, so both sides would agree.
     shadow.intercept(lambda module, *args, **kwargs: module.forward(*args, **kwargs))
     return shadow
 
@@ -119,7 +119,7 @@ def _copy(value: Tensor, copies: dict[int, Tensor]) -> Tensor:
     return copies.setdefault(id(value), value.detach().clone())
 
 
-# Examples.
+# How an example is found.
 
 
 def _same_objects(example: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -147,7 +147,7 @@ def _example(model: nn.Module, tracer: Tracer, graph: fx.Graph) -> tuple[Any, ..
         *entries, last = _execute(shadow, example, lambda args: _call(shadow, tracer, args))
         if last[0] == "output":
             return example
-        # An input of another shape may be what it takes. A wrong type is wrong in any shape.
+        # A wrong size lets the search go on, because another shape may be right. A wrong type is wrong in any shape.
         if last[1] is TypeError and len(entries) > found[0]:
             found = (len(entries), example)
         reason = reason or last
@@ -163,7 +163,7 @@ def _examples(root: nn.Module, tracer: Tracer, graph: fx.Graph) -> Iterator[tupl
     first = next((p for p in root.parameters() if p.is_floating_point() or p.is_complex()), torch.empty(0))
     nodes = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
     candidates = [list(dict.fromkeys(_shapes(root, nodes[name]))) for name in tracer.names]
-    # The likeliest of each argument come first, so combinations are ordered by the sum of their places.
+    # Each argument's likeliest forms come first in its list, so combinations are tried by the sum of their places.
     places = itertools.product(*(range(min(len(shapes), 24)) for shapes in candidates))
     for chosen in sorted(places, key=sum):
         yield tuple(_tensor(shapes[i], first) for shapes, i in zip(candidates, chosen, strict=True))

@@ -1,6 +1,6 @@
-"""What a recorded forward refuses when it is called, because it was recorded for something else.
+"""Checks at the beginning of a recorded forward, which refuse what it was not recorded for.
 
-Private: `recording.py` adds these to the code of its graphs, where a call costs some tens of nanoseconds each.
+`recording.py` adds them to the code of its graphs. They run at every call, so each may cost some tens of nanoseconds.
 """
 
 import math
@@ -37,7 +37,7 @@ def require_given(value: Any, name: str) -> None:
 def require_tensor(value: Any, name: str) -> None:
     """Raises if an argument is no tensor."""
     if isinstance(value, fx.Proxy):
-        # What records this records the guard.
+        # A tracer that records this forward has to add the same guard to its own recording.
         value.tracer.asks_types = True  # type: ignore[attr-defined]
     elif not isinstance(value, Tensor):
         raise TypeError(
@@ -103,7 +103,7 @@ class Guarded(CodeGen):
         """What the guards call."""
         found: dict[str, Any] = {f"fastmlp_guards_{guard.function.__name__}": guard.function for guard in self.guards}
         if require_default in found.values():
-            # Names that defaults may be written with.
+            # The code of a default may use these names, as in torch.float32 and device(type='cpu').
             found |= {"torch": torch, "device": torch.device}
         return list(found.items())
 

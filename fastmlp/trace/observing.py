@@ -1,7 +1,7 @@
-"""What a forward does to tensors, seen below torch's dispatcher.
+"""Observes below torch's dispatcher what a forward does to tensors.
 
-Private: `recording.py` lets it refuse what would happen only once, and `comparison.py` lets it keep a log of
-the operations of an execution, in which two executions that do the same have the same entries.
+`recording.py` uses `Watch` to refuse what would happen only once. `comparison.py` uses `Log` to list the operations of
+an execution, in such a form that two executions which do the same have equal lists.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 __all__ = ["Log", "Watch"]
 
-#: What torch.fx keeps lists and dictionaries as in its graphs; the code that it writes makes the others of them.
+#: torch.fx keeps lists and dictionaries in its graphs as these classes, and writes code that makes plain ones of them.
 _MUTABLE: dict[type, type] = {immutable_list: list, immutable_dict: dict}
 
 
@@ -35,8 +35,8 @@ class Watch(TorchDispatchMode):
     def __init__(self, refuse: Callable[[str], NoReturn] = _raise) -> None:
         super().__init__()
         self._refuse = refuse
-        # Storages by their addresses, kept so that addresses are theirs: those that the execution has made, with their
-        # numbers, and others that it has read.
+        # Storages by their addresses: those that the execution has made, with a number, and others that it has read.
+        # They are kept alive, so that no other storage gets the same address.
         self._made: dict[int, tuple[int, Any]] = {}
         self._there: dict[int, Any] = {}
 
@@ -53,7 +53,7 @@ class Watch(TorchDispatchMode):
     def begin(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Looks at the arguments of an operation before it is called."""
         if func is torch.ops.aten.lift_fresh.default:
-            # What torch.tensor has made of numbers.
+            # torch.tensor has made this tensor of numbers, so it is new.
             self.keep(args)
         for tensor in tree_leaves((args, kwargs)):
             storage = storage_of(tensor)
@@ -129,7 +129,7 @@ class Log(Watch):
         if isinstance(value, Tensor):
             return self._describe_tensor(value)
         if isinstance(value, torch.Generator):
-            # Each call has an object of Python of its own for it.
+            # Python's object for a generator is a new one at each call, but the generator behind it is the same.
             return value._cdata  # type: ignore[attr-defined]
         kind = _MUTABLE.get(type(value), type(value))
         if isinstance(value, (tuple, list)):
@@ -150,7 +150,7 @@ class Log(Watch):
             return (*place, self._made[storage._cdata][0])
         if storage._cdata in self._known:
             return (*place, storage._cdata)
-        # Made by Python from numbers: the same if the numbers are.
+        # Python has made this tensor of numbers, so it is the same as another one that has the same numbers.
         return (*form, None if tensor.is_meta or tensor.is_quantized else _bytes(tensor))
 
 

@@ -1,6 +1,6 @@
-"""What the functions of a model reach besides the model: global variables, classes, closures, defaults, caches.
+"""Finds what the functions of a model reach besides the model: global variables, classes, closures, defaults, caches.
 
-Private: `fastmlp.trace` records and compares a forward inside of an `Outside`. A forward that writes there would do so
+`fastmlp.trace` records and compares a forward inside of an `Outside`, because a forward that writes there would do so
 only once, and what it leaves there while it is recorded, such as a proxy in a cache, would spoil the model.
 """
 
@@ -22,17 +22,18 @@ from fastmlp.trace.written import ITEMS, Written
 
 __all__ = ["LIBRARIES", "RECORDING", "Outside", "is_library"]
 
-#: Where functions are that are not the model's own.
+#: The folders of functions that are not the model's own: torch's, and ours.
 LIBRARIES = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parent.parent}/")
 _STANDARD = f"{Path(inspect.__file__).parent}/"
 
-#: Packages whose functions and classes are theirs to change.
+#: Packages whose functions and classes are not looked at, because what they keep is their own business.
 _PACKAGES = frozenset(sys.stdlib_module_names - {"__main__"} | {"builtins", "fastmlp", "numpy", "torch"})
 
-#: Attributes that every module has, which a `Shadow` has copies of.
+#: Attributes that every module has. They need no look here, because a `Shadow` copies them.
 _OF_MODULES = frozenset(vars(nn.Module()))
 
-#: One recording at a time: torch.fx exchanges functions such as math.sqrt while it records, and `Outside` others.
+#: Held while something is recorded, because torch.fx exchanges functions such as math.sqrt meanwhile, for all threads,
+#: and so does `Outside`.
 RECORDING = threading.RLock()
 
 

@@ -1,7 +1,7 @@
-"""What stands for the arguments of a forward, and for all that is computed of them, while it is recorded.
+"""Proxies, which stand for the arguments of a forward and for all that is computed of them while it is recorded.
 
-Private: `recording.py` makes them. What Python asks of a value refuses, since nobody knows the answer: torch.fx has
-answers of its own for some of it (`hash`, `str`), which are those of no tensor.
+`recording.py` makes them. They refuse whatever Python asks of their value, because the value is not known: torch.fx
+answers some questions (`hash`, `str`), but with answers that no tensor would give.
 """
 
 import operator
@@ -13,12 +13,12 @@ from torch.fx.proxy import Attribute as _Attribute
 
 __all__ = ["IN_PLACE", "Proxy"]
 
-#: Operators that change what they are called with.
+#: Operators that change their first argument.
 IN_PLACE = frozenset(
     ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift")
 )
 
-#: What Python asks of a value, by the method that it calls.
+#: Questions that Python asks of a value, in words, by the method that it calls for the answer.
 _QUESTIONS = {
     "__len__": "asks for the length of",
     "__int__": "makes an int of",

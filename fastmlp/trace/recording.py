@@ -1,10 +1,11 @@
-"""The forward of a model as a graph of torch.fx, or a reason why it cannot be one.
+"""Records the forward of a model as a graph of torch.fx, or says why it cannot be recorded.
 
-Private: `fastmlp.trace` fuses the graph. torch.fx executes the forward once, with proxies in place of its arguments,
-and takes that execution for the program. So whatever the forward reads, writes or decides besides arithmetic on them is
-looked for here: it is executed on a `Shadow` of the model; functions of torch that are called with tensors
-of the model, or with no tensor at all, are recorded instead of computed; optional arguments are recorded as their
-defaults unless the forward never asks for them; and `comparison.py` compares the graph with the forward itself.
+Called by `fastmlp.trace`, which fuses the graph. torch.fx executes the forward once, with proxies in place of its
+arguments, and takes that execution for the program. So whatever the forward reads, writes or decides besides arithmetic
+on them is looked for here. The forward is executed on a `Shadow` of the model. Functions of torch that are called with
+tensors of the model, or with no tensor at all, are recorded instead of computed. Optional arguments are recorded as
+their defaults, unless the forward does the same with any value. `comparison.py` then compares the graph with the
+forward itself.
 """
 
 import inspect
@@ -23,8 +24,8 @@ from torch.fx.proxy import Scope, TraceError
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils._pytree import tree_leaves
 
-from fastmlp import reference
-from fastmlp.modules import Linear
+from fastmlp.hooks import has_hooks
+from fastmlp.runs import FUSABLE
 from fastmlp.trace.guards import Guard, Guarded
 from fastmlp.trace.observing import Watch
 from fastmlp.trace.outside import LIBRARIES, RECORDING, is_library
@@ -34,14 +35,12 @@ from fastmlp.trace.written import is_array
 
 __all__ = ["Tracer"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-#: Functions that make tensors from nothing. They are recorded, so that each call makes new ones.
+#: Functions that make tensors without being given any. They are recorded, so that each call makes new tensors.
 _FACTORIES = frozenset(
     getattr(torch, name)
     for name in _words(
@@ -51,20 +50,21 @@ _FACTORIES = frozenset(
     )
 )
 
-#: Attributes of tensors that are not computed from their elements: those that `Tensor.to` and the like may change.
+#: Attributes of tensors that may be read while a forward is recorded, because they do not depend on elements. The first
+#: of them may be changed later, by `Tensor.to` and the like, so that a guard has to compare them.
 _CHANGEABLE = _words("dtype device layout requires_grad is_cuda is_cpu is_meta is_leaf")
 _GOTTEN = _CHANGEABLE | _words(
     "shape ndim grad_fn itemsize nbytes _version names name is_sparse is_nested is_quantized is_mkldnn is_sparse_csr "
     "is_xpu is_mps is_xla"
 )
-#: Methods and functions of the same kind.
+#: Methods and functions that may be called for the same reason.
 _FACTS = _words(
     "size dim numel nelement stride is_contiguous is_floating_point is_complex is_signed element_size get_device "
     "storage_offset ndimension is_inference data_ptr is_same_size __len__ __hash__ __repr__ __format__ __dir__ "
     "__deepcopy__ __reduce_ex__"
 )
 
-#: What makes values of Python of the elements of a tensor.
+#: Methods and functions that make Python values of the elements of a tensor.
 _READS = _words(
     "item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __array__ __contains__ equal allclose "
     "is_nonzero"
@@ -88,10 +88,10 @@ def _is_tensor(value: Any) -> bool:
 
 _TENSOR = torch.empty(0)
 
-#: Where torch's generators are seeded.
+#: The files in which torch seeds its generators.
 _SEEDING = (f"{LIBRARIES[0]}random.py", f"{LIBRARIES[0]}cuda/random.py")
 
-#: What a function that asks for the type of a value calls or reads.
+#: Names that occur in the code of a function which asks for the type of a value.
 _TYPE_NAMES = frozenset(("isinstance", "issubclass", "is_tensor", "type", "__class__", "hasattr", "callable"))
 
 
@@ -116,7 +116,7 @@ def _watched_for(names: frozenset[str], refuse: Callable[[str], NoReturn]) -> It
                 refuse(f"it draws random numbers ({called.__qualname__}) that would be the same at every call")
 
     if sys.getprofile() is not None:
-        # Somebody else profiles this thread, and cannot always be put back.
+        # Somebody else profiles this thread, and that profiler cannot always be put back, so types may be asked for.
         yield [True]
         return
     sys.setprofile(look)
@@ -175,7 +175,8 @@ class Tracer(fx.Tracer):
         with RECORDING, untouched_generators():
             plain = self._execute(model, frozenset())
             defaults = {str(node.target): node.args[0] for node in plain.nodes if _has_default(node)}
-            # An argument that has a default is open if the forward does with any value what it does with the default.
+            # An argument that has a default stays an argument of the recording if the forward does the same with any
+            # value as with the default.
             free = frozenset(name for name in defaults if self._is_free(model, plain, defaults, frozenset([name])))
             if len(free) > 1 and not self._is_free(model, plain, defaults, free):
                 free = frozenset()
@@ -196,7 +197,7 @@ class Tracer(fx.Tracer):
         try:
             found = self._execute(model, names)
         except Exception:
-            # It decides something by the argument, or hands it to what only takes values: its default is recorded.
+            # The forward decides something by the argument, or passes it to a function that takes only values.
             return False
         return agree(found, plain, {name: defaults[name] for name in names})
 
@@ -232,7 +233,7 @@ class Tracer(fx.Tracer):
             with _Functions(self), Watch(self.refuse), _watched_for(_TYPE_NAMES, self.refuse) as found:
                 output = forward(*args, **kwargs)
             if self.refused is not None:
-                # The forward has caught it, and gone on in a way that no call of it does.
+                # The forward has caught the refusal, and has gone on in a way in which no call of it goes on.
                 raise self.refused
             self.asks_types = self.asks_types or bool(found)
             self.create_node("output", "output", (self.create_arg(output),), {})
@@ -298,7 +299,7 @@ class Tracer(fx.Tracer):
         return args, kwargs
 
     def _wrap(self, forward: Callable[..., Any]) -> None:
-        # Functions such as math.sqrt that a module of Python holds under names of its own.
+        # The file of the forward may hold functions such as math.sqrt under names of its own, to be exchanged too.
         names = getattr(inspect.unwrap(forward), "__globals__", {})
         if self._patcher.visit_once(names):
             if names.get("isinstance", isinstance) is isinstance:
@@ -357,9 +358,9 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the module is called as it is. One with hooks is, so that they run at every call."""
-        if isinstance(m, Scripted) or any(m.__dict__.get(hooks) for hooks in _HOOKS):
+        if isinstance(m, Scripted) or has_hooks(m):
             return True
-        return type(m) in (Linear, *reference.MODULES) or super().is_leaf_module(m, module_qualified_name)
+        return type(m) in FUSABLE or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Of a node."""
@@ -392,7 +393,7 @@ def agree(open: fx.Graph, plain: fx.Graph, values: dict[str, Any]) -> bool:
         arguments = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
         inputs = [known[input] for input in node.all_input_nodes]
         if node.op == "call_function" and inputs and not any(isinstance(input, fx.Node) for input in inputs):
-            # Arithmetic on the values, which the other graph has the result of.
+            # This is arithmetic on the values alone, of which the other graph holds only the result.
             known[node] = node.target(*arguments[0], **arguments[1])
             continue
         if at == len(theirs) or (node.op, node.target) != (theirs[at].op, theirs[at].target):

@@ -1,6 +1,6 @@
-"""A copy of a model on which its forward may be executed, so that nothing of the model itself is written.
+"""Copies a model, so that its forward can be executed without writing anything of the model itself.
 
-Private: `recording.py` executes a forward on such a copy, and asks it afterwards what the forward has written.
+`recording.py` executes a forward on such a copy, and asks the copy afterwards what the forward has written.
 """
 
 import random
@@ -22,7 +22,7 @@ from fastmlp.trace.written import VALUES, Written, is_array, joined
 
 __all__ = ["Scripted", "Shadow", "untouched_generators"]
 
-#: Attributes that torch.fx puts on the root for constants.
+#: The beginnings of the names under which torch.fx puts constants on the root.
 _CONSTANTS = ("_tensor_constant", "_torchbind_obj", "_tree_spec_constant", "_opaque_obj")
 
 
@@ -68,7 +68,7 @@ class Shadow(Written):
     def intercept(self, call: Callable[..., Any]) -> None:
         """Makes `call(module, *args, **kwargs)` what a call of each module does, in place of forward and hooks."""
         for module in self._paths:
-            # torch.nn.Module.__call__ looks for this first, whatever the class is.
+            # torch.nn.Module.__call__ calls this attribute if there is one, whatever the class of the module.
             module.__dict__["_compiled_call_impl"] = partial(call, module)
 
     def _known(self, original: Any, made: Any) -> Any:
@@ -84,7 +84,7 @@ class Shadow(Written):
         made = self._known(module, object.__new__(type(module)))
         attributes = made.__dict__
         for name, value in list(module.__dict__.items()):
-            # The dictionaries of modules hold what is found under the module's own name.
+            # What is in these dictionaries is an attribute of the module for its users, so their names are left out.
             if name == "_buffers":
                 attributes[name] = {key: self._buffer(buffer) for key, buffer in value.items()}
             else:
@@ -115,7 +115,7 @@ class Shadow(Written):
         if isinstance(value, nn.Module):
             return self._module(value, path)
         if kind is MethodType:
-            # A method of a module, kept as an attribute, belongs to the copy.
+            # A bound method that is kept as an attribute must be bound to the copy of its module.
             owner = self._copy(value.__self__, path, depth)
             return value if owner is value.__self__ else MethodType(value.__func__, owner)
         if kind is partial:
@@ -180,8 +180,8 @@ def untouched_generators() -> Iterator[None]:
     finally:
         after = _states()
         if threading.active_count() > 1 and sys.getprofile() is None:
-            # Draws and seeds of this thread are refused as they happen; only numpy's cannot be seen. Where somebody
-            # else profiles this thread, none of them is.
+            # This thread's draws and seeds are refused as they happen, so only numpy's, which cannot be seen, are
+            # compared here. Where somebody else profiles this thread, none of them is seen, so all are compared.
             after = {name: after[name] if name == "numpy.random" else state for name, state in before.items()}
         moved = [name for name, (state, _) in before.items() if _text(after[name][0]) != _text(state)]
         for name in moved:

@@ -1,6 +1,6 @@
-"""Objects of Python that a forward might write, what they hold, and how to put them back.
+"""Watches objects of Python that a forward might write: remembers what they hold, compares, and puts it back.
 
-Private: `shadow.py` watches with it what a model holds, and `outside.py` what the model's functions reach besides it.
+`shadow.py` watches what a model holds, and `outside.py` what the model's functions reach besides it.
 """
 
 import pickle
@@ -17,19 +17,20 @@ import torch
 
 __all__ = ["ITEMS", "VALUES", "Written", "is_array", "joined"]
 
-#: What is not searched deeper than: attributes of objects in attributes of objects.
+#: How many levels of objects in attributes of objects are searched.
 _DEPTH = 3
 
-#: The longest container whose items are looked at, and the most bytes of an array that is compared.
+#: Longer containers are not searched, and arrays of more bytes are not compared.
 ITEMS, _BYTES = 1000, 1 << 20
 
-#: Values that are the same if they are equal.
+#: Classes whose values are the same if they are equal; of others the object must be the same.
 VALUES = (int, float, complex, str, bytes, torch.Size)
 
-#: Instances of classes that were defined in Python.
+#: The flag of classes that were defined in Python (Py_TPFLAGS_HEAPTYPE).
 _HEAP_TYPE = 1 << 9
 
-#: Modules of Python whose objects change by being asked: a logger remembers which levels are enabled.
+#: Modules of Python whose objects are not watched, because they change when they are asked something: a logger
+#: remembers which levels are enabled.
 _BOOKKEEPING = ("logging", "threading", "weakref")
 
 
@@ -153,7 +154,7 @@ def _generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | N
     if isinstance(value, random.Random):
         return value.getstate, value.setstate
     if isinstance(value, torch.Generator):
-        # As bytes: the pickle of a tensor names its memory too, which differs.
+        # The state is taken as bytes, because a pickle of the tensor would name its memory, which differs each time.
         return lambda: value.get_state().numpy().tobytes(), partial(_set_state, value)
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.random.RandomState):

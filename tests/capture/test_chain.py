@@ -1,6 +1,11 @@
 """A model as the flat list of its modules, and the models that are none."""
 
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -250,3 +255,26 @@ def test_replaced_for_all_instances(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x)
     with pytest.raises(TypeError, match=r"1 \(ReLU\) .*: the forward of ReLU was replaced"):
         links(nn.Sequential(nn.Linear(4, 3), nn.ReLU()))
+
+
+def test_replaced_before_the_import() -> None:
+    """By a library that was imported first: what is taken for the original must be torch's."""
+    code = """
+        from torch import nn, ones
+        forward = nn.ReLU.forward
+        nn.ReLU.forward = lambda self, x: 2 * forward(self, x)
+        import fastmlp
+        from fastmlp.chain import links
+        layer = nn.Linear(1, 1)
+        print(fastmlp.Sequential(layer, nn.ReLU())(ones(1)) == 2 * layer(ones(1)).relu())
+        try:
+            links(nn.Sequential(layer, nn.ReLU()))
+        except TypeError as error:
+            print(error)
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(fastmlp.__file__).parents[1])}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=True)
+    equal, refusal = done.stdout.splitlines()
+    assert equal == "tensor([True])"
+    assert refusal.endswith("1 (ReLU) cannot be part of a chain of layers: ReLU is not a module that is fused")

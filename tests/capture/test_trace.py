@@ -324,7 +324,7 @@ REFUSED: list[tuple[type[Net], str]] = [
 @pytest.mark.parametrize(
     ("make", "kwargs", "error", "message"),
     [
-        (Net, {"inputs": torch.zeros(2, 3)}, TypeError, r"inputs must be a tuple .*, got Tensor; .* inputs=\(x,\)"),
+        (Net, {"inputs": torch.zeros(2, 3)}, TypeError, r"inputs must be .*, got Tensor of shape .* inputs=\(x,\)"),
         (Net, {"inputs": (torch.zeros(2, 3),) * 2}, RuntimeError, "its arguments are x, and inputs has 2 examples"),
         (lambda: torch.compile(Net(), backend="eager"), {}, RuntimeError, r"convert that one, model._orig_mod, first"),
         (lambda: nn.DataParallel(Net()), {}, RuntimeError, r"convert that one, model.module, first"),

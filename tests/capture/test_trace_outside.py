@@ -122,7 +122,7 @@ def test_what_a_forward_writes_outside_is_refused_and_put_back(name: str, use: C
     change, named = CHANGES[name]
     net = Net(change)
     before = state(net)
-    with pytest.raises((RuntimeError, TypeError), match=rf"^fastmlp: .* it (changes|calls) (tests\.)?{named}"):
+    with pytest.raises((RuntimeError, TypeError), match=rf"^fastmlp: .* it (changes|calls) (tests\.capture\.)?{named}"):
         use(net)
     assert state(net) == before
 

@@ -20,7 +20,7 @@ import fastmlp
 from fastmlp import Activation, convert, fusion_report, reference, revert
 from fastmlp.activations import module_of, resolve
 from fastmlp.chain import links
-from fastmlp.convert import run_chain
+from fastmlp.trace import run_chain
 from tests.support.derivatives import assert_same, derivatives
 from tests.support.small import Net, OwnLinear, sequential, state_of
 

@@ -22,7 +22,7 @@ WIDTH = 8
 
 def every_activation() -> nn.Sequential:
     """A network with a layer for each activation, every second one without bias."""
-    layers = [fastmlp.Linear(WIDTH, WIDTH, i % 2 == 0, act) for i, act in enumerate(ACTIVATIONS)]
+    layers = [fastmlp.Linear(WIDTH, WIDTH, i % 2 == 0, activation=act) for i, act in enumerate(ACTIVATIONS)]
     for layer in layers:
         nn.init.orthogonal_(layer.weight)
     return fastmlp.Sequential(*layers).eval()

@@ -1,6 +1,7 @@
 """The modules as drop-ins for torch's."""
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,7 @@ from torch import nn
 
 import fastmlp
 from fastmlp import Activation, reference
-from fastmlp.activations import DEFAULTS, module_of, resolve
+from fastmlp.activations import DEFAULTS, is_meant_as_activation, module_of, resolve
 from tests.support.bounds import assert_within, network
 
 
@@ -27,7 +28,7 @@ def by_hand(*children: nn.Module) -> nn.Sequential:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_has_the_same_initial_bits_and_state(bias: bool) -> None:
-    ours, torchs = seeded(lambda: fastmlp.Linear(7, 5, bias, "relu")), seeded(lambda: nn.Linear(7, 5, bias))
+    ours, torchs = seeded(lambda: fastmlp.Linear(7, 5, bias, activation="relu")), seeded(lambda: nn.Linear(7, 5, bias))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), torchs.parameters(), strict=True))
     assert list(ours.state_dict()) == list(torchs.state_dict())
     other = seeded(lambda: nn.Linear(7, 5, bias), 8)
@@ -35,6 +36,36 @@ def test_linear_has_the_same_initial_bits_and_state(bias: bool) -> None:
     torchs.load_state_dict(ours.state_dict())
     assert torch.equal(torchs.weight, other.weight)
     assert isinstance(ours, nn.Linear)
+
+
+@pytest.mark.parametrize("place", ["cpu", "cpu:0", "meta", torch.device("cpu"), None])
+def test_linear_takes_the_positional_arguments_of_torchs(place: Any) -> None:
+    arguments = (7, 5, True, place, torch.float64)
+    ours, torchs = seeded(lambda: fastmlp.Linear(*arguments)), seeded(lambda: nn.Linear(*arguments))
+    assert repr(ours) == repr(torchs)
+    for a, b in zip(ours.parameters(), torchs.parameters(), strict=True):
+        assert (a.device, a.dtype) == (b.device, b.dtype)
+        assert a.is_meta or torch.equal(a, b)
+    first, second = (list(inspect.signature(kind).parameters.values()) for kind in (fastmlp.Linear, nn.Linear))
+    assert [(p.name, p.kind, p.default) for p in first[:-1]] == [(p.name, p.kind, p.default) for p in second]
+    assert (first[-1].name, first[-1].kind) == ("activation", inspect.Parameter.KEYWORD_ONLY)
+
+
+@pytest.mark.parametrize("activation", ["relu", "ReLU", "swish", torch.relu, nn.ReLU, nn.ReLU(), Activation("relu")])
+@pytest.mark.parametrize("before", [(), (True,), (False,)])
+def test_an_activation_by_position_is_refused(activation: Any, before: tuple[bool, ...]) -> None:
+    """Where it would be taken for a device, or for a flag."""
+    message = r"^fastmlp: activation is given by keyword: Linear\(10, 50, activation=\.\.\.\)$"
+    make: Any = fastmlp.Linear
+    with pytest.raises(TypeError, match=message):
+        make(10, 50, *before, activation)
+
+
+@pytest.mark.parametrize(
+    "kind", ["cpu", "cuda", "xpu", "hip", "fpga", "maia", "xla", "vulkan", "mps", "hpu", "mtia", "meta"]
+)
+def test_no_device_is_taken_for_an_activation(kind: str) -> None:
+    assert not any(is_meant_as_activation(device) for device in (kind, f"{kind}:0", torch.device(kind), 0))
 
 
 def test_mlp_is_what_one_would_write_by_hand() -> None:

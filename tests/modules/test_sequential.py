@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastmlp
 from fastmlp import Sin, reference
-from fastmlp.modules import Alone, Run, parts
+from fastmlp.runs import Alone, Run, parts
 from tests.support.derivatives import assert_same
 
 F64 = torch.float64
@@ -767,7 +767,7 @@ def test_the_rule_in_c_is_the_rule_in_python() -> None:
         seen["runs"] += sum(isinstance(p, Run) for p in found)
         seen["alone"] += sum(isinstance(p, Alone) for p in found)
         seen["layers in one run"] = max(
-            seen["layers in one run"], *(len(p.has_bias) for p in found if isinstance(p, Run)), 0
+            seen["layers in one run"], *(len(p.layers) for p in found if isinstance(p, Run)), 0
         )
     assert seen["runs"] > 400
     assert seen["alone"] > 800

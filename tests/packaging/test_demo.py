@@ -16,9 +16,9 @@ import fastmlp
 from fastmlp import _C, __main__, fusion_report
 
 if TYPE_CHECKING:
-    from fastmlp.demo import Result
-    from fastmlp.demo_tasks import Task
-    from fastmlp.demo_training import Contender, Race
+    from fastmlp.demo.report import Result
+    from fastmlp.demo.tasks import Task
+    from fastmlp.demo.training import Contender, Race
 
 ROOT = Path(fastmlp.__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -48,9 +48,9 @@ def demo() -> Iterator[Any]:
 
 @pytest.fixture
 def training(demo: Any) -> Any:
-    from fastmlp import demo_training
+    from fastmlp.demo import training
 
-    return demo_training
+    return training
 
 
 @pytest.fixture
@@ -195,9 +195,9 @@ def test_float32_differences_are_shown_and_not_asserted(demo: Any, tasks: "list[
     assert found.loop.share == found.step.share == found.frozen.share == 0
 
 
-def test_a_network_that_did_not_learn_is_found_out(demo: Any, tasks: "list[Task]") -> None:
+def test_a_network_that_did_not_learn_is_found_out(demo: Any, training: Any, tasks: "list[Task]") -> None:
     race: Race = demo.race(tasks[5], 1, 0, lambda: None)
-    result: Result = demo.Result(tasks[5], demo.Agreement(), demo.Agreement(), race)
+    result: Result = demo.Result(tasks[5], training.Agreement(), training.Agreement(), race)
     with pytest.raises(demo.DemoFailure, match=r"digits, Sigmoid: PyTorch reads \d+\.\d% of the held-out digits"):
         demo.assert_accuracy([result])
 
@@ -209,7 +209,7 @@ def test_bounds_hold_on_every_instruction_set(demo: Any, tasks: "list[Task]", is
 
 def with_float32s_roundoff(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its errors float64 can see."""
-    monkeypatch.setattr("fastmlp.demo_bounds.gamma", lambda n: n * 2.0**-24 / (1 - n * 2.0**-24))
+    monkeypatch.setattr("fastmlp.demo.bounds.gamma", lambda n: n * 2.0**-24 / (1 - n * 2.0**-24))
 
 
 @pytest.mark.parametrize("index", range(6))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fastmlp
 from fastmlp import fusion_report
-from fastmlp.convert import Report
+from fastmlp.explain import Report
 from tests.support.models import Subject
 from tests.support.rounding import distance, rounding_bounds
 

@@ -256,7 +256,7 @@ class Network:
         elif form == "Linear":
             made = fastmlp.Sequential(
                 *(
-                    fastmlp.Linear(k, n, bias, act, dtype=dtype)
+                    fastmlp.Linear(k, n, bias, dtype=dtype, activation=act)
                     for (k, n), bias, act in zip(pairwise(self.widths), self.has_bias, self.activations, strict=True)
                 )
             )

@@ -1,18 +1,4 @@
-"""The demo: PyTorch's tutorial with `fastmlp`, beside PyTorch itself, on real data.
-
-Run by `python -m fastmlp demo`. Networks and data are those of demo_tasks.py, trained as demo_training.py says: by
-PyTorch's loop, by the same loop on fastmlp's network, and by `fastmlp.TrainStep`; then served frozen. Two things are
-asserted, and a `DemoFailure` names what broke:
-
-- In float64, at every step, fastmlp and PyTorch start from the same parameters and see the same
-  batch. Their losses and every entry of their gradients differ by no more than rounding allows, as do
-  the parameters after a `TrainStep` and the outputs of a frozen network. The bound is derived, not
-  tuned: see demo_bounds.py.
-- Each classifier reads at least `ACCURACY` of the digits that it was not trained on.
-
-Starting each step from the same parameters keeps the bound sharp. Two runs left to themselves drift
-apart by more than rounding, because each step amplifies the differences of the steps before it.
-"""
+"""What the demo shows: the network, tables of what was found out, and the curves of the losses."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,33 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import fastmlp
-from fastmlp.demo_tasks import BATCH, DIGITS, SimpleNN, Task, cast, converted_nn, digits_tasks, regression_tasks
-from fastmlp.demo_training import (
-    FAST,
-    FROZEN,
-    NATIVE,
-    PREDICTED,
-    STEPPED,
-    Agreement,
-    DemoFailure,
-    Race,
-    compare,
-    race,
-)
+from fastmlp.demo.tasks import ACCURACY, BATCH, DIGITS, SimpleNN, Task, cast, converted_nn, regression_tasks
+from fastmlp.demo.training import FAST, FROZEN, NATIVE, PREDICTED, STEPPED, Agreement, Race
 
-__all__ = ["ACCURACY", "EPOCHS", "DemoFailure", "main"]
+__all__ = ["Result", "plot", "show_network", "show_results", "summary", "threads"]
 
-EPOCHS = 60
-#: Of the comparison step by step, which costs several times a training: enough of it to see the end
-#: of a training, when gradients have become small.
-COMPARED_EPOCHS = 20
-ACCURACY = 0.97
-
-# What is shown. Each table has a line for each task, and fits into 80 columns.
+# Each table has a line for each task, and fits into 80 columns.
 
 CLOSENESS = (
     "of bound\nfastmlp",
@@ -65,7 +33,7 @@ CLOSENESS = (
 CLOSENESS_CAPTION = """
 convert: the network of nn.Linear and torch.relu, fused by fastmlp.convert, trained with Adam.
 of bound: in float64, asserted at every step: loss and all gradients differ from PyTorch's by no more than rounding \
-explains (a running error analysis, see fastmlp/demo_bounds.py), after a TrainStep the parameters too, and at every \
+explains (a running error analysis, see fastmlp/demo/bounds.py), after a TrainStep the parameters too, and at every \
 epoch the outputs of PyTorch's network and of the same frozen. The largest share of the bound that was used: all of \
 it, nearly, where Adam divides a gradient that is nothing but rounding by its own size.
 float64, float32: the largest difference of two losses in steps from the same parameters; in float32 not asserted."""
@@ -115,25 +83,11 @@ def show_network(console: Console, seed: int) -> None:
     console.print(f"The same with nn.Linear, after fastmlp.convert: {fastmlp.fusion_report(converted_nn())}\n")
 
 
-def measure(tasks: Sequence[Task], epochs: int, seed: int, console: Console) -> list[Result]:
-    """Compares and times every task, behind a progress bar where there is a terminal."""
-    columns = (TextColumn("{task.description:26}"), BarColumn(), TimeElapsedColumn())
-    # Refreshed by hand between epochs: a thread that redraws the bar would run into the timings.
-    bar = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal)
-    compared = min(epochs, COMPARED_EPOCHS)
-    results = []
-    with bar:
-        progress = bar.add_task("", total=len(tasks) * (epochs + 2 * compared))
-
-        def tick() -> None:
-            bar.update(progress, advance=1, refresh=True)
-
-        for task in tasks:
-            bar.update(progress, description=task.name, refresh=True)
-            float64 = compare(task, torch.float64, compared, seed, tick)
-            float32 = compare(task, torch.float32, compared, seed, tick)
-            results.append(Result(task, float64, float32, race(task, epochs, seed, tick)))
-    return results
+def show_results(results: Sequence[Result], console: Console) -> None:
+    """Prints the tables: how close it stayed to PyTorch, how fast it was learnt, and how it serves."""
+    console.print(table_of(results, CLOSENESS, closeness_of, CLOSENESS_CAPTION), "")
+    console.print(table_of(results, SPEED, speed_of, SPEED_CAPTION), "")
+    console.print(table_of(results, SERVING, serving_of, SERVING_CAPTION))
 
 
 def table_of(
@@ -216,17 +170,6 @@ def draw(axes: Axes, results: Sequence[Result], title: str, loss: str) -> None:
     axes.legend()
 
 
-def assert_accuracy(results: Sequence[Result]) -> None:
-    """Asserts that each classifier learnt to read."""
-    for result in results:
-        for name, contender in result.race.contenders.items():
-            if result.task.classifies and not contender.score() >= ACCURACY:
-                raise DemoFailure(
-                    f"{result.task.name}: {name} reads {contender.score():.1%} of the held-out digits, "
-                    f"at least {ACCURACY:.0%} was expected"
-                )
-
-
 def summary(results: Sequence[Result]) -> str:
     """What was proved, in one line."""
     steps = sum(result.float64.steps for result in results)
@@ -241,33 +184,3 @@ def summary(results: Sequence[Result]) -> str:
         f"frozen, and reads {accuracy:.1%} of unseen digits or more; measured: {loop} times PyTorch's speed in the "
         f"loop, {step} by TrainStep, {frozen} in predictions."
     )
-
-
-def main(output: Path = Path("out"), epochs: int = EPOCHS, seed: int = 0) -> None:
-    """Runs the demo.
-
-    Args:
-        output: folder for `demo.png`, made if missing.
-        epochs: number of passes over the data in each training.
-        seed: of parameters and batches.
-
-    Raises:
-        DemoFailure: if something that the demo asserts does not hold.
-        OSError: if the folder cannot be made or written to.
-    """
-    output.mkdir(parents=True, exist_ok=True)  # before the work: a path that cannot be is told at once
-    console = Console(highlight=False)
-    console.print(
-        f"fastmlp {fastmlp.__version__} ({fastmlp.get_isa()}), torch {torch.__version__}, {threads()}, "
-        f"{epochs} epochs, seed {seed}"
-    )
-    show_network(console, seed)
-    results = measure(regression_tasks() + digits_tasks(), epochs, seed, console)
-    console.print(table_of(results, CLOSENESS, closeness_of, CLOSENESS_CAPTION), "")
-    console.print(table_of(results, SPEED, speed_of, SPEED_CAPTION), "")
-    console.print(table_of(results, SERVING, serving_of, SERVING_CAPTION))
-    path = output / "demo.png"
-    plot(results, path)
-    console.print(f"\nLoss curves: {path}", soft_wrap=True)
-    assert_accuracy(results)
-    console.print(summary(results), soft_wrap=True)

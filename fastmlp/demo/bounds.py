@@ -193,7 +193,7 @@ def update_bounds(
 
     rounding = gamma(4) * (mean.abs() + largest)
     means = [beta1 * mean + (1 - beta1) * end + sign * rounding for end, sign in ((low, -1), (high, 1))]
-    # 1 - beta**step cancels: a rounding of the power is 1 / (1 - beta**step) of the difference.
+    # 1 - beta**step cancels digits, so a rounding of the power is 1 / (1 - beta**step) of the difference.
     relative = gamma(8) + gamma(2) / correction2
     squares = [beta2 * square + (1 - beta2) * end.square() for end in (smallest, largest)]
     roots = [

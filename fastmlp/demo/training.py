@@ -1,7 +1,7 @@
 """How the demo trains: the contenders, the comparison step by step, and the race.
 
-Called by demo.py. Three contenders start from the same parameters: PyTorch's loop on PyTorch's network, the same loop
-on fastmlp's, and `fastmlp.TrainStep` on PyTorch's. What PyTorch's network has learnt is served frozen, too.
+Called by the demo's `main`. Three contenders start from the same parameters: PyTorch's loop on PyTorch's network, the
+same loop on fastmlp's, and `fastmlp.TrainStep` on PyTorch's. What PyTorch's network has learnt is served frozen, too.
 """
 
 import copy
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import fastmlp
-from fastmlp.demo_bounds import output_bounds, rounding_bounds, update_bounds
-from fastmlp.demo_tasks import Batch, Task, cast, shuffled
+from fastmlp.demo.bounds import output_bounds, rounding_bounds, update_bounds
+from fastmlp.demo.tasks import Batch, Task, cast, shuffled
 
 __all__ = [
     "FAST",
@@ -32,10 +32,10 @@ __all__ = [
     "race",
 ]
 
-#: The columns of the demo, by who fills them.
+#: The names of the contenders, which head the columns of the tables.
 NATIVE, FAST, STEPPED, FROZEN = "PyTorch", "fastmlp", "TrainStep", "frozen"
 
-#: Rows that are predicted one by one, and how often, to be timed.
+#: So many rows are predicted one by one, so many times, to be timed.
 PREDICTED, ROUNDS = 100, 15
 
 
@@ -53,7 +53,7 @@ class Contender:
         self.task = task
         self.dtype = dtype
         self.optimizer = task.optimizer(self.model.parameters())
-        # A learning rate that ends at 0 lets the last epochs settle.
+        # The learning rate ends at 0, so that the last epochs settle.
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, epochs)
         self.losses: list[float] = []
 
@@ -247,7 +247,7 @@ def assert_within(differences: Mapping[str, Tensor], bounds: Sequence[Tensor], w
     """Asserts that no difference exceeds twice its bound, and returns the largest share reached."""
     largest = 0.0
     for (what, difference), bound in zip(differences.items(), bounds, strict=True):
-        # 0 / 0 occurs, at neurons that no input of the batch wakes; NaN stays NaN and fails.
+        # Difference and bound are both 0 at neurons that are 0 for the whole batch. NaN stays NaN, and fails.
         share = torch.where(difference == 0, 0.0, difference / (2 * bound)).flatten()
         worst = int(share.argmax())
         if not share[worst] <= 1:

@@ -1,0 +1,259 @@
+"""Why something does not run fused: `explain` says it of a call, `fusion_report` of a model.
+
+The reasons for a child of a `Sequential` are those of runs.py; those for an input are those of csrc/python/route.cpp.
+`TrainStep.explain`, in training.py, says what a training loop would have to change.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastmlp import reference
+from fastmlp._errors import described, not_a_module, not_a_tensor
+from fastmlp._load import _C
+from fastmlp.autograd import autocast, why_not_direct
+from fastmlp.linear import Linear
+from fastmlp.modules import Sequential
+from fastmlp.runs import Alone, Layer, Run, parts
+from fastmlp.trace import activation_of, run_chain
+
+__all__ = ["Entry", "Report", "Route", "explain", "fusion_report"]
+
+
+class Route(NamedTuple):
+    """How a call would run, and why; see `explain`."""
+
+    name: str
+    reason: str
+
+
+def explain(target: nn.Module | Tensor, input: Tensor | None = None) -> Route:
+    """Says which route a call would take now, and why.
+
+    Plain tensors on the CPU, and on a GPU if the build has CUDA kernels, go directly to the fused kernels, under
+    autocast once they are cast. Under transforms of `torch.func`, forward-mode AD, tensor subclasses, and for dtypes
+    and devices without kernels, the same function runs as a composition of PyTorch's operations; for CUDA tensors the
+    reason names the command that builds the kernels. Under `torch.compile` the fused kernels run as registered
+    operators, which this function, called outside, cannot see.
+
+    Args:
+        target: the `Linear`, `Sequential` or `MLP` that is called, or the input itself.
+        input: the input, if `target` is a module.
+
+    Returns:
+        The route's name and the reason for it. "direct": everything goes to the kernels, and the reason
+        is empty. "composite": PyTorch's operations. "children": some children of a `Sequential` are called by
+        themselves; the reason names each.
+
+    Raises:
+        TypeError: if there is no input tensor, or `target` is another module.
+        RuntimeError: as the call would on the direct route, for shapes or dtypes that do not belong together.
+
+    Example:
+        >>> explain(torch.zeros(3, 10))
+        Route(name='direct', reason='')
+        >>> explain(torch.zeros(3, 10, dtype=torch.complex64))
+        Route(name='composite', reason='there are no kernels for the dtype')
+        >>> explain(Sequential(nn.Linear(10, 5), nn.LayerNorm(5)), torch.zeros(3, 10))
+        Route(name='children', reason='1: LayerNorm is not a module that is fused')
+    """
+    if isinstance(target, Tensor):
+        return _route(target, None)
+    if not isinstance(target, (Linear, Sequential)):
+        expected = "a fastmlp.Linear, a fastmlp.Sequential or a tensor"
+        advice = "; fusion_report says what of it runs fused" if isinstance(target, nn.Module) else ""
+        raise TypeError(f"fastmlp: target must be {expected}, got {described(target)}{advice}")
+    if not isinstance(input, Tensor):
+        raise not_a_tensor("input", input, next((p.dtype for p in target.parameters()), None))
+    if isinstance(target, Linear):
+        return _route(input, Run([""], [Layer("", target.weight, target.bias, target.activation)]))
+    alone: list[str] = []
+    for part in parts(target._modules):
+        if isinstance(part, Alone):
+            alone.append(f"{part.name}: {part.reason}")
+        elif not alone:
+            # Only the first run is checked with the input, because the inputs of later runs are not known before they
+            # are computed.
+            route = _route(input, part)
+            if route.reason:
+                return route
+    return Route("children", "; ".join(alone)) if alone else Route("direct", "")
+
+
+def _route(input: Tensor, run: Run | None) -> Route:
+    parameters = run.parameters() if run else ()
+    reason = why_not_direct(input, parameters)
+    if reason is None and run:
+        input, *cast = autocast(input, *parameters)
+        _C.check_forward(run.stack().native, input, cast, True, run.called())
+    return Route("direct", "") if reason is None else Route("composite", reason)
+
+
+class Entry(NamedTuple):
+    """A line of a `Report`.
+
+    Attributes:
+        names: of the modules, and in a traced model of the calls, that execute as one operation; or of the one
+            that does not.
+        reason: why it does not; empty for what is fused.
+    """
+
+    names: tuple[str, ...]
+    reason: str
+
+
+class Report(tuple[Entry, ...]):
+    """What `fusion_report` found, an `Entry` each. Printed, one line each."""
+
+    def __repr__(self) -> str:
+        return "\n".join(
+            f"{'kept ' if entry.reason else 'fused'}  {' + '.join(entry.names)}{entry.reason and f': {entry.reason}'}"
+            for entry in self
+        )
+
+    __str__ = __repr__
+
+
+def fusion_report(model: nn.Module) -> Report:
+    """Says which layers and activations of a model run fused, which do not, and why.
+
+    It looks at the model as it is now: before or after `convert`, copied, loaded, with hooks added since, in training
+    mode or not. Whether the kernels then take a certain input is for `explain` to say.
+
+    Args:
+        model: any module.
+
+    Returns:
+        A tuple of entries, each with names and a reason; printed, it is text.
+
+    Raises:
+        TypeError: if `model` is not a module.
+
+    Example:
+        >>> import fastmlp
+        >>> class SimpleNN(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.fc1, self.act, self.fc2 = nn.Linear(10, 50), nn.ReLU(), nn.Linear(50, 1)
+        ...
+        ...     def forward(self, x):
+        ...         return self.fc2(self.act(self.fc1(x)))
+        >>> fusion_report(fastmlp.convert(SimpleNN()))
+        fused  fc1
+        kept   act: it is called by itself; trace=True sees what comes before it
+        fused  fc2
+        >>> fusion_report(fastmlp.convert(SimpleNN(), trace=True))
+        fused  fc1 + act + fc2
+    """
+    if not isinstance(model, nn.Module):
+        raise not_a_module(model)
+    entries: list[Entry] = []
+    seen: set[nn.Module] = set()
+    registered = set(model.modules())
+    scripted: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if path.startswith(scripted):
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
+            # Python executes nothing that is inside of a scripted module, so its children are not reported.
+            scripted = (*scripted, f"{path}." if path else "")
+        found = list(_found(module))
+        for names, modules, reason in found:
+            if seen.isdisjoint(modules):
+                entries.append(Entry(tuple([f"{path}.{name}".strip(".") or "model" for name in names]), reason))
+        for _, modules, _ in found:
+            seen.update(modules)
+        for name, reason in _unregistered(module, registered):
+            entries.append(Entry((f"{path}.{name}".strip("."),), reason))
+    return Report(entries)
+
+
+#: Modules that execute as one operation, or one module that does not: names, the modules, and the reason.
+_Found: TypeAlias = tuple[list[str], list[nn.Module], str]
+
+
+def _found(module: nn.Module) -> Iterator[_Found]:
+    """Names, modules and reason of what a module executes itself; of a layer, the layer."""
+    if isinstance(module, torch.jit.ScriptModule):
+        yield [""], [], "it is a module of torch.jit, which runs its own code; convert the model before it is scripted"
+        return
+    if isinstance(module, fx.GraphModule):
+        found = _found_in_graph(module)
+    elif type(module).forward is Sequential.forward:
+        children = {name: child for name, child in module._modules.items() if child is not None}
+        found = _found_in_children(children, {name: name for name in children})
+    else:
+        found = iter([([""], [module], _why_by_itself(module))])
+    for names, modules, reason in found:
+        # A module that is neither a layer nor an activation gets no entry; layers that it holds are looked at later.
+        if not modules or not reason or _matters(modules[0]):
+            yield names, [m for m in modules if _matters(m)], reason
+
+
+def _found_in_children(children: Mapping[str, nn.Module], names: Mapping[str, str]) -> Iterator[_Found]:
+    for part in parts(children):
+        keys, reason = ([part.name], part.reason) if isinstance(part, Alone) else (part.names, "")
+        yield [names[key] for key in keys], [children[key] for key in keys], reason
+
+
+def _found_in_graph(module: fx.GraphModule) -> Iterator[_Found]:
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target is run_chain:
+            nodes: dict[str, fx.Node] = node.args[1]
+            names = {key: str(attribute.target) for key, attribute in nodes.items()}
+            yield from _found_in_children({key: module.get_submodule(name) for key, name in names.items()}, names)
+        elif node.op == "call_module" and type(module.get_submodule(node.target)) in reference.MODULES:
+            yield [node.target], [module.get_submodule(node.target)], _why_not_in_a_chain(node)
+        elif activation_of(node) is not None:
+            yield [node.name], [], _why_not_in_a_chain(node)
+
+
+def _matters(module: nn.Module) -> bool:
+    """Whether a report mentions a module: layers and activations."""
+    # Layers are known by name, because quantized layers and the wrappers of other libraries are no subclasses.
+    return type(module) in reference.MODULES or "Linear" in type(module).__name__
+
+
+def _unregistered(module: nn.Module, registered: set[nn.Module]) -> Iterator[tuple[str, str]]:
+    """Attributes of a module that hold layers which it does not know of, and why they do not run fused."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return
+    for name, value in module.__dict__.items():
+        if name == "_modules" or not isinstance(value, (list, tuple, dict)):
+            continue
+        held = list(value.values() if isinstance(value, dict) else value)
+        layers = {m for item in held if isinstance(item, nn.Module) for m in item.modules() if _matters(m)}
+        if layers - registered:
+            kind, wanted = ("dictionary", "ModuleDict") if isinstance(value, dict) else ("list", "ModuleList")
+            kind = "tuple" if isinstance(value, tuple) else kind
+            yield (
+                name,
+                f"its layers are in a plain {kind}, where torch.nn.Module sees none of them, nor their parameters; "
+                f"make it a torch.nn.{wanted}",
+            )
+
+
+def _why_by_itself(module: nn.Module) -> str:
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    if type(module) is Linear:
+        return ""
+    if type(module) is nn.Linear:
+        return "it is not converted"
+    if type(module) in reference.MODULES:
+        return "it is called by itself; trace=True sees what comes before it"
+    if isinstance(module, nn.LazyLinear):
+        return "it has no parameters yet; convert again after a first call"
+    kind = type(module)
+    return f"its class {kind.__module__}.{kind.__qualname__} is not torch.nn.Linear and may compute something else"
+
+
+def _why_not_in_a_chain(node: fx.Node) -> str:
+    before = node.all_input_nodes[0] if node.all_input_nodes else None
+    if before is None or before.target is not run_chain:
+        return "no layer that is fused precedes it"
+    if len(before.users) == 1:
+        return "it was recorded apart from the layers before it"
+    return f"the result before it is used {len(before.users)} times"
