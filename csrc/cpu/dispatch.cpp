@@ -1,5 +1,5 @@
-// Run-time choice of the instruction set. To add one: a file in isa/, its declaration and its line
-// in tables() below. Runs no vector code.
+// Chooses the instruction set at run time, by what CPUID says. Called by whoever runs kernels, and by bindings.cpp. A
+// new instruction set needs a file in isa/, and its declaration and its line in tables() below. Runs no vector code.
 #include "dispatch.h"
 
 #include <atomic>
@@ -75,8 +75,8 @@ bool is_intel() {
 #endif
 }
 
-// The last one, but for pairs of bfloat16 on Intel's processors: on Sapphire Rapids the instruction does half as many
-// multiply-adds in a second as that of float32, into which avx512 converts.
+// The last one that is supported; but on Intel's processors not the one with pairs of bfloat16, because on Sapphire
+// Rapids that instruction does half as many multiply-adds in a second as that of float32, into which avx512 converts.
 const KernelTable* best() {
   static const bool slow_pairs = is_intel();
   const KernelTable* found = nullptr;

@@ -1,6 +1,6 @@
-// Which instruction sets this build and this processor offer, and which one runs. Called by
-// gemm.cpp and network.cpp for the active table, by bindings.cpp for Python's get_isa and set_isa.
-// Baseline code: compiled for the oldest processor of the architecture.
+// Which instruction sets this build and this processor offer, and which one runs. network.cpp, step.cpp and the frozen
+// networks ask for the active table, bindings.cpp serves Python's get_isa and set_isa. Baseline code, which is compiled
+// for the oldest processor of the architecture.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace fastmlp::cpu {
 
-// What CPUID and XGETBV say, kept apart from asking them, so that a test can make one up.
+// What CPUID and XGETBV say. Deciding is apart from asking them, so that a test can make a processor up.
 struct CpuidWords {
   uint32_t leaf1_ecx = 0;
   uint32_t leaf7_ebx = 0;

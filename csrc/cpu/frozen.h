@@ -1,6 +1,6 @@
 // Frozen networks: weights are packed once, then all rows of an input go through every layer in one call. Made and
-// called by ../frozen.cpp with pointers; knows no tensors. A network does not change after it was packed, so that any
-// number of threads may run it at once.
+// called by ../python/frozen*.cpp with pointers; knows no tensors. A network does not change after it was packed, so
+// that any number of threads may run it at once.
 //
 // Each element of an output is one chain of products along ascending k, which begins anew at places that K alone sets,
 // and what follows is done by the same vector code for every row. So the bits of a row depend neither on the rows that

@@ -1,5 +1,6 @@
-// The contract between baseline code (gemm.cpp, network.cpp, dispatch.cpp) and the ISA files: one
-// table of function pointers and tile sizes per instruction set. Sizes count elements.
+// The contract between the callers of kernels, which are compiled for every processor, and the ISA files, which are
+// each compiled for one instruction set: a table of function pointers and tile sizes for each. Filled in
+// kernels/kernels.inl, chosen by dispatch.cpp, read by everything in cpu that multiplies. Sizes count elements.
 //
 //            NR columns of B                  A panel: units of k, each MR lanes, one per row
 //         +-------------------+               B panel: units of k, each NR lanes, one per column
@@ -8,7 +9,7 @@
 //
 // S is the dtype in memory, Compute<S> what sums are kept in. A unit is what one lane holds of k: one
 // element, converted to Compute<S>, or (k_unit 2) two of 16 bits as they are.
-// A leaf function works on one panel, tile or run; it starts no thread and allocates nothing.
+// A function of the table works on one panel, tile or run; it starts no thread and allocates nothing.
 #pragma once
 
 #include "../contract/loss.h"
@@ -20,7 +21,7 @@ namespace fastmlp::cpu {
 
 template <class T, class U> constexpr bool same_type = false;
 template <class T> constexpr bool same_type<T, T> = true;
-// Whether tensors hold what is computed with.
+// Whether S is the type that is computed in, so that nothing is converted.
 template <class S> constexpr bool in_itself = same_type<S, Compute<S>>;
 
 // What follows the products of one tile: the sums over earlier blocks of K, bias, activation, and the
@@ -51,7 +52,7 @@ template <class S>
 using ElementLoss = double (*)(int64_t n, const S* output, const S* target, const S* weight, double scale, Scalars,
                                S* grad);
 
-constexpr int64_t line_bytes = 64;  // that one prefetch brings
+constexpr int64_t line_bytes = 64;  // what one prefetch brings
 
 // The products of a panel of A with columns of B, and where they go.
 template <class S> struct Tile {
@@ -62,7 +63,7 @@ template <class S> struct Tile {
   int64_t b_step;            // from one row of unpacked_b, or of row kernels' b, to the next
   int64_t a_step, a_k_step;  // of row kernels, whose a is not packed: from one row to the next, and along k
   bool b_padded;             // of row kernels: b may be read to the end of a vector
-  // Null, or memory that is used soon: the micro-kernel asks for one cache line of each with each unit of k.
+  // Null, or memory that is used soon: the micro-kernel prefetches one cache line of each with each unit of k.
   const void* input_ahead;
   const void* output_ahead;
   int64_t columns;  // nothing is written past these
@@ -70,7 +71,7 @@ template <class S> struct Tile {
   Compute<S>* sums;
   int64_t sums_step;
   bool add;
-  // Or, if output is not null, the result itself: bias and ReLU need no epilogue of their own.
+  // Or, if output is not null, the place for the result itself, to which the kernel applies bias and ReLU.
   S* output;
   int64_t leading_dimension;
   const Compute<S>* bias;  // null, or `columns` values, readable to the end of a vector
@@ -86,8 +87,8 @@ template <class S> struct PanelTile {
   int64_t a_step, a_unit;  // from one row to the next, and along k
   const Compute<S>* b;
   int64_t b_panel;  // from one panel to the next; in a panel, units follow each other
-  // Null, or memory that is used soon, and how many bytes on tiles of many rows ask for more of it with each unit.
-  // Spread evenly: lines that come from afar keep the core's queue full.
+  // Null, or memory that is used soon. Tiles of many rows prefetch it, and move on by so many bytes with each unit of
+  // k: evenly, because lines that come from afar keep the core's queue full.
   const void *weights_ahead, *input_ahead;
   int64_t weights_step, input_step;
   int64_t columns;  // nothing is written to the output past these

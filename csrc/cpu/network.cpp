@@ -1,6 +1,6 @@
-// Strategy of the CPU device: layer by layer through the packed product. Forward that keeps nothing
-// goes through the network in blocks of rows, so that hidden outputs need little scratch. Baseline
-// code; all arithmetic is in gemm.cpp and behind it.
+// The strategy of the CPU device: narrow layers go together (row_blocks.h), wide ones one by one (gemm.h). Forward that
+// keeps nothing goes through the network in blocks of rows, so that hidden outputs need little scratch. Called by
+// register.cpp and step.cpp. Baseline code, without arithmetic of its own.
 #include "network.h"
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include "../contract/activation_info.h"
 #include "dispatch.h"
 #include "gemm.h"
+#include "parallel.h"
 #include "row_blocks.h"
 #include "workspace.h"
 
@@ -28,7 +29,7 @@ template <class S> Operand<S> operand(const Matrix& x, int64_t stride, int64_t k
 template <class S> Operand<S> rows_of(const Matrix& x) { return operand<S>(x, x.row_stride, x.column_stride); }
 template <class S> Operand<S> columns_of(const Matrix& x) { return operand<S>(x, x.column_stride, x.row_stride); }
 
-// The same matrix from a later row on.
+// The same matrix, from a later row on.
 template <class S> Matrix from_row(Matrix x, int64_t row) {
   x.data = static_cast<S*>(x.data) + row * x.row_stride;
   return x;
@@ -61,7 +62,8 @@ template <class S> void forward_keeping(const ForwardPass& pass, int threads) {
   const Network& network = pass.network;
   const size_t last = network.layers.size() - 1;
   const std::vector<Layers> parts = divide<S>(network);
-  // A hidden layer that keeps its pre-activation needs its output for the next layer only: not at all within a part.
+  // A hidden layer that keeps its pre-activation needs its output only for the next layer; and if that belongs to the
+  // same part, row_blocks.h keeps the output to itself.
   std::vector<Place<S>> places(network.layers.size());
   for (size_t l = 0; l <= last; l++) {
     S* const kept = static_cast<S*>(pass.kept[l]);
@@ -90,13 +92,9 @@ template <class S> void forward_only(const ForwardPass& pass, int threads) {
   const std::vector<Layers> parts = divide<S>(network);
   const int64_t width = parts.size() > 1 ? widest_hidden(network) : 0;
   int64_t block = network.rows;
-  if (width > 0 && block > 0) {
-    // Equal blocks, by the shape alone: a short last one could take the path of a small batch, and
-    // the number of threads must not change a bit.
-    const int64_t most = std::max(hidden_bytes / (2 * width * int64_t(sizeof(S))), fewest_rows);
-    const int64_t blocks = (block + most - 1) / most;
-    block = (block + blocks - 1) / blocks;
-  }
+  // Blocks are equal and follow from the shape alone, because a short last one could take the path of a small batch,
+  // and because the number of threads must not change a bit.
+  if (width > 0) block = even_block(block, std::max(hidden_bytes / (2 * width * int64_t(sizeof(S))), fewest_rows));
   Carver measure;
   measure.take<S>(block * width);
   const Workspace workspace(width > 0 ? 2 * measure.used() : 0);
@@ -115,8 +113,8 @@ template <class S> void forward_only(const ForwardPass& pass, int threads) {
   }
 }
 
-// A gradient with respect to a layer's output as the gradient with respect to its pre-activation,
-// formed while it is packed and never stored.
+// Turns the gradient with respect to a layer's output into that with respect to its pre-activation, which is computed
+// while it is packed, and never stored.
 template <class S> Operand<S> formed_gradient(Operand<S> grad, const Operand<S>& saved, const ActivationSpec& act) {
   if (act.kind == identity_kind) return grad;
   grad.form = Form::gradient;
@@ -165,7 +163,7 @@ void layer_dgrad(const KernelTable& table, const BackwardPass& pass, size_t l, c
   multiply(table, p, threads);
 }
 
-// The gradients asked for, and that of the layers' input unless `output` is null.
+// Computes the gradients asked for, and that with respect to the layers' input unless `output` is null.
 template <class S>
 void layers_backward(const KernelTable& table, const BackwardPass& pass, const Layers& layers, const Matrix& grad,
                      S* output, int threads) {

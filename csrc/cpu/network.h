@@ -1,5 +1,5 @@
-// How the CPU runs a network: which products, in which order, on how many threads. Called by
-// register.cpp with pointers; knows neither tensors nor instruction sets.
+// How the CPU runs a network: which layers go together, which products are computed in which order. Called by
+// register.cpp and step.cpp, with pointers; knows neither tensors nor instruction sets.
 #pragma once
 
 #include "../contract/problem.h"

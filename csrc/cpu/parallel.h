@@ -1,5 +1,6 @@
-// The division of work: nearly equal ranges, and who computes which. Used by gemm.cpp and row_blocks.cpp. Divisions
-// follow from the shape alone, never from the number of threads, where a sum depends on them.
+// Divides work into nearly equal ranges, and ranges among threads. Used by everything in cpu that loops over rows,
+// columns or k. A sum must not be cut by the number of threads, because its bits would depend on it: such cuts follow
+// from the shape alone.
 #pragma once
 
 #include <algorithm>
@@ -23,14 +24,21 @@ inline Range part_of(int64_t n, int64_t unit, int64_t part, int64_t parts) {
   return {std::min(n, units * part / parts * unit), std::min(n, units * (part + 1) / parts * unit)};
 }
 
-// A sum over the batch may be cut into chunks that are added up in order: each must outweigh adding its share.
+// The length of the blocks that k is cut into, of at most `most` each: equal blocks, at a multiple of `unit`, because a
+// short last one wastes time, and because the longest chain of additions sets the rounding error.
+inline int64_t even_block(int64_t k, int64_t most, int64_t unit = 1) {
+  return k <= most ? k : round_up(ceil_divide(k, ceil_divide(k, most)), unit);
+}
+
+// A sum over the batch may be cut into chunks whose sums are added in order. A chunk is long enough to outweigh that
+// addition.
 constexpr int64_t most_chunks = 16, shortest_chunk = 1024;
 
 inline int64_t chunks_of_rows(int64_t rows) { return std::clamp<int64_t>(rows / shortest_chunk, 1, most_chunks); }
 
 // How many of `threads` are worth waking for that many multiply-adds.
 inline int useful_threads(double multiply_adds, int threads) {
-  // About 80 us of one core: waking a thread costs microseconds on an idle machine, but a time slice
+  // This is about 80 us of one core. Waking a thread costs only microseconds on an idle machine, but a whole time slice
   // where another process holds the core.
   constexpr double worth_a_thread = 1 << 22;
   if (threads <= 1 || omp_in_parallel()) return 1;
@@ -50,7 +58,7 @@ template <class Run> void run_tasks(int64_t tasks, int threads, const Run& run) 
   }
 }
 
-// shares[0] += the other `chunks` - 1 vectors, which lie n apart, in order.
+// Adds chunks 1, 2 and so on, in this order, to chunk 0. Chunks are vectors of n values that follow each other.
 template <class C> void add_chunks(C* shares, int64_t chunks, int64_t n) {
   for (int64_t c = 1; c < chunks; c++) {
     const C* share = shares + c * n;

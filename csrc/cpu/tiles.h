@@ -1,6 +1,6 @@
-// The register tiles and cache blocks of every instruction set and dtype, in one place. Sizes count
-// elements; gemm.cpp says what is kept in which cache. Chosen by measurement: `make tiles`
-// prints the rates of other cache blocks.
+// The register tiles and cache blocks of every instruction set and dtype, in one place. Read by the ISA files. Sizes
+// count elements; gemm.cpp says what is kept in which cache. They were chosen by measurement: `make tiles` prints the
+// rates of other cache blocks.
 #pragma once
 
 #include "kernel_table.h"
@@ -19,13 +19,13 @@ struct Tiles {
 // As many lanes of Compute<S> as fill so many bytes.
 template <class S> constexpr int64_t lanes_in(int64_t bytes) { return bytes / int64_t(sizeof(Compute<S>)); }
 
-// 16 registers: 12 hold the tile.
+// Of 16 registers, 12 hold the tile.
 template <class S> constexpr Tiles tiles_of_avx2 = {6, 2, 8 * 6, lanes_in<S>(4096), lanes_in<S>(4096), 192, 3, 4};
 
-// Likewise. Without FMA each product is rounded too, which a shorter chain makes up for.
+// As AVX2. Without FMA each product is rounded too, which a shorter chain makes up for.
 template <class S> constexpr Tiles tiles_of_portable = {6, 2, 8 * 6, lanes_in<S>(4096), lanes_in<S>(4096), 96, 3, 4};
 
-// 32 registers: 28 hold the tile.
+// Of 32 registers, 28 hold the tile.
 template <class S> constexpr Tiles tiles_of_avx512 = {14, 2, 6 * 14, lanes_in<S>(4096), lanes_in<S>(4096), 192, 3, 8};
 
 }  // namespace fastmlp::cpu

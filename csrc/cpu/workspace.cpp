@@ -1,5 +1,5 @@
-// The per-thread cache behind Workspace: a few blocks, since a pass over a network holds one while
-// its products hold another. Knows nothing of what is stored.
+// The cache of each thread behind Workspace. It has two blocks, because a pass over a network holds one while its
+// products hold another. Knows nothing of what is stored.
 #include "workspace.h"
 
 #if defined(__linux__)
@@ -13,7 +13,7 @@ namespace fastmlp::cpu {
 namespace {
 
 constexpr size_t huge_page = size_t(2) << 20;
-// Smaller blocks come from memory that the process has used before, more often than not.
+// Smaller blocks are left alone, because they mostly come from memory that the process has used before.
 constexpr size_t large_block = 2 * huge_page;
 
 struct Block {
@@ -73,7 +73,7 @@ void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t byte
   if (bytes < large_block) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + huge_page - 1) / huge_page * huge_page;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / huge_page * huge_page;
-  // Advice: where it is refused, pages are small.
+  // This is advice, so that its result does not matter: where it is refused, pages are small.
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

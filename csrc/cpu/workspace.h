@@ -1,6 +1,6 @@
-// Scratch memory of one call: an aligned block from a cache that belongs to the calling thread. Used by gemm.cpp
-// and network.cpp before they start threads, so that running out of memory throws in the caller and nowhere else.
-// And advice for large blocks of other owners, which register.cpp gives for results.
+// Scratch memory of one call: an aligned block from a cache that belongs to the calling thread. Everything in cpu takes
+// its scratch before it starts threads, so that running out of memory throws in the caller and nowhere else. Also
+// advises the system on large blocks that others own, which register.cpp does for results.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,7 @@
-// The one body of every ISA's kernels. Each file of isa/ includes it inside its own namespace and
-// target region, after Isa (the vectors) and tiles_of (the tile sizes); the functions reach
-// the rest of the library through Kernels and KernelTable only. Must not include anything but its own parts, use
-// OpenMP, lambdas or standard templates, nor allocate.
+// The one body of every ISA's kernels. Each file of isa/ includes it inside its own namespace and target region, after
+// it has defined Isa (the vectors) and tiles_of (the tile sizes). The rest of the library calls these functions through
+// Kernels and KernelTable only. Must include nothing but its own parts, and must not use OpenMP, lambdas or standard
+// templates, because two instruction sets would share the symbols that these emit. Allocates nothing.
 
 #include "math.inl"
 #include "storage.inl"
@@ -20,12 +20,12 @@ template <class S> struct Leaf {
   static constexpr int nr = vectors * lanes;
   static_assert(size.mc % mr == 0 && size.nc % nr == 0);
 
-  // Terms of a sum of rows or columns that are added one after another: errors grow with the longest chain, and the
-  // sums of torch are cascades of short ones.
+  // How many terms a sum of rows or columns adds one after another. Errors grow with the longest chain, and torch adds
+  // up short ones in cascades.
   static constexpr int sum_chain = 32;
 
-  // The group-th group of a panel, of which from + rows lanes are filled so far. What a whole vector
-  // writes too much is overwritten by the next group.
+  // Stores a part of a panel's group, from lane `from` on. A whole vector may write past the group's end, where the
+  // next group overwrites it; the last group is stored to its end only.
   template <int width, int from> static void store_group(C* panel, int64_t group, int64_t groups, V v) {
     constexpr int rows = width - from < lanes ? width - from : lanes;
     C* to = panel + group * width + from;
@@ -36,24 +36,10 @@ template <class S> struct Leaf {
     }
   }
 
-  // The next vector along k of elements that lie k_stride apart.
-  static V gather_along_k(const S* source, int64_t k_stride, int64_t left) {
-    constexpr int64_t most = lanes * F::k_unit;
-    S elements[most];
-    const int64_t count = left < most ? left : most;
-    if (count == most) {  // a loop of known length
-#pragma GCC unroll 32
-      for (int64_t p = 0; p < most; p++) elements[p] = source[p * k_stride];
-    } else {
-      for (int64_t p = 0; p < count; p++) elements[p] = source[p * k_stride];
-    }
-    return F::load_along_k(elements, count);
-  }
-
-  // Rows become columns of the panel, lanes x lanes units at a time in registers. Later
-  // parts of a group are filled by later calls, so that the first ones may write into them.
-  template <int width, int from, bool gapless>
-  static void pack_along_k(const S* source, int64_t stride, int64_t k_stride, int64_t count, int64_t k, C* panel) {
+  // Rows that are gapless along k become columns of the panel, lanes x lanes units at a time in registers. The parts of
+  // a group are written in ascending order, so that each may overrun into the next one.
+  template <int width, int from>
+  static void pack_along_k(const S* source, int64_t stride, int64_t count, int64_t k, C* panel) {
     constexpr int rows = width - from < lanes ? width - from : lanes;
     const int64_t groups = (k + F::k_unit - 1) / F::k_unit;
     for (int64_t group = 0; group < groups; group += lanes) {
@@ -62,8 +48,7 @@ template <class S> struct Leaf {
 #pragma GCC unroll 16
       for (int i = 0; i < rows; i++) {
         if (from + i >= count) break;
-        const S* row = source + (from + i) * stride;
-        block[i] = gapless ? F::load_along_k(row + p, k - p) : gather_along_k(row + p * k_stride, k_stride, k - p);
+        block[i] = F::load_along_k(source + (from + i) * stride + p, k - p);
       }
       M::transpose(block);
 #pragma GCC unroll 16
@@ -79,12 +64,25 @@ template <class S> struct Leaf {
         }
       }
     }
-    if constexpr (from + rows < width) {
-      pack_along_k<width, from + rows, gapless>(source, stride, k_stride, count, k, panel);
+    if constexpr (from + rows < width) pack_along_k<width, from + rows>(source, stride, count, k, panel);
+  }
+
+  // Rows with strides in both directions are first copied, a few elements of each at a time.
+  template <int width>
+  static void pack_strided(const S* source, int64_t stride, int64_t k_stride, int64_t count, int64_t k, C* panel) {
+    constexpr int64_t most = lanes * F::k_unit;
+    S rows[width * most];
+    for (int64_t p = 0; p < k; p += most, panel += lanes * width) {
+      const int64_t left = k - p < most ? k - p : most;
+      for (int64_t i = 0; i < count; i++) {
+        const S* row = source + i * stride + p * k_stride;
+        for (int64_t q = 0; q < left; q++) rows[i * most + q] = row[q * k_stride];
+      }
+      pack_along_k<width, 0>(rows, most, count, left, panel);
     }
   }
 
-  // Rows of the panel are gapless in memory.
+  // Packs one group of rows that are gapless across k.
   template <int width, int from>
   static void pack_across_k(const S* source, int64_t k_stride, int64_t count, int64_t k, int64_t group, int64_t groups,
                             C* panel) {
@@ -116,13 +114,14 @@ template <class S> struct Leaf {
     if (stride == 1) {
       for (int64_t g = 0; g < groups; g++) pack_across_k<width, 0>(source, k_stride, count, k, g, groups, panel);
     } else if (k_stride == 1) {
-      pack_along_k<width, 0, true>(source, stride, k_stride, count, k, panel);
+      pack_along_k<width, 0>(source, stride, count, k, panel);
     } else {
-      pack_along_k<width, 0, false>(source, stride, k_stride, count, k, panel);
+      pack_strided<width>(source, stride, k_stride, count, k, panel);
     }
   }
 
-  // What remains to be done with the sums of a tile. Each step is one branch and a run of straight code.
+  // Adds earlier sums, bias and ReLU to the sums of a tile, as it asks for, and stores them. Each step is one branch
+  // and a run of straight code.
   template <int rows, int used> [[gnu::always_inline]] static void store_tile(const Tile<S>& t, V (&sum)[rows][used]) {
     const int64_t last = t.columns - (used - 1) * lanes;
     if (t.add) {
@@ -153,7 +152,7 @@ template <class S> struct Leaf {
     store_rows<S, rows, used>(t.output, t.leading_dimension, last, sum);
   }
 
-  // Of the last vector of each row `last` lanes.
+  // Stores the tile; of the last vector of each row only `last` lanes.
   template <class T, int rows, int used>
   [[gnu::always_inline]] static void store_rows(T* to, int64_t step, int64_t last, const V (&sum)[rows][used]) {
     if (last >= lanes) {
@@ -177,13 +176,13 @@ template <class S> struct Leaf {
     const char* line;
     int64_t step;
   };
-  // Where there is nothing to ask for, what is there already.
+  // Nothing to prefetch: prefetch B's panel again, so that the loop stays free of branches.
   static Ahead ahead_of(const void* from, const Tile<S>& t) {
     return {static_cast<const char*>(from ? from : t.b), from ? line_bytes : 0};
   }
 
-  // Adds `units` products to each sum; all pointers move on. Prefetches come one by one: a burst of them would fill
-  // the core's queue and stop it.
+  // Adds `units` products to each sum, and moves all pointers on. Prefetches come one by one, because a burst of them
+  // would fill the core's queue and stop it.
   template <int rows, int used>
   [[gnu::always_inline]] static void multiply_panels(int64_t units, const C*& a, const C*& b, Ahead& input,
                                                      Ahead& output, V (&sum)[rows][used]) {
@@ -206,8 +205,8 @@ template <class S> struct Leaf {
     }
   }
 
-  // Rows and vectors of the register tile that a block's edge leaves empty are not computed. A chain of
-  // products ends after so many units: its sums are set aside while the next chain begins at zero.
+  // Computes only the rows and vectors of the register tile that hold anything. A chain of products ends after
+  // size.chain units: its sums are set aside while the next chain begins at zero.
   template <int rows, int used> static void microkernel(const Tile<S>& t) {
     V sum[rows][used] = {};
     const C* a = t.a;
@@ -235,7 +234,7 @@ template <class S> struct Leaf {
     store_tile<rows, used>(t, sum);
   }
 
-  // Few rows of C, as wide as registers allow: long runs of B, which is read where it is.
+  // A tile of few rows of C, as wide as registers allow, so that B is read in long runs where it lies.
   template <int rows, int used> static void stream_kernel(const Tile<S>& t) {
     V sum[rows][used] = {};
     const C* a = t.a;
@@ -266,7 +265,8 @@ template <class S> struct Leaf {
     store_tile<rows, used>(t, sum);
   }
 
-  // Rows of A where they are: whole activations of a block of rows, or gradients of it with A's rows along its columns.
+  // Reads A where it lies: the activations of a block of rows, or its gradients, whose columns are then the rows of A.
+  // `whole` says that B may be read to the end of the last vector.
   template <int rows, int used, bool whole>
   [[gnu::always_inline]] static void multiply_rows(const Tile<S>& t, V (&sum)[rows][used]) {
     constexpr int group = 4;  // rows that one pointer serves
@@ -351,7 +351,7 @@ template <class S> struct Leaf {
       }
     }
     C sums[sizeof sum / sizeof(V)];
-    // Unrolled, or sums would be kept in memory to be indexed.
+    // Unrolled, because sums would otherwise be kept in memory to be indexed.
 #pragma GCC unroll 8
     for (int g = 0; g * lanes < count; g++) M::store(sums + g * lanes, M::sums(sum[g]));
     for (int i = 0; i < rows; i++) {

@@ -1,5 +1,5 @@
-// The kernels of frozen networks: tiles of C as tall and as wide as registers allow, from panels of B that lie side by
-// side, so that few rows still keep many sums going. Each sum is one chain of products along ascending k. Included by
+// The kernels of frozen networks. A tile of C takes several panels of B side by side, as many as registers allow, so
+// that even few rows keep many sums going at once. Each sum is one chain of products along ascending k. Included by
 // kernels.inl after storage.inl; must not include anything.
 
 template <class S> struct Panels {
@@ -12,7 +12,7 @@ template <class S> struct Panels {
   static constexpr int mr = size.mr;
   static constexpr int nr = size.vectors * lanes;
 
-  // Vectors in a row of a tile of so many rows: whole panels, as many as leave registers for the factors.
+  // How many vectors a tile of so many rows is wide: whole panels, as many as leave registers for the factors.
   static constexpr int widest(int rows) {
     int vectors = most_panels * size.vectors;
     while (vectors > size.vectors && rows * vectors + (rows < vectors ? rows : vectors) + 1 > registers) {
@@ -29,7 +29,7 @@ template <class S> struct Panels {
 #pragma GCC unroll 4
     for (int i = 0; i < rows; i += group) a[i / group] = t.a + i * t.a_step;
     const C* b = t.b;
-    // Where there is nothing to ask for, what is there already.
+    // Nothing to prefetch: prefetch B's panel again, so that the loop stays free of branches.
     const char* weights = static_cast<const char*>(t.weights_ahead ? t.weights_ahead : t.b);
     const char* input = static_cast<const char*>(t.input_ahead ? t.input_ahead : t.b);
     const int64_t weights_step = t.weights_ahead ? t.weights_step : 0, input_step = t.input_ahead ? t.input_step : 0;

@@ -1,7 +1,7 @@
-// How the elements of a dtype are loaded and stored as vectors of the type that is computed in
-// (Storage), and how they meet in products (Factors). Included by kernels.inl after math.inl inside an ISA's
-// namespace and target region; must not include anything. An ISA takes part with masked loads and
-// stores, the conversions of float16, and, where it has one, an instruction for pairs of products.
+// How elements of a dtype are loaded and stored as vectors of the type that is computed in (Storage), and how they are
+// multiplied (Factors). Included by kernels.inl after math.inl, inside an ISA's namespace and target region; must not
+// include anything. An ISA provides masked loads and stores, the conversions of float16, and, where it has one, an
+// instruction that multiplies pairs of elements.
 
 template <class S> struct Storage {
   using M = Math<S>;
@@ -31,7 +31,7 @@ template <class S> struct Storage16 {
   static V widen(Float16, H h) { return V(Isa::widen_float16(h)); }
   static H narrow(BFloat16, V v) { return rounded<typename Isa::template Pairs<BFloat16>>(v); }
   static H narrow(Float16, V v) { return H(Isa::narrow_float16(v)); }
-  // By the ISA that multiplies pairs, or in integers.
+  // Rounds by an instruction, if the ISA multiplies pairs, and in integers otherwise.
   template <class Pairs> static H rounded(V v) {
     if constexpr (__is_class(Pairs)) {
       return H(Pairs::narrow(v));
@@ -64,7 +64,7 @@ template <class S> void store_up_to(S* p, typename Storage<S>::V v, int64_t n) {
   n < Math<Compute<S>>::lanes ? Storage<S>::store_first(p, v, n) : Storage<S>::store(p, v);
 }
 
-// Of which Isa::Pairs<S> tells the instruction, or void where there is none.
+// Isa::Pairs<S> is the instruction that multiplies pairs of S, or void where there is none.
 template <class S, class Pairs = typename Isa::template Pairs<S>> struct Factors;
 
 // One element of k in each lane, converted once, when it is packed.
