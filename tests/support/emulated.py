@@ -34,10 +34,8 @@ def emulated() -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     sources = [
         *sorted((ROOT / "tests/emulator/extension").glob("*.cpp")),
-        *(
-            ROOT / "csrc" / name
-            for name in ("activation_info.cpp", "checks.cpp", "devices.cpp", "passes.cpp", "stack.cpp")
-        ),
+        ROOT / "csrc/contract/activation_info.cpp",
+        *(ROOT / "csrc/tensors" / name for name in ("checks.cpp", "devices.cpp", "passes.cpp", "stack.cpp")),
     ]
     return load(
         "_C_emulated",
