@@ -27,7 +27,7 @@ Cost = Callable[[list[float], dict[str, Any]], float]
 #: As csrc/cuda/tiles.h numbers them; -1 is what its costs choose.
 WAYS = {"large": 0, "medium": 1, "small": 2, "library": 3, "table": -1}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-#: BM, BN and BK behind each size of tile (products.cuh).
+#: BM, BN and BK behind each size of tile (product_plan.cuh).
 TILES = {
     "float32": ((128, 128, 8), (64, 64, 16), (32, 32, 16)),
     "float64": ((64, 64, 8), (64, 64, 8), (32, 32, 8)),

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "../contract/activation_info.h"
+#include "../contract/shape.h"
 #include "dispatch.h"
 #include "gemm.h"
 #include "parallel.h"
@@ -35,14 +36,6 @@ template <class S> Matrix from_row(Matrix x, int64_t row) {
   return x;
 }
 
-Matrix gapless(void* data, int64_t columns) { return {data, columns, 1}; }
-
-int64_t widest_hidden(const Network& network) {
-  int64_t width = 0;
-  for (size_t l = 0; l + 1 < network.layers.size(); l++) width = std::max(width, network.layers[l].out_features);
-  return width;
-}
-
 template <class S>
 void layers_forward(const KernelTable& table, const Network& network, const Layers& layers, const Matrix& input,
                     int64_t rows, const Place<S>* places, int threads) {
@@ -66,10 +59,8 @@ template <class S> void forward_keeping(const ForwardPass& pass, int threads) {
   // same part, row_blocks.h keeps the output to itself.
   std::vector<Place<S>> places(network.layers.size());
   for (size_t l = 0; l <= last; l++) {
-    S* const kept = static_cast<S*>(pass.kept[l]);
-    const bool keeps = keeps_output(network.layers[l].activation);
-    places[l].output = l == last ? static_cast<S*>(pass.output) : keeps ? kept : nullptr;
-    places[l].pre_activation = keeps ? nullptr : kept;
+    const LayerOutputs outputs = outputs_of(pass, l);
+    places[l] = {static_cast<S*>(outputs.output), static_cast<S*>(outputs.pre_activation)};
   }
   Carver measure;
   measure.take<S>(network.rows * widest_hidden(network));
@@ -178,10 +169,7 @@ void layers_backward(const KernelTable& table, const BackwardPass& pass, const L
 template <class S> void backward_of(const BackwardPass& pass, int threads) {
   const KernelTable& table = active();
   const Network& network = pass.network;
-  size_t lowest = 0;  // the first layer that a gradient is asked of
-  if (!pass.grad_input) {
-    while (lowest < network.layers.size() && !pass.grad_weights[lowest] && !pass.grad_biases[lowest]) lowest++;
-  }
+  const size_t lowest = lowest_layer(pass);
   std::vector<Layers> parts;
   for (Layers part : divide<S>(network)) {
     part.first = std::max(part.first, lowest);

@@ -8,10 +8,9 @@
 
 #include <omp.h>
 
-namespace fastmlp::cpu {
+#include "../contract/shape.h"
 
-inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
+namespace fastmlp::cpu {
 
 struct Range {
   int64_t begin, end;

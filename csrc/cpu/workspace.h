@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../contract/carver.h"
+
 namespace fastmlp::cpu {
 
 // At most this much stays with a thread between calls; larger blocks are freed at once.
@@ -31,21 +33,6 @@ class Workspace {
   size_t bytes_ = 0;
 };
 
-// Hands out aligned pieces of a block, or, made without one, only adds up what they would take.
-class Carver {
- public:
-  explicit Carver(char* base = nullptr) : base_(base) {}
-
-  template <class T> T* take(int64_t count) {
-    const size_t at = used_;
-    used_ += (size_t(count) * sizeof(T) + cache_line - 1) / cache_line * cache_line;
-    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
+using Carver = CarverOf<cache_line>;
 
 }  // namespace fastmlp::cpu

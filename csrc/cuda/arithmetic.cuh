@@ -1,5 +1,5 @@
-// Arithmetic on single elements in device code: the operand type M of activation.h, the choice of an activation at run
-// time, and vectors of elements in memory. Included by all kernels.
+// Arithmetic on single elements in device code: what activation.h computes with (its parameter M), the choice of an
+// activation at run time, and vectors of elements in memory. Included by all kernels; knows no tiles and no layers.
 #pragma once
 
 #include <cmath>
@@ -40,14 +40,21 @@ template <class F, class... A> __device__ void with_activation(int kind, Activat
 // How an operand is read: 16 bytes along k, 16 bytes along its rows (A) or columns (B), or element by element.
 enum class Read { along_k, along_rows, elements };
 
-// Elements that are loaded and stored at once.
+// Elements that are loaded and stored at once, in words of up to 16 bytes.
 template <class S, int count> struct alignas(count * sizeof(S) < 16 ? count * sizeof(S) : 16) Vec {
   S element[count];
 };
 
 template <class S> constexpr int per_16_bytes = int(16 / sizeof(S));
 
-// To global memory, 16 bytes at a time. An assignment nvcc takes apart where another branch stores single elements.
+// Whether the rows of a matrix can be read `count` elements at a time: unit stride, and every row begins aligned.
+template <int count, class S> __host__ __device__ __forceinline__ bool has_vectors(const StridedMatrix<S>& x) {
+  return x.column_stride == 1 && x.row_stride % count == 0 &&
+         reinterpret_cast<uintptr_t>(x.data) % alignof(Vec<S, count>) == 0;
+}
+
+// Stores to global memory, 16 bytes at a time. It is not an assignment, because nvcc takes that apart where another
+// branch stores single elements.
 template <class S, int count> __device__ __forceinline__ void store(S* to, const Vec<S, count>& from) {
   using Word = std::conditional_t<sizeof(from) < 16, uint2, uint4>;
   static_assert(sizeof(from) % sizeof(Word) == 0);
@@ -57,7 +64,8 @@ template <class S, int count> __device__ __forceinline__ void store(S* to, const
   for (unsigned i = 0; i < sizeof(from) / sizeof(Word); i++) __stwb(reinterpret_cast<Word*>(to) + i, words[i]);
 }
 
-// Elements of a row side by side, of which `valid` exist: at once if `vectors` says that address and `valid` allow it.
+// Loads elements that lie `stride` apart, of which `valid` exist; the others become zero. If `vectors`, the address is
+// aligned, all exist and they lie side by side, so that they are loaded at once. store_run is its counterpart.
 template <class S, int count>
 __device__ __forceinline__ void load_run(Compute<S> (&to)[count], const S* from, int64_t stride, int valid,
                                          bool vectors) {

@@ -55,13 +55,14 @@ template <class T> __device__ __forceinline__ T* dynamic_shared() {
   return reinterpret_cast<T*>(dynamic_shared_bytes);
 }
 
-// Of a binary that has neither code for the device nor PTX that its driver can make code of.
+// True for the errors of a binary with neither code for the device nor PTX that its driver can make code of.
 inline bool lacks_code(cudaError_t error) {
   return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
          error == cudaErrorUnsupportedPtxVersion;
 }
 
-// no_code if the current device has none for the kernel, else null. Whatever else goes wrong, a launch tells.
+// Returns no_code if this build has no code of the kernel for the current device, else null. Any other error is left to
+// the launch, which reports it.
 template <class... P> const char* missing_code(void (*kernel)(P...)) {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
@@ -69,7 +70,7 @@ template <class... P> const char* missing_code(void (*kernel)(P...)) {
   return lacks_code(error) ? no_code : nullptr;
 }
 
-// Null, or what went wrong.
+// Returns null, or what went wrong.
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, const A&... a) {
   constexpr size_t without_asking = 48 << 10;
@@ -83,7 +84,7 @@ const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
     return cudaLaunchKernel(kernel, grid, block, addresses, shared_bytes, static_cast<cudaStream_t>(stream));
   };
   if (error == cudaSuccess) error = start(P(a)...);
-  // Forgotten there, since it is told here.
+  // CUDA forgets the error, because it is reported here.
   if (error != cudaSuccess) cudaGetLastError();
   if (lacks_code(error)) return no_code;
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -94,7 +95,7 @@ __device__ __forceinline__ float widen(BFloat16 x) { return __uint_as_float(uint
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
 
-// To nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 template <class S> struct Narrow;
 template <> struct Narrow<float> {
   static __device__ __forceinline__ float from(float x) { return x; }
@@ -109,8 +110,9 @@ template <> struct Narrow<BFloat16> {
   static __device__ __forceinline__ BFloat16 from(float x) { return {__bfloat16_as_ushort(__float2bfloat16_rn(x))}; }
 };
 
-// Pairs of them in a word, the first one low: from two numbers; from these where they are not negative, else zero; and
-// the mask of those in a pair that are positive or NaN.
+// Two 16-bit numbers in one word, the first one in the low half. narrow_pair rounds two numbers to a pair;
+// narrow_pair_above_zero puts zero in place of negative ones; above_zero_mask has all bits set in the halves whose
+// number is positive or NaN.
 __device__ __forceinline__ uint32_t bits_of(__half2 pair) {
   return uint32_t(__half_as_ushort(__low2half(pair))) | uint32_t(__half_as_ushort(__high2half(pair))) << 16;
 }
@@ -152,8 +154,9 @@ __device__ __forceinline__ uint32_t above_zero_mask(uint32_t pair, BFloat16) {
       __halves2bfloat162(__ushort_as_bfloat16(uint16_t(pair)), __ushort_as_bfloat16(uint16_t(pair >> 16)));
   return __hgtu2_mask(values, __floats2bfloat162_rn(0, 0));
 #else
-  // Without comparisons of pairs. The difference has the sign bit where the pair has zero, and never borrows; NaN that
-  // arithmetic makes is positive. Signs are spread over their halves by prmt itself: __byte_perm has no way to say so.
+  // There are no comparisons of pairs. A half of the difference has its sign bit set where the pair's half is zero, and
+  // never borrows from the other; NaN from arithmetic is positive. prmt spreads the signs over their halves, as asm
+  // because __byte_perm ignores the bit that asks for that.
   const uint32_t zeros = 0x80008000u - (pair & 0x7fff7fffu);
   uint32_t signs;
   asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(signs) : "r"(zeros | pair));
@@ -161,7 +164,7 @@ __device__ __forceinline__ uint32_t above_zero_mask(uint32_t pair, BFloat16) {
 #endif
 }
 
-// threadIdx.x, read anew. What is computed from it behind a loop takes no registers in the loop.
+// Reads threadIdx.x anew, so that what is computed from it behind a loop takes no registers in the loop.
 __device__ __forceinline__ unsigned read_thread_index() {
   unsigned index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
@@ -170,7 +173,7 @@ __device__ __forceinline__ unsigned read_thread_index() {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// To shared memory at once; an assignment nvcc may take apart.
+// Stores 16 bytes to shared memory by one instruction; nvcc may take an assignment apart.
 __device__ __forceinline__ void store_shared16(void* to, const uint4& words) {
   asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(to)), "r"(words.x), "r"(words.y),
                "r"(words.z), "r"(words.w)
@@ -178,8 +181,8 @@ __device__ __forceinline__ void store_shared16(void* to, const uint4& words) {
 }
 
 // Copies `bytes` (0 to 16) from global to shared memory and fills up to 16 with zeros; both addresses are aligned
-// to 16. The thread sees them after the wait for their group, other threads after a barrier behind that. Before sm_80
-// the copy goes through registers at once.
+// to 16. The thread sees them after the wait for their group, other threads after a barrier behind that wait. Before
+// sm_80 the copy goes through registers, and is complete at once.
 __device__ __forceinline__ void copy_async16(void* to, const void* from, int bytes) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
@@ -201,8 +204,8 @@ __device__ __forceinline__ void copy_async16(void* to, const void* from, int byt
 #endif
 }
 
-// The same of all 16 or none: `inside` may be a predicate then, which from sm_100 on the number of bytes does not
-// become.
+// Copies all 16 bytes, or fills with zeros unless `inside`. That may be a predicate of the instruction, where a number
+// of bytes takes three more instructions from sm_100 on.
 __device__ __forceinline__ void copy_async16_if(bool inside, void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
   asm volatile(
@@ -218,22 +221,22 @@ __device__ __forceinline__ void copy_async16_if(bool inside, void* to, const voi
 #endif
 }
 
-// Closes the group of the copies so far.
+// Closes the group of the copies that the thread has begun so far.
 __device__ __forceinline__ void commit_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
-// Until at most `pending` of this thread's latest groups are on their way.
+// Waits until at most `pending` of this thread's groups, the latest ones, are on their way.
 template <int pending> __device__ __forceinline__ void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 #endif
 }
 
-// Four 8x8 matrices of 16 bits, matrix i by the rows that lanes 8i to 8i + 7 point to: lane l gets row l / 4, elements
-// 2 (l % 4) and the next, of each; of its transpose with `transposed`.
+// Loads four 8x8 matrices of 16-bit elements. Lanes 8i to 8i + 7 point to the rows of matrix i. Lane l gets, of each
+// matrix or with `transposed` of its transpose, elements 2 (l % 4) and the next of row l / 4.
 template <bool transposed> __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
   const uint32_t address = shared_address(row);
   if constexpr (transposed) {
@@ -249,7 +252,8 @@ template <bool transposed> __device__ __forceinline__ void load_matrices(uint32_
   }
 }
 
-// d (16x8, float32) += a (16x16) b (16x8), the fragments of mma.m16n8k16. Before sm_80 two products of half the depth.
+// d (16x8, float32) += a (16x16) b (16x8), with the fragments of mma.m16n8k16. Before sm_80 it is two products of half
+// the depth.
 __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Float16) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -266,7 +270,8 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
 #endif
 }
 
-// The same of bfloat16, which tensor cores know from sm_80 on; network.cu asks for it nowhere else.
+// The same for bfloat16. Tensor cores have it from sm_80 on, and product_plan.cuh and narrow.cu choose the kernels that
+// call this nowhere else.
 __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                              BFloat16) {
 #if __CUDA_ARCH__ >= 800

@@ -1,20 +1,42 @@
-// What follows the sums of a tile, for the kernels of simt.cuh and mma.cuh. Sums go from registers through shared
-// memory, a slab of rows at a time: so each row is read and written in long runs, and the code of an activation stands
-// in a kernel once, in a loop, not once for each register.
+// What the product kernels of simt.cuh and mma.cuh have in common besides their products: which tile a block computes,
+// and what follows its sums. Sums go from registers through shared memory, a slab of rows at a time, so that each row
+// is read and written in long runs, and the code of an activation stands in a kernel once, in a loop, not once for each
+// register.
 #pragma once
 
 #include "arithmetic.cuh"
 
 namespace fastmlp::cuda {
 
-// Rows of a tile on their way out; padded, so that rows begin in different banks.
+// The tile of C that a block computes; row and column count tiles.
+struct TilePlace {
+  unsigned row, column;
+};
+
+template <class Tile, class S> __device__ __forceinline__ TilePlace tile_of_block(const Product<S>& p) {
+  const unsigned columns = unsigned(ceil_divide(p.n, Tile::BN));
+  return {blockIdx.x / columns, blockIdx.x % columns};
+}
+
+// The terms of k that a block sums: all of them, or one of several parts.
+struct TermsOfSum {
+  int64_t first;
+  int count;
+};
+
+template <class S> __device__ __forceinline__ TermsOfSum terms_of_block(const Product<S>& p) {
+  const int64_t first = blockIdx.z * p.part, end = first + p.part < p.k ? first + p.part : p.k;
+  return {first, int(end - first)};
+}
+
+// Rows of a tile's sums in shared memory, on their way out; padded, so that rows begin in different banks.
 template <class C, int rows_, int columns_, int padding = 4> struct Slab {
   static constexpr int rows = rows_, columns = columns_;
   C sums[rows][columns + padding];
 };
 
-// The sums over k of A's rows, from row `first` on: of each, `sharers` groups of threads have some depths, and they are
-// added in the order of these. `sums` is in shared memory and free for use after the next barrier.
+// Writes the sums over k of A's rows, from row `first` on. `sums` has `sharers` partial sums of each row, which are
+// added in their order; it lies in shared memory and may be overwritten after the next barrier.
 template <class S, int sharers, int rows>
 __device__ void finish_row_sums(const Product<S>& p, const Compute<S> (&sums)[sharers][rows], int64_t first,
                                 int64_t part) {
@@ -32,7 +54,7 @@ __device__ void finish_row_sums(const Product<S>& p, const Compute<S> (&sums)[sh
   }
 }
 
-// One thread's part: 16 bytes of sums beside each other, and every `step`th row.
+// One thread's part of the epilogue: 16 bytes of sums beside each other, in every `step`th row of the slab.
 template <class S, Epilogue kind, class Slab, int threads> class Finisher {
  public:
   using C = Compute<S>;
@@ -48,7 +70,7 @@ template <class S, Epilogue kind, class Slab, int threads> class Finisher {
     }
   }
 
-  // row_of(r): the tile's row that row r of the slab is.
+  // Row r of the slab is row row_of(r) of the tile.
   template <class RowOf> __device__ void finish(const Slab& slab, const RowOf& row_of) {
     if (valid == 0) return;
     if constexpr (kind == Epilogue::wgrad) {
@@ -73,7 +95,7 @@ template <class S, Epilogue kind, class Slab, int threads> class Finisher {
     }
   }
 
-  // The sums of columns of what dgrad wrote, in the order of rows; `slab` is overwritten.
+  // Writes the sums of the columns that dgrad wrote, added in the order of rows; `slab` is overwritten.
   __device__ void finish_columns(Slab& slab, int64_t row_of_tiles) {
     if constexpr (kind == Epilogue::dgrad) {
       static_assert(step <= Slab::rows);
@@ -115,10 +137,10 @@ template <class S, Epilogue kind, class Slab, int threads> class Finisher {
   }
 
   template <class A> __device__ void dgrad(int64_t at, int64_t row, C (&sums)[count]) {
-    if (p.saved) {
+    if (p.saved.data) {
       C saved[count];
-      load_run(saved, p.saved + row * p.saved_stride + first_column * p.saved_column_stride, p.saved_column_stride,
-               valid, p.vectors);
+      load_run(saved, p.saved.data + row * p.saved.row_stride + first_column * p.saved.column_stride,
+               p.saved.column_stride, valid, p.vectors);
 #pragma unroll
       for (int e = 0; e < count; e++)
         sums[e] = A::template gradient<ScalarMath<C>>(sums[e], saved[e], p.activation.scalars);
@@ -134,5 +156,23 @@ template <class S, Epilogue kind, class Slab, int threads> class Finisher {
   C bias[count] = {};
   C column_sums[count] = {};
 };
+
+// What follows the sums of a block's tile. put(pass) writes sums of a pass from registers to the slab, of which row r
+// is row row_of(pass, r) of the tile.
+template <class Tile, Epilogue epilogue, class S, class Slab, class Put, class RowOf>
+__device__ __forceinline__ void finish_tile(const Product<S>& p, Slab& slab, const TilePlace& place, const Put& put,
+                                            const RowOf& row_of) {
+  Finisher<S, epilogue, Slab, Tile::threads> finisher(p, int64_t(place.row) * Tile::BM,
+                                                      int64_t(place.column) * Tile::BN, blockIdx.z);
+  // Unrolled, so that the registers of the sums that went out are free.
+#pragma unroll
+  for (int pass = 0; pass < Tile::passes; pass++) {
+    __syncthreads();
+    put(pass);
+    __syncthreads();
+    finisher.finish(slab, [&](int r) { return row_of(pass, r); });
+  }
+  finisher.finish_columns(slab, place.row);
+}
 
 }  // namespace fastmlp::cuda

@@ -1,6 +1,7 @@
-// Narrow networks of float32, depth-fused: a block takes rows through all layers, and what lies between layers never
-// leaves shared memory. It lies there transposed, one line for each feature, so that products read four rows at once.
-// Weights come by eight terms of k at a time. Launched by products.cuh, with the tile that fits the widest layer.
+// Narrow float32 networks, all layers in one launch: a block takes rows through all layers, and what lies between
+// layers never leaves shared memory. It lies there transposed, one line for each feature, so that products read four
+// rows at once. Weights are loaded eight terms of k at a time. Launched by products.cuh, with the tile that fits the
+// widest layer.
 #pragma once
 
 #include "fused.h"
@@ -13,13 +14,13 @@ constexpr int fused_threads = 128;
 template <int TM> constexpr int fused_forward_blocks = TM == 8 ? 3 : 4;
 template <int width> constexpr int fused_backward_blocks = width > 64 ? 3 : 4;
 
-// Of layers up to `width` features: BM rows go through them together, each thread has TM x 8 sums.
+// The tile for layers of up to `width` features: BM rows go through them together, and each thread has TM x 8 sums.
 template <int width, int TM> using FusedTile = SimtTile<fused_threads * TM * 8 / width, width, 8, TM, 8>;
 
 // Lines of BM rows, one for each feature. Groups of four rows are permuted by the number of the feature's quad, so that
-// threads on eight neighbouring quads of features use different banks; so do threads on rows and quads. Of up to 32
-// features the number's bits are rotated, since eight threads then have four quads of features and two of rows; its
-// parity stays, for add_bias_sums.
+// threads on eight neighbouring quads of features use different banks, and so do threads on different rows and quads.
+// Up to 32 features, the number's bits are rotated, because eight threads then have four quads of features and two of
+// rows; its parity stays the same, which add_bias_sums relies on.
 template <class C, int width, int BM> struct Features {
   alignas(16) C elements[width * BM];
 
@@ -41,16 +42,16 @@ template <class C, int width, int BM> struct Features {
   }
 };
 
-// A layer's tile of weights, twice: one is multiplied while the next one comes.
+// Two tiles of a layer's weights: one is multiplied while the next one is loaded.
 template <class C, class Tile> using FusedWeights = C[2][Tile::BK][Tile::BN + 4];
 
-// What a block of backward has there: the gradient and the input of its rows, and weights.
+// The shared memory of a block of backward: the gradient and the input of its rows, and weights.
 template <class C, int width>
 constexpr size_t fused_backward_shared =
     sizeof(Features<C, width, FusedTile<width, 4>::BM>[2]) + sizeof(FusedWeights<C, FusedTile<width, 4>>);
 
-// f(row, feature) for all rows of a block and every fourth feature from 0 to `features`. A warp takes eight quads of
-// four rows, so that it reads and writes memory in runs of 128 bytes.
+// Calls f(row, feature) for all rows of a block and every fourth feature below `features`. A warp takes eight quads of
+// features in four rows, so that it reads and writes memory in runs of 128 bytes.
 template <int BM, class F> __device__ __forceinline__ void each_quad(int features, const F& f) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 1
@@ -66,26 +67,24 @@ __device__ __forceinline__ int valid_of_quad(int feature, int features) {
   return features - feature < 4 ? features - feature : 4;
 }
 
-// Whether quads of such a matrix can be accessed at once.
-template <class S> __device__ __forceinline__ bool has_vectors(const StridedMatrix<S>& x) {
-  return x.column_stride == 1 && x.row_stride % 4 == 0 && reinterpret_cast<uintptr_t>(x.data) % (4 * sizeof(S)) == 0;
-}
+// Whether quads of a matrix without gaps can be accessed at once.
 template <class S> __device__ __forceinline__ bool has_vectors(const S* x, int features) {
-  return features % 4 == 0 && reinterpret_cast<uintptr_t>(x) % (4 * sizeof(S)) == 0;
+  return has_vectors<4>(StridedMatrix<S>{x, features, 1});
 }
 
-// A quad of a matrix in memory; zeros where there is none.
+// Loads a quad of a matrix in memory, of which `valid` features exist; the others become zero.
 template <class S>
 __device__ __forceinline__ void load_quad(Compute<S> (&to)[4], const StridedMatrix<S>& x, bool vectors, int64_t row,
                                           int feature, int valid) {
   load_run(to, x.data + row * x.row_stride + feature * x.column_stride, x.column_stride, valid, vectors && valid == 4);
 }
 
-// to = value(quad of x) where row and feature exist, else 0, for whole lines.
+// to = x, after value(quad) has changed each quad of it. Rows and features that do not exist become zero, up to the end
+// of whole lines.
 template <class C, int width, int BM, class S, class F>
 __device__ __forceinline__ void fill(Features<C, width, BM>& to, const StridedMatrix<S>& x, int64_t first, int rows,
                                      int features, const F& value) {
-  const bool vectors = has_vectors(x);
+  const bool vectors = has_vectors<4>(x);
   each_quad<BM>(whole_lines(features), [&](int row, int feature) {
     const int valid = row < rows ? valid_of_quad(feature, features) : 0;
     C quad[4] = {};
@@ -101,11 +100,11 @@ __device__ __forceinline__ void fill(Features<C, width, BM>& to, const StridedMa
 // The sums of all rows begin with the biases of their features.
 template <class Tile, class S, class C>
 __device__ __forceinline__ void begin_with_bias(C (&sums)[Tile::TM][Tile::TN], const FusedLayer<S>& layer) {
-  constexpr int group_columns = Tile::BN / (Tile::TN / 4);
+  const ThreadPlace<Tile, C> place(threadIdx.x);
   const bool vectors = layer.bias_stride == 1 && has_vectors(layer.bias, layer.out_features);
 #pragma unroll
   for (int j = 0; j < Tile::TN; j += 4) {
-    const int feature = j / 4 * group_columns + threadIdx.x % (Tile::BN / Tile::TN) * 4;
+    const int feature = place.column(j);
     const int valid = valid_of_quad(feature, layer.out_features);
     C bias[4] = {};
     if (layer.bias && valid > 0)
@@ -118,15 +117,14 @@ __device__ __forceinline__ void begin_with_bias(C (&sums)[Tile::TM][Tile::TN], c
   }
 }
 
-// sums += a b for the rows in shared memory; b is [depth, columns]. Waits first for whoever wrote a, and at the end
-// until all have read it.
+// sums += a b for the rows in shared memory, where b is [depth, columns]. It begins and ends with a barrier, so a may
+// have been written just before, and may be overwritten after it.
 template <class Tile, class S, class C>
 __device__ __forceinline__ void multiply_narrow(C (&sums)[Tile::TM][Tile::TN], const Features<C, Tile::BN, Tile::BM>& a,
                                                 FusedWeights<C, Tile>& weights, const Operand<S>& b, int columns,
                                                 int depth) {
   constexpr int BK = Tile::BK, TM = Tile::TM, TN = Tile::TN;
-  constexpr int group_rows = Tile::BM / (TM / 4), group_columns = Tile::BN / (TN / 4);
-  const int tx = threadIdx.x % (Tile::BN / TN) * 4, ty = threadIdx.x / (Tile::BN / TN) * 4;
+  const ThreadPlace<Tile, C> place(threadIdx.x);
   Loader<S, Tile, Tile::BN, Read::elements> loader(b, 0, columns, 0, depth);
   loader.load();
   loader.store(weights[0]);
@@ -139,14 +137,10 @@ __device__ __forceinline__ void multiply_narrow(C (&sums)[Tile::TM][Tile::TN], c
     for (int kk = 0; kk < BK; kk++) {
       C rows[TM], line[TN];
 #pragma unroll
-      for (int i = 0; i < TM; i += 4) a.load(rows + i, k + kk, i / 4 * group_rows + ty);
+      for (int i = 0; i < TM; i += 4) a.load(rows + i, k + kk, place.row(i));
 #pragma unroll
-      for (int j = 0; j < TN; j += 4) load_group(line + j, &weights[stage][kk][j / 4 * group_columns + tx]);
-#pragma unroll
-      for (int i = 0; i < TM; i++) {
-#pragma unroll
-        for (int j = 0; j < TN; j++) sums[i][j] += rows[i] * line[j];
-      }
+      for (int j = 0; j < TN; j += 4) load_group(line + j, &weights[stage][kk][place.column(j)]);
+      add_outer_product(sums, rows, line);
     }
     stage ^= 1;
     loader.store(weights[stage]);
@@ -154,19 +148,18 @@ __device__ __forceinline__ void multiply_narrow(C (&sums)[Tile::TM][Tile::TN], c
   }
 }
 
-// The sums of a layer in place of its input. Lines past `features` and rows past `rows` become zero: a product of zero
-// with infinity may have made them NaN.
+// Writes the sums of a layer where its input was. Lines past `features` and rows past `rows` become zero, because a
+// product of zero with infinity may have made them NaN.
 template <class Tile, class C>
 __device__ __forceinline__ void keep_sums(Features<C, Tile::BN, Tile::BM>& to, const C (&sums)[Tile::TM][Tile::TN],
                                           int features, int rows) {
-  constexpr int group_rows = Tile::BM / (Tile::TM / 4), group_columns = Tile::BN / (Tile::TN / 4);
-  const int tx = threadIdx.x % (Tile::BN / Tile::TN) * 4, ty = threadIdx.x / (Tile::BN / Tile::TN) * 4;
+  const ThreadPlace<Tile, C> place(threadIdx.x);
 #pragma unroll
   for (int j = 0; j < Tile::TN; j++) {
-    const int feature = j / 4 * group_columns + tx + j % 4;
+    const int feature = place.column(j);
 #pragma unroll
     for (int i = 0; i < Tile::TM; i += 4) {
-      const int row = i / 4 * group_rows + ty;
+      const int row = place.row(i);
       C group[4];
 #pragma unroll
       for (int e = 0; e < 4; e++) group[e] = feature < features && row + e < rows ? sums[i + e][j] : C(0);
@@ -219,8 +212,8 @@ __global__ void __launch_bounds__(fused_threads, fused_forward_blocks<TM>) fused
   }
 }
 
-// A thread's part of a layer's weight gradient, TO x TI elements at a time: quads of inputs beside each other, outputs
-// below each other.
+// A thread's part of a layer's weight gradient, TO x TI elements at a time: TO outputs in succession, and quads of
+// inputs that lie `columns` quads apart.
 template <int width> struct WeightTile {
   static constexpr int columns = width / 4 < 16 ? width / 4 : 16;  // threads
   static constexpr int lines = fused_threads / columns;
@@ -287,11 +280,51 @@ __device__ __forceinline__ void add_bias_sums(C* bias_sums, bool add, const Feat
 #pragma unroll 4
   for (int r = 0; r < BM; r += 4) {
     C grads[4];
-    // In turns: the features of a quad have the same banks.
+    // Features of a quad begin at different rows, because their lines lie in the same banks.
     grad.load(grads, out, r ^ out % 4 * 8);
     sum += (grads[0] + grads[1]) + (grads[2] + grads[3]);
   }
   bias_sums[out] = add ? bias_sums[out] + sum : sum;
+}
+
+// grad *= act'(saved), for a layer's outputs and the block's rows, from row `first` of the batch on.
+template <class C, int width, int BM, class S>
+__device__ __forceinline__ void differentiate(Features<C, width, BM>& grad, const FusedLayer<S>& layer, int64_t first,
+                                              int rows) {
+  const bool vectors = has_vectors<4>(layer.saved);
+  with_activation(layer.activation.kind, Activations{}, [&](auto activation) {
+    using A = decltype(activation);
+    if constexpr (!std::is_same_v<A, Identity>) {
+      each_quad<BM>(layer.out_features, [&](int row, int feature) {
+        if (row >= rows) return;
+        const int valid = valid_of_quad(feature, layer.out_features);
+        C saved[4];
+        load_quad(saved, layer.saved, vectors, first + row, feature, valid);
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          C& place = grad.at(feature + e, row);
+          if (e < valid) place = A::template gradient<ScalarMath<C>>(place, saved[e], layer.activation.scalars);
+        }
+      });
+    }
+  });
+}
+
+// to = the input of layer l: the network's, or what the layer below saved, with its activation where that is missing.
+template <class C, int width, int BM, class S>
+__device__ __forceinline__ void load_input(Features<C, width, BM>& to, const FusedNetwork<S>& p, int l, int64_t first,
+                                           int rows) {
+  const int features = p.layer[l].in_features;
+  if (l == 0) return fill(to, p.input, first, rows, features, [](C(&)[4]) {});
+  const FusedLayer<S>& below = p.layer[l - 1];
+  if (below.keeps_output) return fill(to, below.saved, first, rows, features, [](C(&)[4]) {});
+  with_activation(below.activation.kind, Activations{}, [&](auto activation) {
+    using A = decltype(activation);
+    fill(to, below.saved, first, rows, features, [&](C(&quad)[4]) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) quad[e] = A::template value<ScalarMath<C>>(quad[e], below.activation.scalars);
+    });
+  });
 }
 
 // A block takes every gridDim.x-th run of rows and adds up its own sums of weights and biases.
@@ -305,40 +338,6 @@ __global__ void __launch_bounds__(fused_threads, fused_backward_blocks<width>) f
   auto& weights = shared<FusedWeights<C, Tile>>();
   Features<C, width, BM>&grad = tiles[0], &input = tiles[1];
   const int64_t block = int64_t(blockIdx.x) * p.sums_stride;
-  // grad *= act'(saved), of layer l
-  const auto differentiate = [&](int l, int64_t first, int rows) {
-    const FusedLayer<S>& layer = p.layer[l];
-    const bool vectors = has_vectors(layer.saved);
-    with_activation(layer.activation.kind, Activations{}, [&](auto activation) {
-      using A = decltype(activation);
-      if constexpr (!std::is_same_v<A, Identity>) {
-        each_quad<BM>(layer.out_features, [&](int row, int feature) {
-          if (row >= rows) return;
-          const int valid = valid_of_quad(feature, layer.out_features);
-          C saved[4];
-          load_quad(saved, layer.saved, vectors, first + row, feature, valid);
-#pragma unroll
-          for (int e = 0; e < 4; e++) {
-            C& place = grad.at(feature + e, row);
-            if (e < valid) place = A::template gradient<ScalarMath<C>>(place, saved[e], layer.activation.scalars);
-          }
-        });
-      }
-    });
-  };
-  const auto load_input = [&](int l, int64_t first, int rows) {
-    const int features = p.layer[l].in_features;
-    if (l == 0) return fill(input, p.input, first, rows, features, [](C(&)[4]) {});
-    const FusedLayer<S>& below = p.layer[l - 1];
-    if (below.keeps_output) return fill(input, below.saved, first, rows, features, [](C(&)[4]) {});
-    with_activation(below.activation.kind, Activations{}, [&](auto activation) {
-      using A = decltype(activation);
-      fill(input, below.saved, first, rows, features, [&](C(&quad)[4]) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) quad[e] = A::template value<ScalarMath<C>>(quad[e], below.activation.scalars);
-      });
-    });
-  };
 
 #pragma unroll 1
   for (int64_t first = int64_t(blockIdx.x) * BM; first < p.rows; first += int64_t(gridDim.x) * BM) {
@@ -346,12 +345,12 @@ __global__ void __launch_bounds__(fused_threads, fused_backward_blocks<width>) f
     const bool add = first >= int64_t(gridDim.x) * BM;
     fill(grad, p.grad, first, rows, p.layer[p.layers - 1].out_features, [](C(&)[4]) {});
     __syncthreads();
-    differentiate(p.layers - 1, first, rows);
+    differentiate(grad, p.layer[p.layers - 1], first, rows);
 #pragma unroll 1
     for (int l = p.layers - 1; l >= p.lowest; l--) {
       const FusedLayer<S>& layer = p.layer[l];
       const int out = layer.out_features, in = layer.in_features;
-      if (layer.weight_sums) load_input(l, first, rows);
+      if (layer.weight_sums) load_input(input, p, l, first, rows);
       __syncthreads();
       if (layer.weight_sums) add_weight_sums(layer.weight_sums + block, add, grad, input, out, in);
       if (layer.bias_sums) add_bias_sums(layer.bias_sums + block, add, grad, out);
@@ -363,7 +362,7 @@ __global__ void __launch_bounds__(fused_threads, fused_backward_blocks<width>) f
       keep_sums<Tile>(grad, sums, in, rows);
       __syncthreads();
       if (l > 0) {
-        differentiate(l - 1, first, rows);
+        differentiate(grad, p.layer[l - 1], first, rows);
       } else {
         const bool vectors = has_vectors(p.grad_input, in);
         each_quad<BM>(in, [&](int row, int feature) {

@@ -1,4 +1,4 @@
-// The products that PyTorch computes for products.cuh, on raw pointers of a device. Included by the files that know
+// The products that products.cuh leaves to PyTorch, on raw pointers of a device. Included by the files that know
 // torch: register.cpp, and the tests' extension, where the device is the CPU.
 #pragma once
 

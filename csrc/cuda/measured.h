@@ -1,5 +1,5 @@
-// The choices of tiles that were measured in this process or read from a file, for products.cuh's strategy. Any number
-// of threads may use them. Kept by register.cpp, which measures (tuning.h) and knows the file's form.
+// The choices of tiles that were measured in this process or read from a file; product_plan.cuh prefers them to its
+// costs. Any number of threads may use them. Kept by register.cpp, which measures (tuning.h) and knows the file's form.
 #pragma once
 
 #include <atomic>

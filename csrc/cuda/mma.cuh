@@ -1,6 +1,6 @@
 // Products on tensor cores: float16 and bfloat16, summed in float32. A block computes a tile of C, each warp a part of
-// it by mma.m16n8k16; operand tiles come by asynchronous copies, some stages ahead, or through registers: before sm_80,
-// and element by element. Launched by products.cuh.
+// it by mma.m16n8k16. Operand tiles come by asynchronous copies, some stages ahead; before sm_80, and where operands
+// are read element by element, they come through registers. Launched by products.cuh; fragments.cuh uses OperandTile.
 #pragma once
 
 #include <type_traits>
@@ -39,9 +39,9 @@ template <class S, int rows, int BK, bool along_rows_> struct OperandTile {
     return line * length + (chunk ^ (line / lines_of_banks % permuted)) * chunk_elements;
   }
 
-  // A lane's part in loading the fragments that begin at row or column r: fragment i of 16 rows each, at depth k, is at
-  // place(start, i, k). Both are multiples of 16, so lines keep their permutation, and chunks differ in bits that r
-  // and the lane leave free.
+  // Where a lane's part of the fragments begins that start at row or column r. Fragment i of 16 rows, at depth k, is
+  // then at place(start, i, k). r and k are multiples of 16: so lines keep their permutation, and exclusive or reaches
+  // the chunks, whose bits r and the lane leave free.
   static __device__ __forceinline__ int start_of_a(int r) {
     const int lane = threadIdx.x % 32;
     return along_rows ? offset(lane % 8 + lane / 16 * 8, r / chunk_elements + lane / 8 % 2)
@@ -56,14 +56,14 @@ template <class S, int rows, int BK, bool along_rows_> struct OperandTile {
     return along_rows ? (start ^ (i * 16)) + k * length : (start ^ k) + i * 16 * length;
   }
 
-  // For B, registers 0 and 1 are columns 0 to 7 of the fragment, 2 and 3 the other eight.
+  // Of a fragment of B, registers 0 and 1 have columns 0 to 7, registers 2 and 3 the other eight.
   __device__ __forceinline__ void load(uint32_t (&fragment)[4], int start, int i, int k) const {
     load_matrices<along_rows>(fragment, elements + place(start, i, k));
   }
 };
 
-// One operand's way from global memory to its tile: a thread's chunks, at equal distances. Those that do not come by
-// asynchronous copies are loaded into registers before the products of a tile, and stored after them.
+// Copies a thread's chunks of one operand from global memory to its tile; they lie at equal distances. What does not
+// come by asynchronous copies is loaded into registers before the products of a tile, and stored after them.
 template <class S, class Tile, int rows, Read read> class Copier {
  public:
   using Target = OperandTile<S, rows, Tile::BK, read == Read::along_rows>;
@@ -87,13 +87,13 @@ template <class S, class Tile, int rows, Read read> class Copier {
     from = operand.data + (first + row) * stride + (k + depth) * k_stride;
   }
 
-  // The next tile, of which `depth_left` of k, if that is less than BK, are inside; the rest becomes zero. It is in
-  // `to` after store(to), or after the wait for asynchronous copies.
+  // Loads the next tile, of which only `depth_left` terms of k exist if these are fewer than BK; the rest becomes zero.
+  // The tile is in `to` after store(to), or after the wait for asynchronous copies.
   __device__ __forceinline__ void load(Target& to, int depth_left) {
     if constexpr (read == Read::elements) {
       gather(depth_left);
     } else {
-      // Lines that are inside: none, if this chunk of them is not.
+      // How many lines exist for this chunk: none if the chunk itself is past the end.
       const int lines_left = chunk * chunk_elements < (Target::along_rows ? rows_left : depth_left)
                                  ? (Target::along_rows ? depth_left : rows_left)
                                  : 0;
@@ -128,11 +128,11 @@ template <class S, class Tile, int rows, Read read> class Copier {
     return to.elements + Target::offset(line, chunk) + i * hop * Target::length;
   }
 
-  // The same of elements, which may take their next chunk in the same line.
+  // From one chunk of the thread to its next, of elements: either in another line or in the same one.
   __device__ __forceinline__ int line_hop() const { return lines_first ? 0 : hop; }
   __device__ __forceinline__ int chunk_hop() const { return lines_first ? threads / Target::lines : 0; }
 
-  // From element to element: with an address computed for each, registers would not suffice.
+  // Goes from element to element, because with an address computed for each, registers would not suffice.
   __device__ __forceinline__ void gather(int depth_left) {
     static_assert(threads % Target::lines == 0);
     const int64_t turn = line_hop() * stride + (chunk_hop() - 1) * chunk_elements * k_stride;
@@ -168,31 +168,88 @@ template <class A, class B, class Slab, class RowSums, int stages> union MmaShar
   RowSums row_sums;
 };
 
-// Of elements at least one block of a multiprocessor, which is no bound: without it the compiler spills to let more of
-// them in.
+// sums += a warp's products of one tile of k. With `sums_rows` it also adds up A's rows, by a product with a column of
+// ones; warps beside each other have the same rows, and each takes some of the depths.
+template <class S, class Tile, bool sums_rows, class A, class B>
+__device__ __forceinline__ void multiply_stage(float (&sums)[Tile::WM / 16][Tile::WN / 8][4],
+                                               float (&row_sums)[Tile::WM / 16][4], const A& a, const B& b, int start_a,
+                                               int start_b, int warp_column) {
+#pragma unroll
+  for (int k = 0; k < Tile::BK; k += 16) {
+    uint32_t rows[Tile::WM / 16][4], columns[Tile::WN / 16][4];
+#pragma unroll
+    for (int i = 0; i < Tile::WM / 16; i++) a.load(rows[i], start_a, i, k);
+#pragma unroll
+    for (int j = 0; j < Tile::WN / 16; j++) b.load(columns[j], start_b, j, k);
+#pragma unroll
+    for (int i = 0; i < Tile::WM / 16; i++) {
+#pragma unroll
+      for (int j = 0; j < Tile::WN / 8; j++)
+        multiply_add(sums[i][j], rows[i], columns[j / 2][j % 2 * 2], columns[j / 2][j % 2 * 2 + 1], S{});
+    }
+    if constexpr (sums_rows) {
+      const uint32_t ones = Narrow<S>::from(1).bits * 0x10001u;
+      if (k / 16 % Tile::warp_columns == warp_column) {
+#pragma unroll
+        for (int i = 0; i < Tile::WM / 16; i++) multiply_add(row_sums[i], rows[i], ones, ones, S{});
+      }
+    }
+  }
+}
+
+// Writes a warp's sums of rows to shared memory. All columns of that product are the same; a lane has rows lane / 4 and
+// lane / 4 + 8 of each fragment.
+template <int fragments, int rows>
+__device__ __forceinline__ void put_row_sums(float (&to)[rows], const float (&row_sums)[fragments][4], int first_row) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < fragments; i++) {
+    float* const place = &to[first_row + i * 16 + lane / 4];
+    if (lane % 4 == 0) place[0] = row_sums[i][0], place[8] = row_sums[i][2];
+  }
+}
+
+// Writes a warp's sums of one pass to the slab.
+template <class Tile, class Slab>
+__device__ __forceinline__ void put_sums(Slab& slab, const float (&sums)[Tile::WM / 16][Tile::WN / 8][4], int pass,
+                                         int warp_row, int warp_column) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < Tile::pass_rows / 16; i++) {
+#pragma unroll
+    for (int j = 0; j < Tile::WN / 8; j++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int row = warp_row * Tile::pass_rows + i * 16 + lane / 4 + e / 2 * 8;
+        slab.sums[row][warp_column * Tile::WN + j * 8 + lane % 4 * 2 + e % 2] =
+            sums[pass * (Tile::pass_rows / 16) + i][j][e];
+      }
+    }
+  }
+}
+
+// Where operands are read by elements, the bound of one block of a multiprocessor asks for nothing, but without it the
+// compiler spills registers to let more blocks in.
 template <class S, class Tile, Read read_a, Read read_b, Epilogue epilogue>
 __global__ void __launch_bounds__(Tile::threads, read_a == Read::elements ? 1 : 0) mma_product(const Product<S> p) {
   constexpr int BM = Tile::BM, BN = Tile::BN, BK = Tile::BK, WM = Tile::WM, WN = Tile::WN;
-  constexpr int slab_rows = BM / Tile::passes;
   using CopierA = Copier<S, Tile, BM, read_a>;
   using CopierB = Copier<S, Tile, BN, read_b>;
   constexpr bool asynchronous = CopierA::asynchronous && CopierB::asynchronous;
-  // Through registers one tile is on its way while another one is multiplied.
+  // Through registers, one tile is on its way while another one is multiplied; copies have two on their way.
   constexpr int stages = asynchronous ? 3 : 2;
-  // Eight banks from row to row: four lanes write two columns each in each of four rows at once.
-  using RowSlab = Slab<float, slab_rows, BN, 8>;
+  // Rows begin eight banks apart, because a warp writes two columns of four lanes in each of several rows at once.
+  using RowSlab = Slab<float, BM / Tile::passes, BN, 8>;
   using RowSums = float[Tile::warp_columns][BM];
   auto& memory = shared<MmaShared<typename CopierA::Target, typename CopierB::Target, RowSlab, RowSums, stages>>();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   const int warp_row = warp / Tile::warp_columns, warp_column = warp % Tile::warp_columns;
-  const unsigned column_tiles = unsigned((p.n + BN - 1) / BN);
-  const unsigned row_tile = blockIdx.x / column_tiles, column_tile = blockIdx.x % column_tiles;
-  const int64_t k_begin = blockIdx.z * p.part;
-  const int64_t k_end = k_begin + p.part < p.k ? k_begin + p.part : p.k;
-  CopierA a(p.a, int64_t(row_tile) * BM, p.m, k_begin);
-  CopierB b(p.b, int64_t(column_tile) * BN, p.n, k_begin);
-  // One group of copies for each tile of k, empty past the end. What goes through registers is zero there: without a
-  // branch, loads stay ahead of the products.
+  const TilePlace place = tile_of_block<Tile>(p);
+  const TermsOfSum terms = terms_of_block(p);
+  CopierA a(p.a, int64_t(place.row) * BM, p.m, terms.first);
+  CopierB b(p.b, int64_t(place.column) * BN, p.n, terms.first);
+  // Each tile of k has one group of copies, which is empty past the end. What goes through registers is zero there, not
+  // left out, because without a branch loads stay ahead of the products.
   const auto load = [&](int stage, int left) {
     if (asynchronous && left <= 0) return commit_copies();
     a.load(memory.operands.a[stage], left);
@@ -206,13 +263,12 @@ __global__ void __launch_bounds__(Tile::threads, read_a == Read::elements ? 1 : 
   const int start_a = CopierA::Target::start_of_a(warp_row * WM),
             start_b = CopierB::Target::start_of_b(warp_column * WN);
   float sums[WM / 16][WN / 8][4] = {};
-  int left = int(k_end - k_begin);  // of k
+  int left = terms.count;
 #pragma unroll
   for (int stage = 0; stage + 1 < stages; stage++) {
     load(stage, left - stage * BK);
     store(stage);
   }
-  // With or without the sums of A's rows, which are a product with a column of ones.
   const auto multiply_tiles = [&](auto sums_rows) {
     float row_sums[WM / 16][4] = {};
     int stage = 0;
@@ -220,75 +276,30 @@ __global__ void __launch_bounds__(Tile::threads, read_a == Read::elements ? 1 : 
     for (; left > 0; left -= BK) {
       wait_for_copies<stages - 2>();
       __syncthreads();
-      // Into the stage that all threads had read before this barrier.
+      // The stage that all threads had read before this barrier takes the next tile.
       const int next = stage == 0 ? stages - 1 : stage - 1;
       load(next, left - (stages - 1) * BK);
-#pragma unroll
-      for (int kk = 0; kk < BK; kk += 16) {
-        uint32_t rows[WM / 16][4], columns[WN / 16][4];
-#pragma unroll
-        for (int i = 0; i < WM / 16; i++) memory.operands.a[stage].load(rows[i], start_a, i, kk);
-#pragma unroll
-        for (int j = 0; j < WN / 16; j++) memory.operands.b[stage].load(columns[j], start_b, j, kk);
-#pragma unroll
-        for (int i = 0; i < WM / 16; i++) {
-#pragma unroll
-          for (int j = 0; j < WN / 8; j++)
-            multiply_add(sums[i][j], rows[i], columns[j / 2][j % 2 * 2], columns[j / 2][j % 2 * 2 + 1], S{});
-        }
-        if constexpr (sums_rows) {
-          const uint32_t ones = Narrow<S>::from(1).bits * 0x10001u;
-          // Warps beside each other have the same rows: each takes some of the depths.
-          if (kk / 16 % Tile::warp_columns == warp_column) {
-#pragma unroll
-            for (int i = 0; i < WM / 16; i++) multiply_add(row_sums[i], rows[i], ones, ones, S{});
-          }
-        }
-      }
+      multiply_stage<S, Tile, sums_rows>(sums, row_sums, memory.operands.a[stage], memory.operands.b[stage], start_a,
+                                         start_b, warp_column);
       store(next);
       stage = stage + 1 == stages ? 0 : stage + 1;
     }
     wait_for_copies<0>();
     if constexpr (sums_rows) {
       __syncthreads();
-      // All columns of that product are the same; a lane has rows g and g + 8.
-#pragma unroll
-      for (int i = 0; i < WM / 16; i++) {
-        float* const to = &memory.row_sums[warp_column][warp_row * WM + i * 16 + lane / 4];
-        if (lane % 4 == 0) to[0] = row_sums[i][0], to[8] = row_sums[i][2];
-      }
-      finish_row_sums(p, memory.row_sums, int64_t(row_tile) * BM, blockIdx.z);
+      put_row_sums(memory.row_sums[warp_column], row_sums, warp_row * WM);
+      finish_row_sums(p, memory.row_sums, int64_t(place.row) * BM, blockIdx.z);
     }
   };
   // Every column of tiles reads the same rows; the first one sums them.
-  if (epilogue == Epilogue::wgrad && column_tile == 0 && p.row_sums) {
+  if (epilogue == Epilogue::wgrad && place.column == 0 && p.row_sums) {
     if constexpr (epilogue == Epilogue::wgrad) multiply_tiles(std::true_type());
   } else {
     multiply_tiles(std::false_type());
   }
-
-  Finisher<S, epilogue, RowSlab, Tile::threads> finisher(p, int64_t(row_tile) * BM, int64_t(column_tile) * BN,
-                                                         blockIdx.z);
-#pragma unroll
-  for (int pass = 0; pass < Tile::passes; pass++) {
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < Tile::pass_rows / 16; i++) {
-#pragma unroll
-      for (int j = 0; j < WN / 8; j++) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int row = warp_row * Tile::pass_rows + i * 16 + lane / 4 + e / 2 * 8;
-          memory.slab.sums[row][warp_column * WN + j * 8 + lane % 4 * 2 + e % 2] =
-              sums[pass * (Tile::pass_rows / 16) + i][j][e];
-        }
-      }
-    }
-    __syncthreads();
-    finisher.finish(memory.slab,
-                    [&](int r) { return r / Tile::pass_rows * WM + pass * Tile::pass_rows + r % Tile::pass_rows; });
-  }
-  finisher.finish_columns(memory.slab, row_tile);
+  finish_tile<Tile, epilogue>(
+      p, memory.slab, place, [&](int pass) { put_sums<Tile>(memory.slab, sums, pass, warp_row, warp_column); },
+      [](int pass, int r) { return r / Tile::pass_rows * WM + pass * Tile::pass_rows + r % Tile::pass_rows; });
 }
 
 }  // namespace fastmlp::cuda

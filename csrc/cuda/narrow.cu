@@ -1,5 +1,6 @@
-// Fills the argument of the fused kernels. Not for float64, which does not fit into shared memory, nor for bfloat16
-// where tensor cores do not know it.
+// Decides whether a network goes through one kernel, and fills the argument of that kernel (fused.h). There are no such
+// kernels for float64, which does not fit into shared memory, nor for bfloat16 before sm_80, where tensor cores do not
+// have it. Called by network.cu; launches through products.h only.
 #include "narrow.h"
 
 #include <algorithm>
@@ -13,14 +14,14 @@
 namespace fastmlp::cuda {
 namespace {
 
-// Sums of all blocks of a backward, at most.
+// The most memory that the sums of all blocks of a backward take.
 constexpr int64_t sums_bytes = int64_t(64) << 20;
 
 bool has_kernels(int architecture, DType dtype) {
   return dtype == DType::bfloat16 ? architecture >= 80 : dtype != DType::float64;
 }
 
-// For what goes_fused takes, so never for float64.
+// Calls f(S{}) for the dtype of a network that goes_fused accepts, which is never float64.
 template <class F> void with_fused_storage(DType dtype, const F& f) {
   with_storage(dtype, [&](auto storage) {
     if constexpr (!std::is_same_v<decltype(storage), double>) f(storage);
@@ -31,10 +32,6 @@ bool pays_by_table(const Network& network) {
   int64_t widest = 0;
   for (const Layer& layer : network.layers) widest = std::max({widest, layer.in_features, layer.out_features});
   return widest <= always_fused_width || (network.dtype != DType::float32 && network.rows >= wide_fused_rows);
-}
-
-template <class S> StridedMatrix<S> strided(const Matrix& x) {
-  return {static_cast<const S*>(x.data), x.row_stride, x.column_stride};
 }
 
 template <class S> FusedNetwork<S> fused(const Network& network) {
@@ -60,18 +57,19 @@ template <class S> FusedNetwork<S> fused(const Network& network) {
 template <class S> void fused_forward_of(const Context& context, const ForwardPass& pass) {
   FusedNetwork<S> p = fused<S>(pass.network);
   for (int l = 0; l < p.layers; l++) {
-    S* const kept = pass.kept.empty() ? nullptr : static_cast<S*>(pass.kept[size_t(l)]);
-    (p.layer[l].keeps_output ? p.layer[l].output : p.layer[l].pre_activation) = kept;
+    const LayerOutputs kept = outputs_of(pass, size_t(l));
+    p.layer[l].output = static_cast<S*>(kept.output);
+    p.layer[l].pre_activation = static_cast<S*>(kept.pre_activation);
   }
-  p.layer[p.layers - 1].output = static_cast<S*>(pass.output);
   Kernels<S>::fused_forward(context, p);
 }
 
-// Room for one gradient among the sums of a block, whose begin it returns; blocks and gradients keep vectors aligned.
+// Makes room for one gradient among the sums of a block, and returns where it begins. Every gradient begins at a
+// multiple of four elements, so that vectors stay aligned.
 template <class S> int add_segment(FusedSums<S>& sums, void* output, int64_t count) {
   const int begin = int(sums.stride);
   sums.segment[sums.segments++] = {begin, begin + int(count), static_cast<S*>(output)};
-  sums.stride += (count + 3) / 4 * 4;
+  sums.stride += round_up(count, 4);
   return begin;
 }
 
@@ -83,7 +81,7 @@ template <class S> void fused_backward_of(const Context& context, const Backward
   p.lowest = int(lowest);
   p.grad = strided<S>(pass.grad_output);
   p.grad_input = static_cast<S*>(pass.grad_input);
-  // Of the layer below the lowest one only its output is read.
+  // The layer below the lowest one counts too, because its output is the lowest one's input.
   for (size_t l = lowest > 0 ? lowest - 1 : 0; l < pass.network.layers.size(); l++)
     p.layer[l].saved = strided<S>(pass.saved[l]);
   FusedSums<S> sums;

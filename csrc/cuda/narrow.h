@@ -1,4 +1,5 @@
-// Narrow networks in one kernel, forward or backward (fused.cuh). Called by network.cu.
+// Narrow networks in one kernel, forward or backward: fused.cuh for float32, fused_mma_forward.cuh and
+// fused_mma_backward.cuh for 16-bit dtypes. Called by network.cu, which runs all other networks; knows no tensors.
 #pragma once
 
 #include "../contract/problem.h"

@@ -1,7 +1,7 @@
-// Strategy of the GPU: narrow networks in one kernel (narrow.h), others layer by layer. Backward goes down with the
-// gradient of pre-activations: a layer's dgrad applies the derivative of the layer below and sums its bias gradient, so
-// that only the last layer may need a pass of its own. Without an activation it has none: its wgrad sums the bias
-// gradient.
+// Strategy of the GPU: narrow networks go through one kernel (narrow.h), others layer by layer. Backward carries the
+// gradient of pre-activations down: a layer's dgrad applies the derivative of the layer below and sums its bias
+// gradient, so that only the last layer may need a pass of its own. A last layer without an activation needs none,
+// because its wgrad sums the bias gradient. Knows no tensors; chooses no tiles, which products.h does.
 #include "network.h"
 
 #include <algorithm>
@@ -20,12 +20,6 @@ template <class S> Operand<S> rows_of(const Matrix& x) {
 }
 template <class S> Operand<S> columns_of(const Matrix& x) {
   return {static_cast<const S*>(x.data), x.column_stride, x.row_stride};
-}
-
-int64_t widest_hidden(const Network& network) {
-  int64_t width = 0;
-  for (size_t l = 0; l + 1 < network.layers.size(); l++) width = std::max(width, network.layers[l].out_features);
-  return width;
 }
 
 template <class S>
@@ -49,7 +43,7 @@ template <class S> void forward_of(const Context& context, const ForwardPass& pa
   const Network& network = pass.network;
   const size_t last = network.layers.size() - 1;
   with_memory(context, [&](Carver& carver, bool run) {
-    // Outputs that nobody keeps, each until the next layer has read it.
+    // Outputs that nobody keeps take turns in two buffers, where each stays until the next layer has read it.
     S* spare[2] = {};
     for (size_t i = 0; i < std::min<size_t>(last, 2); i++)
       spare[i] = carver.take<S>(network.rows * widest_hidden(network));
@@ -57,10 +51,9 @@ template <class S> void forward_of(const Context& context, const ForwardPass& pa
     Matrix input = network.input;
     for (size_t l = 0; l <= last; l++) {
       const Layer& layer = network.layers[l];
-      S* const kept = pass.kept.empty() ? nullptr : static_cast<S*>(pass.kept[l]);
-      const bool keeps = keeps_output(layer.activation);
-      S* const output = l == last ? static_cast<S*>(pass.output) : keeps && kept ? kept : spare[l % 2];
-      layer_forward(context, layer, network.rows, input, output, keeps ? nullptr : kept);
+      const LayerOutputs kept = outputs_of(pass, l);
+      S* const output = kept.output ? static_cast<S*>(kept.output) : spare[l % 2];
+      layer_forward(context, layer, network.rows, input, output, static_cast<S*>(kept.pre_activation));
       input = gapless(output, layer.out_features);
     }
   });
@@ -77,7 +70,7 @@ template <class S> class Backward {
         last_(pass.network.layers.size() - 1),
         lowest_(lowest_layer(pass)) {}
 
-  // Measures memory, or uses it.
+  // Runs the pass; or, unless it launches, only adds up the memory that it takes.
   void run(Carver& carver, bool launches) {
     launches_ = launches;
     if (lowest_ > last_) return;
@@ -95,7 +88,7 @@ template <class S> class Backward {
 
   bool kept_output(size_t l) const { return keeps_output(network_.layers[l].activation); }
 
-  // Gradients of pre-activations lie in two buffers by turns; that of a last layer without activation is the caller's.
+  // Gradients of pre-activations take turns in two buffers. That of a last layer without activation is the caller's.
   bool needs_gradient(size_t turn) const {
     for (size_t l = lowest_; l <= last_; l++) {
       if (l % 2 == turn && (l < last_ || network_.layers[l].activation.kind != identity_kind)) return true;
@@ -116,7 +109,7 @@ template <class S> class Backward {
     return layer.activation.kind == identity_kind && pass_.grad_weights[last_] && layer.in_features > 0;
   }
 
-  // With respect to the last layer's pre-activation, and its bias gradient if no wgrad sums that.
+  // Returns the gradient of the last layer's pre-activation, and writes its bias gradient if no wgrad sums that.
   Matrix last_gradient(Carver& carver) {
     const Layer& layer = network_.layers[last_];
     const int64_t features = layer.out_features, runs = runs_of(network_.rows);
@@ -132,7 +125,7 @@ template <class S> class Backward {
     return identity ? pass_.grad_output : gapless(output, features);
   }
 
-  // grad_weight = grad^T input; and the sums of grad's columns, where they are the bias gradient.
+  // grad_weight = grad^T input. Also the sums of grad's columns, if wgrad_sums_bias() for this layer.
   void wgrad(Carver& carver, size_t l, const Matrix& grad) {
     const Layer& layer = network_.layers[l];
     Matrix input = l == 0 ? network_.input : pass_.saved[l - 1];
@@ -160,7 +153,8 @@ template <class S> class Backward {
     if (launches_) Kernels<S>::multiply(context_, found, Epilogue::wgrad, p);
   }
 
-  // With respect to the pre-activation of the layer below, and that layer's bias gradient; or to the input.
+  // Returns the gradient of the pre-activation of the layer below and writes that layer's bias gradient; for the first
+  // layer, returns the gradient of the input.
   Matrix dgrad(Carver& carver, size_t l, const Matrix& grad) {
     const Layer& layer = network_.layers[l];
     Product<S> p;
@@ -176,10 +170,7 @@ template <class S> class Backward {
       bias = static_cast<S*>(pass_.grad_biases[l - 1]);
       p.activation = network_.layers[l - 1].activation;
       if (p.activation.kind != identity_kind) {
-        const Matrix& saved = pass_.saved[l - 1];
-        p.saved = static_cast<const S*>(saved.data);
-        p.saved_stride = saved.row_stride;
-        p.saved_column_stride = saved.column_stride;
+        p.saved = strided<S>(pass_.saved[l - 1]);
       }
       if (bias) p.column_sums = carver.take<C>(found.row_tiles * p.n);
     }

@@ -1,10 +1,10 @@
-// What one product kernel computes: C = A B with strided operands, and what follows it. The whole argument of the
-// kernels of simt.cuh and mma.cuh; network.cu fills it. NT, NN and TN are strides.
+// What one product kernel computes: C = A B with strided operands, and what follows it. This is the whole argument of
+// the kernels of simt.cuh and mma.cuh. network.cu fills it; NT, NN and TN products differ by their strides only.
 #pragma once
 
 #include <cstdint>
 
-#include "../contract/problem.h"
+#include "../contract/shape.h"
 #include "../contract/storage.h"
 
 namespace fastmlp::cuda {
@@ -16,7 +16,16 @@ template <class S> struct Operand {
   int64_t k_stride = 0;  // along the dimension that is summed over
 };
 
-// What follows the sums of a tile; kernels are compiled for one of these each.
+template <class S> struct StridedMatrix {
+  const S* data = nullptr;
+  int64_t row_stride = 0, column_stride = 0;
+};
+
+template <class S> StridedMatrix<S> strided(const Matrix& x) {
+  return {static_cast<const S*>(x.data), x.row_stride, x.column_stride};
+}
+
+// What follows the sums of a tile. Each kernel is compiled for one of these.
 //   forward: pre_activation = sums + bias and output = act(sums + bias), either of them if not null
 //   dgrad:   output = sums * act'(saved), the layer below's, and the sums of its columns within each row of tiles
 //   wgrad:   output = sums, or these of a part of k into `partials`; the same of A's rows alone, if row_sums is not
@@ -32,8 +41,7 @@ template <class S> struct Product {
   const S* bias = nullptr;      // [n], or null
   int64_t bias_stride = 0;
   ActivationSpec activation;
-  const S* saved = nullptr;  // [m, n], null for the identity
-  int64_t saved_stride = 0, saved_column_stride = 0;
+  StridedMatrix<S> saved;     // [m, n], null for the identity
   C* column_sums = nullptr;   // [rows of tiles, n], or null
   C* partials = nullptr;      // [parts, m, n], or null
   S* row_sums = nullptr;      // [m], or null

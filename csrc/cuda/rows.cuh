@@ -1,5 +1,6 @@
 // Passes over a matrix without a product: the derivative of a last layer with its bias gradient, outputs from kept
-// pre-activations, and the second stage of ordered sums. Bound by memory. Launched by products.cuh.
+// pre-activations, and the second stage of sums whose order is fixed. They are bound by memory. Launched by
+// products.cuh.
 #pragma once
 
 #include "arithmetic.cuh"
@@ -7,19 +8,14 @@
 
 namespace fastmlp::cuda {
 
-template <class S> struct ElementwiseOperand {
-  const S* data = nullptr;
-  int64_t row_stride = 0, column_stride = 0;
-};
-
 // gradient: output = grad * act'(saved), and the sums of its columns within each run of rows.
 // value: output = act(saved).
 enum class Elementwise { gradient, value };
 
 template <class S> struct ElementwiseArguments {
   int64_t rows = 0, columns = 0;
-  int64_t run = 0;                    // rows of one block
-  ElementwiseOperand<S> grad, saved;  // [rows, columns]; saved is not read for the identity
+  int64_t run = 0;               // rows of one block
+  StridedMatrix<S> grad, saved;  // [rows, columns]; saved is not read for the identity
   ActivationSpec activation;
   S* output = nullptr;                // [rows, columns] without gaps, or null
   Compute<S>* column_sums = nullptr;  // [runs, columns], aligned to 16 bytes, or null
@@ -28,9 +24,10 @@ template <class S> struct ElementwiseArguments {
 constexpr int pass_threads = 256;
 constexpr int sum_threads = 1024;  // of the second stage, which has few columns and many rows
 
-// Sums over threadIdx.y, always in the same order, which the threads with y 0 get. blockDim.y is a power of two.
+// Adds up `sums` over threadIdx.y, always in the same order; the threads with y 0 get the results. blockDim.y is a
+// power of two.
 template <class C, int threads, int vector> __device__ void sum_over_y(C (&sums)[vector]) {
-  // Threads beside each other have 16 bytes beside each other.
+  // Threads beside each other write 16 bytes beside each other, so that they use different banks.
   constexpr int part = vector < per_16_bytes<C> ? vector : per_16_bytes<C>, parts = vector / part;
   auto& rows = shared<Vec<C, part>[parts][threads]>();
   const unsigned own = threadIdx.y * blockDim.x + threadIdx.x;
@@ -48,7 +45,7 @@ template <class C, int threads, int vector> __device__ void sum_over_y(C (&sums)
 }
 
 template <class S, int vector>
-__device__ __forceinline__ void load_vector(Compute<S> (&to)[vector], const ElementwiseOperand<S>& from, int64_t row,
+__device__ __forceinline__ void load_vector(Compute<S> (&to)[vector], const StridedMatrix<S>& from, int64_t row,
                                             int64_t column) {
   // One element may lie anywhere; several lie side by side.
   const S* const place = from.data + row * from.row_stride + (vector > 1 ? column : column * from.column_stride);
@@ -100,38 +97,37 @@ __global__ void __launch_bounds__(pass_threads, 4) elementwise(const Elementwise
   }
 }
 
+// Returns the sum of a column of `partials` over `count` rows, to the threads with y 0. All threads of a block call it.
+template <int threads, class C>
+__device__ __forceinline__ C sum_column(const C* partials, int64_t count, int64_t columns, int64_t column) {
+  C sum[1] = {};
+  if (column < columns) {
+    // Unrolled, so that several reads are under way at once.
+#pragma unroll 8
+    for (int64_t row = threadIdx.y; row < count; row += blockDim.y) sum[0] += partials[row * columns + column];
+  }
+  if (blockDim.y > 1) sum_over_y<C, threads>(sum);
+  return sum[0];
+}
+
 // output[i] = the sum over `count` rows of partials[., i].
 template <class S>
 __global__ void __launch_bounds__(sum_threads)
     sum_rows(const Compute<S>* partials, int64_t count, int64_t columns, S* output) {
-  using C = Compute<S>;
   const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  C sum[1] = {};
-  if (column < columns) {
-    // Several reads are under way at once.
-#pragma unroll 8
-    for (int64_t row = threadIdx.y; row < count; row += blockDim.y) sum[0] += partials[row * columns + column];
-  }
-  if (blockDim.y > 1) sum_over_y<C, sum_threads>(sum);
-  if (threadIdx.y == 0 && column < columns) output[column] = Narrow<S>::from(sum[0]);
+  const Compute<S> sum = sum_column<sum_threads>(partials, count, columns, column);
+  if (threadIdx.y == 0 && column < columns) output[column] = Narrow<S>::from(sum);
 }
 
-// The same of all sums of a fused backward, in one launch.
+// Does the same for all gradients of a backward in one launch: their sums lie side by side in segments.
 template <class S> __global__ void __launch_bounds__(pass_threads) sum_fused(const FusedSums<S> p) {
-  using C = Compute<S>;
   const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  C sum[1] = {};
-  if (column < p.stride) {
-#pragma unroll 8
-    for (int64_t row = threadIdx.y; row < p.count; row += blockDim.y) sum[0] += p.partials[row * p.stride + column];
-  }
-  if (blockDim.y > 1) sum_over_y<C, pass_threads>(sum);
+  const Compute<S> sum = sum_column<pass_threads>(p.partials, p.count, p.stride, column);
   if (threadIdx.y > 0) return;
 #pragma unroll 1
   for (int i = 0; i < p.segments; i++) {
     const auto& segment = p.segment[i];
-    if (column >= segment.begin && column < segment.end)
-      segment.output[column - segment.begin] = Narrow<S>::from(sum[0]);
+    if (column >= segment.begin && column < segment.end) segment.output[column - segment.begin] = Narrow<S>::from(sum);
   }
 }
 

@@ -1,7 +1,7 @@
-// What products cost on a GPU, by which products.cuh picks a tile: data, by card, dtype, epilogue and shape. Costs were
-// fitted to an H100's times of 44 to 46 shapes, all tiles and the library's product (tools/tune_cuda.py); other cards
-// take them with their own number of multiprocessors, and the library where nobody knows better. Read by products.cuh
-// and the fused strategy; asks no device.
+// What products cost on a GPU, as data by card, dtype, epilogue and shape. Costs were fitted to an H100's times of 44
+// to 46 shapes, for all tiles and the library's product (tools/tune_cuda.py). Other cards take them with their own
+// number of multiprocessors, and the library where nobody knows better. Read by product_plan.cuh, fused_plan.cuh and
+// narrow.cu; asks no device.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,8 @@
 
 namespace fastmlp::cuda {
 
-// Tiles by falling size, for SIMT and tensor cores alike; products.cuh says what stands behind each. Or no tile of ours
-// but the library that PyTorch calls.
+// Tiles by falling size, for SIMT and tensor cores alike; product_plan.cuh says what stands behind each. library_call
+// is no tile of ours but the library that PyTorch calls.
 enum TileSize { large_tile, medium_tile, small_tile, library_call };
 constexpr int tile_sizes = 3;
 
@@ -112,8 +112,8 @@ constexpr int64_t small_operand_bytes = 32 << 10;
 // on sm_80, whose library multiplies on tensor cores at twice the rate of the units that our kernels use, and 16-bit
 // products of wide layers: our large tiles had 53 to 60 % of the library's speed on the H100. Layers of up to
 // fused_width features stay ours, in one kernel or not: a product takes about as long as the pass over its output that
-// ours saves. So does float32: the library's products run on the same units, unless TF32 is allowed (which products.cuh
-// asks first), and our large tiles had 90 to 95 % of their speed on the H100.
+// ours saves. So does float32: the library's products run on the same units, unless TF32 is allowed (which
+// product_plan.cuh asks first), and our large tiles had 90 to 95 % of their speed on the H100.
 constexpr bool library_by_default(const Card& card, CostKind kind, Epilogue epilogue, int64_t m, int64_t n, int64_t k,
                                   size_t element_bytes) {
   if (costs_are_measured(card.architecture)) return false;

@@ -1,5 +1,5 @@
-// Times every candidate for a product by events of the device, which is kept busy until the host has queued all that is
-// timed: so what the host needs for a call does not count. Torch-free; called by register.cpp.
+// Times every candidate for a product by events of the device. The device is kept busy until the host has queued all
+// that is timed, so that what the host needs for a call does not count. Called by register.cpp; knows no tensors.
 #include "tuning.h"
 
 #include <algorithm>
@@ -16,10 +16,10 @@ namespace fastmlp::cuda {
 namespace {
 
 constexpr int rounds = 5;
-// Calls between two events, as many as take so long together.
+// Between two events there are as many calls as take this long together, and at most most_calls.
 constexpr float round_milliseconds = 0.2f;
 constexpr int most_calls = 32;
-// How long the device is kept busy at first, and at most: from about half a millisecond to some 80.
+// How long the device is kept busy at first, and at most: about half a millisecond, and some 80 milliseconds.
 constexpr int64_t first_clocks = int64_t(1) << 20, most_clocks = int64_t(1) << 27;
 
 void check(cudaError_t error, const char* what) {
@@ -39,7 +39,7 @@ class Event {
   bool is_reached() const {
     const cudaError_t error = cudaEventQuery(event_);
     if (error == cudaErrorNotReady) {
-      // An answer, which CUDA keeps as an error.
+      // This is an answer, but CUDA records it as an error.
       cudaGetLastError();
       return false;
     }
@@ -62,8 +62,8 @@ class Stopwatch {
  public:
   Stopwatch(void* stream, const Occupy& occupy) : stream_(stream), occupy_(occupy) {}
 
-  // The device's milliseconds of one call: the least of some rounds, after calls that are not counted. None if the host
-  // is too slow to keep ahead of the device.
+  // Returns the device's milliseconds for one call: the least of some rounds, after calls that are not counted. None if
+  // the host is too slow to keep ahead of the device.
   template <class F> std::optional<float> least_time(const F& function) {
     // The first call loads code, and the library chooses an algorithm.
     function();
@@ -80,8 +80,8 @@ class Stopwatch {
   }
 
  private:
-  // Where the device came to the first event before the host had queued the last one, the host was timed: again, behind
-  // twice as much work.
+  // If the device came to the first event before the host had queued the last one, then the host was timed; the round
+  // is repeated behind twice as much work.
   template <class F> std::optional<float> round(const F& function, int calls) {
     for (; clocks_ <= most_clocks; clocks_ *= 2) {
       occupy_(clocks_);
@@ -103,7 +103,7 @@ class Stopwatch {
 
 // A product like the key's, with the operands' usual layouts, and relu where an activation may follow.
 template <class S> Product<S> product_of(const ProductKey& key, const Random& random) {
-  // One element further, rows are not aligned, and are read one by one.
+  // Rows that are one element longer are not aligned, and their elements are read one by one.
   const int64_t gap = key.vectors ? 0 : 1;
   const auto matrix = [&](int64_t rows, int64_t columns, bool along_columns) {
     Operand<S> x{static_cast<const S*>(random(rows * (columns + gap) + columns * gap + gap)) + gap, columns + gap, 1};
@@ -124,9 +124,7 @@ template <class S> Product<S> product_of(const ProductKey& key, const Random& ra
   }
   if (!wgrad) p.activation.kind = relu_kind;
   if (key.epilogue == Epilogue::dgrad) {
-    p.saved = static_cast<const S*>(random(key.m * key.n));
-    p.saved_stride = key.n;
-    p.saved_column_stride = 1;
+    p.saved = {static_cast<const S*>(random(key.m * key.n)), key.n, 1};
   }
   return p;
 }
@@ -141,7 +139,7 @@ std::optional<TileSize> fastest_of(Context context, const ProductKey& key, const
   for (const TileSize tile : {large_tile, medium_tile, small_tile, library_call}) {
     context.tile = tile;
     const Plan plan = Kernels<S>::plan(context, key.epilogue, p);
-    // A candidate that there is no kernel for is planned as another.
+    // If there is no kernel for a candidate, plan() returns another one.
     if (plan.tile != tile) continue;
     p.partials =
         plan.parts > 1 ? static_cast<Compute<S>*>(random(plan.parts * p.m * p.n * elements_of_a_sum)) : nullptr;

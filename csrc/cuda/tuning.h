@@ -1,14 +1,15 @@
-// Measures, on the device, which tile or the library is the fastest for a product. Called by register.cpp where the
-// user asked for it: it waits for the device, so never while a graph is captured.
+// Measures on the device which tile, or the library, is the fastest for a product. Called by register.cpp if the user
+// asked for it, but never while a CUDA graph is captured, because it waits for the device.
 #pragma once
 
 #include "products.h"
 
 namespace fastmlp::cuda {
 
-// Memory of so many elements of the key's dtype with values from -1 to 1, which stays until the next passes have run.
+// Returns memory of so many elements of the key's dtype, with values from -1 to 1; it stays valid until fastest() has
+// returned.
 using Random = std::function<void*(int64_t elements)>;
-// Queues work on the context's stream that takes the device so many clocks, and the host hardly any time.
+// Queues work on the context's stream that takes the device so many clocks and the host hardly any time.
 using Occupy = std::function<void(int64_t clocks)>;
 
 // None if the host is too slow to queue what is timed ahead of the device. Throws std::runtime_error if a launch or an

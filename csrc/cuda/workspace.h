@@ -1,30 +1,13 @@
-// Scratch memory of one pass: one block, from whoever called, cut into pieces. Used by network.cu and narrow.cu.
+// Scratch memory of one pass: one block, which the caller's allocator gives, cut into pieces. Used by network.cu and
+// narrow.cu, which describe a pass once, to be measured and to be run.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-
+#include "../contract/carver.h"
 #include "products.h"
 
 namespace fastmlp::cuda {
 
-// Pieces of one block of memory; made without one, it only adds up what they take.
-class Carver {
- public:
-  explicit Carver(void* base = nullptr) : base_(static_cast<char*>(base)) {}
-
-  template <class T> T* take(int64_t count) {
-    constexpr size_t alignment = 256;
-    const size_t at = used_;
-    used_ += (size_t(count) * sizeof(T) + alignment - 1) / alignment * alignment;
-    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
+using Carver = CarverOf<256>;
 
 // Runs `pass(carver, false)` to add up its memory, allocates that, and runs `pass(carver, true)`.
 template <class Pass> void with_memory(const Context& context, const Pass& pass) {
@@ -32,14 +15,6 @@ template <class Pass> void with_memory(const Context& context, const Pass& pass)
   pass(measure, false);
   Carver carver(measure.used() > 0 ? context.allocate(measure.used()) : nullptr);
   pass(carver, true);
-}
-
-// The first layer that a gradient is asked of; as many as there are layers if there is none.
-inline size_t lowest_layer(const BackwardPass& pass) {
-  size_t lowest = 0;
-  if (pass.grad_input) return lowest;
-  while (lowest < pass.network.layers.size() && !pass.grad_weights[lowest] && !pass.grad_biases[lowest]) lowest++;
-  return lowest;
 }
 
 }  // namespace fastmlp::cuda

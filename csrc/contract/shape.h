@@ -1,0 +1,49 @@
+// Sizes and layouts that the strategy of every device counts with, and where a pass reads and writes. Used by baseline
+// code of the CPU, and by host and device code of CUDA; not by ISA files, in whose target region these functions would
+// be emitted with that ISA's instructions under symbols that other files share.
+#pragma once
+
+#include <cstddef>
+
+#include "activation_info.h"
+#include "problem.h"
+
+namespace fastmlp {
+
+constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
+
+// [rows, columns] row by row.
+inline Matrix gapless(void* data, int64_t columns) { return {data, columns, 1}; }
+
+// The most features between two layers.
+inline int64_t widest_hidden(const Network& network) {
+  int64_t width = 0;
+  for (size_t l = 0; l + 1 < network.layers.size(); l++) {
+    const int64_t features = network.layers[l].out_features;
+    if (features > width) width = features;
+  }
+  return width;
+}
+
+// Where a layer's output and its pre-activation go; null for what is not kept.
+struct LayerOutputs {
+  void* output;
+  void* pre_activation;
+};
+
+inline LayerOutputs outputs_of(const ForwardPass& pass, size_t l) {
+  const bool last = l + 1 == pass.network.layers.size(), keeps = keeps_output(pass.network.layers[l].activation);
+  void* const kept = pass.kept.empty() ? nullptr : pass.kept[l];
+  return {last ? pass.output : keeps ? kept : nullptr, keeps ? nullptr : kept};
+}
+
+// The first layer that a gradient is asked of; as many as there are layers if there is none.
+inline size_t lowest_layer(const BackwardPass& pass) {
+  size_t lowest = 0;
+  if (pass.grad_input) return lowest;
+  while (lowest < pass.network.layers.size() && !pass.grad_weights[lowest] && !pass.grad_biases[lowest]) lowest++;
+  return lowest;
+}
+
+}  // namespace fastmlp
