@@ -15,7 +15,11 @@ from fastmlp._load import _C
 
 #: Parameters and their defaults of each activation, in the numbering of the operators. No mapping proxy, which
 #: Dynamo refuses to read once the traced code has changed any dictionary, as functional_call does.
-DEFAULTS: Mapping[str, Mapping[str, float]] = dict(_C.activations())
+DEFAULTS: Mapping[str, Mapping[str, float]] = {name: defaults for name, defaults, *_ in _C.activations()}
+#: Those of which the kernels keep the output for backward; of the others they keep the argument.
+KEEPS_OUTPUT = frozenset(name for name, _, keeps_output, _ in _C.activations() if keeps_output)
+#: Those whose gradient `_C.gradient_from_output` computes.
+HAS_GRADIENT_FROM_OUTPUT = frozenset(name for name, *_, from_output in _C.activations() if from_output)
 _KINDS = {name: kind for kind, name in enumerate(DEFAULTS)}
 
 #: What some call them elsewhere.

@@ -104,7 +104,7 @@ def main(device: str, output: Path | None, networks: list[str], quick: bool) -> 
             for batch in batches[:1] if quick else batches:
                 for row in measured(name, batch, dtype, device):
                     rows.append(row)
-                    table.add_row(*cells(row, device))
+                    table.add_row(*cells(row))
         console.print(table)
     if output:
         report = {"about": about, "rows": [asdict(row) for row in rows]}
@@ -250,7 +250,7 @@ def empty_table(dtype: torch.dtype, device: str) -> Table:
     return table
 
 
-def cells(row: Row, device: str) -> list[str]:
+def cells(row: Row) -> list[str]:
     """One line of the table."""
     times = [f"{row.eager:.1f}", f"{row.ours:.1f}", f"{row.eager / row.ours:.2f}"]
     if row.eager_device is not None and row.ours_device is not None:

@@ -1,5 +1,6 @@
-"""The rules that give each folder of csrc its place: what a file may include, and with that, what it may know."""
+"""The rules that give each folder its place: what a file of csrc may include, and which files may name a device."""
 
+import ast
 import re
 from pathlib import Path, PurePosixPath
 
@@ -14,10 +15,10 @@ MAY_INCLUDE: dict[str, tuple[str, ...]] = {
     "tensors": ("contract",),
     "cpu": ("contract",),
     "cuda": ("contract",),
-    "python": ("contract", "tensors", "cpu"),
+    "python": ("contract", "tensors"),
 }
 #: The files of a device that turn tensors into pointers: they may know tensors and torch.
-REGISTER_FILES = ("cpu/register.cpp", "cuda/register.cpp", "cuda/library.h")
+REGISTER_FILES = ("cpu/register.cpp", "cuda/register.cpp", "cuda/library.h", "cuda/absent.cpp")
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*([<"])([^>"\n]+)[>"]', re.MULTILINE)
 _TORCH = re.compile(r"(ATen|c10|caffe2|torch)/")
@@ -92,7 +93,8 @@ def test_quoted_includes_are_of_files_that_exist() -> None:
         ("cpu/register.cpp", "#include <torch/extension.h>\n", "knows no Python"),
         ("cuda/dtypes/planted.cu", '#include "../../cpu/gemm.h"\n', "cuda may include contract, cuda"),
         ("cuda/planted.cuh", "#include <ATen/cuda/CUDAContext.h>\n", "knows no torch"),
-        ("python/planted.cpp", '#include "../cuda/network.h"\n', "python may include"),
+        ("python/planted.cpp", '#include "../cuda/network.h"\n', "python may include contract, python, tensors"),
+        ("python/planted.cpp", '#include "../cpu/frozen.h"\n', "python may include contract, python, tensors"),
     ],
 )
 def test_an_arrow_that_goes_the_wrong_way_is_found(file: str, text: str, word: str) -> None:
@@ -114,3 +116,73 @@ def test_an_arrow_that_goes_the_wrong_way_is_found(file: str, text: str, word: s
 )
 def test_an_arrow_that_goes_the_right_way_is_not(file: str, text: str) -> None:
     assert wrong_includes(file, text) == []
+
+
+#: Files outside of a device's folder that name one, and why they must.
+NAME_DEVICES = {
+    "csrc/tensors/devices.cpp": "the host, which reads an optimizer's numbers, is what torch calls the CPU",
+    "fastmlp/__main__.py": "--device of the benchmark",
+    "fastmlp/bench.py": "its networks and batches are chosen for each device",
+    "fastmlp/trace/recording.py": "it records what torch says of tensors and of autocast, by torch's names",
+    "fastmlp/tuning.py": "autotune is of the CUDA kernels alone",
+}
+
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+_DEVICE = re.compile(
+    r"\bk(?:CPU|CUDA)\b|\bis_(?:cpu|cuda)\b|\b(?:cpu|cuda)::|\bempty_(?:cpu|cuda)\b"
+    r"|\bDeviceType::(?:CPU|CUDA)\b|\bDispatchKey::\w*(?:CPU|CUDA)\b|\"(?:cpu|cuda)(?::\d+)?\""
+)
+_WORD = re.compile(r"(?:cpu|cuda)(?::\d+)?|.*\bis_(?:cpu|cuda)\b.*")
+
+
+def devices_named(file: str, text: str) -> list[str]:
+    """What a file says of a device by name, comments and docstrings aside."""
+    if not file.endswith(".py"):
+        return _DEVICE.findall(_COMMENT.sub("", text))
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and _WORD.fullmatch(node.value):
+            found.append(node.value)
+        if isinstance(node, ast.Attribute) and node.attr in ("is_cpu", "is_cuda"):
+            found.append(node.attr)
+    return found
+
+
+def test_only_a_device_s_own_folder_names_it() -> None:
+    """Everything else asks the table of csrc/tensors/devices.h, so that a device is added in one place."""
+    own = (CSRC / "cpu", CSRC / "cuda")
+    files = [p for p in sorted(CSRC.rglob("*")) if p.is_file() and not any(p.is_relative_to(f) for f in own)]
+    files += sorted((ROOT / "fastmlp").rglob("*.py"))
+    named = {str(path.relative_to(ROOT)): devices_named(path.name, path.read_text()) for path in files}
+    assert {file: names for file, names in named.items() if names and file not in NAME_DEVICES} == {}
+    # What no longer names one loses its exception.
+    assert [file for file in NAME_DEVICES if not named[file]] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("planted.cpp", "if (tensor.is_cuda()) return;"),
+        ("planted.cpp", "at::empty(sizes, at::kCPU);"),
+        ("planted.h", "cpu::update(updates);"),
+        ("planted.cpp", "keys.has(c10::DispatchKey::AutogradCUDA)"),
+        ("planted.cpp", 'c10::Device("cuda:0")'),
+        ("planted.cpp", "at::detail::empty_cpu(sizes, dtype);"),
+        ("planted.py", 'x = torch.zeros(3, device="cpu")'),
+        ("planted.py", 'obstacle = device_obstacle("cuda:1")'),
+        ("planted.py", "if tensor.is_cuda: pass"),
+    ],
+)
+def test_a_device_that_is_named_is_found(file: str, line: str) -> None:
+    assert len(devices_named(file, f"{line}\n")) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("planted.cpp", "// cpu::update, on the CPU\n/* tensor.is_cuda() */ int cpus;\n"),
+        ("planted.py", '"""On the CPU: torch.zeros(3, device=\'cpu\')."""\n\n# device "cuda"\n'),
+    ],
+)
+def test_words_about_devices_are_not(file: str, text: str) -> None:
+    assert devices_named(file, text) == []

@@ -36,7 +36,10 @@ def emulated() -> Any:
         *sorted((ROOT / "tests/emulator/extension").glob("*.cpp")),
         *(
             ROOT / "csrc" / name
-            for name in ("activation_info.cpp", "checks.cpp", "devices.cpp", "passes.cpp", "stack.cpp")
+            for name in (
+                "contract/activation_info.cpp",
+                *(f"tensors/{stem}.cpp" for stem in ("checks", "devices", "dtypes", "passes", "stack")),
+            )
         ),
     ]
     return load(
