@@ -94,20 +94,24 @@ if sanitizers := os.environ.get("FASTMLP_SANITIZE"):
 else:
     link_flags += ["-Wl,--strip-debug"]
 
+#: What a build without CUDA kernels has in their place: it says how to build them.
+ABSENT = "csrc/cuda/absent.cpp"
+sources = {path for kind in ("cpp", "cu") for path in glob(f"csrc/**/*.{kind}", recursive=True)}
+
 if wants_cuda():
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
     # activation.h is constexpr, which this flag lets device code call.
     nvcc_flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
     extension = CUDAExtension(
         "fastmlp._C",
-        sorted(glob("csrc/**/*.cpp", recursive=True) + glob("csrc/**/*.cu", recursive=True)),
+        sorted(sources - {ABSENT}),
         extra_compile_args={"cxx": compile_flags, "nvcc": nvcc_flags},
         extra_link_args=link_flags,
     )
 else:
     extension = CppExtension(
         "fastmlp._C",
-        sorted(set(glob("csrc/**/*.cpp", recursive=True)) - set(glob("csrc/cuda/**", recursive=True))),
+        sorted(sources - set(glob("csrc/cuda/**", recursive=True)) | {ABSENT}),
         extra_compile_args=compile_flags,
         extra_link_args=link_flags,
     )

@@ -17,7 +17,11 @@ from fastmlp.hooks import has_hooks
 #: The parameters of each activation and their defaults, in the order in which the operators number activations. It is a
 #: plain dictionary, because Dynamo refuses to read a mapping proxy once the traced code has changed any dictionary, as
 #: functional_call does.
-DEFAULTS: Mapping[str, Mapping[str, float]] = dict(_C.activations())
+DEFAULTS: Mapping[str, Mapping[str, float]] = {name: defaults for name, defaults, *_ in _C.activations()}
+#: Those of which the kernels keep the output for backward; of the others they keep the argument.
+KEEPS_OUTPUT = frozenset(name for name, _, keeps_output, _ in _C.activations() if keeps_output)
+#: Those whose gradient `_C.gradient_from_output` computes.
+HAS_GRADIENT_FROM_OUTPUT = frozenset(name for name, *_, from_output in _C.activations() if from_output)
 _KINDS = {name: kind for kind, name in enumerate(DEFAULTS)}
 
 #: The names that other libraries and papers have for activations, for errors that suggest ours.

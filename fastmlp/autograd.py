@@ -22,7 +22,7 @@ graph; a node for each layer gives it one, so that nothing is computed twice.
 
 import warnings
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from fastmlp import ops, reference
 from fastmlp._errors import not_a_tensor
 from fastmlp._load import _C
-from fastmlp.activations import IDENTITY, Activation
+from fastmlp.activations import HAS_GRADIENT_FROM_OUTPUT, IDENTITY, KEEPS_OUTPUT, Activation
 from fastmlp.ops import Stack
 
 Gradients = Sequence[Tensor | None]
@@ -89,14 +89,17 @@ def autocast(*tensors: Tensor) -> list[Tensor]:
 
 def composed_forward(
     has_bias: Sequence[bool],
-    kinds: Sequence[int],
+    activations: Sequence[int],
     scalars: Sequence[float],
     input: Tensor,
     parameters: tuple[Tensor, ...],
     names: Names,
 ) -> Tensor:
     """What csrc/python/sequential.cpp calls for a run of layers that cannot take the direct route."""
-    return run(ops.stack_from(has_bias, kinds, scalars), input, parameters, names)
+    stack = ops.stack_from(has_bias, activations, scalars)
+    if torch.compiler.is_compiling():
+        return _captured(stack, input, parameters)
+    return _composite(stack, input, parameters, names)
 
 
 def _captured(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
@@ -138,18 +141,19 @@ def _composite(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...], name
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_kernels(device: torch.device) -> bool:
-    """Whether this build has kernels for this very device; for a GPU that it has none for, it warns."""
+    """Whether this build has kernels for this very device; where the sources have some, it warns."""
     obstacle = _C.device_obstacle(str(device))
-    if obstacle is not None and device.type == "cuda":
-        _warn_without_kernels(obstacle)
+    if obstacle is not None and (device.type in ops.DEVICES or device.type in _C.absent_devices()):
+        _warn_without_kernels(device.type, obstacle)
     return obstacle is None
 
 
 @cache
-def _warn_without_kernels(obstacle: str) -> None:
+def _warn_without_kernels(device: str, obstacle: str) -> None:
     """Once, since whoever trains on a GPU does not ask `explain` why that is no faster."""
     # The caller's line is some modules away, and a warning about the installation is not about that line.
-    warnings.warn(f"fastmlp: PyTorch's own operations run on CUDA tensors, since {obstacle}", stacklevel=1)
+    message = f"fastmlp: PyTorch's own operations run on {device.upper()} tensors, since {obstacle}"
+    warnings.warn(message, stacklevel=1)
 
 
 def _reference(stack: Stack, input: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -159,7 +163,7 @@ def _reference(stack: Stack, input: Tensor, parameters: Sequence[Tensor]) -> Ten
 
 def _composed_backward(
     has_bias: Sequence[bool],
-    kinds: Sequence[int],
+    activations: Sequence[int],
     scalars: Sequence[float],
     needs: Sequence[bool],
     grad: Tensor,
@@ -168,9 +172,9 @@ def _composed_backward(
     saved: Sequence[Tensor],
 ) -> Gradients:
     """What the direct route's node calls under `create_graph`, or for a gradient that is not plain."""
-    stack = ops.stack_from(has_bias, kinds, scalars)
+    stack = ops.stack_from(has_bias, activations, scalars)
     # The others are slower to differentiate twice.
-    known = all(_C.has_gradient_from_output(a.kind) or not _keeps_output(a) for a in stack.activations)
+    known = all(a.name in HAS_GRADIENT_FROM_OUTPUT or not _keeps_output(a) for a in stack.activations)
     # A backward in an autocast region still belongs to the dtype that forward ran in.
     with _without_autocast():
         if _is_direct(grad, (input, *parameters, *saved)):
@@ -207,12 +211,9 @@ def _is_direct(grad: Tensor, tensors: tuple[Tensor, ...]) -> bool:
     return _C.obstacle(grad, tensors) is None
 
 
-@lru_cache(maxsize=512)
 def _keeps_output(activation: Activation) -> bool:
     """Whether the kernels keep a layer's output for backward: its pre-activation otherwise."""
-    one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
-    _, hidden = _C.forward(ops.stack_of((False,), (activation,)).native, one, (one,))
-    return not hidden
+    return activation.name in KEEPS_OUTPUT
 
 
 def _layerwise(

@@ -53,7 +53,7 @@ def show_config() -> None:
     rows = [
         ("fastmlp", f"{_version()} in {Path(__file__).parent}"),
         ("torch", f"{torch.__version__}, built with {read_build()['torch']}"),
-        ("cuda", "built in" if read_build()["cuda"] else _without_cuda()),
+        *((device, _absent(device, hint)) for device, hint in _C.absent_devices().items()),
         ("machine", f"{platform.machine()}, {platform.python_implementation()} {platform.python_version()}"),
         ("threads", str(torch.get_num_threads())),
         ("devices", ", ".join(_C.devices())),
@@ -67,9 +67,9 @@ def show_config() -> None:
         print(f"{name:13} {text}")
 
 
-def _without_cuda() -> str:
-    # The command helps only where torch has CUDA.
-    return "not built in" if torch.version.cuda is None else f"not built in: {_C.device_obstacle('cuda')}"
+def _absent(device: str, hint: str) -> str:
+    # The command helps only where torch has the device.
+    return "not built in" if getattr(torch.version, device, None) is None else f"not built in: {hint}"
 
 
 def _version() -> str:

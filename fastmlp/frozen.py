@@ -149,7 +149,7 @@ class FrozenMLP(_C.Frozen):
             for size, act in zip(sizes[1:], _activations(kinds, scalars), strict=True)
         ]
         ends = f"torch.float32, weights {dtype}" if float32_ends else dtype
-        text = f"{sizes[0]}{''.join(steps)}, {ends}{'' if device == 'cpu' else f', {device}'}"
+        text = f"{sizes[0]}{''.join(steps)}, {ends}{'' if _is_packed(torch.device(device)) else f', {device}'}"
         return f"{type(self).__name__}({text})"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -341,4 +341,4 @@ def _restore(
 
 def _is_packed(device: torch.device) -> bool:
     """Whether weights are packed for the device; others have kernels that take them as they are."""
-    return device.type == "cpu"
+    return device.type in _C.packing_devices()

@@ -29,9 +29,9 @@ class Stack(NamedTuple):
     """
 
     has_bias: tuple[bool, ...]
-    kinds: tuple[int, ...]
-    scalars: tuple[float, ...]
     activations: tuple[Activation, ...]
+    #: The operators' arguments `has_bias`, `activations` (kinds) and `scalars` (two numbers a layer).
+    lists: tuple[tuple[bool, ...], tuple[int, ...], tuple[float, ...]]
     native: Any  # _C.Stack; None under Dynamo
     saved: int  # tensors that forward keeps for backward, the output included
 
@@ -64,14 +64,14 @@ def stack_of(has_bias: tuple[bool, ...], activations: tuple[Activation, ...]) ->
 @lru_cache(maxsize=512)
 def _cached(has_bias: tuple[bool, ...], activations: tuple[Activation, ...]) -> Stack:
     described = _describe(has_bias, activations)
-    return described._replace(native=_C.Stack(has_bias, described.kinds, described.scalars))
+    return described._replace(native=_C.Stack(*described.lists))
 
 
-def stack_from(has_bias: Sequence[bool], kinds: Sequence[int], scalars: Sequence[float]) -> Stack:
+def stack_from(has_bias: Sequence[bool], activations: Sequence[int], scalars: Sequence[float]) -> Stack:
     """The `Stack` that the lists of an operator's schema describe."""
     names = list(DEFAULTS)
     acts = []
-    for layer, kind in enumerate(kinds):
+    for layer, kind in enumerate(activations):
         values = dict(zip(DEFAULTS[names[kind]], scalars[2 * layer : 2 * layer + 2], strict=False))
         acts.append(Activation(names[kind], **values))
     return stack_of(tuple(has_bias), tuple(acts))
@@ -83,17 +83,17 @@ def _describe(has_bias: tuple[bool, ...], activations: tuple[Activation, ...]) -
     scalars = tuple([v for a in activations for v in (a.scalars if DEFAULTS[a.name] else (0.0, 0.0))])
     # A last layer without activation keeps nothing, so that its output may be changed in place.
     saved = len(activations) - (activations[-1] == IDENTITY if activations else 0)
-    return Stack(has_bias, kinds, scalars, activations, None, saved)
+    return Stack(has_bias, activations, (has_bias, kinds, scalars), None, saved)
 
 
 def forward(stack: Stack, input: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The output, and what backward needs besides it."""
-    return _ops.forward(input, parameters, stack.has_bias, stack.kinds, stack.scalars)
+    return _ops.forward(input, parameters, *stack.lists)
 
 
 def infer(stack: Stack, input: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """The output alone."""
-    return _ops.infer(input, parameters, stack.has_bias, stack.kinds, stack.scalars)
+    return _ops.infer(input, parameters, *stack.lists)
 
 
 def backward(
@@ -105,4 +105,4 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients asked for, without gaps."""
-    return _ops.backward(grad, input, saved, parameters, stack.has_bias, stack.kinds, stack.scalars, needs)
+    return _ops.backward(grad, input, saved, parameters, *stack.lists, needs)

@@ -54,6 +54,9 @@ _STEPS = {kind: _without_hooks(kind.step) for kind in _OPTIMIZERS}
 
 _DTYPES = (torch.float32, torch.float64)
 
+#: The devices that take a step as one operation.
+_DEVICES = frozenset(_C.training_devices())
+_IN_WORDS = " or ".join(f"the {name.upper()}" for name in _C.training_devices())
 _ELSEWHERE = " (for other devices write the loop's four lines, with a fastmlp.Sequential or MLP and any optimizer)"
 
 
@@ -391,8 +394,12 @@ def _parameter_problems(chain: Sequence[Link]) -> list[str]:
                 found.append(f"{name} is computed from other tensors")
             if parameter.is_inference():
                 found.append(f"{name} was made under torch.inference_mode, where nothing can be trained")
-            if parameter.device.type != "cpu":
-                found.append(f"{name} is on {parameter.device}, expected the CPU{_ELSEWHERE}")
+            if parameter.device.type not in _DEVICES:
+                found.append(f"{name} is on {parameter.device}, expected {_IN_WORDS}{_ELSEWHERE}")
+            elif parameter.device != first.device:
+                found.append(
+                    f"{name} is on {parameter.device}, expected {first.device}, where the other parameters are"
+                )
             if parameter.dtype not in _DTYPES:
                 found.append(f"{name} has dtype {parameter.dtype}, expected torch.float32 or torch.float64")
             elif parameter.dtype != first.dtype:
@@ -465,8 +472,8 @@ def _loss_problems(loss_fn: nn.Module) -> list[str]:
     for name, buffer in loss_fn._buffers.items():
         if buffer is None:
             continue
-        if buffer.device.type != "cpu":
-            found.append(f"the {name} of loss_fn is on {buffer.device}, expected the CPU")
+        if buffer.device.type not in _DEVICES:
+            found.append(f"the {name} of loss_fn is on {buffer.device}, expected {_IN_WORDS}")
         elif (reason := _C.obstacle(buffer.float(), ())) is not None:
             found.append(f"the {name} of loss_fn must be a plain tensor: {reason}")
     if isinstance(loss_fn, nn.BCEWithLogitsLoss) and loss_fn.weight is not None:

@@ -1,7 +1,7 @@
 // The torch-free contract between the register files and the kernels of every device: what a
 // network is, and which raw pointers one forward or backward pass reads and writes. A linear
-// layer is a network of one layer. Nothing here allocates tensors or checks arguments: who fills
-// these structs (register.cpp) has run checks.h before.
+// layer is a network of one layer. Nothing here allocates tensors or checks arguments, because
+// tensors/passes.cpp, which fills these structs, is called after the checks of tensors/checks.h.
 #pragma once
 
 #include <cstdint>
@@ -23,12 +23,21 @@ struct Float16 {
 struct Scalars {
   double a = 0;
   double b = 0;
+  bool operator==(const Scalars&) const = default;
 };
 
 // `kind` is an index into the list of activation.h.
 struct ActivationSpec {
   int kind = 0;
   Scalars scalars;
+  bool operator==(const ActivationSpec&) const = default;
+};
+
+// What a layer is besides its tensors.
+struct LayerSpec {
+  bool has_bias = false;
+  ActivationSpec activation;
+  bool operator==(const LayerSpec&) const = default;
 };
 
 // A strided vector; strides count elements and may be zero. `data` is null for "not given".

@@ -1,12 +1,20 @@
-// The only file of the CPU device that knows torch: allocates results, takes the number of threads from torch, and
-// registers the operators for the dispatcher. What it shares with other devices is in operations.h.
+// Enters the CPU into the table of devices and its operators into the dispatcher. The only file of the device that
+// knows torch: tensors become pointers here, and memory for results and the number of threads are torch's. What all
+// devices do alike is in operations.h. Must not compute: network.h, step.h and frozen.h do, with pointers.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <memory>
+#include <utility>
+
 #include "../tensors/devices.h"
+#include "../tensors/dtypes.h"
+#include "../tensors/frozen_network.h"
 #include "../tensors/operations.h"
+#include "dispatch.h"
+#include "frozen.h"
 #include "network.h"
 #include "step.h"
 #include "workspace.h"
@@ -16,15 +24,19 @@ namespace {
 
 int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
+// Not initialised. Past the dispatcher, which would find the same.
+at::Tensor allocate(at::IntArrayRef sizes, at::ScalarType dtype) {
+  at::Tensor tensor = at::detail::empty_cpu(sizes, dtype);
+  prefer_huge_pages(tensor.data_ptr(), tensor.nbytes());
+  return tensor;
+}
+
 struct Device {
   static constexpr const char* name = "CPU";
+  static constexpr c10::DispatchKey backend = c10::DispatchKey::CPU, autograd = c10::DispatchKey::AutogradCPU,
+                                    autocast = c10::DispatchKey::AutocastCPU;
 
-  static at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like) {
-    // Past the dispatcher, which would find the same.
-    at::Tensor tensor = at::detail::empty_cpu(sizes, like.scalar_type());
-    prefer_huge_pages(tensor.data_ptr(), tensor.nbytes());
-    return tensor;
-  }
+  static at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like) { return allocate(sizes, like.scalar_type()); }
 
   static void run(const ForwardPass& pass, const at::Tensor&) { cpu::forward(pass, threads()); }
   static void run(const BackwardPass& pass, const at::Tensor&) { cpu::backward(pass, threads()); }
@@ -32,47 +44,155 @@ struct Device {
 
 using Cpu = Operations<Device>;
 
-}  // namespace
-
-void forward_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters, const at::Tensor& output,
-                  at::TensorList hidden) {
-  Cpu::forward_into(stack, input, parameters, output, hidden);
+void check_classes(const at::Tensor& target, const LossSpec& spec, int64_t columns) {
+  const int64_t* const all = target.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < target.numel(); i++) {
+    TORCH_CHECK_INDEX(all[i] == spec.ignore_index || (all[i] >= 0 && all[i] < columns), "fastmlp: target holds class ",
+                      all[i], ", expected 0 to ", columns - 1, ", or the loss's ignore_index, ", spec.ignore_index);
+  }
 }
 
-std::tuple<at::Tensor, Tensors> forward(const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
-  return Cpu::forward(stack, input, parameters);
-}
-
-at::Tensor infer(const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
-  return Cpu::infer(stack, input, parameters);
-}
-
-void backward_into(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
-                   at::TensorList parameters, at::TensorList grads) {
-  Cpu::backward_into(stack, grad, input, saved, parameters, grads);
-}
-
-Tensors backward(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
-                 at::TensorList parameters, const std::vector<bool>& needs) {
-  return Cpu::backward(stack, grad, input, saved, parameters, needs);
-}
-
-at::Tensor uninitialised(at::IntArrayRef sizes, const at::Tensor& like) { return Device::empty(sizes, like); }
-
-double train_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters, const LossSpec& spec,
-                  const at::Tensor& target, const at::Tensor& weight, at::TensorList grads, at::Tensor& memory) {
+at::Tensor train_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters, const LossSpec& spec,
+                      const at::Tensor& target, const at::Tensor& weight, at::TensorList grads, at::Tensor& memory) {
+  if (spec.kind == cross_entropy_kind)
+    check_classes(target, spec, parameters[stack.weight(stack.layers() - 1)].size(0));
   const StepTensors tensors = step_pass(Device::name, stack, input, parameters, spec, target, weight, grads);
   const int64_t bytes = int64_t(train_bytes(tensors.pass));
-  if (bytes > 0 && (!memory.defined() || memory.numel() < bytes)) {
-    memory = at::detail::empty_cpu({bytes}, at::kByte);
-    prefer_huge_pages(memory.data_ptr(), memory.nbytes());
+  if (bytes > 0 && (!memory.defined() || memory.numel() < bytes)) memory = allocate({bytes}, at::kByte);
+  at::Tensor result = allocate({}, input.scalar_type());
+  const double loss = train(tensors.pass, bytes > 0 ? memory.data_ptr() : nullptr, threads());
+  if (input.scalar_type() == at::kFloat) {
+    *result.mutable_data_ptr<float>() = float(loss);
+  } else {
+    *result.mutable_data_ptr<double>() = loss;
   }
-  return train(tensors.pass, bytes > 0 ? memory.data_ptr() : nullptr, threads());
+  return result;
 }
 
-void update(const std::vector<Update>& updates) { update(updates, threads()); }
+void update_all(const std::vector<Update>& updates, c10::Device) { update(updates, threads()); }
 
-static const RegisterDevice registered(c10::kCPU, {&forward, &infer, &backward, &forward_into});
+// Frozen networks.
+
+using Packed = cpu::FrozenNetwork;
+
+// A network of frozen.h behind the interface of all devices.
+class PackedNetwork final : public fastmlp::FrozenNetwork {
+ public:
+  PackedNetwork(Form form, std::shared_ptr<const Packed> packed)
+      : fastmlp::FrozenNetwork(std::move(form)), packed_(std::move(packed)) {}
+
+  at::Tensor empty(at::IntArrayRef sizes) const override { return allocate(sizes, form().end_dtype); }
+
+  void run(const FrozenBatch& batch) const override {
+    const StridedView& x = batch.input;
+    packed_->run({x.data, x.dims - 1, x.sizes, x.steps, x.steps[x.dims - 1]}, batch.output, threads());
+  }
+
+  Parameters parameters() const override {
+    const at::ScalarType dtype = form().dtype;
+    const at::ScalarType of_sums = c10::elementSize(dtype) == 2 ? at::kFloat : dtype;
+    Parameters all;
+    for (size_t l = 0; l < form().layers.size(); l++) {
+      all.weights.push_back(at::empty({form().features[l + 1], form().features[l]}, dtype));
+      all.biases.emplace_back();
+      if (form().layers[l].has_bias) all.biases.back() = at::empty({form().features[l + 1]}, of_sums);
+      packed_->unpack(l, all.weights.back().data_ptr(), all.biases.back() ? all.biases.back()->data_ptr() : nullptr);
+    }
+    return all;
+  }
+
+  std::shared_ptr<fastmlp::FrozenNetwork> renewed() const override {
+    const KernelTable& now = active();
+    if (&packed_->table() == &now) return nullptr;
+    auto packed = packed_->packed_for(now);
+    Form changed = form();
+    changed.bytes = packed->bytes();
+    return std::make_shared<PackedNetwork>(std::move(changed), std::move(packed));
+  }
+
+ private:
+  const std::shared_ptr<const Packed> packed_;
+};
+
+std::shared_ptr<fastmlp::FrozenNetwork> freeze(const Stack& stack, const fastmlp::FrozenNetwork::Parameters& parameters,
+                                               bool float32_ends) {
+  const auto& [weights, biases] = parameters;
+  const at::ScalarType dtype = weights.front().scalar_type();
+  Network network;
+  network.dtype = *dtype_of(dtype);
+  for (size_t l = 0; l < weights.size(); l++) {
+    const at::Tensor& weight = weights[l];
+    Layer& layer = network.layers.emplace_back();
+    layer.in_features = weight.size(1);
+    layer.out_features = weight.size(0);
+    layer.weight = {weight.data_ptr(), weight.stride(0), weight.stride(1)};
+    layer.activation = stack.activation(l);
+    if (biases[l]) layer.bias = {biases[l]->data_ptr(), biases[l]->stride(0)};
+  }
+  auto packed = Packed::pack(active(), network, float32_ends);
+  PackedNetwork::Form form{
+      .layers = stack.specs().vec(),
+      .features = features_of(weights),
+      .device = weights.front().device(),
+      .dtype = dtype,
+      .end_dtype = float32_ends ? at::kFloat : dtype,
+      .bytes = packed->bytes(),
+      .takes_arrays = true,
+      .multiply_adds = packed->multiply_adds(),
+  };
+  return std::make_shared<PackedNetwork>(std::move(form), std::move(packed));
+}
+
+// Instruction sets.
+
+template <class S> InstructionSet::Sizes sizes_of(const Kernels<S>& kernels) {
+  return {{"MR", kernels.mr},
+          {"NR", kernels.nr},
+          {"MC", kernels.mc},
+          {"NC", kernels.nc},
+          {"KC", kernels.kc},
+          {"chain", kernels.chain},
+          {"lanes", kernels.lanes},
+          {"stream_rows", kernels.stream_rows},
+          {"stream_columns", kernels.stream_columns}};
+}
+
+std::vector<InstructionSet> all_sets() {
+  std::vector<InstructionSet> all;
+  for (const KernelTable* table : tables()) {
+    all.push_back({table->name,
+                   table->description,
+                   supported(*table),
+                   {{"float32", sizes_of(*table->float32)},
+                    {"float64", sizes_of(*table->float64)},
+                    {"bfloat16", sizes_of(*table->bfloat16)},
+                    {"float16", sizes_of(*table->float16)}}});
+  }
+  return all;
+}
+
+std::vector<std::string> supported_by(const std::array<uint64_t, 4>& words) {
+  const unsigned features = decode_features({uint32_t(words[0]), uint32_t(words[1]), uint32_t(words[2]), words[3]});
+  std::vector<std::string> names;
+  for (const KernelTable* table : tables()) {
+    if ((table->needs & ~features) == 0) names.emplace_back(table->name);
+  }
+  return names;
+}
+
+constexpr InstructionSets instruction_sets = {&all_sets, [] { return active().name; }, &set_active,
+                                              [] { return last_isa; }, &supported_by};
+
+const RegisterDevice registered(c10::kCPU, [] {
+  DeviceOperations all = Cpu::entry();
+  all.train_into = &train_into;
+  all.update = &update_all;
+  all.freeze = &freeze;
+  all.instruction_sets = &instruction_sets;
+  return all;
+}());
+
+}  // namespace
 
 TORCH_LIBRARY_IMPL(fastmlp, CPU, m) {
   m.impl("forward", &Cpu::forward_op);

@@ -5,7 +5,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
-#include "../tensors/passes.h"
+#include "../tensors/dtypes.h"
 #include "products.h"
 
 namespace fastmlp::cuda {

@@ -1,6 +1,6 @@
-// The file of the CUDA device that knows torch (with library.h, its products): device guard, current stream, torch's
-// caching allocator, and the operators for the dispatcher. What it shares with other devices is in operations.h. Never
-// waits for the device but where the user has asked for measurements.
+// Enters CUDA into the table of devices and its operators into the dispatcher. With library.h, its products, the only
+// file of the device that knows torch: device guard, current stream, and torch's caching allocator. What all devices do
+// alike is in operations.h. Must not wait for the device, unless the user has asked for measurements.
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
@@ -14,6 +14,7 @@
 #include <map>
 
 #include "../tensors/devices.h"
+#include "../tensors/dtypes.h"
 #include "../tensors/operations.h"
 #include "library.h"
 #include "measured.h"
@@ -90,6 +91,8 @@ bool measure(bool enabled) { return measured.measure(enabled); }
 
 struct Device {
   static constexpr const char* name = "CUDA";
+  static constexpr c10::DispatchKey backend = c10::DispatchKey::CUDA, autograd = c10::DispatchKey::AutogradCUDA,
+                                    autocast = c10::DispatchKey::AutocastCUDA;
 
   static at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like) {
     return at::empty(sizes, at::TensorOptions(like.device()).dtype(like.scalar_type()));
@@ -161,8 +164,11 @@ struct Device {
 
 using Cuda = Operations<Device>;
 
-const RegisterDevice registered(c10::kCUDA,
-                                {&Cuda::forward, &Cuda::infer, &Cuda::backward, &Cuda::forward_into, &obstacle_on});
+const RegisterDevice registered(c10::kCUDA, [] {
+  DeviceOperations all = Cuda::entry();
+  all.obstacle = &obstacle_on;
+  return all;
+}());
 
 }  // namespace
 

@@ -24,9 +24,7 @@ PyObject* composed_backward = nullptr;
 
 constexpr int sigmoid_kind = kind_in<Sigmoid>(Activations{}), tanh_kind = kind_in<Tanh>(Activations{});
 
-c10::DispatchKey autocast_key(const at::Tensor& tensor) {
-  return tensor.is_cuda() ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
-}
+c10::DispatchKey autocast_key(const at::Tensor& input) { return operations_for(input).autocast; }
 
 bool autocast_is_active(const at::Tensor& input) {
   return !c10::impl::tls_local_dispatch_key_set().excluded_.has(autocast_key(input));
@@ -37,17 +35,10 @@ bool is_dual(const at::Tensor& tensor) { return tensor._fw_grad(0).defined(); }
 Tensors backward_in_python(const Stack& stack, const std::vector<bool>& needs, const at::Tensor& grad,
                            const at::Tensor& input, const Tensors& parameters, const Tensors& saved) {
   const py::gil_scoped_acquire acquire;
-  std::vector<bool> has_bias;
-  std::vector<int64_t> activations;
-  std::vector<double> scalars;
-  for (size_t l = 0; l < stack.layers(); l++) {
-    has_bias.push_back(stack.has_bias(l));
-    activations.push_back(stack.activation(l).kind);
-    scalars.push_back(stack.activation(l).scalars.a);
-    scalars.push_back(stack.activation(l).scalars.b);
-  }
   const auto function = py::reinterpret_borrow<py::function>(composed_backward);
-  const py::object found = function(has_bias, activations, scalars, needs, grad, input, parameters, saved);
+  const LayerLists lists(stack.specs());
+  const py::object found =
+      function(lists.has_bias, lists.activations, lists.scalars, needs, grad, input, parameters, saved);
   Tensors gradients;
   for (const py::handle gradient : found) {
     gradients.push_back(gradient.is_none() ? at::Tensor() : gradient.cast<at::Tensor>());

@@ -1,6 +1,7 @@
-// The autograd node of the direct route: fused forward, fused backward. Called by bindings.cpp for
-// plain tensors only; what a backward pass cannot do with plain tensors alone (higher order, batched
-// gradients) it leaves to a function of Python, which composes PyTorch's operations.
+// The autograd node of the direct route: fused forward, fused backward. Called by bindings.cpp and sequential.cpp for
+// plain tensors only; what a backward pass cannot do with plain tensors alone (higher order, batched gradients) it
+// leaves to a function of Python, which composes PyTorch's operations. Must not compute a network itself, because the
+// operations of the device do (tensors/devices.h).
 #pragma once
 
 #include <Python.h>

@@ -1,5 +1,5 @@
-// The names that Python sees: the module _C for direct calls, and the operators' schemas for the
-// dispatcher. No computation and no checks of its own.
+// The names that Python sees: the module _C for direct calls, and the operators' schemas for the dispatcher. Computes
+// nothing, checks nothing and names no device: other files of the folder and the table of devices do.
 #include <torch/extension.h>
 #include <torch/library.h>
 
@@ -9,11 +9,9 @@
 #include "autograd.h"
 #include "../tensors/borrowed.h"
 #include "../tensors/checks.h"
-#include "../cpu/dispatch.h"
 #include "../tensors/devices.h"
 #include "frozen.h"
 #include "modules.h"
-#include "../tensors/operators.h"
 #include "optimizer.h"
 #include "route.h"
 #include "sequential.h"
@@ -29,23 +27,25 @@ py::list activations() {
     py::dict parameters;
     for (int i = 0; i < 2 && info.parameters[i].name; i++)
       parameters[info.parameters[i].name] = info.parameters[i].initial;
-    all.append(py::make_tuple(info.name, parameters));
+    all.append(py::make_tuple(info.name, parameters, info.keeps_output, has_gradient_from_output(kind)));
   }
   return all;
 }
 
+// Those of the host's processor.
+const InstructionSets& host_sets() { return *operations_on(host.type())->instruction_sets; }
+
 py::list instruction_sets() {
   py::list all;
-  for (const cpu::KernelTable* table : cpu::tables()) {
-    const auto sizes = [](const auto* k) {
-      return py::dict(py::arg("MR") = k->mr, py::arg("NR") = k->nr, py::arg("MC") = k->mc, py::arg("NC") = k->nc,
-                      py::arg("KC") = k->kc, py::arg("chain") = k->chain, py::arg("lanes") = k->lanes,
-                      py::arg("stream_rows") = k->stream_rows, py::arg("stream_columns") = k->stream_columns);
-    };
-    all.append(py::dict(py::arg("name") = table->name, py::arg("description") = table->description,
-                        py::arg("supported") = cpu::supported(*table), py::arg("float32") = sizes(table->float32),
-                        py::arg("float64") = sizes(table->float64), py::arg("bfloat16") = sizes(table->bfloat16),
-                        py::arg("float16") = sizes(table->float16)));
+  for (const InstructionSet& set : host_sets().all()) {
+    py::dict described(py::arg("name") = set.name, py::arg("description") = set.description,
+                       py::arg("supported") = set.supported);
+    for (const auto& [dtype, sizes] : set.sizes) {
+      py::dict by_name;
+      for (const auto& [name, size] : sizes) by_name[name] = size;
+      described[dtype] = by_name;
+    }
+    all.append(described);
   }
   return all;
 }
@@ -95,7 +95,7 @@ void collect_train_steps(PyHeapTypeObject* heap_type) {
   };
 }
 
-// Below autograd, as inside a kernel that the dispatcher calls.
+// Calls a function below autograd and without the GIL, as the dispatcher calls a kernel.
 template <auto function, class... Args> auto direct(const c10::intrusive_ptr<Stack>& given, const Args&... args) {
   const Stack& stack = initialised(given);
   const py::gil_scoped_release release;
@@ -117,8 +117,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("infer", &direct<&fastmlp::infer, at::Tensor, Tensors>);
   m.def("backward", &direct<&fastmlp::backward, at::Tensor, at::Tensor, Tensors, Tensors, std::vector<bool>>);
   // For tests, which put guards around what is written.
-  m.def("forward_into", &direct<&cpu::forward_into, at::Tensor, Tensors, at::Tensor, Tensors>);
-  m.def("backward_into", &direct<&cpu::backward_into, at::Tensor, at::Tensor, Tensors, Tensors, Tensors>);
+  m.def("forward_into", &direct<&fastmlp::forward_into, at::Tensor, Tensors, at::Tensor, Tensors>);
+  m.def("backward_into", &direct<&fastmlp::backward_into, at::Tensor, at::Tensor, Tensors, Tensors, Tensors>);
   m.def("check_forward",
         [](const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, const Tensors& parameters, bool same_dtype,
            const std::optional<std::pair<std::string, std::vector<std::string>>>& names) {
@@ -126,7 +126,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           check_forward(initialised(stack), input, parameters, same_dtype, names ? &called : nullptr);
         });
   m.def("try_run", &try_run);
-  m.def("has_gradient_from_output", &has_gradient_from_output);
   m.def("gradient_from_output", &gradient_from_output);
   m.def("with_graph", [](const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, const Tensors& parameters,
                          const at::Tensor& output) {
@@ -135,7 +134,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("set_composed_backward", [](const py::function& function) { set_composed_backward(function.ptr()); });
   m.def("obstacle", &obstacle_of);
-  m.def("devices", &device_names);
+  m.def("devices", [] { return device_names(&has_kernels); });
+  m.def("training_devices", [] { return device_names(&trains); });
+  m.def("packing_devices", [] { return device_names(&packs); });
+  m.def("absent_devices", [] {
+    py::dict hints;
+    for (const auto& [device, hint] : absent_devices()) hints[py::str(device)] = hint;
+    return hints;
+  });
   m.def("device_obstacle", [](const std::string& device) -> std::optional<std::string> {
     const char* why = device_obstacle(c10::Device(device));
     return why ? std::optional<std::string>(why) : std::nullopt;
@@ -176,16 +182,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("activations", &activations);
   m.def("instruction_sets", &instruction_sets);
   m.def("dtypes", [] { return std::vector<std::string>{"float32", "float64", "bfloat16", "float16"}; });
-  m.def("get_isa", [] { return cpu::active().name; });
-  m.def("set_isa", &cpu::set_active);
-  m.def("last_isa", [] { return cpu::last_isa; });
+  m.def("get_isa", host_sets().active);
+  m.def("set_isa", host_sets().set_active);
+  m.def("last_isa", host_sets().last);
   m.def("decode_features", [](uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_1_eax, uint64_t xcr0) {
-    const unsigned features = cpu::decode_features({leaf1_ecx, leaf7_ebx, leaf7_1_eax, xcr0});
-    py::list names;
-    for (const cpu::KernelTable* table : cpu::tables()) {
-      if ((table->needs & ~features) == 0) names.append(table->name);
-    }
-    return names;
+    return host_sets().supported_by({leaf1_ecx, leaf7_ebx, leaf7_1_eax, xcr0});
   });
 }
 

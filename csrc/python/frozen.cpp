@@ -1,9 +1,8 @@
-// Tensors and NumPy arrays -> cpu::FrozenNetwork::run, and tensors of other devices -> DeviceNetwork::run. A class of
-// the C API, since a call through it costs a third of one through pybind11. Takes the arguments of a call apart and
-// lets the network follow its model; frozen_tensor.cpp and frozen_array.cpp check the rest before anything is written.
+// Tensors and NumPy arrays -> FrozenNetwork::run. A class of the C API, because a call through it costs a third of one
+// through pybind11. Takes the arguments of a call apart and lets the network follow its model; frozen_tensor.cpp and
+// frozen_array.cpp check the rest before anything is written. Must name no device: the network knows its own.
 #include "frozen.h"
 
-#include <ATen/Parallel.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -11,9 +10,8 @@
 #include <string>
 #include <utility>
 
-#include "../tensors/checks.h"
+#include "../tensors/dtypes.h"
 #include "frozen_call.h"
-#include "../tensors/passes.h"
 
 namespace fastmlp {
 namespace frozen {
@@ -55,10 +53,9 @@ void follow_model(PyObject* self, State& state) {
   if (!done) throw py::error_already_set();
 }
 
+// If another instruction set was chosen since the network was made.
 void follow_isa(State& state) {
-  if (!state.network) return;
-  const cpu::KernelTable& active = cpu::active();
-  if (&state.network->table() != &active) state.network = state.network->packed_for(active);
+  if (auto renewed = state.network->renewed()) state.network = std::move(renewed);
 }
 
 // Whether [a, a + bytes) and the elements of a strided input may share memory.
@@ -81,8 +78,7 @@ State& state_of(PyObject* self) {
 }
 
 void check_filled(const State& state) {
-  TORCH_CHECK(state.network || state.on_device,
-              "fastmlp: this FrozenMLP holds no network; fastmlp.freeze makes one that does");
+  TORCH_CHECK(state.network, "fastmlp: this FrozenMLP holds no network; fastmlp.freeze makes one that does");
 }
 
 void follow(PyObject* self, State& state) {
@@ -90,27 +86,13 @@ void follow(PyObject* self, State& state) {
   follow_isa(state);
 }
 
-Call::Call(const State& state)
-    : network(state.network), on_device(state.on_device), matrices_only(state.matrices_only) {
-  if (on_device) {
-    device = on_device->device();
-    dtype = on_device->dtype();
-    in_features = on_device->in_features();
-    out_features = on_device->out_features();
-  } else {
-    dtype = scalar_type_of(network->end_dtype());
-    in_features = network->in_features();
-    out_features = network->out_features();
-  }
-}
-
 void check_dimensions(int64_t dimensions) {
-  TORCH_CHECK(dimensions <= most_dimensions, "fastmlp: input has ", dimensions, " dimensions, expected at most ",
-              most_dimensions);
+  TORCH_CHECK(dimensions <= View::most_dimensions, "fastmlp: input has ", dimensions, " dimensions, expected at most ",
+              int(View::most_dimensions));
 }
 
 void check_shape(const Call& call, const View& x) {
-  const int64_t features = call.in_features;
+  const int64_t features = call.network->form().in_features();
   TORCH_CHECK(x.dims > 0, "fastmlp: input has no dimension, expected at least one, of size in_features");
   TORCH_CHECK(x.sizes[x.dims - 1] == features, "fastmlp: input has shape ", x.shape(), ", expected ", features,
               " in the last dimension, the in_features of the frozen network");
@@ -123,7 +105,7 @@ View result_of(const Call& call, const View& x) {
   View result;
   result.dims = x.dims;
   std::copy_n(x.sizes, x.dims, result.sizes);
-  result.sizes[x.dims - 1] = call.out_features;
+  result.sizes[x.dims - 1] = call.network->form().out_features();
   return result;
 }
 
@@ -133,15 +115,14 @@ void check_apart(const View& x, const char* out, int64_t out_bytes, int64_t elem
 }
 
 std::string dtype_remedy(const Call& call, at::ScalarType given, const std::string& convert) {
-  const bool float32_ends = call.network && call.network->float32_ends();
-  const bool or_model = dtype_of(given) && given != call.dtype && !float32_ends;
+  const bool float32_ends = call.network->form().dtype != call.dtype();
+  const bool or_model = dtype_of(given) && given != call.dtype() && !float32_ends;
   return "; pass " + convert + (or_model ? ", or freeze model" + cast_to(given) : "");
 }
 
-void run(const Call& call, const cpu::InputRows& input, void* output) {
-  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const auto compute = [&] { call.network->run(input, output, threads); };
-  const bool tiny = call.network->multiply_adds() * double(input.count()) < kept_gil;
+void run(const Call& call, const FrozenBatch& batch) {
+  const auto compute = [&] { call.network->run(batch); };
+  const bool tiny = call.network->form().multiply_adds * double(batch.input.rows()) < kept_gil;
   tiny ? compute() : without_gil(compute);
 }
 
@@ -179,7 +160,8 @@ PyObject* call_checked(PyObject* self, PyObject* args, PyObject* kwargs) {
   TORCH_CHECK_TYPE(is_array(input), "fastmlp: input must be a torch.Tensor or exactly a numpy.ndarray, got ",
                    Py_TYPE(input)->tp_name);
   of_same_kind(out && is_array(out));
-  TORCH_CHECK_TYPE(!call.on_device, "fastmlp: input is a numpy.ndarray, but the frozen network is on ", call.device,
+  TORCH_CHECK_TYPE(call.network->form().takes_arrays,
+                   "fastmlp: input is a numpy.ndarray, but the frozen network is on ", call.device(),
                    "; pass a tensor of that device");
   return call_array(call, input, out);
 }

@@ -1,5 +1,5 @@
 // The class _C.Frozen, from which fastmlp.FrozenMLP derives: a network that was packed once, and a call that costs
-// little besides the products. Made by bindings.cpp; fastmlp/frozen.py reads models and fills it.
+// little besides the products. Added by bindings.cpp; fastmlp/frozen.py reads models and fills it. Has no gradients.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>

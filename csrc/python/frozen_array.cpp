@@ -6,7 +6,7 @@
 #include <string>
 #include <string_view>
 
-#include "../tensors/checks.h"
+#include "../tensors/dtypes.h"
 #include "frozen_call.h"
 
 namespace fastmlp::frozen {
@@ -33,7 +33,7 @@ const py::detail::npy_api* numpy() {
 constexpr int numpy_half = 23;  // NPY_HALF, which pybind11 does not list
 
 int numpy_type(const Call& call) {
-  switch (call.dtype) {
+  switch (call.dtype()) {
     case at::kFloat:
       return py::detail::npy_api::NPY_FLOAT_;
     case at::kDouble:
@@ -106,13 +106,13 @@ PyObject* call_array(const Call& call, PyObject* object, PyObject* out) {
   py::object made;
   if (!out) {
     const npy_api& api = *numpy();
-    Py_intptr_t sizes[most_dimensions];
+    Py_intptr_t sizes[View::most_dimensions];
     std::copy_n(result.sizes, result.dims, sizes);
     made = py::reinterpret_steal<py::object>(
         api.PyArray_NewFromDescr_(api.PyArray_Type_, api.PyArray_DescrFromType_(numpy_type(call)), result.dims, sizes,
                                   nullptr, nullptr, 0, nullptr));
     if (!made) throw py::error_already_set();
-    run(call, x.rows(), array_of(made.ptr()).data);
+    run(call, {x, array_of(made.ptr()).data});
     return made.release().ptr();
   }
   check_numpy_dtype(call, "out", out);
@@ -126,7 +126,7 @@ PyObject* call_array(const Call& call, PyObject* object, PyObject* out) {
   needs(npy_api::NPY_ARRAY_ALIGNED_, "aligned");
   needs(npy_api::NPY_ARRAY_WRITEABLE_, "writeable");
   check_apart(x, array.data, c10::multiply_integers(y.shape()) * call.element(), call.element());
-  run(call, x.rows(), array.data);
+  run(call, {x, array.data});
   return Py_NewRef(out);
 }
 

@@ -1,6 +1,6 @@
-// What one call of a frozen network works with, whatever kind its input is of: frozen.cpp takes the call apart and
-// hands it to frozen_tensor.cpp or frozen_array.cpp, and frozen_load.cpp fills the network. Everything here needs the
-// GIL, and nothing here checks dtypes or devices.
+// What one call of a frozen network works with, whether its input is a tensor or an array: frozen.cpp takes the call
+// apart and hands it to frozen_tensor.cpp or frozen_array.cpp, and frozen_load.cpp fills the network. Everything here
+// needs the GIL. Must not check dtypes or devices, because only the kind of the input knows its words for them.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>
@@ -11,18 +11,16 @@
 #include <memory>
 #include <string>
 
-#include "../cpu/frozen.h"
-#include "../tensors/frozen_device.h"
+#include "../tensors/frozen_network.h"
 #include "frozen_watch.h"
 
 namespace fastmlp::frozen {
 
-// One of the two networks, or none yet, and the watch of the model that was begun before the network was read from it.
-// They are replaced together and under the GIL: however many threads read the model at once, a network never stands
-// beside a watch that saw the model later.
+// A network, or none yet, and the watch of the model that was begun before the network was read from it. They are
+// replaced together and under the GIL: however many threads read the model at once, a network never stands beside a
+// watch that saw the model later.
 struct State {
-  std::shared_ptr<const cpu::FrozenNetwork> network;
-  std::shared_ptr<DeviceNetwork> on_device;
+  std::shared_ptr<FrozenNetwork> network;
   bool matrices_only = false;    // inputs must have two dimensions
   std::shared_ptr<Watch> watch;  // null if there is no model to follow
 };
@@ -36,28 +34,16 @@ void follow(PyObject* self, State& state);
 
 // Another thread may replace the network during a call, which goes on with the one that it began with.
 struct Call {
-  std::shared_ptr<const cpu::FrozenNetwork> network;
-  std::shared_ptr<const DeviceNetwork> on_device;
-  bool matrices_only;
-  at::Device device = at::kCPU;
-  at::ScalarType dtype;  // of input and output
-  int64_t in_features, out_features;
+  const std::shared_ptr<const FrozenNetwork> network;
+  const bool matrices_only;
 
-  explicit Call(const State& state);
-  int64_t element() const { return int64_t(c10::elementSize(dtype)); }
+  explicit Call(const State& state) : network(state.network), matrices_only(state.matrices_only) {}
+  at::Device device() const { return network->form().device; }
+  at::ScalarType dtype() const { return network->form().end_dtype; }  // of input and output
+  int64_t element() const { return int64_t(c10::elementSize(dtype())); }
 };
 
-constexpr int most_dimensions = 64;
-
-// An input as both kinds have it: steps in bytes.
-struct View {
-  const char* data = nullptr;
-  int dims = 0;
-  int64_t sizes[most_dimensions], steps[most_dimensions];
-
-  c10::IntArrayRef shape() const { return {sizes, size_t(dims)}; }
-  cpu::InputRows rows() const { return {data, dims - 1, sizes, steps, steps[dims - 1]}; }
-};
+using View = StridedView;
 
 void check_dimensions(int64_t dimensions);
 void check_shape(const Call& call, const View& x);
@@ -80,10 +66,10 @@ template <class F> void without_gil(const F& f) {
   PyEval_RestoreThread(thread);
 }
 
-// Computes on the CPU; `output` has rows without gaps.
-void run(const Call& call, const cpu::InputRows& input, void* output);
+// Computes, and gives up the GIL meanwhile unless that would take longer than the work.
+void run(const Call& call, const FrozenBatch& batch);
 
-// Inputs and outs of the two kinds; `out` may be null. A new reference.
+// Calls with a tensor and with an array; `out` may be null. Both return a new reference.
 PyObject* call_tensor(const Call& call, PyObject* input, PyObject* out);
 PyObject* call_array(const Call& call, PyObject* input, PyObject* out);
 bool is_array(PyObject* object);

@@ -1,5 +1,6 @@
 // Fills frozen networks with layers and reads them again, for fastmlp/frozen.py, rarely. What a network is made of is
-// checked here before memory is taken for it; it is packed and put in place without letting other threads in between.
+// checked here before memory is taken for it; it is made, by the operations of its device, and put in place without
+// letting other threads in between. Must name no device.
 #include <ATen/ATen.h>
 
 #include <limits>
@@ -7,10 +8,11 @@
 #include <utility>
 #include <vector>
 
-#include "../tensors/checks.h"
-#include "frozen_call.h"
-#include "../tensors/passes.h"
+#include "../tensors/devices.h"
+#include "../tensors/dtypes.h"
+#include "../tensors/frozen_device.h"
 #include "../tensors/stack.h"
+#include "frozen_call.h"
 
 namespace fastmlp::frozen {
 namespace {
@@ -67,82 +69,38 @@ at::ScalarType dtype_of_weights(const Tensors& weights) {
   return dtype;
 }
 
-at::ScalarType dtype_of_sums(at::ScalarType dtype) { return c10::elementSize(dtype) == 2 ? at::kFloat : dtype; }
-
-// Packs the layers for the CPU. `watch` is null if there is no model to follow.
+// Puts a network in place in the form that its device has for it, and the watch of the model that it was read from,
+// null if there is none to follow.
 void load(const py::handle& self, const std::shared_ptr<Watch>& watch, const Tensors& weights, const Biases& biases,
-          const std::vector<int64_t>& kinds, const std::vector<double>& scalars, bool float32_ends,
+          const std::vector<int64_t>& activations, const std::vector<double>& scalars, bool float32_ends,
           bool matrices_only) {
   State& state = state_of(self.ptr());
-  const Stack stack(has_bias(biases), kinds, scalars);
+  const Stack stack(has_bias(biases), activations, scalars);
   const at::ScalarType dtype = dtype_of_weights(weights);
-  check_layers(stack, weights, biases, dtype_of_sums(dtype));
-  TORCH_CHECK(weights.front().is_cpu(), "fastmlp: weights[0] is on ", weights.front().device(), ", expected the CPU");
+  check_layers(stack, weights, biases, c10::elementSize(dtype) == 2 ? at::kFloat : dtype);
+  const c10::Device device = weights.front().device();
+  TORCH_CHECK(packs(device.type()), "fastmlp: weights[0] is on ", device, ", expected ", devices_in_words(&packs));
   TORCH_CHECK_VALUE(!float32_ends || dtype == at::kBFloat16,
                     "fastmlp: input and output are float32 with weights in torch.bfloat16 only, got ",
                     dtype_name(dtype));
-  Network network;
-  network.dtype = *dtype_of(dtype);
-  for (size_t l = 0; l < weights.size(); l++) {
-    const at::Tensor& weight = weights[l];
-    Layer& layer = network.layers.emplace_back();
-    layer.in_features = weight.size(1);
-    layer.out_features = weight.size(0);
-    layer.weight = {weight.data_ptr(), weight.stride(0), weight.stride(1)};
-    layer.activation = stack.activation(l);
-    if (biases[l]) layer.bias = {biases[l]->data_ptr(), biases[l]->stride(0)};
-  }
-  state.network = cpu::FrozenNetwork::pack(cpu::active(), network, float32_ends);
-  state.on_device.reset();
+  state.network = operations_on(device.type())->freeze(stack, {weights, biases}, float32_ends);
   state.matrices_only = matrices_only;
   state.watch = watch;
 }
 
-// The same for another device than the CPU, with biases of the weights' dtype.
+// The same as a copy of the weights, with biases of their dtype, for a device that has no other form.
 void load_on_device(const py::handle& self, const std::shared_ptr<Watch>& watch, const Tensors& weights,
-                    const Biases& biases, const std::vector<int64_t>& kinds, const std::vector<double>& scalars,
+                    const Biases& biases, const std::vector<int64_t>& activations, const std::vector<double>& scalars,
                     bool matrices_only) {
   State& state = state_of(self.ptr());
-  const Stack stack(has_bias(biases), kinds, scalars);
+  const Stack stack(has_bias(biases), activations, scalars);
   check_layers(stack, weights, biases, dtype_of_weights(weights));
-  Tensors parameters;
-  for (size_t l = 0; l < weights.size(); l++) {
-    parameters.push_back(weights[l]);
-    if (biases[l]) parameters.push_back(*biases[l]);
-  }
-  if (!state.on_device || !state.on_device->refill(stack, parameters))
-    state.on_device = std::make_shared<DeviceNetwork>(stack, parameters);
-  state.network.reset();
+  const FrozenNetwork::Parameters parameters{weights, biases};
+  if (!state.network || !state.network->refill(stack, parameters))
+    state.network = std::make_shared<DeviceNetwork>(stack, parameters);
   state.matrices_only = matrices_only;
   state.watch = watch;
 }
-
-// What the two forms of a network have in common.
-struct Description {
-  std::vector<int64_t> sizes, kinds;
-  std::vector<double> scalars;
-
-  void add(int64_t in_features, int64_t out_features, const ActivationSpec& activation) {
-    if (sizes.empty()) sizes.push_back(in_features);
-    sizes.push_back(out_features);
-    kinds.push_back(activation.kind);
-    scalars.insert(scalars.end(), {activation.scalars.a, activation.scalars.b});
-  }
-
-  explicit Description(const State& state) {
-    if (state.on_device) {
-      const Stack& stack = state.on_device->stack();
-      for (size_t l = 0; l < stack.layers(); l++) {
-        const at::Tensor& weight = state.on_device->parameters()[stack.weight(l)];
-        add(weight.size(1), weight.size(0), stack.activation(l));
-      }
-    } else {
-      for (const cpu::FrozenLayer& layer : state.network->layers()) {
-        add(layer.in_features, layer.out_features, layer.activation);
-      }
-    }
-  }
-};
 
 // Up to date with the model, as a call is. Without a network there is nothing to follow, or to read.
 const State& followed(const py::handle& self) {
@@ -152,43 +110,24 @@ const State& followed(const py::handle& self) {
   return state;
 }
 
-// Sizes, kinds and scalars of activations, dtype of weights, whether input and output are float32, device, and bytes.
+// Features, activations and their scalars, dtype of weights, whether input and output are float32, device, and bytes.
 py::tuple describe(const py::handle& self) {
-  const State& state = followed(self);
-  const Description all(state);
-  const bool on_device = bool(state.on_device);
-  const at::ScalarType dtype = on_device ? state.on_device->dtype() : scalar_type_of(state.network->dtype());
-  return py::make_tuple(all.sizes, all.kinds, all.scalars, dtype_name(dtype),
-                        !on_device && state.network->float32_ends(),
-                        on_device ? state.on_device->device().str() : "cpu",
-                        on_device ? state.on_device->bytes() : state.network->bytes());
+  const std::shared_ptr<const FrozenNetwork> network = followed(self).network;
+  const FrozenNetwork::Form& form = network->form();
+  const LayerLists lists(form.layers);
+  return py::make_tuple(form.features, lists.activations, lists.scalars, dtype_name(form.dtype),
+                        form.end_dtype != form.dtype, form.device.str(), form.bytes);
 }
 
 // What load takes, of one moment; tensors of a device are its own and not copies.
 py::tuple unload(const py::handle& self) {
   const State& state = followed(self);
-  const Description all(state);
-  Tensors weights;
-  Biases biases;
-  if (state.on_device) {
-    const Stack& stack = state.on_device->stack();
-    const Tensors& parameters = state.on_device->parameters();
-    for (size_t l = 0; l < stack.layers(); l++) {
-      weights.push_back(parameters[stack.weight(l)]);
-      biases.push_back(stack.has_bias(l) ? std::optional(parameters[stack.bias(l)]) : std::nullopt);
-    }
-    return py::make_tuple(weights, biases, all.kinds, all.scalars, false, state.matrices_only);
-  }
-  const cpu::FrozenNetwork& network = *state.network;
-  const at::ScalarType dtype = scalar_type_of(network.dtype());
-  for (size_t l = 0; l < network.layers().size(); l++) {
-    const cpu::FrozenLayer& layer = network.layers()[l];
-    weights.push_back(at::empty({layer.out_features, layer.in_features}, dtype));
-    biases.emplace_back();
-    if (layer.has_bias) biases.back() = at::empty({layer.out_features}, dtype_of_sums(dtype));
-    network.unpack(l, weights.back().data_ptr(), layer.has_bias ? biases.back()->data_ptr() : nullptr);
-  }
-  return py::make_tuple(weights, biases, all.kinds, all.scalars, network.float32_ends(), state.matrices_only);
+  const std::shared_ptr<const FrozenNetwork> network = state.network;
+  const bool matrices_only = state.matrices_only;
+  const FrozenNetwork::Form& form = network->form();
+  const LayerLists lists(form.layers);
+  const auto [weights, biases] = network->parameters();
+  return py::make_tuple(weights, biases, lists.activations, lists.scalars, form.end_dtype != form.dtype, matrices_only);
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // A frozen network called with a tensor: checks it and the `out` that may come with it, before anything is written.
-// Called by frozen.cpp with the GIL; leaves the dispatcher out where it would only find the same.
+// Called by frozen.cpp with the GIL. Must not go through the dispatcher, which would take as long as a small network.
 #include <ATen/ATen.h>
-#include <ATen/EmptyTensor.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -10,17 +9,18 @@
 #include <string_view>
 #include <utility>
 
-#include "../tensors/checks.h"
-#include "../cpu/workspace.h"
+#include "../tensors/dtypes.h"
 #include "frozen_call.h"
 #include "route.h"
 
 namespace fastmlp::frozen {
 namespace {
 
-// Handles of its own: without the GIL others may drop what the caller gave.
-void run(const Call& call, const at::Tensor input, const at::Tensor output) {
-  without_gil([&] { call.on_device->run(input, output); });
+void run(const Call& call, const View& x, const at::Tensor& input, const at::Tensor& output, void* data) {
+  if (call.network->form().takes_arrays) return run(call, FrozenBatch{x, data});
+  // Handles of its own: without the GIL others may drop what the caller gave.
+  const at::Tensor own_input = input, own_output = output;
+  run(call, FrozenBatch{x, data, &own_input, &own_output});
 }
 
 void check_plain(const Call& call, const char* name, PyObject* object) {
@@ -28,22 +28,22 @@ void check_plain(const Call& call, const char* name, PyObject* object) {
   TORCH_CHECK(tensor.defined(), "fastmlp: ", name, " is an undefined tensor");
   TORCH_CHECK(tensor.layout() == at::kStrided, "fastmlp: ", name,
               " has another layout than torch.strided; pass a dense tensor (", name, ".to_dense())");
-  TORCH_CHECK(tensor.device() == call.device, "fastmlp: ", name, " is on ", tensor.device(), ", expected ", call.device,
-              ", the device of the frozen network");
+  TORCH_CHECK(tensor.device() == call.device(), "fastmlp: ", name, " is on ", tensor.device(), ", expected ",
+              call.device(), ", the device of the frozen network");
   const char* why = obstacle(object, {});
   TORCH_CHECK(!why, "fastmlp: a frozen network takes plain tensors, outside of transforms and modes, but ", why,
               "; call the model that it was made from");
 }
 
 std::string remedy(const Call& call, const char* name, at::ScalarType given) {
-  if (name == std::string_view("out")) return std::string("; make it with dtype=") + dtype_name(call.dtype);
-  return at::isComplexType(given) ? "" : dtype_remedy(call, given, "input" + cast_to(call.dtype));
+  if (name == std::string_view("out")) return std::string("; make it with dtype=") + dtype_name(call.dtype());
+  return at::isComplexType(given) ? "" : dtype_remedy(call, given, "input" + cast_to(call.dtype()));
 }
 
 void check_dtype(const Call& call, const char* name, const at::Tensor& tensor) {
   const at::ScalarType own = tensor.scalar_type();
-  TORCH_CHECK(own == call.dtype, "fastmlp: ", name, " has dtype ", dtype_name(own), ", expected ",
-              dtype_name(call.dtype), ", the dtype of the frozen network", remedy(call, name, own));
+  TORCH_CHECK(own == call.dtype(), "fastmlp: ", name, " has dtype ", dtype_name(own), ", expected ",
+              dtype_name(call.dtype()), ", the dtype of the frozen network", remedy(call, name, own));
 }
 
 }  // namespace
@@ -51,7 +51,7 @@ void check_dtype(const Call& call, const char* name, const at::Tensor& tensor) {
 PyObject* call_tensor(const Call& call, PyObject* object, PyObject* out) {
   const at::Tensor& input = THPVariable_Unpack(object);
   check_dtype(call, "input", input);
-  const auto is_there = [&](PyObject* tensor) { return THPVariable_Unpack(tensor).device() == call.device; };
+  const auto is_there = [&](PyObject* tensor) { return THPVariable_Unpack(tensor).device() == call.device(); };
   const bool plain = !obstacle(object, out ? c10::ArrayRef<PyObject*>(out) : c10::ArrayRef<PyObject*>()) &&
                      is_there(object) && (!out || is_there(out));
   if (!plain) {
@@ -72,17 +72,9 @@ PyObject* call_tensor(const Call& call, PyObject* object, PyObject* out) {
   check_shape(call, x);
   x.data = static_cast<const char*>(input.const_data_ptr());
   const View result = result_of(call, x);
-  if (!out && call.on_device) {
-    at::Tensor output = call.on_device->empty(result.shape());
-    run(call, input, output);
-    return THPVariable_Wrap(std::move(output));
-  }
   if (!out) {
-    // Past the dispatcher, which would find the same.
-    at::Tensor output = at::detail::empty_cpu(result.shape(), input.scalar_type());
-    void* const data = output.data_ptr();
-    cpu::prefer_huge_pages(data, output.nbytes());
-    run(call, x.rows(), data);
+    at::Tensor output = call.network->empty(result.shape());
+    run(call, x, input, output, output.data_ptr());
     return THPVariable_Wrap(std::move(output));
   }
   const at::Tensor& output = THPVariable_Unpack(out);
@@ -97,7 +89,7 @@ PyObject* call_tensor(const Call& call, PyObject* object, PyObject* out) {
   void* const data = output.mutable_data_ptr();
   check_apart(x, static_cast<const char*>(data), int64_t(output.nbytes()), element);
   if (!output.is_inference()) output.unsafeGetTensorImpl()->bump_version();
-  call.on_device ? run(call, input, output) : run(call, x.rows(), data);
+  run(call, x, input, output, data);
   return Py_NewRef(out);
 }
 

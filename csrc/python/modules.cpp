@@ -176,17 +176,13 @@ bool Run::add_layer(PyObject* attributes, const ActivationSpec& activation) {
   }
   parameters_.push_back(weight);
   if (bias != Py_None) parameters_.push_back(bias);
-  has_bias_.push_back(bias != Py_None);
-  kinds_.push_back(identity_kind);
-  scalars_.append({0.0, 0.0});
+  layers_.push_back({bias != Py_None, {}});
   set_activation(activation);
   return true;
 }
 
 void Run::set_activation(const ActivationSpec& activation) {
-  kinds_.back() = activation.kind;
-  scalars_[scalars_.size() - 2] = activation.scalars.a;
-  scalars_[scalars_.size() - 1] = activation.scalars.b;
+  layers_.back().activation = activation;
   activated_ = activation.kind != identity_kind;
 }
 
@@ -221,16 +217,16 @@ bool Run::extend(PyObject* module) {
 // Stacks that were parsed before are found by what they are made of. A fixed number, so that it does not grow.
 c10::intrusive_ptr<Stack> Run::stack() const {
   static std::array<c10::intrusive_ptr<Stack>, 256> recent;
-  size_t hash = kinds_.size();
+  size_t hash = layers_.size();
   const auto mix = [&](size_t value) { hash = (hash ^ value) * 0x9e3779b97f4a7c15u; };
-  for (const int64_t kind : kinds_) mix(size_t(kind));
-  for (const bool bias : has_bias_) mix(bias);
-  for (const double scalar : scalars_) mix(std::hash<double>()(scalar));
+  for (const auto& [has_bias, activation] : layers_) {
+    mix(size_t(2 * activation.kind + has_bias));
+    mix(std::hash<double>()(activation.scalars.a));
+    mix(std::hash<double>()(activation.scalars.b));
+  }
   c10::intrusive_ptr<Stack>& place = recent[hash >> 56];
-  if (!place || !place->equals(has_bias_, kinds_, scalars_)) {
-    place = c10::make_intrusive<Stack>(std::vector<bool>(has_bias_.begin(), has_bias_.end()),
-                                       std::vector<int64_t>(kinds_.begin(), kinds_.end()),
-                                       std::vector<double>(scalars_.begin(), scalars_.end()));
+  if (!place || place->specs() != layers()) {
+    place = c10::make_intrusive<Stack>(std::vector<LayerSpec>(layers_.begin(), layers_.end()));
   }
   return place;
 }

@@ -32,23 +32,17 @@ class Run {
   // The same for a fastmlp.Linear that stands by itself, whose class is known.
   bool add_fused_layer(PyObject* attributes);
 
-  bool empty() const { return kinds_.empty(); }
+  bool empty() const { return layers_.empty(); }
   c10::ArrayRef<PyObject*> parameters() const { return parameters_; }
+  c10::ArrayRef<LayerSpec> layers() const { return layers_; }
   c10::intrusive_ptr<Stack> stack() const;
-
-  // As the lists of an operator's schema.
-  c10::ArrayRef<bool> has_bias() const { return has_bias_; }
-  c10::ArrayRef<int64_t> kinds() const { return kinds_; }
-  c10::ArrayRef<double> scalars() const { return scalars_; }
 
  private:
   bool add_layer(PyObject* attributes, const ActivationSpec& activation);
   void set_activation(const ActivationSpec& activation);
 
   c10::SmallVector<PyObject*, 16> parameters_;
-  c10::SmallVector<bool, 8> has_bias_;
-  c10::SmallVector<int64_t, 8> kinds_;
-  c10::SmallVector<double, 16> scalars_;
+  c10::SmallVector<LayerSpec, 8> layers_;
   bool activated_ = false;  // the last layer has its activation
 };
 

@@ -12,8 +12,8 @@
 #include <optional>
 
 #include "modules.h"
-#include "../tensors/operators.h"
-#include "../tensors/passes.h"
+#include "../tensors/devices.h"
+#include "../tensors/dtypes.h"
 #include "route.h"
 
 namespace fastmlp {
@@ -76,7 +76,7 @@ std::optional<double> number(PyObject* object) {
     if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
     return value;
   }
-  if (!THPVariable_Check(object) || !is_plain(object)) return std::nullopt;
+  if (!THPVariable_Check(object) || !is_plain_on_host(object)) return std::nullopt;
   const at::Tensor& tensor = THPVariable_Unpack(object);
   if (tensor.numel() != 1 || tensor.requires_grad()) return std::nullopt;
   return tensor.item().toDouble();
@@ -117,10 +117,11 @@ class States {
   Py_ssize_t at_ = 0;
 };
 
-// Whether elements of the same index lie at the same place. The stride of a dimension of size 1 is never used, and may
-// be anything; so may all strides of a tensor without elements.
+// Whether elements of the same index lie at the same place, on the same device. The stride of a dimension of size 1 is
+// never used, and may be anything; so may all strides of a tensor without elements.
 bool lies_like(const at::Tensor& tensor, const at::Tensor& like) {
-  if (tensor.scalar_type() != like.scalar_type() || tensor.sizes() != like.sizes()) return false;
+  if (tensor.scalar_type() != like.scalar_type() || tensor.device() != like.device() || tensor.sizes() != like.sizes())
+    return false;
   if (tensor.strides() == like.strides() || like.numel() == 0) return true;
   for (int64_t d = 0; d < like.dim(); d++) {
     if (like.size(d) != 1 && tensor.stride(d) != like.stride(d)) return false;
@@ -149,7 +150,7 @@ double largest_of(DType dtype) {
 }
 
 bool is_counter(PyObject* object) {
-  if (!THPVariable_Check(object) || !is_plain(object)) return false;
+  if (!THPVariable_Check(object) || !is_plain_on_host(object)) return false;
   const at::Tensor& tensor = THPVariable_Unpack(object);
   return may_be_written(tensor) && tensor.dim() == 0 &&
          (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
@@ -248,9 +249,10 @@ const at::Tensor* OptimizerStep::state_tensor(PyObject* parameter, PyObject* sta
 bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tensor& grad, PyObject* state) {
   if (!is_plain(parameter)) return false;
   const at::Tensor& p = THPVariable_Unpack(parameter);
+  if (!operations_for(p).update || (!updates_.empty() && p.device() != device_)) return false;
   const std::optional<DType> dtype = dtype_of(p.scalar_type());
   if (!dtype || p.is_inference() || !p.is_non_overlapping_and_dense() || !is_plain(grad) ||
-      grad.scalar_type() != p.scalar_type() || grad.sizes() != p.sizes())
+      grad.device() != p.device() || grad.scalar_type() != p.scalar_type() || grad.sizes() != p.sizes())
     return false;
   Update update;
   update.dtype = *dtype;
@@ -281,7 +283,7 @@ bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tenso
     const at::Tensor* counter = nullptr;
     if (fresh) {
       const bool wide = !group.fused && at::typeMetaToScalarType(at::get_default_dtype()) == at::kDouble;
-      const auto options = at::TensorOptions(wide ? at::kDouble : at::kFloat).device(at::kCPU);
+      const auto options = at::TensorOptions(wide ? at::kDouble : at::kFloat).device(host);
       counter = &missing_.emplace_back(Missing{parameter, names().step, at::zeros({}, options)}).tensor;
     } else {
       PyObject* step = entry(state, names().step);
@@ -314,6 +316,7 @@ bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tenso
   if (!lies_like(grad, p)) strays_.emplace_back(updates_.size(), parameter);
   grads_.push_back(grad);
   updates_.push_back(update);
+  device_ = p.device();
   return true;
 }
 
@@ -347,7 +350,7 @@ void OptimizerStep::apply() {
       hold(held);
       release.emplace();
     }
-    cpu::update(updates_);
+    if (!updates_.empty()) operations_on(device_.type())->update(updates_, device_);
     release.reset();
     for (const at::Tensor& tensor : at::TensorList(written_)) tensor.unsafeGetTensorImpl()->bump_version();
   }
@@ -360,12 +363,17 @@ void for_each_parameter(const py::handle& optimizer, c10::function_ref<void(PyOb
   }
 }
 
-// Whether the first parameter is on another device than the CPU. Then nearly always all are, and for torch to move.
+bool has_updates(c10::Device device) {
+  const DeviceOperations* const operations = operations_on(device.type());
+  return operations && operations->update;
+}
+
+// Whether the first parameter is on a device that lacks updates. Then nearly always all are, and for torch to move.
 bool begins_elsewhere(const py::handle& optimizer) {
   const py::object attributes = attributes_of(optimizer.ptr());
   for (PyObject* group : items(groups_of(attributes.ptr()))) {
     for (PyObject* parameter : items(entry(group, names().params)))
-      return THPVariable_Check(parameter) && !THPVariable_Unpack(parameter).device().is_cpu();
+      return THPVariable_Check(parameter) && !has_updates(THPVariable_Unpack(parameter).device());
   }
   return false;
 }

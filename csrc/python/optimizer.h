@@ -13,6 +13,7 @@
 
 #include "../tensors/borrowed.h"
 #include "../contract/update.h"
+#include "../tensors/devices.h"
 
 namespace fastmlp {
 
@@ -25,7 +26,8 @@ class OptimizerStep {
   // Reads, and writes nothing. Raises KeyError for a group without an entry that torch would miss too.
   OptimizerStep(const py::handle& optimizer, Rule rule, GradOf grad_of);
 
-  // Parameters with a gradient that are for torch to move: sparse, complex, not on the CPU, and so on.
+  // Parameters with a gradient that are for torch to move: sparse, complex, on a device that lacks updates or on
+  // another one than the others, and so on.
   const std::vector<PyObject*>& left() const { return left_; }
 
   // What must live while the GIL is given up between reading and applying.
@@ -48,6 +50,7 @@ class OptimizerStep {
 
   py::object state_;
   std::vector<Update> updates_;
+  c10::Device device_ = host;      // of all updates
   Borrowed written_, counters_;    // whose versions count
   std::vector<at::Tensor> grads_;  // one an update
   // Updates whose gradient lies otherwise than its parameter, which is named too: apply() copies it.
@@ -60,9 +63,9 @@ class OptimizerStep {
 void for_each_parameter(const py::handle& optimizer, c10::function_ref<void(PyObject*)> visit);
 
 // optimizer.step() of fastmlp.optim without a closure; None, and nothing done, if all of it is for torch: something
-// watches the step, or the first parameter is not on the CPU, so that on a GPU nothing is read in vain. Else the
-// parameters that are left for torch; if there are any, the others move only if `partly`, so that torch, which may
-// refuse them, can go first.
+// watches the step, or the device of the first parameter has no updates, so that nothing is read in vain where torch
+// moves all parameters. Else the parameters that are left for torch; if there are any, the others move only if
+// `partly`, so that torch, which may refuse them, can go first.
 py::object step_optimizer(const py::handle& optimizer, Rule rule, bool partly);
 
 // optimizer.zero_grad(): every gradient becomes None.

@@ -1,8 +1,8 @@
-// The rule of route.h, by comparison of dispatch key sets.
+// The rule of route.h: compares the dispatch keys of a tensor with those that its device has in the table of devices.
+// Called by all of csrc/python. Must not allocate, and must name no device.
 #include "route.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/autocast_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -11,7 +11,7 @@
 #include <algorithm>
 
 #include "../tensors/devices.h"
-#include "../tensors/passes.h"
+#include "../tensors/dtypes.h"
 
 namespace fastmlp {
 namespace {
@@ -47,21 +47,13 @@ const char* mode_obstacle() {
   return nullptr;
 }
 
-// The keys of a plain tensor of a backend.
-uint64_t usual_keys(c10::DispatchKey backend, c10::DispatchKey autograd) {
-  return (c10::DispatchKeySet({backend, autograd, c10::DispatchKey::ADInplaceOrView}) | c10::autocast_dispatch_keyset)
-      .raw_repr();
-}
-
 const char* key_obstacle(const at::Tensor& tensor) {
-  static const uint64_t usual_on_cpu = usual_keys(c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU);
-  static const uint64_t usual_on_cuda = usual_keys(c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCUDA);
-  const c10::DispatchKeySet keys = tensor.key_set();
-  const bool on_cpu = keys.has_all(c10::DispatchKeySet(c10::DispatchKey::CPU));
-  if (!on_cpu) {
-    if (const char* why = device_obstacle(tensor.device())) return why;
+  const c10::Device device = tensor.device();
+  const DeviceOperations* const operations = operations_on(device.type());
+  if (!operations || operations->obstacle) {
+    if (const char* why = device_obstacle(device)) return why;
   }
-  if ((keys.raw_repr() & ~(on_cpu ? usual_on_cpu : usual_on_cuda)) != 0)
+  if ((tensor.key_set().raw_repr() & ~operations->plain_keys.raw_repr()) != 0)
     return "a tensor is wrapped, sparse, conjugated or otherwise special";
   return nullptr;
 }
@@ -90,25 +82,29 @@ const char* obstacle(PyObject* input, c10::ArrayRef<PyObject*> parameters) {
   return nullptr;
 }
 
-bool is_plain(PyObject* object) { return !tensor_obstacle(object) && THPVariable_Unpack(object).device().is_cpu(); }
+bool is_plain(PyObject* object) { return !tensor_obstacle(object); }
+
+bool is_plain(const at::Tensor& tensor) { return !key_obstacle(tensor); }
+
+bool is_plain_on_host(PyObject* object) { return is_plain(object) && THPVariable_Unpack(object).device() == host; }
 
 void check_plain(const char* name, PyObject* object) {
   TORCH_CHECK_TYPE(THPVariable_Check(object), "fastmlp: ", name, " must be a torch.Tensor, got ",
                    Py_TYPE(object)->tp_name);
   const at::Tensor& tensor = THPVariable_Unpack(object);
-  TORCH_CHECK(tensor.device().is_cpu(), "fastmlp: ", name, " is on ", tensor.device(), ", expected the CPU");
+  TORCH_CHECK(trains(tensor.device().type()), "fastmlp: ", name, " is on ", tensor.device(), ", expected ",
+              devices_in_words(&trains));
   const char* const why = tensor_obstacle(object);
   TORCH_CHECK(!why, "fastmlp: ", name, " must be a plain tensor: ", why);
 }
 
-bool is_plain(const at::Tensor& tensor) { return tensor.device().is_cpu() && !key_obstacle(tensor); }
-
 bool no_mode_is_active() { return !mode_obstacle(); }
 
 bool are_plain(at::TensorList incoming, at::TensorList saved) {
-  const auto plain = [](const at::Tensor& tensor) { return !key_obstacle(tensor); };
-  return !mode_obstacle() && std::all_of(incoming.begin(), incoming.end(), plain) &&
-         std::all_of(saved.begin(), saved.end(), plain);
+  const auto all_plain = [](at::TensorList tensors) {
+    return std::all_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) { return is_plain(tensor); });
+  };
+  return !mode_obstacle() && all_plain(incoming) && all_plain(saved);
 }
 
 }  // namespace fastmlp

@@ -29,7 +29,8 @@ py::object execute(const Run& run, const py::object& input, NamesOf names) {
   }
   const auto composed = py::reinterpret_borrow<py::function>(composed_forward);
   const ModuleNames called = names();
-  return composed(run.has_bias().vec(), run.kinds().vec(), run.scalars().vec(), input, parameters,
+  const LayerLists lists(run.layers());
+  return composed(lists.has_bias, lists.activations, lists.scalars, input, parameters,
                   py::make_tuple(called.input, called.layers));
 }
 

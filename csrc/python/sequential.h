@@ -7,8 +7,8 @@
 
 namespace fastmlp {
 
-// function(has_bias, kinds, scalars, input, parameters) -> output, for tensors that are not plain. Held for the life of
-// the process.
+// function(has_bias, activations, scalars, input, parameters, names) -> output, for tensors that are not plain. Held
+// for the life of the process.
 void set_composed_forward(const py::function& function);
 
 // `children`: the dictionary of modules. Raises what children raise.

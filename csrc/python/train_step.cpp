@@ -40,13 +40,14 @@ bool is_of_scheduler(PyObject* function, PyObject* step) {
 // new memory.
 bool is_private(const at::Tensor& grad, const at::Tensor& parameter) {
   return grad.defined() && grad.use_count() == 1 && is_plain(grad) && grad.storage().use_count() == 1 &&
-         grad.scalar_type() == parameter.scalar_type() && grad.sizes() == parameter.sizes() && grad.is_contiguous() &&
-         !grad.requires_grad() && !grad.is_inference();
+         grad.device() == parameter.device() && grad.scalar_type() == parameter.scalar_type() &&
+         grad.sizes() == parameter.sizes() && grad.is_contiguous() && !grad.requires_grad() && !grad.is_inference();
 }
 
 const at::Tensor& kept(at::Tensor& place, at::IntArrayRef sizes, const at::Tensor& like) {
-  if (!place.defined() || place.sizes() != sizes || place.scalar_type() != like.scalar_type()) {
-    place = cpu::uninitialised(sizes, like);
+  if (!place.defined() || place.sizes() != sizes || place.scalar_type() != like.scalar_type() ||
+      place.device() != like.device()) {
+    place = operations_for(like).empty(sizes, like);
   }
   return place;
 }
@@ -115,13 +116,14 @@ void TrainStep::place_grads(bool keep) {
     const at::Tensor& parameter = parameters_[i];
     const at::Tensor& grad = parameter.grad();
     slot.added = grad.defined() && !(slot.stepped && waiting == 0);
-    TORCH_CHECK(!slot.added || (is_plain(grad) && !grad.is_inference()),
-                "fastmlp: the .grad that a gradient would be added to is no plain tensor of the CPU, or was made under "
-                "torch.inference_mode: set it to None, or to a plain copy");
+    TORCH_CHECK(!slot.added || (is_plain(grad) && grad.device() == parameter.device() && !grad.is_inference()),
+                "fastmlp: the .grad that a gradient would be added to is no plain tensor of ",
+                devices_in_words(&trains),
+                ", or was made under torch.inference_mode: set it to None, or to a plain copy");
     if (slot.added || (slot.stepped && !keep)) {
       slot.grad = kept(scratch_[i], parameter.sizes(), parameter);
     } else {
-      slot.grad = is_private(grad, parameter) ? grad : cpu::uninitialised(parameter.sizes(), parameter);
+      slot.grad = is_private(grad, parameter) ? grad : operations_for(parameter).empty(parameter.sizes(), parameter);
     }
   }
 }
@@ -194,13 +196,14 @@ void TrainStep::tell_scheduler() const {
 }
 
 // Forward, loss and backward; the loss. Whoever gives up the GIL holds all tensors.
-double TrainStep::pass(const Call& call, const at::Tensor& input, const at::Tensor& target, bool release) {
+at::Tensor TrainStep::pass(const Call& call, const at::Tensor& input, const at::Tensor& target, bool release) {
   std::optional<py::gil_scoped_release> released;
   if (release) released.emplace();
   const at::AutoDispatchBelowADInplaceOrView guard;
   Borrowed grads;
   for (const Slot& slot : slots_) grads.push_back(slot.grad);
-  return cpu::train_into(*call.stack, input, parameters_, call.spec, target, call.weight, grads, memory_);
+  return operations_for(input).train_into(*call.stack, input, parameters_, call.spec, target, call.weight, grads,
+                                          memory_);
 }
 
 // The optimizer's step, from the gradients that finish_grads() left.
@@ -223,8 +226,8 @@ void TrainStep::take_step(std::optional<OptimizerStep>& step) {
 
 py::object TrainStep::run(const py::object& given, const py::object& target) {
   const Running running(running_);
-  check_modes();
   check_plain("input", given.ptr());
+  check_modes(THPVariable_Unpack(given.ptr()).device().type());
   Call call;
   if (!read(call)) return py::none();
   const at::Tensor& input = THPVariable_Unpack(given.ptr());
@@ -255,20 +258,13 @@ py::object TrainStep::run(const py::object& given, const py::object& target) {
     for (PyObject* parameter : others_) held.take(THPVariable_Unpack(parameter));
     if (step) step->hold(held);
   }
-  const double loss = pass(call, input, *checked, release);
+  const at::Tensor loss = pass(call, input, *checked, release);
   finish_grads(keep);
   waiting = last ? 0 : waiting + 1;
   if (last) take_step(step);
   for (Slot& slot : slots_) slot.grad.reset();
   parameters_.clear();
-
-  at::Tensor result = cpu::uninitialised({}, input);
-  if (input.scalar_type() == at::kFloat) {
-    *result.mutable_data_ptr<float>() = float(loss);
-  } else {
-    *result.mutable_data_ptr<double>() = loss;
-  }
-  return py::cast(result);
+  return py::cast(loss);
 }
 
 }  // namespace fastmlp

@@ -1,7 +1,7 @@
 // One step of training in one call: forward, loss, backward and the optimizer's step, on the tensors of PyTorch's own
 // objects. Made by fastmlp/training.py, which has checked what it is given; whatever can change later is read again at
 // each call (train_step_read.cpp), before anything is written (train_step.cpp). Called with the GIL. Computes nothing
-// itself: the operators of a device do.
+// itself: the operations of the parameters' device do (tensors/devices.h).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,7 +14,7 @@
 #include "../tensors/borrowed.h"
 #include "../contract/loss.h"
 #include "modules.h"
-#include "../tensors/operators.h"
+#include "../tensors/devices.h"
 #include "optimizer.h"
 #include "../contract/update.h"
 
@@ -84,7 +84,7 @@ class TrainStep {
   bool read_optimizer() const;
 
   // Raise for what is not as expected.
-  void check_modes() const;
+  void check_modes(c10::DeviceType device) const;
   void check_input(const at::Tensor& input) const;
   c10::MaybeOwned<at::Tensor> check_target(Call& call, const at::Tensor& input, const py::object& target) const;
 
@@ -92,7 +92,7 @@ class TrainStep {
   void take_owners();
   void place_grads(bool keep);
   void read_step(std::optional<OptimizerStep>& step);
-  double pass(const Call& call, const at::Tensor& input, const at::Tensor& target, bool release);
+  at::Tensor pass(const Call& call, const at::Tensor& input, const at::Tensor& target, bool release);
   void finish_grads(bool keep);
   void clip() const;
   void take_step(std::optional<OptimizerStep>& step);

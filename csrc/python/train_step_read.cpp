@@ -13,7 +13,8 @@
 #include <functional>
 #include <optional>
 
-#include "../tensors/checks.h"
+#include "../tensors/devices.h"
+#include "../tensors/dtypes.h"
 #include "route.h"
 #include "train_step.h"
 
@@ -77,6 +78,11 @@ bool read_index(PyObject* attributes, PyObject* name, int64_t& value) {
   return overflow == 0;
 }
 
+void check_device(const char* name, const at::Tensor& tensor, const at::Tensor& parameter) {
+  TORCH_CHECK(tensor.device() == parameter.device(), "fastmlp: ", name, " is on ", tensor.device(), ", expected ",
+              parameter.device(), ", the device of the model's parameters");
+}
+
 // Whether each layer takes what the one before it gives.
 bool go_together(const Stack& stack, const Borrowed& parameters) {
   for (size_t l = 0; l < stack.layers(); l++) {
@@ -128,10 +134,13 @@ bool TrainStep::read_parameters(Call& call) {
   slots_.clear();
   parameters_.clear();
   bool any_needed = false;
+  const c10::Device device = THPVariable_Unpack(objects[0]).device();
+  if (!trains(device.type())) return false;
   for (PyObject* object : objects) {
     call.hold(object);
     if (!is_plain(object)) return false;
     const at::Tensor& parameter = THPVariable_Unpack(object);
+    if (parameter.device() != device) return false;
     const at::ScalarType dtype = parameter.scalar_type();
     if ((dtype != at::kFloat && dtype != at::kDouble) || dtype != THPVariable_Unpack(objects[0]).scalar_type() ||
         parameter.is_inference())
@@ -187,6 +196,7 @@ bool TrainStep::read_loss(Call& call) const {
   if (given == Py_None) return true;
   if (!is_plain(given)) return false;
   call.weight = THPVariable_Unpack(given);
+  if (call.weight.device() != parameters_[0].device()) return false;
   return true;
 }
 
@@ -196,16 +206,17 @@ bool TrainStep::read_optimizer() const {
 }
 
 // Contexts in which the loop would raise, or do something else.
-void TrainStep::check_modes() const {
+void TrainStep::check_modes(c10::DeviceType device) const {
   TORCH_CHECK(
       !c10::InferenceMode::is_enabled(),
       "fastmlp: TrainStep cannot run under torch.inference_mode, where nothing can be trained: call it outside");
   TORCH_CHECK(at::GradMode::is_enabled(),
               "fastmlp: TrainStep cannot run under torch.no_grad or torch.set_grad_enabled(False), where the loop's "
               "backward() raises: call it outside, or under torch.enable_grad()");
-  TORCH_CHECK(!at::autocast::is_autocast_enabled(at::kCPU),
+  TORCH_CHECK(!at::autocast::is_autocast_enabled(device),
               "fastmlp: TrainStep cannot run under autocast, which would change the dtype of the layers: call it "
-              "outside, or under torch.autocast(\"cpu\", enabled=False)");
+              "outside, or under torch.autocast(\"",
+              c10::DeviceTypeName(device, true), "\", enabled=False)");
   TORCH_CHECK(!torch::autograd::AnomalyMode::is_enabled(),
               "fastmlp: TrainStep cannot run under torch.autograd.detect_anomaly, which it would not obey: write the "
               "loop's four lines there");
@@ -216,6 +227,7 @@ void TrainStep::check_modes() const {
 
 void TrainStep::check_input(const at::Tensor& input) const {
   const at::Tensor& weight = parameters_[0];
+  check_device("input", input, weight);
   const at::ScalarType dtype = input.scalar_type(), expected = weight.scalar_type();
   TORCH_CHECK(dtype == expected, "fastmlp: input has dtype ", dtype_name(dtype),
               ", expected that of the model's parameters, ", dtype_name(expected), ": convert it by input.to(",
@@ -233,6 +245,7 @@ c10::MaybeOwned<at::Tensor> TrainStep::check_target(Call& call, const at::Tensor
                                                     const py::object& target) const {
   check_plain("target", target.ptr());
   const at::Tensor& given = THPVariable_Unpack(target.ptr());
+  check_device("target", given, parameters_[0]);
   TORCH_CHECK(!given.requires_grad(),
               "fastmlp: target requires a gradient, which TrainStep does not compute: give target.detach()");
   const bool entropy = call.spec.kind == cross_entropy_kind;
@@ -268,14 +281,7 @@ c10::MaybeOwned<at::Tensor> TrainStep::check_target(Call& call, const at::Tensor
               ", expected class indices of dtype ", dtype_name(at::kLong));
   TORCH_CHECK(given.sizes() == leading, "fastmlp: target has shape ", given.sizes(), ", expected ", leading,
               ", a class for each row of the output");
-  c10::MaybeOwned<at::Tensor> classes = given.expect_contiguous();
-  const int64_t* const all = classes->const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < classes->numel(); i++) {
-    TORCH_CHECK_INDEX(all[i] == call.spec.ignore_index || (all[i] >= 0 && all[i] < columns),
-                      "fastmlp: target holds class ", all[i], ", expected 0 to ", columns - 1,
-                      ", or the loss's ignore_index, ", call.spec.ignore_index);
-  }
-  return classes;
+  return given.expect_contiguous();  // the device reads the classes, and checks them
 }
 
 }  // namespace fastmlp

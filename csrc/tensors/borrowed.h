@@ -1,6 +1,6 @@
-// Tensors that somebody else keeps alive, as a list, without counting references: a count that goes from one to two and
-// back takes the GIL, for the object that wraps the tensor in Python, and a network has many of them. Used where
-// tensors come from Python. Whoever gives up the GIL meanwhile holds them first.
+// A list of tensors that somebody else keeps alive, without counting references: a count that goes from one to two and
+// back takes the GIL, for the object that wraps the tensor in Python, and a network has many tensors. Used by
+// csrc/python for tensors that come from Python. Whoever gives up the GIL meanwhile must hold them first (Held).
 #pragma once
 
 #include <ATen/core/Tensor.h>

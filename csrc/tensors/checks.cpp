@@ -1,12 +1,14 @@
-// The wording and the rules of checks.h.
+// The rules of checks.h and the words of their errors. Called at every forward and backward, so what only an error
+// needs, such as names, must not be put together before there is one.
 #include "checks.h"
 
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <array>
 #include <ostream>
 #include <string>
+
+#include "dtypes.h"
 
 namespace fastmlp {
 namespace {
@@ -143,33 +145,6 @@ void check_saved(const Name& name, const at::Tensor& given, const at::Tensor& in
 }
 
 }  // namespace
-
-const char* dtype_name(at::ScalarType dtype) {
-  constexpr auto count = size_t(at::ScalarType::Undefined);  // the last one
-  static const std::array<std::string, count> names = [] {
-    std::array<std::string, count> all;
-    for (size_t i = 0; i < all.size(); i++) {
-      all[i] = "torch." + std::string(c10::getDtypeNames(at::ScalarType(i)).first);
-    }
-    return all;
-  }();
-  return size_t(dtype) < count ? names[size_t(dtype)].c_str() : "an undefined dtype";
-}
-
-std::string cast_to(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return ".float()";
-    case at::kDouble:
-      return ".double()";
-    case at::kHalf:
-      return ".half()";
-    case at::kBFloat16:
-      return ".bfloat16()";
-    default:
-      return std::string(".to(") + dtype_name(dtype) + ')';
-  }
-}
 
 void check_forward(const Stack& stack, const at::Tensor& input, at::TensorList parameters, bool same_dtype,
                    const ModuleNames* names) {

@@ -1,6 +1,6 @@
-// The one set of argument checks of all devices and routes: each error names the argument, what was
-// given, what was expected and the remedy, and is raised before anything is allocated or written. Shapes are
-// read as SymInt, so that the checks also serve meta and fake tensors.
+// The one set of argument checks of all devices and routes: each error names the argument, what was given, what was
+// expected and the remedy, and is raised before anything is allocated or written. Called by operations.h, meta.cpp and
+// csrc/python. Must read shapes as SymInt, because the checks also serve meta and fake tensors.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,12 +13,7 @@
 
 namespace fastmlp {
 
-// As users write it: "torch.float32".
-const char* dtype_name(at::ScalarType dtype);
-// The call that makes it so, as a method of tensors and modules: ".float()".
-std::string cast_to(at::ScalarType dtype);
-
-// What errors call the arguments of layers that a module holds. Without it they are called as in `functional`:
+// What errors call the arguments of layers that a module holds. Without it errors name them as `functional` does:
 // "weight", or "weights[1]" in a longer network.
 struct ModuleNames {
   std::string input;                // "input", or "the input of 2" where other children precede the layers

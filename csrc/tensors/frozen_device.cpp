@@ -1,56 +1,93 @@
-// The network of frozen_device.h, by PyTorch's copies and devices.h.
+// Copies parameters and calls the inference of their device, as frozen_device.h describes. Called by frozen.cpp and
+// frozen_load.cpp through the interface of frozen_network.h. Must wait for nothing: calls only queue work.
 #include "frozen_device.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/InferenceMode.h>
 
+#include <limits>
 #include <utility>
 
 #include "checks.h"
 #include "devices.h"
 
 namespace fastmlp {
+namespace {
 
-DeviceNetwork::DeviceNetwork(const Stack& stack, const Tensors& parameters) : stack_(stack) {
-  TORCH_CHECK(!parameters.empty() && parameters.front().dim() == 2, "fastmlp: weights[0] must be a matrix");
+std::vector<at::Tensor> flat(const FrozenNetwork::Parameters& parameters) {
+  const auto& [weights, biases] = parameters;
+  std::vector<at::Tensor> all;
+  for (size_t l = 0; l < weights.size(); l++) {
+    all.push_back(weights[l]);
+    if (biases[l]) all.push_back(*biases[l]);
+  }
+  return all;
+}
+
+FrozenNetwork::Form form_of(const Stack& stack, const FrozenNetwork::Parameters& parameters) {
+  int64_t bytes = 0;
+  for (const at::Tensor& parameter : flat(parameters)) bytes += int64_t(parameter.nbytes());
+  const at::Tensor& first = parameters.weights.front();
+  return {
+      .layers = stack.specs().vec(),
+      .features = features_of(parameters.weights),
+      .device = first.device(),
+      .dtype = first.scalar_type(),
+      .end_dtype = first.scalar_type(),
+      .bytes = bytes,
+      .takes_arrays = false,
+      .multiply_adds = std::numeric_limits<double>::infinity(),
+  };
+}
+
+}  // namespace
+
+std::vector<int64_t> features_of(at::TensorList weights) {
+  std::vector<int64_t> features{weights.front().size(1)};
+  for (const at::Tensor& weight : weights) features.push_back(weight.size(0));
+  return features;
+}
+
+DeviceNetwork::DeviceNetwork(const Stack& stack, const Parameters& parameters)
+    : FrozenNetwork(form_of(stack, parameters)), stack_(stack) {
   // Written again later, in whatever mode.
   const c10::InferenceMode inference(false);
   const at::NoGradGuard guard;
-  check_forward(stack, at::empty({0, parameters.front().size(1)}, parameters.front().options()), parameters);
-  for (const at::Tensor& parameter : parameters) {
-    parameters_.push_back(at::empty(parameter.sizes(), parameter.options()).copy_(parameter));
+  const std::vector<at::Tensor> given = flat(parameters);
+  check_forward(stack, at::empty({0, form().in_features()}, given.front().options()), given);
+  for (const at::Tensor& parameter : given) {
+    flat_.push_back(at::empty(parameter.sizes(), parameter.options()).copy_(parameter));
   }
 }
 
-bool DeviceNetwork::refill(const Stack& stack, const Tensors& parameters) {
-  bool same = stack.layers() == stack_.layers() && parameters.size() == parameters_.size();
-  for (size_t l = 0; same && l < stack.layers(); l++) {
-    const ActivationSpec &one = stack.activation(l), &other = stack_.activation(l);
-    same = stack.has_bias(l) == stack_.has_bias(l) && one.kind == other.kind && one.scalars.a == other.scalars.a &&
-           one.scalars.b == other.scalars.b;
-  }
-  for (size_t i = 0; same && i < parameters.size(); i++) {
-    same = parameters[i].sizes() == parameters_[i].sizes() && parameters[i].device() == parameters_[i].device() &&
-           parameters[i].scalar_type() == parameters_[i].scalar_type();
+bool DeviceNetwork::refill(const Stack& stack, const Parameters& parameters) {
+  const std::vector<at::Tensor> given = flat(parameters);
+  bool same = stack.specs() == stack_.specs() && given.size() == flat_.size();
+  for (size_t i = 0; same && i < given.size(); i++) {
+    same = given[i].sizes() == flat_[i].sizes() && given[i].device() == flat_[i].device() &&
+           given[i].scalar_type() == flat_[i].scalar_type();
   }
   if (!same) return false;
   const at::NoGradGuard guard;
-  for (size_t i = 0; i < parameters.size(); i++) parameters_[i].copy_(parameters[i]);
+  for (size_t i = 0; i < given.size(); i++) flat_[i].copy_(given[i]);
   return true;
 }
 
-at::Tensor DeviceNetwork::empty(at::IntArrayRef sizes) const { return at::empty(sizes, parameters_.front().options()); }
+at::Tensor DeviceNetwork::empty(at::IntArrayRef sizes) const { return at::empty(sizes, flat_.front().options()); }
 
-void DeviceNetwork::run(const at::Tensor& input, const at::Tensor& output) const {
+void DeviceNetwork::run(const FrozenBatch& batch) const {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  infer_into(stack_, input, parameters_, output);
+  forward_into(stack_, *batch.input_tensor, flat_, *batch.output_tensor, {});
 }
 
-int64_t DeviceNetwork::bytes() const {
-  int64_t sum = 0;
-  for (const at::Tensor& parameter : parameters_) sum += int64_t(parameter.nbytes());
-  return sum;
+FrozenNetwork::Parameters DeviceNetwork::parameters() const {
+  Parameters all;
+  for (size_t l = 0; l < stack_.layers(); l++) {
+    all.weights.push_back(flat_[stack_.weight(l)]);
+    all.biases.push_back(stack_.has_bias(l) ? std::optional(flat_[stack_.bias(l)]) : std::nullopt);
+  }
+  return all;
 }
 
 }  // namespace fastmlp

@@ -1,5 +1,5 @@
-// The operators on meta tensors: shapes and errors without data. They serve device="meta" and, since
-// they compute with SymInt, fake tensors under torch.compile. Must allocate exactly what the devices'
+// The operators on meta tensors: shapes and errors without data. Called by the dispatcher, for device="meta" and,
+// because they compute with SymInt, for fake tensors under torch.compile. Must allocate exactly what the devices'
 // kernels return.
 #include <ATen/ATen.h>
 #include <torch/library.h>
@@ -19,7 +19,7 @@ at::Tensor row_major(const at::Tensor& input, const c10::SymInt& features) {
 std::tuple<at::Tensor, Tensors> forward(const at::Tensor& input, at::TensorList parameters,
                                         const c10::List<bool>& has_bias, at::IntArrayRef activations,
                                         at::ArrayRef<double> scalars) {
-  const Stack stack(has_bias, activations, scalars);
+  const Stack stack(has_bias.vec(), activations, scalars);
   check_forward(stack, input, parameters);
   Tensors hidden;
   for (size_t l = 0; l < stack.hidden(); l++) {
@@ -30,7 +30,7 @@ std::tuple<at::Tensor, Tensors> forward(const at::Tensor& input, at::TensorList 
 
 at::Tensor infer(const at::Tensor& input, at::TensorList parameters, const c10::List<bool>& has_bias,
                  at::IntArrayRef activations, at::ArrayRef<double> scalars) {
-  const Stack stack(has_bias, activations, scalars);
+  const Stack stack(has_bias.vec(), activations, scalars);
   check_forward(stack, input, parameters);
   return row_major(input, parameters[stack.weight(stack.layers() - 1)].sym_size(0));
 }
@@ -38,7 +38,7 @@ at::Tensor infer(const at::Tensor& input, at::TensorList parameters, const c10::
 Tensors backward(const at::Tensor& grad, const at::Tensor& input, at::TensorList saved, at::TensorList parameters,
                  const c10::List<bool>& has_bias, at::IntArrayRef activations, at::ArrayRef<double> scalars,
                  const c10::List<bool>& needs) {
-  const Stack stack(has_bias, activations, scalars);
+  const Stack stack(has_bias.vec(), activations, scalars);
   const std::vector<bool> needed(needs.begin(), needs.end());
   check_backward(stack, grad, input, saved, parameters, needed);
   Tensors grads;

@@ -1,7 +1,9 @@
-// What every device does alike around its kernels: check arguments, allocate results, fill the structs of problem.h,
-// and the forms that the dispatcher calls. A device's register file instantiates it with
+// What every device does alike around its kernels: checks arguments, allocates results, fills the structs of problem.h,
+// and gives the forms that the dispatcher calls. Must not compute: the device's `run` does. A device's register file
+// instantiates it with
 //   struct Device {
 //     static constexpr const char* name;                                       // "CPU", for errors
+//     static constexpr c10::DispatchKey backend, autograd, autocast;           // of its tensors
 //     static at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like);  // row-major, not initialised
 //     static void run(const ForwardPass& pass, const at::Tensor& input);       // input is on the device
 //     static void run(const BackwardPass& pass, const at::Tensor& input);
@@ -11,12 +13,27 @@
 #include <ATen/core/List.h>
 
 #include "checks.h"
-#include "operators.h"
+#include "devices.h"
 #include "passes.h"
 
 namespace fastmlp {
 
 template <class Device> struct Operations {
+  // What they make of the device's entry in the table of devices.h.
+  static DeviceOperations entry() {
+    DeviceOperations all;
+    all.forward = &forward;
+    all.infer = &infer;
+    all.backward = &backward;
+    all.forward_into = &forward_into;
+    all.backward_into = &backward_into;
+    all.empty = &Device::empty;
+    all.plain_keys = c10::DispatchKeySet({Device::backend, Device::autograd, c10::DispatchKey::ADInplaceOrView}) |
+                     c10::autocast_dispatch_keyset;
+    all.autocast = Device::autocast;
+    return all;
+  }
+
   static void forward_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters,
                            const at::Tensor& output, at::TensorList hidden) {
     Device::run(forward_pass(Device::name, stack, input, parameters, output, hidden).pass, input);
@@ -59,19 +76,19 @@ template <class Device> struct Operations {
   static std::tuple<at::Tensor, Tensors> forward_op(const at::Tensor& input, at::TensorList parameters,
                                                     const c10::List<bool>& has_bias, at::IntArrayRef activations,
                                                     at::ArrayRef<double> scalars) {
-    return forward(Stack(has_bias, activations, scalars), input, parameters);
+    return forward(Stack(has_bias.vec(), activations, scalars), input, parameters);
   }
 
   static at::Tensor infer_op(const at::Tensor& input, at::TensorList parameters, const c10::List<bool>& has_bias,
                              at::IntArrayRef activations, at::ArrayRef<double> scalars) {
-    return infer(Stack(has_bias, activations, scalars), input, parameters);
+    return infer(Stack(has_bias.vec(), activations, scalars), input, parameters);
   }
 
   static Tensors backward_op(const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
                              at::TensorList parameters, const c10::List<bool>& has_bias, at::IntArrayRef activations,
                              at::ArrayRef<double> scalars, const c10::List<bool>& needs) {
     const std::vector<bool> needed(needs.begin(), needs.end());
-    Tensors all = backward(Stack(has_bias, activations, scalars), grad, input, saved, parameters, needed);
+    Tensors all = backward(Stack(has_bias.vec(), activations, scalars), grad, input, saved, parameters, needed);
     Tensors grads;
     for (size_t i = 0; i < all.size(); i++) {
       if (needed[i]) grads.push_back(std::move(all[i]));

@@ -1,11 +1,12 @@
-// Fills the structs of problem.h from tensors (passes.h).
+// Fills the structs of contract/problem.h from tensors, as passes.h describes. Called by the register files of devices.
+// Must not check arguments, because checks.h has.
 #include "passes.h"
 
 #include <ATen/ATen.h>
 
 #include <algorithm>
 
-#include "checks.h"
+#include "dtypes.h"
 
 namespace fastmlp {
 namespace {
@@ -61,35 +62,6 @@ Network network_of(const char* device, const Stack& stack, const at::Tensor& inp
 }
 
 }  // namespace
-
-std::optional<DType> dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return DType::float32;
-    case at::kDouble:
-      return DType::float64;
-    case at::kBFloat16:
-      return DType::bfloat16;
-    case at::kHalf:
-      return DType::float16;
-    default:
-      return std::nullopt;
-  }
-}
-
-at::ScalarType scalar_type_of(DType dtype) {
-  switch (dtype) {
-    case DType::float32:
-      return at::kFloat;
-    case DType::float64:
-      return at::kDouble;
-    case DType::bfloat16:
-      return at::kBFloat16;
-    case DType::float16:
-      return at::kHalf;
-  }
-  __builtin_unreachable();
-}
 
 ForwardTensors forward_pass(const char* device, const Stack& stack, const at::Tensor& input, at::TensorList parameters,
                             const at::Tensor& output, at::TensorList hidden) {

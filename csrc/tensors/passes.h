@@ -1,23 +1,19 @@
-// Tensors -> problem.h, for the register files of all devices: pointers and strides of arguments that checks.h has
-// seen. Allocates nothing but copies of tensors whose leading dimensions do not fold into rows.
+// Tensors -> the structs of contract/problem.h: the pointers and strides of arguments that checks.h has seen. Called by
+// operations.h and by the register files of devices. Must not allocate, except for copies of tensors whose leading
+// dimensions do not fold into rows.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/MaybeOwned.h>
 #include <c10/util/SmallVector.h>
 
-#include <optional>
 #include <vector>
 
 #include "../contract/loss.h"
-#include "operators.h"
 #include "../contract/problem.h"
 #include "stack.h"
 
 namespace fastmlp {
-
-std::optional<DType> dtype_of(at::ScalarType type);
-at::ScalarType scalar_type_of(DType dtype);
 
 // The passes point into tensors: those of the caller, and the two-dimensional forms that are kept here.
 struct ForwardTensors {

@@ -1,4 +1,4 @@
-// Parses and validates the lists behind a Stack.
+// Checks what a Stack is made of, and turns the lists of an operator's schema into layers and back (stack.h).
 #include "stack.h"
 
 #include <c10/util/Exception.h>
@@ -8,30 +8,54 @@
 #include <utility>
 
 namespace fastmlp {
+namespace {
 
-Stack::Stack(std::vector<bool> has_bias, std::vector<int64_t> activations, std::vector<double> scalars)
-    : has_bias_(std::move(has_bias)) {
-  const size_t n = has_bias_.size();
-  TORCH_CHECK_VALUE(n > 0, "fastmlp: a network needs at least one layer, got none");
+void check_kind(int64_t kind, size_t layer) {
+  TORCH_CHECK_VALUE(kind >= 0 && kind < Activations::size, "fastmlp: activation ", kind, " of layer ", layer,
+                    " does not exist, expected 0 to ", Activations::size - 1);
+}
+
+std::vector<LayerSpec> layers_of(const std::vector<bool>& has_bias, c10::IntArrayRef activations,
+                                 c10::ArrayRef<double> scalars) {
+  const size_t n = has_bias.size();
   TORCH_CHECK_VALUE(activations.size() == n, "fastmlp: expected one activation for each of ", n, " layers, got ",
                     activations.size());
   TORCH_CHECK_VALUE(scalars.size() == 2 * n, "fastmlp: expected two scalars for each of ", n, " layers, got ",
                     scalars.size());
+  std::vector<LayerSpec> layers(n);
   for (size_t l = 0; l < n; l++) {
-    TORCH_CHECK_VALUE(activations[l] >= 0 && activations[l] < Activations::size, "fastmlp: activation ", activations[l],
-                      " of layer ", l, " does not exist, expected 0 to ", Activations::size - 1);
-    activations_.push_back({int(activations[l]), {scalars[2 * l], scalars[2 * l + 1]}});
-    fits_float_ = fits_float_ && fits_float(scalars[2 * l]) && fits_float(scalars[2 * l + 1]);
+    check_kind(activations[l], l);  // before the number is cut to an int
+    layers[l] = {has_bias[l], {int(activations[l]), {scalars[2 * l], scalars[2 * l + 1]}}};
+  }
+  return layers;
+}
+
+}  // namespace
+
+Stack::Stack(std::vector<LayerSpec> layers) : specs_(std::move(layers)) {
+  TORCH_CHECK_VALUE(!specs_.empty(), "fastmlp: a network needs at least one layer, got none");
+  for (size_t l = 0; l < specs_.size(); l++) {
+    const auto& [has_bias, activation] = specs_[l];
+    check_kind(activation.kind, l);
+    fits_float_ = fits_float_ && fits_float(activation.scalars.a) && fits_float(activation.scalars.b);
     weights_.push_back(parameters_);
-    parameters_ += has_bias_[l] ? 2 : 1;
+    parameters_ += has_bias ? 2 : 1;
   }
 }
 
-Stack::Stack(const c10::List<bool>& has_bias, c10::IntArrayRef activations, c10::ArrayRef<double> scalars)
-    : Stack(std::vector<bool>(has_bias.begin(), has_bias.end()), activations.vec(), scalars.vec()) {}
+Stack::Stack(const std::vector<bool>& has_bias, c10::IntArrayRef activations, c10::ArrayRef<double> scalars)
+    : Stack(layers_of(has_bias, activations, scalars)) {}
 
 bool Stack::fits_float(double scalar) {
   return !std::isfinite(scalar) || std::abs(scalar) <= double(std::numeric_limits<float>::max());
+}
+
+LayerLists::LayerLists(c10::ArrayRef<LayerSpec> layers) {
+  for (const auto& [bias, activation] : layers) {
+    has_bias.push_back(bias);
+    activations.push_back(activation.kind);
+    scalars.insert(scalars.end(), {activation.scalars.a, activation.scalars.b});
+  }
 }
 
 }  // namespace fastmlp

@@ -251,7 +251,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     case = smooth(5)
     stack = stack_of(tuple(case.bias), tuple(case.acts))
     x, *parameters = (t.detach().to(dtype) for t in case.tensors)
-    lists = (list(stack.has_bias), list(stack.kinds), list(stack.scalars))
+    lists = [list(values) for values in stack.lists]
     torch.library.opcheck(ops.forward, (x, parameters, *lists), test_utils=tests)
     torch.library.opcheck(ops.infer, (x, parameters, *lists), test_utils=tests)
     output, hidden = ops.forward(x, parameters, *lists)

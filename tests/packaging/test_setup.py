@@ -96,7 +96,10 @@ def test_listed_architectures_are_taken_but_for_ptx_that_lacks_kernels(tmp_path:
 
 
 def test_devices_are_those_of_the_build() -> None:
-    assert _C.devices() == (["cpu", "cuda"] if read_build()["cuda"] else ["cpu"])
+    with_cuda = read_build()["cuda"]
+    assert _C.devices() == (["cpu", "cuda"] if with_cuda else ["cpu"])
+    assert list(_C.absent_devices()) == ([] if with_cuda else ["cuda"])
+    assert _C.training_devices() == _C.packing_devices() == ["cpu"]
     assert _C.device_obstacle("cpu") is None
     assert _C.device_obstacle("meta") == "there are no kernels for the device"
 

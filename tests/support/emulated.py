@@ -37,7 +37,10 @@ def emulated() -> Any:
     sources = [
         *sorted((ROOT / "tests/emulator/extension").glob("*.cpp")),
         ROOT / "csrc/contract/activation_info.cpp",
-        *(ROOT / "csrc/tensors" / name for name in ("checks.cpp", "devices.cpp", "passes.cpp", "stack.cpp")),
+        *(
+            ROOT / "csrc/tensors" / name
+            for name in ("checks.cpp", "devices.cpp", "dtypes.cpp", "passes.cpp", "stack.cpp")
+        ),
     ]
     return load(
         "_C_emulated",

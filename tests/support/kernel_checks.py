@@ -59,8 +59,7 @@ class KernelChecks:
         return torch.randn(*shape, dtype=dtype, device=self.device)
 
     def native(self, has_bias: Sequence[bool], acts: Sequence[Activation]) -> Any:
-        stack = stack_of(tuple(has_bias), tuple(acts))
-        return self.extension().Stack(list(stack.has_bias), list(stack.kinds), list(stack.scalars))
+        return self.extension().Stack(*stack_of(tuple(has_bias), tuple(acts)).lists)
 
     def check(
         self,

@@ -90,7 +90,7 @@ def build(variant: Variant, planted: Path | None = None, dtype: str = "") -> Pat
     """
     extension = EMULATOR / "extension"
     plain = [CSRC / "contract/activation_info.cpp"]
-    plain += [CSRC / f"tensors/{stem}.cpp" for stem in ("checks", "devices", "passes", "stack")]
+    plain += [CSRC / f"tensors/{stem}.cpp" for stem in ("checks", "devices", "dtypes", "passes", "stack")]
     jobs: list[tuple[Path, Path, Sequence[str], bool]] = []
     jobs += [(source, CSRC, PLAIN.flags, True) for source in (extension / "bindings.cpp", *plain)]
     jobs += [(extension / f"{stem}.cpp", CSRC, variant.flags, False) for stem in ("kernels", "kernels_16_bits")]

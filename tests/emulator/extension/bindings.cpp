@@ -6,6 +6,7 @@
 #include "cuda/library.h"
 #include "cuda/network.h"
 #include "tensors/devices.h"
+#include "tensors/dtypes.h"
 #include "emulated.h"
 #include "tensors/operations.h"
 #include "contract/storage.h"
@@ -42,6 +43,8 @@ bool fuses = true;
 
 struct Device {
   static constexpr const char* name = "CUDA";
+  static constexpr c10::DispatchKey backend = c10::DispatchKey::CUDA, autograd = c10::DispatchKey::AutogradCUDA,
+                                    autocast = c10::DispatchKey::AutocastCUDA;
 
   static at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like) {
     return at::full(sizes, NAN, like.options());
@@ -80,8 +83,11 @@ const char* obstacle_on(c10::DeviceIndex device) {
   return why;
 }
 
-const RegisterDevice registered(c10::kCUDA, {&Emulated::forward, &Emulated::infer, &Emulated::backward,
-                                             &Emulated::forward_into, &obstacle_on});
+const RegisterDevice registered(c10::kCUDA, [] {
+  DeviceOperations all = Emulated::entry();
+  all.obstacle = &obstacle_on;
+  return all;
+}());
 
 // How a product of these sizes goes on a card whose library can be called: the tile as tiles.h numbers it, the rows and
 // columns of tiles, and the parts of k.
