@@ -5,7 +5,9 @@ bit by bit. The widths are such that every kind of tile, edge of a panel, and ch
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 import pytest
@@ -87,26 +89,36 @@ def expected_of(model: nn.Sequential, x: Tensor, rounded: torch.dtype | None = N
 # Values.
 
 
+Drawn: TypeAlias = tuple[nn.Sequential, Tensor, Bounded]
+
+
+@cache
+def drawn(widths: tuple[int, ...], activation: Activation, dtype: torch.dtype, biases: bool, rows: int) -> Drawn:
+    """A model, an input and what is expected, which takes long and is the same for every instruction set."""
+    torch.manual_seed(rows)
+    model = layers_of(widths, activation, dtype, biases)
+    x = seeded(rows, widths[0], dtype=dtype)
+    return model, x, expected_of(model, x)
+
+
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_values(isa: str, dtype: torch.dtype, widths: tuple[int, ...], rows: int) -> None:
     for activation in (Activation("relu"), Activation("tanh")):
         for biases in (True, False):
-            model = layers_of(widths, activation, dtype, biases)
-            x = seeded(rows, widths[0], dtype=dtype)
-            assert_within(freeze(model)(x), expected_of(model, x), f"{activation}, {biases}")
+            model, x, expected = drawn(widths, activation, dtype, biases, rows)
+            assert_within(freeze(model)(x), expected, f"{activation}, {biases}")
     assert fastmlp._C.last_isa() in (isa, "avx512")  # whose kernels avx512_bf16 has but for bfloat16
 
 
 @pytest.mark.parametrize("rows", [1, 64])
 def test_activations(isa: str, dtype: torch.dtype, activation: Activation, rows: int) -> None:
-    model = layers_of((20, 35, 17, 3), activation, dtype)
-    x = seeded(rows, 20, dtype=dtype)
-    assert_within(freeze(model)(x), expected_of(model, x), repr(activation))
+    model, x, expected = drawn((20, 35, 17, 3), activation, dtype, True, rows)
+    assert_within(freeze(model)(x), expected, repr(activation))
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_generated(isa: str, dtype: torch.dtype, seed: int) -> None:
+@cache
+def generated(dtype: torch.dtype, seed: int) -> Drawn:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(most: int) -> int:
@@ -114,9 +126,13 @@ def test_generated(isa: str, dtype: torch.dtype, seed: int) -> None:
 
     widths = [draw(300) if draw(3) > 1 else draw(20) for _ in range(draw(5) + 1)]
     names = list(fastmlp.activations.DEFAULTS)
-    model = layers_of(widths, Activation(names[draw(len(names)) - 1]), dtype, biases=draw(4) > 1)
-    x = seeded(draw(90), widths[0], dtype=dtype)
-    assert_within(freeze(model)(x), expected_of(model, x), str(model))
+    return drawn(tuple(widths), Activation(names[draw(len(names)) - 1]), dtype, draw(4) > 1, draw(90))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_generated(isa: str, dtype: torch.dtype, seed: int) -> None:
+    model, x, expected = generated(dtype, seed)
+    assert_within(freeze(model)(x), expected, str(model))
 
 
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)

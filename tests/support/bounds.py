@@ -13,7 +13,7 @@ the gradient with respect to it, which is rounded on its way into the products.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -31,11 +31,21 @@ class Bounded:
 
     value: Tensor
     error: Tensor
+    is_exact: bool = False  # every error is zero
+    curves: dict[Activation, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def curve(self, act: Activation) -> tuple[Tensor, Tensor]:
+        """An activation and its derivative, at the value and at four others within the error; computed once."""
+        if act not in self.curves:
+            parts = self.value.new_tensor([-1, -0.5, 0.5, 1]).view(-1, *[1] * self.value.dim())
+            points = torch.cat([self.value[None], self.value + parts * self.error])
+            self.curves[act] = activate_and_differentiate(points, act)
+        return self.curves[act]
 
     @staticmethod
     def exact(value: Tensor) -> "Bounded":
         value = value.detach().double()
-        return Bounded(value, torch.zeros_like(value))
+        return Bounded(value, torch.zeros_like(value), is_exact=True)
 
 
 def working(dtype: torch.dtype) -> torch.dtype:
@@ -68,7 +78,11 @@ def product(a: Bounded, b: Bounded, dtype: torch.dtype, more: Tensor | None = No
     terms = a.value.shape[1] + 1
     if more is not None:
         value, magnitude = value + more, magnitude + more.abs()
-    carried = a.error @ b.value.abs() + a.value.abs() @ b.error + a.error @ b.error
+    carried = torch.zeros_like(value)
+    if not a.is_exact:
+        carried += a.error @ (b.value.abs() if b.is_exact else b.value.abs() + b.error)
+    if not b.is_exact:
+        carried += a.value.abs() @ b.error
     return Bounded(value, gamma(terms + 1, dtype) * (magnitude + carried) + carried)
 
 
@@ -77,34 +91,32 @@ def activate(z: Tensor, act: Activation) -> Tensor:
     return reference.activate(z.cpu(), act.name, act.parameters).to(z.device)
 
 
-def slope(z: Tensor, act: Activation) -> Tensor:
-    """act'(z) as torch's autograd has it."""
+def activate_and_differentiate(z: Tensor, act: Activation) -> tuple[Tensor, Tensor]:
+    """act(z) and act'(z) as torch's autograd has it."""
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
         y = activate(leaf, act)
-        return torch.autograd.grad(y.sum(), leaf)[0]
+        return y.detach(), torch.autograd.grad(y.sum(), leaf)[0]
 
 
 @cache
 def steepest(act: Activation) -> float:
-    return slope(torch.linspace(-20, 20, 8001, dtype=torch.float64), act).abs().max().item()
+    points = torch.linspace(-20, 20, 8001, dtype=torch.float64)
+    return activate_and_differentiate(points, act)[1].abs().max().item()
 
 
-def sampled(f: Callable[[Tensor], Tensor], z: Bounded) -> tuple[Tensor, Tensor]:
-    """f(z) and the most that f was seen to change over z's uncertainty."""
-    centre = f(z.value)
-    change = torch.zeros_like(centre)
-    for part in (-1, -0.5, 0.5, 1):
-        change = torch.maximum(change, (f(z.value + part * z.error) - centre).abs())
-    return centre, change
+def largest_change(samples: Tensor) -> Tensor:
+    """The most by which the other samples of a curve differ from the first."""
+    return (samples[1:] - samples[0]).abs().amax(0)
 
 
 def activated(z: Bounded, act: Activation, dtype: torch.dtype) -> Bounded:
     finfo = torch.finfo(working(dtype))
-    y, change = sampled(lambda v: activate(v, act), z)
     if act.name == "identity":
-        return Bounded(y, z.error)
-    scale = y.abs() + z.value.abs() * slope(z.value, act).abs()
+        return z
+    values, slopes = z.curve(act)
+    y, change = values[0], largest_change(values)
+    scale = y.abs() + z.value.abs() * slopes[0].abs()
     # The reference is torch in float64, and its own formulas cancel (1 + erf(z), say).
     reference_error = torch.finfo(torch.float64).eps * (1 + z.value.abs()) * (1 + steepest(act))
     return Bounded(y, change + ULPS * (finfo.eps * scale + reference_error) + finfo.tiny)
@@ -115,11 +127,11 @@ def differentiated(g: Bounded, z: Bounded, act: Activation, dtype: torch.dtype) 
     finfo = torch.finfo(working(dtype))
     if act.name == "identity":
         return g
-    d, change = sampled(lambda v: slope(v, act), z)
+    values, slopes = z.curve(act)
+    d, change = slopes[0], largest_change(slopes)
     error = change + ULPS * finfo.eps * (1 + z.value.abs() * steepest(act)).clamp(max=1 + steepest(act))
     # Derivatives that are taken from the output y change by at most 2 |y| where y changes by |y|.
-    y = activate(z.value, act)
-    error = error + finfo.eps * d.abs() + 2 * torch.finfo(dtype).eps * y.abs().clamp(max=1 + steepest(act))
+    error = error + finfo.eps * d.abs() + 2 * torch.finfo(dtype).eps * values[0].abs().clamp(max=1 + steepest(act))
     carried = g.error * (d.abs() + error)
     return Bounded(g.value * d, g.value.abs() * error + carried + finfo.tiny)
 
@@ -165,7 +177,8 @@ def network(
         if len(zs) + 1 < len(weights):
             output = stored(output, dtype)
         zs.append(stored(z, dtype))
-        xs.append(stored(activated(zs[-1], act, dtype), dtype))
+        # What is stored as it is has the same output again.
+        xs.append(output if zs[-1] is z and working(dtype) == dtype else stored(activated(zs[-1], act, dtype), dtype))
     g = Bounded.exact(grad) if isinstance(grad, Tensor) else grad(output)
     backwards: list[Bounded] = []
     for layer in reversed(range(len(weights))):
