@@ -156,6 +156,11 @@ bool is_counter(PyObject* object) {
          (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
 }
 
+bool has_updates(c10::Device device) {
+  const DeviceOperations* const operations = operations_on(device.type());
+  return operations && operations->update;
+}
+
 double read_counter(const at::Tensor& counter) {
   return counter.scalar_type() == at::kFloat ? double(*counter.const_data_ptr<float>())
                                              : *counter.const_data_ptr<double>();
@@ -249,7 +254,7 @@ const at::Tensor* OptimizerStep::state_tensor(PyObject* parameter, PyObject* sta
 bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tensor& grad, PyObject* state) {
   if (!is_plain(parameter)) return false;
   const at::Tensor& p = THPVariable_Unpack(parameter);
-  if (!operations_for(p).update || (!updates_.empty() && p.device() != device_)) return false;
+  if (updates_.empty() ? !has_updates(p.device()) : p.device() != device_) return false;
   const std::optional<DType> dtype = dtype_of(p.scalar_type());
   if (!dtype || p.is_inference() || !p.is_non_overlapping_and_dense() || !is_plain(grad) ||
       grad.device() != p.device() || grad.scalar_type() != p.scalar_type() || grad.sizes() != p.sizes())
@@ -361,11 +366,6 @@ void for_each_parameter(const py::handle& optimizer, c10::function_ref<void(PyOb
   for (PyObject* group : items(groups_of(attributes.ptr()))) {
     for (PyObject* parameter : items(entry(group, names().params))) visit(parameter);
   }
-}
-
-bool has_updates(c10::Device device) {
-  const DeviceOperations* const operations = operations_on(device.type());
-  return operations && operations->update;
 }
 
 // Whether the first parameter is on a device that lacks updates. Then nearly always all are, and for torch to move.
