@@ -13,6 +13,7 @@
 #include "../tensors/checks.h"
 #include "../cpu/workspace.h"
 #include "frozen_call.h"
+#include "gil.h"
 #include "route.h"
 
 namespace fastmlp::frozen {
@@ -20,7 +21,8 @@ namespace {
 
 // Handles of its own: without the GIL others may drop what the caller gave.
 void run(const Call& call, const at::Tensor input, const at::Tensor output) {
-  without_gil([&] { call.on_device->run(input, output); });
+  const ReleasedGil released(true);
+  call.on_device->run(input, output);
 }
 
 void check_plain(const Call& call, const char* name, PyObject* object) {
