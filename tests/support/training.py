@@ -157,11 +157,9 @@ def _elementwise(
     size = residual.abs() + error
     if isinstance(loss_fn, nn.MSELoss):
         return size.square(), (2 * size + error) * error, 2 * error
-    if isinstance(loss_fn, nn.L1Loss):
+    if isinstance(loss_fn, nn.L1Loss) or (isinstance(loss_fn, nn.SmoothL1Loss) and loss_fn.beta == 0):
         # The sign is open where the residual is within its error, which it is not where it is exactly zero.
         return size, error, torch.where((residual.abs() <= error) & (error > 0), 1 + residual.sign().abs(), 0.0)
-    if isinstance(loss_fn, nn.SmoothL1Loss) and loss_fn.beta == 0:
-        loss_fn = nn.L1Loss()
     if isinstance(loss_fn, nn.SmoothL1Loss):
         beta = loss_fn.beta
         slope = (size / beta).clamp(max=1)

@@ -111,7 +111,8 @@ def test_differentiable(name: str) -> None:
     p = torch.randn(3, requires_grad=True)
     value = p.clone()
     # Without eps RMSprop's first step is the gradient's sign, whose derivative is zero.
-    more = {"SGD": {"momentum": 0}, "RMSprop": {"eps": 1.0}}.get(name, {})
+    special: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0}, "RMSprop": {"eps": 1.0}}
+    more = special.get(name, {})
     optimizer = made(name, [p], differentiable=True, **more)
     optimizer.param_groups[0]["params"] = [value]
     value.grad = torch.ones(3, requires_grad=True)
