@@ -17,13 +17,20 @@ from torch.optim import optimizer as torch_optimizer
 
 from fastmlp._load import _C
 
-__all__ = ["SGD", "Adam", "AdamW"]
+__all__ = ["SGD", "Adam", "AdamW", "RMSprop"]
+
+#: Of each class the number of the rule by which it moves parameters, and whether that counts its steps: then it keeps
+#: a state for every parameter that has a gradient.
+RULES: dict[str, tuple[int, bool]] = {
+    name: (rule, counts) for rule, (names, counts) in enumerate(_C.rules()) for name in names
+}
 
 _C.register_optimizer_hooks((torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks))
 
 
-def _step(base: type[torch.optim.Optimizer], rule: int) -> Callable[..., Any]:
+def _step(base: type[torch.optim.Optimizer]) -> Callable[..., Any]:
     """The method `step` of a subclass of `base`."""
+    rule, counts = RULES[base.__name__]
     # As the base class has it, with its hooks and its record for profilers.
     base_step: Any = base.step
     watched = base_step if hasattr(base_step, "hooked") else torch.optim.Optimizer.profile_hook_step(base_step)
@@ -42,7 +49,7 @@ def _step(base: type[torch.optim.Optimizer], rule: int) -> Callable[..., Any]:
         if left is None:
             _step_of_torch(self, watched)
         elif left:
-            _step_of_others(self, watched, left)
+            _step_of_others(self, watched, left, counts)
             _C.step_optimizer(self, rule, True)
         return loss
 
@@ -54,35 +61,37 @@ def _step(base: type[torch.optim.Optimizer], rule: int) -> Callable[..., Any]:
 def _step_of_torch(optimizer: torch.optim.Optimizer, step: Callable[..., Any], *closure: Callable[[], Any]) -> Any:
     result = step(optimizer, *closure)
     # Torch's fused kernels do not count the versions of what they write.
-    moved = [p for group in optimizer.param_groups if group["fused"] for p in group["params"] if p.grad is not None]
+    moved = [p for group in optimizer.param_groups if group.get("fused") for p in group["params"] if p.grad is not None]
     torch.autograd.graph.increment_version(moved)
     return result
 
 
-def _step_of_others(optimizer: torch.optim.Optimizer, step: Callable[..., Any], left: list[Tensor]) -> None:
+def _step_of_others(
+    optimizer: torch.optim.Optimizer, step: Callable[..., Any], left: list[Tensor], counts: bool
+) -> None:
     """PyTorch's step for these parameters alone: it passes over what has no gradient.
 
     Its fused step reads and writes memory as if it had no gaps, which the memory of these may have.
     """
     others = {id(parameter) for parameter in left}
-    fused = [group["fused"] for group in optimizer.param_groups]
+    fused = [(group, group["fused"]) for group in optimizer.param_groups if "fused" in group]
     hidden = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
-            if group.get("momentum") != 0:
+            if counts or group["momentum"] != 0:
                 optimizer.state[parameter]  # empty, so that states come in the order in which torch would make them
             if id(parameter) not in others:
                 hidden.append((parameter, parameter.grad))
     try:
-        for group in optimizer.param_groups:
+        for group, _ in fused:
             group["fused"] = False
         for parameter, _ in hidden:
             parameter.grad = None
         _step_of_torch(optimizer, step)
     finally:
-        for group, was in zip(optimizer.param_groups, fused, strict=True):
+        for group, was in fused:
             group["fused"] = was
         for parameter, grad in hidden:
             parameter.grad = grad
@@ -111,7 +120,7 @@ class SGD(_Fast, torch.optim.SGD):
         tensor([0.5000, 0.5000])
     """
 
-    step = _step(torch.optim.SGD, _C.rules()["sgd"])
+    step = _step(torch.optim.SGD)
 
 
 class Adam(_Fast, torch.optim.Adam):
@@ -130,7 +139,7 @@ class Adam(_Fast, torch.optim.Adam):
         ['step', 'exp_avg', 'exp_avg_sq']
     """
 
-    step = _step(torch.optim.Adam, _C.rules()["adam"])
+    step = _step(torch.optim.Adam)
 
 
 class AdamW(_Fast, torch.optim.AdamW):
@@ -147,4 +156,21 @@ class AdamW(_Fast, torch.optim.AdamW):
         tensor([0.5000, 0.5000])
     """
 
-    step = _step(torch.optim.AdamW, _C.rules()["adam"])
+    step = _step(torch.optim.AdamW)
+
+
+class RMSprop(_Fast, torch.optim.RMSprop):
+    """`torch.optim.RMSprop` (Tieleman and Hinton, 2012), faster.
+
+    Arguments, `state_dict` and results (within rounding) are those of `torch.optim.RMSprop`, which see.
+
+    Example:
+        >>> parameter = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = RMSprop([parameter], lr=0.25, alpha=0.75)
+        >>> parameter.sum().backward()
+        >>> optimizer.step()
+        >>> parameter.data
+        tensor([0.5000, 0.5000])
+    """
+
+    step = _step(torch.optim.RMSprop)

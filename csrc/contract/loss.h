@@ -1,6 +1,7 @@
-// The losses that compare an output with a target element by element, each once: value and derivative with respect to
-// the output. Included by every ISA file inside its target region, where M is that ISA's vector arithmetic; the rules
-// of activation.h hold here too. Cross entropy, which sees a row at once, stands in cpu/losses.inl.
+// The losses, each once: what of torch's module is read, and for those that compare an output with a target element by
+// element, value and derivative with respect to the output. Included by every ISA file inside its target region, where
+// M is that ISA's vector arithmetic; the rules of activation.h hold here too. The arithmetic of cross entropy, which
+// needs a whole row at once, is in cpu/kernels/losses.inl.
 //
 // y is the output, t the target, w the weight of positive targets (1 where there is none). `gradient` returns g times
 // the derivative; g, which is small where the loss is a mean, comes first, so that products overflow where torch's do.
@@ -10,7 +11,25 @@
 
 namespace fastmlp {
 
+// A number that a loss reads of its module. Torch allows what lies between `least` and `most`.
+struct LossNumber {
+  const char* name = nullptr;
+  double least = 0, most = 0;
+  const char* expected = nullptr;  // the same in words, for errors
+};
+
+// What TrainStep reads of a module of torch.nn; what a loss does not have has no name.
+struct LossInfo {
+  const char* name = nullptr;        // of the class
+  LossNumber number = {};            // the attribute that becomes LossSpec::number
+  const char* index = nullptr;       // the attribute that becomes LossSpec::ignore_index
+  const char* weight = nullptr;      // the buffer with a number for each column
+  const char* unweighted = nullptr;  // a buffer that has to be None
+  bool takes_classes = false;        // a target holds a class for each row, not a number for each element
+};
+
 struct MeanSquaredError {
+  static constexpr LossInfo info = {.name = "MSELoss"};
   template <class M> static typename M::V value(typename M::V y, typename M::V t, typename M::V, Scalars) {
     const auto d = y - t;
     return d * d;
@@ -22,6 +41,7 @@ struct MeanSquaredError {
 };
 
 struct MeanAbsoluteError {
+  static constexpr LossInfo info = {.name = "L1Loss"};
   template <class M> static typename M::V value(typename M::V y, typename M::V t, typename M::V, Scalars) {
     return M::abs(y - t);
   }
@@ -33,8 +53,10 @@ struct MeanAbsoluteError {
   }
 };
 
-// Huber, Robust estimation of a location parameter, 1964. The parameter is delta.
+// Huber, Robust estimation of a location parameter, 1964.
 struct Huber {
+  static constexpr LossInfo info = {.name = "HuberLoss",
+                                    .number = {"delta", __DBL_DENORM_MIN__, __builtin_inf(), "a positive number"}};
   template <class M> static typename M::V value(typename M::V y, typename M::V t, typename M::V, Scalars p) {
     const auto half = M::fill(0.5), delta = M::fill(p.a);
     const auto d = M::abs(y - t);
@@ -48,8 +70,27 @@ struct Huber {
   }
 };
 
+// Girshick, Fast R-CNN, 2015. With beta = 0 it is the mean absolute error, also in what it makes of NaN.
+struct SmoothL1 {
+  static constexpr LossInfo info = {.name = "SmoothL1Loss",
+                                    .number = {"beta", 0, __builtin_inf(), "a number of at least 0"}};
+  template <class M> static typename M::V value(typename M::V y, typename M::V t, typename M::V, Scalars p) {
+    const auto half = M::fill(0.5), beta = M::fill(p.a);
+    const auto d = M::abs(y - t);
+    return d < beta ? half * d * d / beta : d - half * beta;
+  }
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V y, typename M::V t, typename M::V w, Scalars p) {
+    if (p.a == 0) return MeanAbsoluteError::gradient<M>(g, y, t, w, p);
+    const auto beta = M::fill(p.a);
+    const auto d = y - t;
+    return M::abs(d) >= beta ? MeanAbsoluteError::gradient<M>(g, y, t, w, p) : g * d / beta;
+  }
+};
+
 // Binary cross entropy of the sigmoid: (1 - t) y + (1 + (w - 1) t) log(1 + e^-y).
 struct BinaryCrossEntropy {
+  static constexpr LossInfo info = {.name = "BCEWithLogitsLoss", .weight = "pos_weight", .unweighted = "weight"};
   template <class M> static typename M::V value(typename M::V y, typename M::V t, typename M::V w, Scalars) {
     const auto one = M::fill(1), zero = M::fill(0);
     const auto soft = M::log1p_of_unit(M::exp(-M::abs(y))) + (y < zero ? -y : zero);
@@ -66,13 +107,20 @@ struct BinaryCrossEntropy {
   }
 };
 
+struct CrossEntropy {
+  static constexpr LossInfo info = {.name = "CrossEntropyLoss",
+                                    .number = {"label_smoothing", 0, 1, "0 to 1"},
+                                    .index = "ignore_index",
+                                    .weight = "weight",
+                                    .takes_classes = true};
+};
+
 template <class... L> struct LossList {
   static constexpr int size = sizeof...(L);
 };
 
-// The order is the numbering that LossSpec::kind uses; cross entropy comes after them.
-using Losses = LossList<MeanSquaredError, MeanAbsoluteError, Huber, BinaryCrossEntropy>;
-constexpr int cross_entropy_kind = Losses::size;
+// The order is the numbering that LossSpec::kind uses.
+using Losses = LossList<MeanSquaredError, MeanAbsoluteError, Huber, SmoothL1, BinaryCrossEntropy, CrossEntropy>;
 
 template <class L, class... Others> constexpr int position_in(LossList<Others...>) {
   const bool same[] = {__is_same(L, Others)...};
@@ -80,15 +128,14 @@ template <class L, class... Others> constexpr int position_in(LossList<Others...
   while (!same[position]) position++;
   return position;
 }
-template <class L> constexpr int loss_kind = position_in<L>(Losses{});
+constexpr int cross_entropy_kind = position_in<CrossEntropy>(Losses{});
 
 // As torch's module has it. The sum over the batch, or its mean, is divided by `divisor` too.
 struct LossSpec {
   int kind = 0;
   bool mean = true;
-  double delta = 1;            // Huber
-  int64_t ignore_index = 0;    // cross entropy
-  double label_smoothing = 0;  // cross entropy
+  double number = 0;         // what LossInfo::number names
+  int64_t ignore_index = 0;  // of cross entropy
   double divisor = 1;
 };
 

@@ -32,7 +32,7 @@ template <class S> class BatchLoss {
   // The sum over some rows, whose outputs are given, gapless like the gradient that is written.
   double rows(Range range, const S* output, S* grad) const {
     if (spec.kind == cross_entropy_kind) return cross_entropy(range, output, grad);
-    const Scalars scalars{spec.delta, 0};
+    const Scalars scalars{spec.number, 0};
     const auto kernel = kernels.losses[spec.kind];
     const S* target = static_cast<const S*>(targets.target) + range.begin * columns;
     if (!weight) return kernel(range.size() * columns, output, target, nullptr, scale, scalars, grad);
@@ -60,7 +60,7 @@ template <class S> class BatchLoss {
       // An ignored row has a gradient of zero times its softmax: NaN where that is, as torch has it.
       const bool ignored = is_ignored(i);
       const double loss = kernels.cross_entropy(columns, output, ignored ? 0 : targets.classes[i], weight, weights,
-                                                spec.label_smoothing, ignored ? 0 : scale, grad);
+                                                spec.number, ignored ? 0 : scale, grad);
       if (!ignored) sum += loss;
     }
     return sum;

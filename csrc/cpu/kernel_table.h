@@ -52,6 +52,9 @@ template <class S>
 using ElementLoss = double (*)(int64_t n, const S* output, const S* target, const S* weight, double scale, Scalars,
                                S* grad);
 
+// Moves elements [begin, end) of a parameter.
+using UpdateKernel = void (*)(const Update&, int64_t begin, int64_t end);
+
 constexpr int64_t line_bytes = 64;  // what one prefetch brings
 
 // The products of a panel of A with columns of B, and where they go.
@@ -137,12 +140,11 @@ template <class S> struct Kernels {
   void (*widen)(int64_t n, const S* x, C* out);
   void (*narrow)(int64_t n, const C* x, S* out);
   const ActivationKernels<S>* activations;
-  const ElementLoss<S>* losses;
+  const ElementLoss<S>* losses;  // null for cross entropy
   // That of one row and the class it belongs to; `weights` is the sum of the weights, or the number of classes.
   double (*cross_entropy)(int64_t classes, const S* output, int64_t target, const S* weight, double weights,
                           double smoothing, double scale, S* grad);
-  // Elements [begin, end) of a parameter, by Rule.
-  void (*update[2])(const Update&, int64_t begin, int64_t end);
+  const UpdateKernel* updates;
 
   int64_t units(int64_t k) const { return (k + k_unit - 1) / k_unit; }
   Microkernel<S> microkernel(int64_t rows, int64_t columns) const {

@@ -1,4 +1,5 @@
-// The loops of step.h. Baseline code; arithmetic is behind the table.
+// Which layers of a training step run how, and how updates are shared among threads. Called through step.h by
+// register.cpp. Must stay baseline code: arithmetic is behind the table of the instruction set.
 #include "step.h"
 
 #include <algorithm>
@@ -25,7 +26,7 @@ struct Part {
 void update_part(const KernelTable& table, const Part& part) {
   with_storage(part.update->dtype, [&](auto storage) {
     const auto& kernels = kernels_of<decltype(storage)>(table);
-    kernels.update[int(part.update->spec.rule)](*part.update, part.range.begin, part.range.end);
+    kernels.updates[part.update->spec.rule](*part.update, part.range.begin, part.range.end);
   });
 }
 

@@ -9,12 +9,11 @@
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <optional>
 #include <tuple>
 
-#include "../tensors/borrowed.h"
 #include "../tensors/checks.h"
 #include "../tensors/devices.h"
+#include "gil.h"
 #include "route.h"
 
 namespace fastmlp {
@@ -127,26 +126,22 @@ at::Tensor run(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, 
     for (const at::Tensor& parameter : parameters) lower.push_back(cast(parameter, device));
     return run(stack, cast(input, device), lower, names);
   }
-  constexpr double worth_releasing = 1 << 16;  // multiply-adds: some microseconds
   bool graph = input.requires_grad();
   double weights = 0;
   for (const at::Tensor& parameter : parameters) {
     graph = graph || parameter.requires_grad();
     weights += double(parameter.numel());
   }
-  Held held;
-  std::optional<py::gil_scoped_release> release;
-  if (weights * double(input.numel()) > worth_releasing) {
+  ReleasedGil released(weights * double(input.numel()) > worth_releasing, [&](Held& held) {
     held.take(input);
     held.take(parameters);
-    release.emplace();
-  }
+  });
   try {
     if (graph && at::GradMode::is_enabled()) return FusedNetwork::apply(input, parameters, stack, nullptr);
     const at::AutoDispatchBelowADInplaceOrView guard;
     return infer(*stack, input, parameters);
   } catch (const c10::Error&) {
-    release.reset();
+    released.end();
     check_in_words_of_module(*stack, input, parameters, names);
     throw;
   }

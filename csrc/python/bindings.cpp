@@ -7,11 +7,13 @@
 #include <string>
 
 #include "autograd.h"
+#include "../contract/training_info.h"
 #include "../tensors/borrowed.h"
 #include "../tensors/checks.h"
 #include "../tensors/devices.h"
 #include "frozen.h"
 #include "modules.h"
+#include "objects.h"
 #include "optimizer.h"
 #include "route.h"
 #include "sequential.h"
@@ -28,6 +30,32 @@ py::list activations() {
     for (int i = 0; i < 2 && info.parameters[i].name; i++)
       parameters[info.parameters[i].name] = info.parameters[i].initial;
     all.append(py::make_tuple(info.name, parameters, info.keeps_output, has_gradient_from_output(kind)));
+  }
+  return all;
+}
+
+// Of each loss what its module has: the class, a number with its limits, an index, and a buffer that has to be None.
+py::list losses() {
+  py::list all;
+  for (int kind = 0; kind < Losses::size; kind++) {
+    const LossInfo& info = loss_info(kind);
+    const LossNumber& number = info.number;
+    const auto limits = py::make_tuple(number.name, number.least, number.most, number.expected);
+    all.append(py::make_tuple(info.name, number.name ? py::object(limits) : py::none(), info.index, info.unweighted));
+  }
+  return all;
+}
+
+// Of each rule the names of its classes, and whether it counts its steps.
+py::list rules() {
+  py::list all;
+  for (int rule = 0; rule < Rules::size; rule++) {
+    const RuleInfo& info = rule_info(rule);
+    py::list classes;
+    for (const char* name : info.classes) {
+      if (name) classes.append(name);
+    }
+    all.append(py::make_tuple(classes, info.counts));
   }
   return all;
 }
@@ -50,12 +78,8 @@ py::list instruction_sets() {
   return all;
 }
 
-c10::ArrayRef<PyObject*> items_of(const py::tuple& tuple) {
-  return {PySequence_Fast_ITEMS(tuple.ptr()), size_t(PyTuple_GET_SIZE(tuple.ptr()))};
-}
-
 std::optional<std::string> obstacle_of(py::handle input, const py::tuple& parameters) {
-  const char* why = obstacle(input.ptr(), items_of(parameters));
+  const char* why = obstacle(input.ptr(), items_of(parameters.ptr()));
   return why ? std::optional<std::string>(why) : std::nullopt;
 }
 
@@ -75,7 +99,7 @@ const Stack& initialised(const c10::intrusive_ptr<Stack>& stack) {
 std::optional<at::Tensor> try_run(const c10::intrusive_ptr<Stack>& stack, py::handle input,
                                   const py::tuple& parameters) {
   initialised(stack);
-  if (obstacle(input.ptr(), items_of(parameters))) return std::nullopt;
+  if (obstacle(input.ptr(), items_of(parameters.ptr()))) return std::nullopt;
   Borrowed unpacked;
   for (const py::handle parameter : parameters) unpacked.push_back(THPVariable_Unpack(parameter.ptr()));
   return run(stack, THPVariable_Unpack(input.ptr()), unpacked);
@@ -151,18 +175,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("run_children", &run_children);
   m.def("run_layer", &run_layer);
   m.def("call_module", &call_module);
-  m.def("rules", [] { return py::dict(py::arg("sgd") = int(Rule::sgd), py::arg("adam") = int(Rule::adam)); });
-  m.def("step_optimizer", [](const py::handle& optimizer, int rule, bool partly) {
-    return step_optimizer(optimizer, Rule(rule), partly);
-  });
+  m.def("rules", &rules);
+  m.def("step_optimizer", &step_optimizer);
   m.def("drop_grads", &drop_grads);
   m.def("is_step_watched", &is_step_watched);
   m.def("register_optimizer_hooks", &register_optimizer_hooks);
-  m.def("losses", [] {
-    return py::dict(py::arg("mse") = loss_kind<MeanSquaredError>, py::arg("l1") = loss_kind<MeanAbsoluteError>,
-                    py::arg("huber") = loss_kind<Huber>, py::arg("bce_with_logits") = loss_kind<BinaryCrossEntropy>,
-                    py::arg("cross_entropy") = cross_entropy_kind);
-  });
+  m.def("losses", &losses);
   py::class_<TrainStep>(m, "TrainStep", py::custom_type_setup(&collect_train_steps))
       .def(py::init([](py::tuple links, py::dict holders, py::object loss, int kind, py::object optimizer, int rule,
                        py::object call, py::object forward, py::object step, py::object zero_grad,

@@ -12,13 +12,12 @@
 
 #include "../tensors/dtypes.h"
 #include "frozen_call.h"
+#include "gil.h"
+#include "objects.h"
 
 namespace fastmlp {
 namespace frozen {
 namespace {
-
-// Other threads of Python wait while so many multiply-adds are done: a few microseconds.
-constexpr double kept_gil = 1 << 16;
 
 struct Frozen {
   PyObject object;  // first, for Python
@@ -26,16 +25,6 @@ struct Frozen {
 };
 
 PyTypeObject* frozen_type = nullptr;
-
-struct Known {
-  PyObject* input = PyUnicode_InternFromString("input");
-  PyObject* out = PyUnicode_InternFromString("out");
-  PyObject* reload = PyUnicode_InternFromString("_reload");
-};
-const Known& known() {
-  static const Known all;
-  return all;
-}
 
 // If the model has changed, Python's _reload(watch) reads it: with a watch that knows its modules, or with None if they
 // are others by now. It fills the network again, or raises and leaves it as it is: then the next call tries again.
@@ -49,7 +38,7 @@ void follow_model(PyObject* self, State& state) {
   }
   const py::object watch =
       finding == Watch::Finding::other_values ? py::cast(std::make_shared<Watch>(*state.watch)) : py::none();
-  const auto done = py::reinterpret_steal<py::object>(PyObject_CallMethodOneArg(self, known().reload, watch.ptr()));
+  const auto done = py::reinterpret_steal<py::object>(PyObject_CallMethodOneArg(self, names().reload, watch.ptr()));
   if (!done) throw py::error_already_set();
 }
 
@@ -121,9 +110,8 @@ std::string dtype_remedy(const Call& call, at::ScalarType given, const std::stri
 }
 
 void run(const Call& call, const FrozenBatch& batch) {
-  const auto compute = [&] { call.network->run(batch); };
-  const bool tiny = call.network->form().multiply_adds * double(batch.input.rows()) < kept_gil;
-  tiny ? compute() : without_gil(compute);
+  const ReleasedGil released(call.network->form().multiply_adds * double(batch.input.rows()) > worth_releasing);
+  call.network->run(batch);
 }
 
 namespace {
@@ -136,7 +124,7 @@ PyObject* call_checked(PyObject* self, PyObject* args, PyObject* kwargs) {
   if (kwargs) {
     PyObject *key = nullptr, *value = nullptr;
     for (Py_ssize_t at = 0; PyDict_Next(kwargs, &at, &key, &value);) {
-      const int i = PyUnicode_Compare(key, known().input) == 0 ? 0 : PyUnicode_Compare(key, known().out) == 0 ? 1 : 2;
+      const int i = PyUnicode_Compare(key, names().input) == 0 ? 0 : PyUnicode_Compare(key, names().out) == 0 ? 1 : 2;
       TORCH_CHECK_TYPE(i < 2 && !given[i], "fastmlp: a frozen network takes input and out, each once, got the keyword ",
                        py::repr(key).cast<std::string>());
       given[i] = value;

@@ -55,17 +55,6 @@ View result_of(const Call& call, const View& x);
 // What to do about an argument of another dtype: `convert` is the call that gives it the network's.
 std::string dtype_remedy(const Call& call, at::ScalarType given, const std::string& convert);
 
-template <class F> void without_gil(const F& f) {
-  PyThreadState* const thread = PyEval_SaveThread();
-  try {
-    f();
-  } catch (...) {
-    PyEval_RestoreThread(thread);
-    throw;
-  }
-  PyEval_RestoreThread(thread);
-}
-
 // Computes, and gives up the GIL meanwhile unless that would take longer than the work.
 void run(const Call& call, const FrozenBatch& batch);
 

@@ -11,6 +11,7 @@
 
 #include "../tensors/dtypes.h"
 #include "frozen_call.h"
+#include "gil.h"
 #include "route.h"
 
 namespace fastmlp::frozen {

@@ -9,20 +9,10 @@
 #include <cstring>
 
 #include "modules.h"
+#include "objects.h"
 
 namespace fastmlp {
 namespace {
-
-struct Names {
-  PyObject* parameters = PyUnicode_InternFromString("_parameters");
-  PyObject* buffers = PyUnicode_InternFromString("_buffers");
-  PyObject* forward = PyUnicode_InternFromString("forward");
-  PyObject* call = PyUnicode_InternFromString("__call__");
-};
-const Names& names() {
-  static const Names all;
-  return all;
-}
 
 py::object interned(const py::handle& text) {
   PyObject* name = text.inc_ref().ptr();

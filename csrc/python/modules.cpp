@@ -1,4 +1,4 @@
-// The rules of modules.h, by lookups in dictionaries: some tens of nanoseconds a module.
+// Reads what a module is from the dictionaries of its object, as modules.h says: some tens of nanoseconds a module.
 #include "modules.h"
 
 #include <torch/csrc/autograd/python_variable.h>
@@ -9,20 +9,9 @@
 #include <optional>
 
 #include "../contract/activation_info.h"
+#include "objects.h"
 
 namespace fastmlp {
-
-PyObject* item(PyObject* dict, PyObject* key) {
-  PyObject* found = PyDict_GetItemWithError(dict, key);
-  if (!found && PyErr_Occurred()) throw py::error_already_set();
-  return found;
-}
-
-py::object attributes_of(PyObject* object) {
-  PyObject* attributes = PyObject_GenericGetDict(object, nullptr);
-  if (!attributes) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(attributes);
-}
 
 namespace {
 
@@ -50,31 +39,6 @@ struct Known {
 };
 Known known;
 
-struct Names {
-  static PyObject* intern(const char* name) { return PyUnicode_InternFromString(name); }
-  PyObject* forward = intern("forward");
-  PyObject* call = intern("__call__");
-  PyObject* modules = intern("_modules");
-  PyObject* parameters = intern("_parameters");
-  PyObject* weight = intern("weight");
-  PyObject* bias = intern("bias");
-  PyObject* activation = intern("activation");
-  PyObject* kind = intern("kind");
-  PyObject* scalars = intern("scalars");
-  PyObject* approximate = intern("approximate");
-  PyObject* training = intern("training");
-  PyObject* p = intern("p");
-  PyObject* compiled = intern("_compiled_call_impl");
-  std::array<PyObject*, 4> hooks = {intern("_forward_hooks"), intern("_forward_pre_hooks"), intern("_backward_hooks"),
-                                    intern("_backward_pre_hooks")};
-};
-const Names& names() {
-  static const Names all;
-  return all;
-}
-
-bool filled(PyObject* dict) { return dict && PyDict_Check(dict) && PyDict_GET_SIZE(dict) > 0; }
-
 const Class* class_of(PyObject* module) {
   for (const Class& candidate : known.classes) {
     if (Py_TYPE(module) == candidate.type) {
@@ -88,28 +52,20 @@ const Class* class_of(PyObject* module) {
   return nullptr;
 }
 
-std::optional<double> number(PyObject* object) {
-  if (!object || !(PyFloat_Check(object) || PyLong_Check(object))) return std::nullopt;
-  const double value = PyFloat_AsDouble(object);
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
 // None if an attribute is not what the class itself would have put there.
 std::optional<ActivationSpec> activation_of(const Class& c, PyObject* attributes) {
   ActivationSpec spec{c.kind, {}};
   std::array<double*, 2> values = {&spec.scalars.a, &spec.scalars.b};
   for (size_t i = 0; i < values.size() && c.attributes[i]; i++) {
-    const std::optional<double> value = number(item(attributes, c.attributes[i]));
+    const std::optional<double> value = number_of(item(attributes, c.attributes[i]));
     if (!value) return std::nullopt;
     *values[i] = *value;
   }
   if (c.type == known.gelu) {
     PyObject* form = item(attributes, names().approximate);
-    if (!form || !PyUnicode_Check(form)) return std::nullopt;
-    if (PyUnicode_CompareWithASCIIString(form, "tanh") == 0) {
+    if (is_text(form, "tanh")) {
       spec.kind = known.gelu_tanh_kind;
-    } else if (PyUnicode_CompareWithASCIIString(form, "none") != 0) {
+    } else if (!is_text(form, "none")) {
       return std::nullopt;
     }
   }
@@ -203,7 +159,7 @@ bool Run::extend(PyObject* module) {
       return add_fused_layer(attributes.ptr());
     case Role::dropout:
       return item(attributes.ptr(), names().training) == Py_False ||
-             number(item(attributes.ptr(), names().p)).value_or(1) == 0;
+             number_of(item(attributes.ptr(), names().p)).value_or(1) == 0;
     case Role::activation: {
       const std::optional<ActivationSpec> activation = activation_of(*c, attributes.ptr());
       if (!activation || (activated_ && activation->kind != identity_kind)) return false;
@@ -254,7 +210,7 @@ void register_modules(const py::object& linear, const py::object& fused_linear, 
     Class& c = add(type, Role::activation);
     const auto [name, attributes] = description.cast<std::pair<std::string, std::vector<std::string>>>();
     c.kind = kinds[py::str(name)].cast<int>();
-    for (size_t i = 0; i < attributes.size(); i++) c.attributes[i] = Names::intern(attributes[i].c_str());
+    for (size_t i = 0; i < attributes.size(); i++) c.attributes[i] = interned(attributes[i].c_str());
     if (name == "gelu") known.gelu = c.type;
   }
   add(dropout, Role::dropout);

@@ -46,10 +46,6 @@ class Run {
   bool activated_ = false;  // the last layer has its activation
 };
 
-// The value under a key, borrowed; null if there is none. Raises what comparing keys raises.
-PyObject* item(PyObject* dict, PyObject* key);
-// The __dict__ of an object that has one; raises else.
-py::object attributes_of(PyObject* object);
 // Of a module's attributes the dictionary of its children, borrowed; null if it has none.
 PyObject* children_of(PyObject* attributes);
 

@@ -1,4 +1,6 @@
-// The reading behind optimizer.h, by lookups in the dictionaries that torch.optim keeps.
+// Reads an optimizer's groups and states by lookups in the dictionaries that torch.optim keeps: which entries there are
+// is in the descriptions of contract/update.h, which this file enumerates. Called as optimizer.h says. Must not name a
+// rule.
 #include "optimizer.h"
 
 #include <ATen/ATen.h>
@@ -7,13 +9,17 @@
 #include <torch/csrc/profiler/api.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <optional>
 
-#include "modules.h"
+#include "../contract/training_info.h"
 #include "../tensors/devices.h"
 #include "../tensors/dtypes.h"
+#include "gil.h"
+#include "objects.h"
 #include "route.h"
 
 namespace fastmlp {
@@ -21,36 +27,31 @@ namespace {
 
 std::vector<PyObject*> hooks_of_all;
 
-struct Names {
-  static PyObject* intern(const char* name) { return PyUnicode_InternFromString(name); }
-  PyObject* param_groups = intern("param_groups");
-  PyObject* state = intern("state");
-  PyObject* params = intern("params");
-  PyObject* lr = intern("lr");
-  PyObject* weight_decay = intern("weight_decay");
-  PyObject* maximize = intern("maximize");
-  PyObject* differentiable = intern("differentiable");
-  PyObject* fused = intern("fused");
-  PyObject* momentum = intern("momentum");
-  PyObject* dampening = intern("dampening");
-  PyObject* nesterov = intern("nesterov");
-  PyObject* betas = intern("betas");
-  PyObject* eps = intern("eps");
-  PyObject* amsgrad = intern("amsgrad");
-  PyObject* capturable = intern("capturable");
-  PyObject* decoupled = intern("decoupled_weight_decay");
-  PyObject* momentum_buffer = intern("momentum_buffer");
-  PyObject* step = intern("step");
-  PyObject* exp_avg = intern("exp_avg");
-  PyObject* exp_avg_sq = intern("exp_avg_sq");
-  PyObject* max_exp_avg_sq = intern("max_exp_avg_sq");
-  // What hooks and scalers of gradients leave on an optimizer.
-  std::array<PyObject*, 2> hooks = {intern("_optimizer_step_pre_hooks"), intern("_optimizer_step_post_hooks")};
-  std::array<PyObject*, 2> scaler = {intern("grad_scale"), intern("found_inf")};
+// The description of a rule, with names as Python has them: null where the description has none.
+struct NamedRule {
+  const RuleInfo& info;
+  std::array<PyObject*, std::size(RuleInfo{}.numbers)> numbers;
+  std::array<PyObject*, std::size(RuleInfo{}.flags)> flags;
+  std::array<PyObject*, std::size(RuleInfo{}.states)> states;
+
+  explicit NamedRule(const RuleInfo& info)
+      : info(info), numbers(names_of(info.numbers)), flags(names_of(info.flags)), states(names_of(info.states)) {}
+
+ private:
+  template <class Entry, size_t size> static std::array<PyObject*, size> names_of(const Entry (&entries)[size]) {
+    std::array<PyObject*, size> found{};
+    for (size_t i = 0; i < size && entries[i].name; i++) found[i] = interned(entries[i].name);
+    return found;
+  }
 };
-const Names& names() {
-  static const Names all;
-  return all;
+
+const NamedRule& named_rule(int rule) {
+  static const std::vector<NamedRule> all = [] {
+    std::vector<NamedRule> made;
+    for (int i = 0; i < Rules::size; i++) made.emplace_back(rule_info(i));
+    return made;
+  }();
+  return all[size_t(rule)];
 }
 
 PyObject* entry(PyObject* group, PyObject* name) {
@@ -63,33 +64,21 @@ PyObject* entry(PyObject* group, PyObject* name) {
   return found;
 }
 
-bool flag(PyObject* group, PyObject* name) {
-  const int truth = PyObject_IsTrue(entry(group, name));
-  if (truth < 0) throw py::error_already_set();
-  return truth > 0;
-}
-
 // Of a number or a tensor that holds one; none for what torch would differentiate or has elsewhere.
-std::optional<double> number(PyObject* object) {
-  if (PyFloat_Check(object) || PyLong_Check(object)) {
-    const double value = PyFloat_AsDouble(object);
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  }
-  if (!THPVariable_Check(object) || !is_plain_on_host(object)) return std::nullopt;
+std::optional<double> number_in(PyObject* object) {
+  if (!THPVariable_Check(object)) return number_of(object);
   const at::Tensor& tensor = THPVariable_Unpack(object);
-  if (tensor.numel() != 1 || tensor.requires_grad()) return std::nullopt;
+  if (!is_plain_on_host(object) || tensor.numel() != 1 || tensor.requires_grad()) return std::nullopt;
   return tensor.item().toDouble();
 }
 
-// Items of a list or tuple, which no Python code may change meanwhile.
 c10::ArrayRef<PyObject*> items(PyObject* sequence) {
   if (!PyList_Check(sequence) && !PyTuple_Check(sequence)) {
     throw py::type_error(std::string("fastmlp: param_groups, params and betas of an optimizer must be lists or tuples, "
                                      "got a ") +
                          Py_TYPE(sequence)->tp_name);
   }
-  return {PySequence_Fast_ITEMS(sequence), size_t(PySequence_Fast_GET_SIZE(sequence))};
+  return items_of(sequence);
 }
 
 PyObject* groups_of(PyObject* attributes) { return entry(attributes, names().param_groups); }
@@ -178,47 +167,47 @@ void write_counter(const at::Tensor& counter, double value) {
 
 // The numbers that the parameters of a group share.
 struct OptimizerStep::Group {
+  const NamedRule& rule;
   UpdateSpec spec;
-  bool amsgrad = false;
-  bool fused = false;
   bool fits = true;
   double largest = 0;  // of the numbers, by magnitude
 
-  Group(PyObject* group, Rule rule) {
-    spec.rule = rule;
-    spec.maximize = flag(group, names().maximize);
-    fused = flag(group, names().fused);
-    fits = !flag(group, names().differentiable);
-    set(spec.lr, entry(group, names().lr));
-    set(spec.weight_decay, entry(group, names().weight_decay));
-    if (rule == Rule::sgd) {
-      set(spec.momentum, entry(group, names().momentum));
-      set(spec.dampening, entry(group, names().dampening));
-      spec.nesterov = flag(group, names().nesterov);
-      largest = larger(largest, 1 - spec.dampening);
-    } else {
-      const auto betas = items(entry(group, names().betas));
-      fits = fits && betas.size() == 2 && !flag(group, names().capturable);
-      if (betas.size() == 2) {
-        set(spec.beta1, betas[0]);
-        set(spec.beta2, betas[1]);
+  Group(PyObject* group, int kind) : rule(named_rule(kind)) {
+    spec.rule = kind;
+    for (size_t i = 0; i < rule.numbers.size() && rule.numbers[i]; i++) {
+      const NumberEntry& number = rule.info.numbers[i];
+      PyObject* const found = entry(group, rule.numbers[i]);
+      if (!number.second) {
+        set(number.place, found);
+      } else if (const auto pair = items(found); pair.size() == 2) {
+        set(number.place, pair[0]);
+        set(number.second, pair[1]);
+      } else {
+        fits = false;
       }
-      set(spec.eps, entry(group, names().eps));
-      amsgrad = flag(group, names().amsgrad);
-      spec.decoupled = flag(group, names().decoupled);
+    }
+    for (size_t i = 0; i < rule.flags.size() && rule.flags[i]; i++) {
+      const FlagEntry& flag = rule.info.flags[i];
+      const bool is_set = is_true(entry(group, rule.flags[i]));
+      if (flag.place) {
+        spec.*flag.place = is_set;
+      } else {
+        fits = fits && !is_set;
+      }
     }
   }
 
  private:
-  void set(double& value, PyObject* object) {
-    const std::optional<double> found = number(object);
-    value = found.value_or(0);
+  void set(double UpdateSpec::* place, PyObject* object) {
+    const std::optional<double> found = number_in(object);
+    spec.*place = found.value_or(0);
     fits = fits && found;
-    largest = larger(largest, value);
+    // Formulas have 1 less the number, too.
+    largest = larger(larger(largest, spec.*place), 1 - spec.*place);
   }
 };
 
-OptimizerStep::OptimizerStep(const py::handle& optimizer, Rule rule, GradOf grad_of) {
+OptimizerStep::OptimizerStep(const py::handle& optimizer, int rule, GradOf grad_of) {
   const py::object attributes = attributes_of(optimizer.ptr());
   state_ = py::reinterpret_borrow<py::object>(entry(attributes.ptr(), names().state));
   if (!PyDict_Check(state_.ptr())) {
@@ -250,6 +239,48 @@ const at::Tensor* OptimizerStep::state_tensor(PyObject* parameter, PyObject* sta
   return lies_like(tensor, like) && may_be_written(tensor) ? &tensor : nullptr;
 }
 
+// The count of a parameter's steps: that of its state, or a new one; null if we cannot count with it.
+const at::Tensor* OptimizerStep::counter_of(const Group& group, PyObject* parameter, PyObject* state) {
+  if (!state) {
+    const bool wide = !group.spec.fused && at::typeMetaToScalarType(at::get_default_dtype()) == at::kDouble;
+    const auto options = at::TensorOptions(wide ? at::kDouble : at::kFloat).device(host);
+    return &missing_.emplace_back(Missing{parameter, names().step, at::zeros({}, options)}).tensor;
+  }
+  PyObject* const step = entry(state, names().step);
+  TORCH_CHECK(!THPVariable_Check(step) || THPVariable_Unpack(step).numel() == 1,
+              "fastmlp: the optimizer's state step has more than one element");
+  return is_counter(step) ? &THPVariable_Unpack(step) : nullptr;
+}
+
+// Finds or makes the states of an update; false if the kernels cannot take them.
+bool OptimizerStep::add_states(const Group& group, PyObject* parameter, PyObject* state, const at::Tensor& like,
+                               Update& update) {
+  const NamedRule& rule = group.rule;
+  const RuleInfo& info = rule.info;
+  // Torch makes all states of a rule that counts at once, and misses what is gone later.
+  if (info.counts && state && PyDict_GET_SIZE(state) == 0) state = nullptr;
+  const at::Tensor* const counter = info.counts ? counter_of(group, parameter, state) : nullptr;
+  const auto exists = [&](size_t i) { return !info.states[i].exists || info.states[i].exists(group.spec); };
+  if (info.counts && state) {
+    for (size_t i = 0; i < rule.states.size() && rule.states[i]; i++) {
+      if (exists(i)) entry(state, rule.states[i]);
+    }
+  }
+  if (info.counts && !counter) return false;
+  for (size_t i = 0; i < rule.states.size() && rule.states[i]; i++) {
+    if (!exists(i)) continue;
+    const size_t missing = missing_.size();
+    const at::Tensor* const tensor = state_tensor(parameter, state, rule.states[i], like, info.counts);
+    if (!tensor) return false;
+    update.spec.first = missing_.size() > missing;
+    update.state[i] = tensor->data_ptr();
+    written_.push_back(*tensor);
+  }
+  if (counter) counters_.push_back(*counter);
+  if (info.at_step) info.at_step(update.spec, read_counter(*counter) + 1);
+  return true;
+}
+
 // False, and nothing added, if the kernels cannot take it.
 bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tensor& grad, PyObject* state) {
   if (!is_plain(parameter)) return false;
@@ -265,53 +296,11 @@ bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tenso
   update.parameter = p.data_ptr();
   update.spec = group.spec;
   const size_t missing = missing_.size(), written = written_.size(), counters = counters_.size();
-  const auto take = [&](int i, PyObject* name, bool zero) {
-    const at::Tensor* const tensor = state_tensor(parameter, state, name, p, zero);
-    if (!tensor) return false;
-    written_.push_back(*tensor);
-    update.state[i] = tensor->data_ptr();
-    return true;
-  };
   const at::AutoDispatchBelowADInplaceOrView guard;
   update.grad = grad.const_data_ptr();
-  bool fits = true;
-  double largest = group.largest;
-  if (group.spec.rule == Rule::sgd) {
-    if (group.spec.momentum != 0) {
-      fits = take(0, names().momentum_buffer, false);
-      update.spec.first = missing_.size() > missing;
-    }
-  } else {
-    // Torch makes all of a parameter's state at once, and misses what is gone later.
-    const bool fresh = !state || PyDict_GET_SIZE(state) == 0;
-    if (fresh) state = nullptr;
-    const at::Tensor* counter = nullptr;
-    if (fresh) {
-      const bool wide = !group.fused && at::typeMetaToScalarType(at::get_default_dtype()) == at::kDouble;
-      const auto options = at::TensorOptions(wide ? at::kDouble : at::kFloat).device(host);
-      counter = &missing_.emplace_back(Missing{parameter, names().step, at::zeros({}, options)}).tensor;
-    } else {
-      PyObject* step = entry(state, names().step);
-      TORCH_CHECK(!THPVariable_Check(step) || THPVariable_Unpack(step).numel() == 1,
-                  "fastmlp: the optimizer's state step has more than one element");
-      fits = is_counter(step);
-      if (fits) counter = &THPVariable_Unpack(step);
-      entry(state, names().exp_avg);
-      entry(state, names().exp_avg_sq);
-      if (group.amsgrad) entry(state, names().max_exp_avg_sq);
-    }
-    fits = fits && take(0, names().exp_avg, true) && take(1, names().exp_avg_sq, true) &&
-           (!group.amsgrad || take(2, names().max_exp_avg_sq, true));
-    if (fits) {
-      const double step = read_counter(*counter) + 1;
-      update.spec.step_size = group.spec.lr / (1 - std::pow(group.spec.beta1, step));
-      update.spec.root = std::sqrt(1 - std::pow(group.spec.beta2, step));
-      largest = larger(largest, update.spec.step_size);
-      counters_.push_back(*counter);
-    }
-  }
+  const bool fits = add_states(group, parameter, state, p, update);
   // Torch raises for numbers that the dtype cannot hold.
-  if (!fits || largest > largest_of(*dtype)) {
+  if (!fits || larger(group.largest, update.spec.step_size) > largest_of(*dtype)) {
     written_.shrink(written);
     counters_.shrink(counters);
     missing_.erase(missing_.begin() + std::ptrdiff_t(missing), missing_.end());
@@ -345,20 +334,13 @@ void OptimizerStep::apply() {
     grads_[i] = at::empty_like(THPVariable_Unpack(parameter)).copy_(grads_[i]);
     updates_[i].grad = grads_[i].const_data_ptr();
   }
-  {
-    constexpr int64_t worth_releasing = 1 << 14;  // elements: some microseconds
-    int64_t elements = 0;
-    for (const Update& update : updates_) elements += update.n;
-    Held held;
-    std::optional<py::gil_scoped_release> release;
-    if (elements > worth_releasing) {
-      hold(held);
-      release.emplace();
-    }
-    if (!updates_.empty()) operations_on(device_.type())->update(updates_, device_);
-    release.reset();
-    for (const at::Tensor& tensor : at::TensorList(written_)) tensor.unsafeGetTensorImpl()->bump_version();
-  }
+  constexpr int64_t elements_worth_releasing = 1 << 14;  // that take some microseconds to move
+  int64_t elements = 0;
+  for (const Update& update : updates_) elements += update.n;
+  ReleasedGil released(elements > elements_worth_releasing, [&](Held& held) { hold(held); });
+  if (!updates_.empty()) operations_on(device_.type())->update(updates_, device_);
+  released.end();
+  for (const at::Tensor& tensor : at::TensorList(written_)) tensor.unsafeGetTensorImpl()->bump_version();
 }
 
 void for_each_parameter(const py::handle& optimizer, c10::function_ref<void(PyObject*)> visit) {
@@ -378,7 +360,7 @@ bool begins_elsewhere(const py::handle& optimizer) {
   return false;
 }
 
-py::object step_optimizer(const py::handle& optimizer, Rule rule, bool partly) {
+py::object step_optimizer(const py::handle& optimizer, int rule, bool partly) {
   if (is_step_watched(optimizer) || begins_elsewhere(optimizer)) return py::none();
   OptimizerStep step(optimizer, rule, [](PyObject* parameter) { return THPVariable_Unpack(parameter).grad(); });
   py::list left;
@@ -395,12 +377,11 @@ void drop_grads(const py::handle& optimizer) {
 }
 
 bool is_step_watched(const py::handle& optimizer) {
-  const auto filled = [](PyObject* dict) { return dict && PyObject_Size(dict) > 0; };
   if (std::any_of(hooks_of_all.begin(), hooks_of_all.end(), filled)) return true;
   if (torch::profiler::impl::profilerEnabled() || !no_mode_is_active()) return true;
   const py::object attributes = attributes_of(optimizer.ptr());
   const auto has = [&](PyObject* name) { return item(attributes.ptr(), name) != nullptr; };
-  return std::any_of(names().hooks.begin(), names().hooks.end(),
+  return std::any_of(names().step_hooks.begin(), names().step_hooks.end(),
                      [&](PyObject* name) { return filled(item(attributes.ptr(), name)); }) ||
          std::any_of(names().scaler.begin(), names().scaler.end(), has);
 }

@@ -1,6 +1,6 @@
-// The step that a torch.optim.SGD, Adam or AdamW, or a subclass of ours, would take now. Groups and state are read at
-// each call: schedulers and load_state_dict replace what is in them. Used by fastmlp/optim.py through bindings.cpp and
-// by train_step.cpp, with the GIL. Computes nothing: cpu/step.cpp does.
+// The step that an optimizer of torch.optim whose rule is in contract/update.h, or a subclass of ours, would take now.
+// Groups and states are read at each call, because schedulers and load_state_dict replace what is in them. Used by
+// fastmlp/optim.py through bindings.cpp and by train_step.cpp, with the GIL. Computes nothing: cpu/step.cpp does.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,7 +24,8 @@ class OptimizerStep {
   using GradOf = c10::function_ref<at::Tensor(PyObject*)>;
 
   // Reads, and writes nothing. Raises KeyError for a group without an entry that torch would miss too.
-  OptimizerStep(const py::handle& optimizer, Rule rule, GradOf grad_of);
+  // `rule` is an index into Rules.
+  OptimizerStep(const py::handle& optimizer, int rule, GradOf grad_of);
 
   // Parameters with a gradient that are for torch to move: sparse, complex, on a device that lacks updates or on
   // another one than the others, and so on.
@@ -45,6 +46,8 @@ class OptimizerStep {
   };
 
   bool add(const Group& group, PyObject* parameter, const at::Tensor& grad, PyObject* state);
+  bool add_states(const Group& group, PyObject* parameter, PyObject* state, const at::Tensor& like, Update& update);
+  const at::Tensor* counter_of(const Group& group, PyObject* parameter, PyObject* state);
   const at::Tensor* state_tensor(PyObject* parameter, PyObject* state, PyObject* name, const at::Tensor& like,
                                  bool zero);
 
@@ -66,7 +69,7 @@ void for_each_parameter(const py::handle& optimizer, c10::function_ref<void(PyOb
 // watches the step, or the device of the first parameter has no updates, so that nothing is read in vain where torch
 // moves all parameters. Else the parameters that are left for torch; if there are any, the others move only if
 // `partly`, so that torch, which may refuse them, can go first.
-py::object step_optimizer(const py::handle& optimizer, Rule rule, bool partly);
+py::object step_optimizer(const py::handle& optimizer, int rule, bool partly);
 
 // optimizer.zero_grad(): every gradient becomes None.
 void drop_grads(const py::handle& optimizer);

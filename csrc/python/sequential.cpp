@@ -1,4 +1,4 @@
-// The loops of sequential.h.
+// How the children of a container are called: side by side as one operation where they form a run, else one by one.
 #include "sequential.h"
 
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -9,6 +9,7 @@
 #include "autograd.h"
 #include "../tensors/borrowed.h"
 #include "modules.h"
+#include "objects.h"
 #include "route.h"
 
 namespace fastmlp {

@@ -1,6 +1,6 @@
 // The order of events of train_step.h: everything is read and checked (train_step_read.cpp) before anything is written;
 // then come one pass, the gradients as the loop leaves them, and the update. Called by fastmlp/training.py through
-// bindings.cpp.
+// bindings.cpp, with the GIL. Must not name a loss or an optimizer: what they read is in contract/.
 #include "train_step.h"
 
 #include <ATen/ATen.h>
@@ -8,30 +8,24 @@
 
 #include <utility>
 
+#include "gil.h"
+#include "objects.h"
 #include "route.h"
 
 namespace fastmlp {
 namespace {
 
-struct Names {
-  static PyObject* intern(const char* name) { return PyUnicode_InternFromString(name); }
-  PyObject* step = intern("step");
-  PyObject* marked = intern("_wrapped_by_lr_sched");
-  PyObject* wrapped = intern("__wrapped__");
-  PyObject* called = intern("_opt_called");
-  // The variables that functions of torch's schedulers see. Held for the life of the process.
-  PyObject* of_schedulers =
+// The variables that functions of torch's schedulers see. Held for the life of the process.
+PyObject* variables_of_schedulers() {
+  static PyObject* const all =
       py::module_::import("torch.optim.lr_scheduler").attr("__dict__").cast<py::object>().release().ptr();
-};
-const Names& names() {
-  static const Names all;
   return all;
 }
 
 // Whether a function is what a scheduler of torch puts in the place of an optimizer's step, to know that it was called,
 // around this very step. Others may have copied its attributes.
 bool is_of_scheduler(PyObject* function, PyObject* step) {
-  if (!PyFunction_Check(function) || PyFunction_GET_GLOBALS(function) != names().of_schedulers) return false;
+  if (!PyFunction_Check(function) || PyFunction_GET_GLOBALS(function) != variables_of_schedulers()) return false;
   const py::object attributes = attributes_of(function);
   return item(attributes.ptr(), names().marked) && item(attributes.ptr(), names().wrapped) == step;
 }
@@ -70,7 +64,7 @@ TrainStep::TrainStep(py::tuple links, py::dict holders, py::object loss, int kin
       loss_(std::move(loss)),
       kind_(kind),
       optimizer_(std::move(optimizer)),
-      rule_(Rule(rule)),
+      rule_(rule),
       originals_(std::move(originals)),
       options_(options) {}
 
@@ -195,15 +189,57 @@ void TrainStep::tell_scheduler() const {
     throw py::error_already_set();
 }
 
-// Forward, loss and backward; the loss. Whoever gives up the GIL holds all tensors.
-at::Tensor TrainStep::pass(const Call& call, const at::Tensor& input, const at::Tensor& target, bool release) {
-  std::optional<py::gil_scoped_release> released;
-  if (release) released.emplace();
+// Everything that a call needs to know before it writes; false if explain() has to say why it cannot run.
+bool TrainStep::read_all(Call& call) {
+  check_plain("input", call.input_object);
+  check_modes(THPVariable_Unpack(call.input_object).device().type());
+  if (!read(call)) return false;
+  const at::Tensor& input = THPVariable_Unpack(call.input_object);
+  check_input(input);
+  const char* const why = obstacle(call.input_object, {});
+  TORCH_CHECK(!why, "fastmlp: TrainStep cannot run: ", why);
+  check_target(call);
+  take_owners();
+  for (PyObject* parameter : others_) call.hold(parameter);
+  return true;
+}
+
+// Where gradients are written, and who takes the optimizer's step.
+void TrainStep::plan(Call& call) {
+  call.steps = waiting + 1 == options_.accumulate;
+  call.keep = options_.keep_grads;
+  place_grads(call.keep);
+  if (!call.steps) return;
+  read_step(call.own_step);
+  if (call.own_step || call.keep) return;
+  // Torch's own step finds gradients where it looks for them.
+  call.keep = true;
+  place_grads(call.keep);
+}
+
+// Forward, loss and backward; the loss.
+at::Tensor TrainStep::pass(Call& call) {
+  const at::Tensor& input = THPVariable_Unpack(call.input_object);
+  double weights = 0;
+  for (const at::Tensor& parameter : at::TensorList(parameters_)) weights += double(parameter.numel());
+  const bool release = weights * double(input.numel()) > worth_releasing;
+  // Hooks of the optimizer's step are code of Python, too.
+  if (release || (call.steps && !call.own_step)) hold_all(call);
+  const ReleasedGil released(release);
   const at::AutoDispatchBelowADInplaceOrView guard;
   Borrowed grads;
   for (const Slot& slot : slots_) grads.push_back(slot.grad);
-  return operations_for(input).train_into(*call.stack, input, parameters_, call.spec, target, call.weight, grads,
+  return operations_for(input).train_into(*call.stack, input, parameters_, call.spec, *call.target, call.weight, grads,
                                           memory_);
+}
+
+// What must live while code of Python may run.
+void TrainStep::hold_all(Call& call) const {
+  call.tensors.take({THPVariable_Unpack(call.input_object), *call.target, call.weight});
+  call.tensors.take(parameters_);
+  for (const Slot& slot : slots_) call.tensors.take(slot.grad);
+  for (PyObject* parameter : others_) call.tensors.take(THPVariable_Unpack(parameter));
+  if (call.own_step) call.own_step->hold(call.tensors);
 }
 
 // The optimizer's step, from the gradients that finish_grads() left.
@@ -214,7 +250,7 @@ void TrainStep::take_step(std::optional<OptimizerStep>& step) {
     step->apply();
   } else {
     optimizer_.attr("step")();
-    // Which torch's fused kernels do not count.
+    // Torch's fused optimizers do not count the versions of what they write.
     for (const Slot& slot : slots_) {
       if (slot.stepped) THPVariable_Unpack(slot.object).unsafeGetTensorImpl()->bump_version();
     }
@@ -224,44 +260,15 @@ void TrainStep::take_step(std::optional<OptimizerStep>& step) {
   for (const Slot& slot : slots_) THPVariable_Unpack(slot.object).mutable_grad().reset();
 }
 
-py::object TrainStep::run(const py::object& given, const py::object& target) {
+py::object TrainStep::run(const py::object& input, const py::object& target) {
   const Running running(running_);
-  check_plain("input", given.ptr());
-  check_modes(THPVariable_Unpack(given.ptr()).device().type());
-  Call call;
-  if (!read(call)) return py::none();
-  const at::Tensor& input = THPVariable_Unpack(given.ptr());
-  check_input(input);
-  const char* const why = obstacle(given.ptr(), {});
-  TORCH_CHECK(!why, "fastmlp: TrainStep cannot run: ", why);
-  const c10::MaybeOwned<at::Tensor> checked = check_target(call, input, target);
-  take_owners();
-  for (PyObject* parameter : others_) call.hold(parameter);
-  const bool last = waiting + 1 == options_.accumulate;
-  std::optional<OptimizerStep> step;
-  place_grads(options_.keep_grads);
-  if (last) read_step(step);
-  // Torch's own step finds gradients where it looks for them.
-  const bool calls_step = last && !step, keep = options_.keep_grads || calls_step;
-  if (keep != options_.keep_grads) place_grads(keep);
-
-  constexpr double worth_releasing = 1 << 16;  // multiply-adds: some microseconds
-  double work = 0;
-  for (const at::Tensor& parameter : at::TensorList(parameters_)) work += double(parameter.numel());
-  const bool release = work * double(input.numel()) > worth_releasing;
-  Held held;
-  // Hooks of the optimizer's step are code of Python, too.
-  if (release || calls_step) {
-    held.take({input, *checked, call.weight});
-    held.take(parameters_);
-    for (const Slot& slot : slots_) held.take(slot.grad);
-    for (PyObject* parameter : others_) held.take(THPVariable_Unpack(parameter));
-    if (step) step->hold(held);
-  }
-  const at::Tensor loss = pass(call, input, *checked, release);
-  finish_grads(keep);
-  waiting = last ? 0 : waiting + 1;
-  if (last) take_step(step);
+  Call call(input.ptr(), target.ptr());
+  if (!read_all(call)) return py::none();
+  plan(call);
+  const at::Tensor loss = pass(call);
+  finish_grads(call.keep);
+  waiting = call.steps ? 0 : waiting + 1;
+  if (call.steps) take_step(call.own_step);
   for (Slot& slot : slots_) slot.grad.reset();
   parameters_.clear();
   return py::cast(loss);

@@ -37,7 +37,8 @@ struct Originals {
 class TrainStep {
  public:
   // links: the modules through which the input passes; holders: {module: (forward and __call__ of its class, and its
-  // children)} of the modules around them. loss: the module, and its kind.
+  // children)} of the modules around them. loss: the module, and its kind, an index into Losses; optimizer: with its
+  // rule, an index into Rules.
   TrainStep(py::tuple links, py::dict holders, py::object loss, int kind, py::object optimizer, int rule,
             Originals originals, const TrainOptions& options);
 
@@ -63,19 +64,27 @@ class TrainStep {
     at::Tensor grad;       // where backward writes; after that, what the loop has in .grad before the step
   };
 
-  // What one call reads of the model and the loss.
+  // What one call is given, reads and decides.
   struct Call {
+    PyObject *input_object, *target_object;  // that the caller holds
     Run run;
     c10::intrusive_ptr<Stack> stack;
     LossSpec spec;
-    at::Tensor weight;  // of the loss
+    at::Tensor weight;                      // of the loss
+    c10::MaybeOwned<at::Tensor> target;     // as the loss takes it, gapless
+    bool steps = false;                     // the optimizer steps
+    bool keep = true;                       // gradients are left in .grad for that step
+    std::optional<OptimizerStep> own_step;  // none: torch's own step is called
     // What slots and others point to. Another thread may take a parameter out of its module as soon as code of Python
     // runs, which already a lookup by a tensor is.
-    c10::SmallVector<py::object, 16> held;
+    c10::SmallVector<py::object, 16> objects;
+    Held tensors;
 
-    void hold(PyObject* object) { held.push_back(py::reinterpret_borrow<py::object>(object)); }
+    Call(PyObject* input, PyObject* target) : input_object(input), target_object(target) {}
+    void hold(PyObject* object) { objects.push_back(py::reinterpret_borrow<py::object>(object)); }
   };
 
+  bool read_all(Call& call);
   // False if explain() has to say why.
   bool read(Call& call);
   bool read_model(Run& run) const;
@@ -86,13 +95,15 @@ class TrainStep {
   // Raise for what is not as expected.
   void check_modes(c10::DeviceType device) const;
   void check_input(const at::Tensor& input) const;
-  c10::MaybeOwned<at::Tensor> check_target(Call& call, const at::Tensor& input, const py::object& target) const;
+  void check_target(Call& call) const;
 
   Slot* slot_of(PyObject* parameter, size_t& next);
   void take_owners();
   void place_grads(bool keep);
   void read_step(std::optional<OptimizerStep>& step);
-  at::Tensor pass(const Call& call, const at::Tensor& input, const at::Tensor& target, bool release);
+  void plan(Call& call);
+  at::Tensor pass(Call& call);
+  void hold_all(Call& call) const;
   void finish_grads(bool keep);
   void clip() const;
   void take_step(std::optional<OptimizerStep>& step);
@@ -104,7 +115,7 @@ class TrainStep {
   py::object loss_;
   int kind_;
   py::object optimizer_;
-  Rule rule_;
+  int rule_;
   Originals originals_;
   TrainOptions options_;
 

@@ -13,30 +13,39 @@
 #include <functional>
 #include <optional>
 
+#include "../contract/training_info.h"
 #include "../tensors/devices.h"
 #include "../tensors/dtypes.h"
+#include "objects.h"
 #include "route.h"
 #include "train_step.h"
 
 namespace fastmlp {
 namespace {
 
-struct Names {
-  static PyObject* intern(const char* name) { return PyUnicode_InternFromString(name); }
-  PyObject* forward = intern("forward");
-  PyObject* call = intern("__call__");
-  PyObject* reduction = intern("reduction");
-  PyObject* delta = intern("delta");
-  PyObject* ignore_index = intern("ignore_index");
-  PyObject* label_smoothing = intern("label_smoothing");
-  PyObject* buffers = intern("_buffers");
-  PyObject* weight = intern("weight");
-  PyObject* pos_weight = intern("pos_weight");
-  PyObject* zero_grad = intern("zero_grad");
+// The description of a loss, with names as Python has them: null where the description has none.
+struct NamedLoss {
+  const LossInfo& info;
+  PyObject *number, *index, *weight, *unweighted;
+
+  explicit NamedLoss(const LossInfo& info)
+      : info(info),
+        number(name_of(info.number.name)),
+        index(name_of(info.index)),
+        weight(name_of(info.weight)),
+        unweighted(name_of(info.unweighted)) {}
+
+ private:
+  static PyObject* name_of(const char* name) { return name ? interned(name) : nullptr; }
 };
-const Names& names() {
-  static const Names all;
-  return all;
+
+const NamedLoss& named_loss(int kind) {
+  static const std::vector<NamedLoss> all = [] {
+    std::vector<NamedLoss> made;
+    for (int i = 0; i < Losses::size; i++) made.emplace_back(loss_info(i));
+    return made;
+  }();
+  return all[size_t(kind)];
 }
 
 bool has_in_class(PyObject* object, PyObject* name, PyObject* expected) {
@@ -60,22 +69,6 @@ bool holds(PyObject* module, PyObject* expected) {
     if (child != PyTuple_GET_ITEM(expected, i)) return false;
   }
   return true;
-}
-
-std::optional<double> read_number(PyObject* attributes, PyObject* name) {
-  PyObject* object = item(attributes, name);
-  if (!object || !(PyFloat_Check(object) || PyLong_Check(object))) return std::nullopt;
-  const double value = PyFloat_AsDouble(object);
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-bool read_index(PyObject* attributes, PyObject* name, int64_t& value) {
-  PyObject* object = item(attributes, name);
-  if (!object || !PyLong_Check(object)) return false;
-  int overflow = 0;
-  value = PyLong_AsLongLongAndOverflow(object, &overflow);
-  return overflow == 0;
 }
 
 void check_device(const char* name, const at::Tensor& tensor, const at::Tensor& parameter) {
@@ -161,40 +154,37 @@ bool TrainStep::read_parameters(Call& call) {
 }
 
 bool TrainStep::read_loss(Call& call) const {
-  LossSpec& spec = call.spec;
   // torch.nn.Module has the __call__ of all losses, and of all other modules.
   if (!has_in_class(loss_.ptr(), names().forward, originals_.forward.ptr()) ||
       !has_in_class(loss_.ptr(), names().call, originals_.call.ptr()))
     return false;
+  const NamedLoss& loss = named_loss(kind_);
   const py::object attributes = attributes_of(loss_.ptr());
-  PyObject* reduction = item(attributes.ptr(), names().reduction);
-  if (must_be_called(attributes.ptr()) || !reduction || !PyUnicode_Check(reduction)) return false;
+  if (must_be_called(attributes.ptr())) return false;
+  LossSpec& spec = call.spec;
   spec.kind = kind_;
   spec.divisor = double(options_.accumulate);
-  spec.mean = PyUnicode_CompareWithASCIIString(reduction, "mean") == 0;
-  if (!spec.mean && PyUnicode_CompareWithASCIIString(reduction, "sum") != 0) return false;
-  if (kind_ == loss_kind<Huber>) {
-    spec.delta = read_number(attributes.ptr(), names().delta).value_or(0);
-    return spec.delta > 0;
+  PyObject* reduction = item(attributes.ptr(), names().reduction);
+  spec.mean = is_text(reduction, "mean");
+  if (!spec.mean && !is_text(reduction, "sum")) return false;
+  if (loss.number) {
+    const std::optional<double> number = number_of(item(attributes.ptr(), loss.number));
+    if (!number || !(*number >= loss.info.number.least && *number <= loss.info.number.most)) return false;
+    spec.number = *number;
   }
-  const bool entropy = kind_ == cross_entropy_kind;
-  if (!entropy && kind_ != loss_kind<BinaryCrossEntropy>) return true;
+  if (loss.index) {
+    const std::optional<int64_t> index = integer_of(item(attributes.ptr(), loss.index));
+    if (!index) return false;
+    spec.ignore_index = *index;
+  }
+  if (!loss.weight) return true;
   PyObject* buffers = item(attributes.ptr(), names().buffers);
   if (!buffers || !PyDict_Check(buffers)) return false;
-  PyObject* given = item(buffers, names().weight);
-  if (entropy) {
-    spec.label_smoothing = read_number(attributes.ptr(), names().label_smoothing).value_or(-1);
-    if (!(spec.label_smoothing >= 0 && spec.label_smoothing <= 1) ||
-        !read_index(attributes.ptr(), names().ignore_index, spec.ignore_index))
-      return false;
-  } else {
-    if (given != Py_None) return false;
-    given = item(buffers, names().pos_weight);
-  }
+  if (loss.unweighted && item(buffers, loss.unweighted) != Py_None) return false;
   // A parameter in place of the buffer stands elsewhere.
-  if (!given) return false;
+  PyObject* given = item(buffers, loss.weight);
   if (given == Py_None) return true;
-  if (!is_plain(given)) return false;
+  if (!given || !is_plain(given)) return false;
   call.weight = THPVariable_Unpack(given);
   if (call.weight.device() != parameters_[0].device()) return false;
   return true;
@@ -240,48 +230,48 @@ void TrainStep::check_input(const at::Tensor& input) const {
               weight.size(1), " in the last dimension, the in_features of the model's first layer");
 }
 
-// As the loss takes it, gapless. The weight of the loss becomes one for each column.
-c10::MaybeOwned<at::Tensor> TrainStep::check_target(Call& call, const at::Tensor& input,
-                                                    const py::object& target) const {
-  check_plain("target", target.ptr());
-  const at::Tensor& given = THPVariable_Unpack(target.ptr());
+// Finds the target as the loss takes it. The weight of the loss becomes one for each column.
+void TrainStep::check_target(Call& call) const {
+  check_plain("target", call.target_object);
+  const at::Tensor& input = THPVariable_Unpack(call.input_object);
+  const at::Tensor& given = THPVariable_Unpack(call.target_object);
   check_device("target", given, parameters_[0]);
   TORCH_CHECK(!given.requires_grad(),
               "fastmlp: target requires a gradient, which TrainStep does not compute: give target.detach()");
-  const bool entropy = call.spec.kind == cross_entropy_kind;
+  const LossInfo& loss = loss_info(call.spec.kind);
   const int64_t columns = parameters_[call.stack->weight(call.stack->layers() - 1)].size(0);
   at::DimVector output(input.sizes());
   output.back() = columns;
   const auto dtype = [&] { return dtype_name(input.scalar_type()); };  // for errors
   if (at::Tensor& weight = call.weight; weight.defined()) {
     const bool fits = weight.dim() == 1 && weight.size(0) == columns;
-    const bool one = !entropy && weight.numel() == 1;
-    const char* const name = entropy ? "weight" : "pos_weight";
-    TORCH_CHECK(fits || one, "fastmlp: ", name, " of the loss has shape ", weight.sizes(), ", expected [", columns,
-                "], one for each column of the output");
-    TORCH_CHECK(weight.scalar_type() == input.scalar_type(), "fastmlp: ", name, " of the loss has dtype ",
+    const bool one = !loss.takes_classes && weight.numel() == 1;
+    TORCH_CHECK(fits || one, "fastmlp: ", loss.weight, " of the loss has shape ", weight.sizes(), ", expected [",
+                columns, "], one for each column of the output");
+    TORCH_CHECK(weight.scalar_type() == input.scalar_type(), "fastmlp: ", loss.weight, " of the loss has dtype ",
                 dtype_name(weight.scalar_type()), ", expected the dtype of the output, ", dtype(),
                 ": convert it by loss_fn.to(", dtype(), ')');
-    TORCH_CHECK(!weight.requires_grad(), "fastmlp: ", name,
+    TORCH_CHECK(!weight.requires_grad(), "fastmlp: ", loss.weight,
                 " of the loss requires a gradient, which TrainStep does not compute: detach it");
     weight = weight.reshape({-1}).expand({columns}).contiguous();
   }
-  if (!entropy) {
+  if (!loss.takes_classes) {
     TORCH_CHECK(given.sizes() == at::IntArrayRef(output), "fastmlp: target has shape ", given.sizes(), ", expected ",
                 at::IntArrayRef(output), ", the shape of the output");
     TORCH_CHECK(given.scalar_type() == input.scalar_type(), "fastmlp: target has dtype ",
                 dtype_name(given.scalar_type()), ", expected the dtype of the output, ", dtype(),
                 ": convert it by target.to(", dtype(), ')');
-    return given.expect_contiguous();
+    call.target = given.expect_contiguous();
+    return;
   }
   const at::IntArrayRef leading(output.data(), output.size() - 1);
-  TORCH_CHECK(output.size() <= 2, "fastmlp: CrossEntropyLoss got an output of shape ", at::IntArrayRef(output),
+  TORCH_CHECK(output.size() <= 2, "fastmlp: ", loss.name, " got an output of shape ", at::IntArrayRef(output),
               ", expected (N, C) or (C)");
   TORCH_CHECK(given.scalar_type() == at::kLong, "fastmlp: target has dtype ", dtype_name(given.scalar_type()),
               ", expected class indices of dtype ", dtype_name(at::kLong));
   TORCH_CHECK(given.sizes() == leading, "fastmlp: target has shape ", given.sizes(), ", expected ", leading,
               ", a class for each row of the output");
-  return given.expect_contiguous();  // the device reads the classes, and checks them
+  call.target = given.expect_contiguous();  // the device reads the classes, and checks them
 }
 
 }  // namespace fastmlp

@@ -148,6 +148,8 @@ def loss_broken(training: Training) -> None:
     for loss in (training.side.loss_fn, training.plain_loss):
         if isinstance(loss, nn.HuberLoss):
             loss.delta = -1.0
+        elif isinstance(loss, nn.SmoothL1Loss):
+            loss.beta = -1.0
         elif isinstance(loss, nn.CrossEntropyLoss):
             loss.label_smoothing = 1.5
         elif isinstance(loss, nn.MSELoss):
@@ -161,6 +163,8 @@ def loss_changed(training: Training) -> None:
         loss.reduction = reduction  # type: ignore[assignment]
         if isinstance(loss, nn.HuberLoss):
             loss.delta = 0.75
+        elif isinstance(loss, nn.SmoothL1Loss):
+            loss.beta = 0.75
         elif isinstance(loss, nn.CrossEntropyLoss):
             loss.label_smoothing = 0.25
 

@@ -54,7 +54,7 @@ def drawn_optimizer(case: Case, name: str, parameters: list[nn.Parameter]) -> Op
     arguments, other = draw_optimizer(case.random, name), draw_optimizer(case.random, name)
     if case.chance(0.4):
         arguments |= case.choice([{"foreach": True}, {"foreach": False}])
-    elif case.chance(0.1) and all(p.dtype.itemsize > 2 for p in parameters):
+    elif name != "RMSprop" and case.chance(0.1) and all(p.dtype.itemsize > 2 for p in parameters):
         arguments |= {"fused": True}
     if any(p.dtype == torch.float16 for p in parameters) and name != "SGD":
         arguments["eps"] = other["eps"] = 1e-3
@@ -172,7 +172,8 @@ def twin_of(optimizer: Optimizer, parameters: list[nn.Parameter]) -> tuple[Optim
         for group in optimizer.param_groups
     ]
     for group in groups:
-        group["fused"] = optimizer_is_watched(optimizer) and group["fused"]
+        if "fused" in group:
+            group["fused"] = optimizer_is_watched(optimizer) and group["fused"]
     made: Optimizer = getattr(torch.optim, type(optimizer).__name__)(groups, lr=0.1)
     for key, state in optimizer.state.items():
         made.state[copies[key]] = {k: oracle.twin_of(x) if isinstance(x, Tensor) else x for k, x in state.items()}
@@ -215,7 +216,7 @@ def state_laid(case: Case, optimizer: Optimizer) -> Optimizer:
 
 def state_gone(case: Case, optimizer: Optimizer) -> Optimizer:
     # torch's fused steps do not survive that.
-    if optimizer.state and not any(group["fused"] for group in optimizer.param_groups):
+    if optimizer.state and not any(group.get("fused") for group in optimizer.param_groups):
         optimizer.state.pop(case.choice(list(optimizer.state)))
     return optimizer
 
@@ -235,7 +236,7 @@ def parameter_laid(case: Case, optimizer: Optimizer) -> Optimizer:
 def rule(case: Case, optimizer: Optimizer) -> Optimizer:
     group = case.choice(optimizer.param_groups)
     key = case.choice(
-        [key for key in ("weight_decay", "maximize", "foreach") if key in group and not group["fused"]] or ["lr"]
+        [key for key in ("weight_decay", "maximize", "foreach") if key in group and not group.get("fused")] or ["lr"]
     )
     group[key] = not group[key] if key != "lr" and isinstance(group[key], bool) else 0.05 if key != "foreach" else None
     return optimizer

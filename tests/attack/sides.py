@@ -12,13 +12,11 @@ import fastmlp
 from fastmlp.activations import IDENTITY, module_of
 from tests.attack import oracle
 from tests.attack.cases import Case, attempt
-from tests.support.training import Loop, Optimizer
+from tests.support.training import OPTIMIZERS, Loop, Optimizer
 
 #: The class of torch for each that a step may be of.
 TORCHS: dict[type[Optimizer], type[Optimizer]] = {
-    getattr(module, name): getattr(torch.optim, name)
-    for module in (torch.optim, fastmlp.optim)
-    for name in ("SGD", "Adam", "AdamW")
+    getattr(module, name): getattr(torch.optim, name) for module in (torch.optim, fastmlp.optim) for name in OPTIMIZERS
 }
 
 

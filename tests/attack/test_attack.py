@@ -16,6 +16,7 @@ import fastmlp
 from tests.attack.cases import Case, Disagreement, play
 from tests.attack.runner import Totals, Worker, attack, main
 from tests.attack.surfaces import SURFACES, run
+from tests.support.training import OPTIMIZERS
 
 SECONDS = 115.0
 #: So many of each surface are played on the slowest of machines; some hundreds on others.
@@ -119,7 +120,7 @@ def plant_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plant_optim(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SGD", "Adam", "AdamW"):
+    for name in OPTIMIZERS:
         kind = getattr(fastmlp.optim, name)
         monkeypatch.setattr(kind, "step", steps_further(kind.step))
 

@@ -65,9 +65,9 @@ class Interval:
         )
 
     def outside(self, found: Tensor) -> Tensor:
-        """Which entries do not lie here. NaN does only where there are no bounds."""
+        """Which entries do not lie here. NaN does only where there are no bounds, or NaN went into them."""
         found = found.detach().double().flatten()
-        unbounded = (self.low == -torch.inf) & (self.high == torch.inf)
+        unbounded = (self.low == -torch.inf) & (self.high == torch.inf) | self.low.isnan() | self.high.isnan()
         return ~((found >= self.low) & (found <= self.high) | unbounded)
 
     def check(self, found: Tensor, what: str) -> None:
@@ -155,9 +155,37 @@ class Arithmetic:
         update = self.rounded(m.over(denominator).times(lr / corrections[0]), 5, relative=relative[0])
         return self.rounded(p.plus(update.times(-1)), 1), after
 
+    def rmsprop(self, group: Mapping[str, Any], p: Interval, g: Interval, state: State) -> tuple[Interval, State]:
+        """Parameters and state after a step of `torch.optim.RMSprop`."""
+        lr, alpha, momentum = float(group["lr"]), float(group["alpha"]), float(group["momentum"])
+        if group["maximize"]:
+            g = g.times(-1)
+        if group["weight_decay"]:
+            g = self.sum(1, g, float(group["weight_decay"]), p)
+        zero = Interval.exact(torch.zeros_like(p.low))
+        step = state.get("step", Interval.exact(torch.zeros(1))).plus(Interval.exact(torch.ones(1)))
+        v = self.sum(alpha, state.get("square_avg", zero), 1 - alpha, g.squared(), more=1)
+        v = Interval(v.low.clamp(min=0), v.high)
+        after = {"step": step, "square_avg": v}
+        variance = v
+        if group["centered"]:
+            mean = after["grad_avg"] = self.interpolation(alpha, state.get("grad_avg", zero), g)
+            variance = self.sum(1, v, -1, mean.squared(), more=1)
+        root = self.rounded(Interval(variance.low.clamp(min=0).sqrt(), variance.high.clamp(min=0).sqrt()), 1)
+        denominator = self.rounded(root.plus(Interval.exact(torch.full_like(p.low, group["eps"]))), 2)
+        # The root of a number that may be negative is NaN.
+        denominator = Interval(torch.where(variance.low < 0, 0.0, denominator.low), denominator.high)
+        if momentum > 0:
+            quotient = self.rounded(g.over(denominator), 1)
+            buffer = after["momentum_buffer"] = self.sum(momentum, state.get("momentum_buffer", zero), 1, quotient)
+            return self.sum(1, p, -lr, buffer), after
+        update = self.rounded(self.rounded(g.times(lr), 2).over(denominator), 1)
+        return self.rounded(p.plus(update.times(-1)), 1), after
+
     def step(
         self, optimizer: torch.optim.Optimizer, group: Mapping[str, Any], p: Interval, g: Interval, state: State
     ) -> tuple[Interval, State]:
-        """Parameters and state after a step of an SGD, or else of an Adam or AdamW."""
-        formula = self.sgd if isinstance(optimizer, torch.optim.SGD) else self.adam
+        """Parameters and state after a step of an SGD, Adam, AdamW or RMSprop."""
+        formulas = {torch.optim.SGD: self.sgd, torch.optim.Adam: self.adam, torch.optim.RMSprop: self.rmsprop}
+        (formula,) = (formula for kind, formula in formulas.items() if isinstance(optimizer, kind))
         return formula(group, p, g, state)

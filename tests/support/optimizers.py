@@ -15,6 +15,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
     "Adam": {"lr": 0.01, "amsgrad": True},
     "AdamW": {"lr": 0.01},
+    "RMSprop": {"lr": 0.001, "momentum": 0.9, "centered": True},
 }
 
 
@@ -46,7 +47,7 @@ def checked_step(
     """A step, and whether all that it wrote lies within the bounds of `tests/support/intervals.py`.
 
     Args:
-        optimizer: an SGD, Adam or AdamW.
+        optimizer: an SGD, Adam, AdamW or RMSprop.
         what: for messages.
         step: how to step, if not by `optimizer.step`.
         scale: a power of two, that gradients are multiplied with and the step divides by.

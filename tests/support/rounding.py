@@ -66,6 +66,10 @@ def _relative(output: Tensor, *args: Any) -> Tensor:
     return ULPS * torch.finfo(output.dtype).eps * output.abs()
 
 
+def _sum_with_product(output: Tensor, x: Tensor, a: Tensor, b: Tensor, value: float = 1) -> Tensor:
+    return gamma(3, output.dtype) * (x.abs() + abs(value) * (a * b).abs())
+
+
 def _relative_to_the_first(output: Tensor, x: Tensor, *args: Any) -> Tensor:
     """A share of the first argument: for derivatives times gradients, and for GELU, which keeps its error."""
     return ULPS * torch.finfo(output.dtype).eps * x.abs()
@@ -105,12 +109,13 @@ UPDATES: frozenset[Any] = frozenset(
         "lerp_": ("Scalar",),
         "addcmul_": ("default",),
         "addcdiv_": ("default",),
+        "sqrt_": ("default",),
         "_foreach_add_": ("List", "Scalar"),
         "_foreach_mul_": ("Scalar", "Tensor"),
         "_foreach_div_": ("ScalarList",),
         "_foreach_lerp_": ("Scalar",),
         "_foreach_addcmul_": ("Scalar",),
-        "_foreach_addcdiv_": ("ScalarList",),
+        "_foreach_addcdiv_": ("Scalar", "ScalarList"),
         "_foreach_sqrt_": ("default",),
     }.items()
     for overload in overloads
@@ -142,14 +147,19 @@ STEPS: Mapping[Any, Callable[..., Tensor]] = {
     _aten.div.Tensor: _relative,
     _aten.sub.Tensor: _relative,
     _aten.add.Tensor: _relative,
+    # Steps of RMSprop too.
+    _aten.addcmul.default: _sum_with_product,
+    _aten.sqrt.default: _relative,
     # Losses and norms.
     _aten.sum.default: _sum,
     _aten.mean.default: _mean,
     _aten.mse_loss.default: _relative_and_sum,
     _aten.huber_loss.default: _relative_and_sum,
+    _aten.smooth_l1_loss.default: _relative_and_sum,
     _aten.binary_cross_entropy_with_logits.default: _relative_and_sum,
     _aten.mse_loss_backward.default: _relative,
     _aten.huber_loss_backward.default: _relative,
+    _aten.smooth_l1_loss_backward.default: _relative,
     _aten._log_softmax.default: _log_softmax,
     _aten._log_softmax_backward_data.default: _log_softmax_backward,
     _aten.nll_loss_forward.default: _relative_and_sum,

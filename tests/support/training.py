@@ -157,9 +157,13 @@ def _elementwise(
     size = residual.abs() + error
     if isinstance(loss_fn, nn.MSELoss):
         return size.square(), (2 * size + error) * error, 2 * error
-    if isinstance(loss_fn, nn.L1Loss):
+    if isinstance(loss_fn, nn.L1Loss) or (isinstance(loss_fn, nn.SmoothL1Loss) and loss_fn.beta == 0):
         # The sign is open where the residual is within its error, which it is not where it is exactly zero.
         return size, error, torch.where((residual.abs() <= error) & (error > 0), 1 + residual.sign().abs(), 0.0)
+    if isinstance(loss_fn, nn.SmoothL1Loss):
+        beta = loss_fn.beta
+        slope = (size / beta).clamp(max=1)
+        return slope * size, slope * error + gamma(7, dtype) * slope * (size + beta), error / beta + gamma(2, dtype)
     if isinstance(loss_fn, nn.HuberLoss):
         slope = size.clamp(max=loss_fn.delta)
         return slope * size, slope * error + gamma(6, dtype) * slope * (size + loss_fn.delta), error
@@ -402,8 +406,8 @@ def clipped(loop: Loop, gradients: list[Interval], arithmetic: Arithmetic) -> li
 # What is drawn.
 
 
-LOSSES = ("mse", "l1", "huber", "bce", "ce", "ce")
-OPTIMIZERS = ("SGD", "Adam", "AdamW")
+LOSSES = ("mse", "l1", "huber", "smooth l1", "bce", "ce", "ce")
+OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop")
 
 
 def draw_loss(random_: random.Random, name: str, number: int, classes: int, dtype: torch.dtype) -> nn.Module:
@@ -420,6 +424,8 @@ def draw_loss(random_: random.Random, name: str, number: int, classes: int, dtyp
         return nn.BCEWithLogitsLoss(
             reduction=reduction, pos_weight=torch.rand(classes, dtype=dtype) * 3 if random_.random() < 0.5 else None
         )
+    if name == "smooth l1":
+        return nn.SmoothL1Loss(reduction=reduction, beta=random_.choice([0.0, 0.3, 1.0, 2.5]))
     if name == "huber":
         return nn.HuberLoss(reduction, delta=random_.choice([0.3, 1.0, 2.5]))
     return nn.MSELoss(reduction=reduction) if name == "mse" else nn.L1Loss(reduction=reduction)
@@ -451,6 +457,17 @@ def draw_optimizer(random_: random.Random, name: str) -> dict[str, Any]:
             "dampening": 0.0 if nesterov else random_.choice([0.0, 0.3]),
             "weight_decay": decay,
             "nesterov": nesterov,
+            "maximize": maximize,
+        }
+    if name == "RMSprop":
+        centered, momentum = random_.random() < 0.4, random_.choice([0.0, 0.0, 0.9])
+        return {
+            "lr": random_.choice([1e-3, 1e-2]) * (0.1 if momentum else 1),
+            "alpha": random_.choice([0.99, 0.9, 0.4] if centered else [0.99, 0.9, 0.4, 0.0]),
+            "eps": random_.choice([1e-8, 1e-8, 1e-3]),
+            "weight_decay": decay,
+            "momentum": momentum,
+            "centered": centered,
             "maximize": maximize,
         }
     return {

@@ -17,6 +17,13 @@ from tests.support.optimizers import checked_step, form
 from tests.support.training import OPTIMIZERS, Optimizer, draw_optimizer, optimizer_of
 
 STEPS = 6
+#: What only groups of one optimizer have, and what may be on or off.
+KEYS = {
+    "SGD": ["momentum", "nesterov", "dampening"],
+    "Adam": ["amsgrad"],
+    "AdamW": ["amsgrad"],
+    "RMSprop": ["momentum", "centered"],
+}
 SHAPES: list[tuple[int, ...]] = [
     (),
     (1,),
@@ -117,7 +124,7 @@ def draw(seed: int) -> Drawn:
     )
 
 
-DRAWN = [draw(seed) for seed in range(150)]
+DRAWN = [draw(seed) for seed in range(280)]
 
 
 def test_what_is_drawn() -> None:
@@ -129,8 +136,7 @@ def test_what_is_drawn() -> None:
         assert {gradient for d in drawn for gradient in d.gradients} == set(GRADIENTS)
         assert {(d.dtypes[0], len(set(d.dtypes)) > 1) for d in drawn} >= set(itertools.product(DTYPES, [False]))
         assert any(len(set(d.dtypes)) > 2 for d in drawn)
-        keys = ["maximize", "weight_decay", *(["momentum", "nesterov", "dampening"] if name == "SGD" else ["amsgrad"])]
-        for key, dtype in itertools.product(keys, DTYPES):
+        for key, dtype in itertools.product(["maximize", "weight_decay", *KEYS[name]], DTYPES):
             assert {bool(d.arguments[key]) for d in drawn if dtype in d.dtypes} == {True, False}, (key, dtype)
 
 
@@ -270,7 +276,7 @@ def test_not_finite_gradients(drawn: Drawn, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
 def test_zero_gradients(name: str, dtype: torch.dtype) -> None:
     """With eps = 0 as well, where 0 / 0 is NaN."""
     for eps in (1e-3, 0.0):
@@ -320,3 +326,14 @@ def test_a_wrong_step_is_found_out(fault: str, dtype: torch.dtype) -> None:
     optimizer.register_step_pre_hook(change)
     with pytest.raises(AssertionError, match="outside"):
         checked_step(optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rmsprop_whose_variance_is_zero(dtype: torch.dtype, isa: str) -> None:
+    """With alpha = 0 the mean is the gradient itself: the root is that of zero, where torch has that of a rounding."""
+    p = nn.Parameter(torch.randn(67).to(dtype))
+    optimizer = optim.RMSprop([p], lr=0.01, alpha=0.0, centered=True, eps=0.5)
+    for _ in range(3):
+        before, p.grad = p.detach().clone(), torch.randn(67).to(dtype)
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), before - 0.01 * p.grad / 0.5)

@@ -28,7 +28,13 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("Adam", {"betas": (0.3, 0.5), "amsgrad": True}),
     ("AdamW", {"weight_decay": 0.1}),
     ("AdamW", {"amsgrad": True, "eps": 0.0}),
+    ("RMSprop", {}),
+    ("RMSprop", {"weight_decay": 0.1, "maximize": True, "alpha": 0.5}),
+    ("RMSprop", {"momentum": 0.9, "eps": 0.0}),
+    ("RMSprop", {"centered": True}),
+    ("RMSprop", {"centered": True, "momentum": 0.5, "alpha": 0.9, "weight_decay": 0.1}),
     ("Adam", {"lr": 1e30, "eps": 1e-30}),
+    ("RMSprop", {"lr": 1e30, "eps": 1e-30}),
     ("SGD", {"lr": 1e30}),
 ]
 
@@ -87,7 +93,7 @@ def test_ends_of_the_range(name: str, arguments: dict[str, Any], dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("name", "arguments"), VARIANTS[:9], ids=str)
+@pytest.mark.parametrize(("name", "arguments"), VARIANTS[:-3], ids=str)
 def test_ends_of_the_range_of_16_bits(name: str, arguments: dict[str, Any], dtype: torch.dtype, isa: str) -> None:
     """As torch's step of float32 whose results are rounded when they are stored."""
     values, gradients = pairs(dtype)
@@ -160,7 +166,9 @@ def outcomes(module: Any, name: str, arguments: dict[str, Any], first: bool) -> 
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["without state", "with state"])
-@pytest.mark.parametrize(("name", "arguments"), [("SGD", {}), ("SGD", {"momentum": 0.9}), ("Adam", {})], ids=str)
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("SGD", {}), ("SGD", {"momentum": 0.9}), ("Adam", {}), ("RMSprop", {})], ids=str
+)
 def test_inference_mode(name: str, arguments: dict[str, Any], first: bool) -> None:
     """State that is made there can be written there only, ours as torch's, and a refused step writes nothing."""
     expected, found = (outcomes(module, name, arguments, first) for module in (torch.optim, optim))
@@ -192,6 +200,11 @@ LOSSES: dict[str, Callable[[str], nn.Module]] = {
     "Huber": lambda reduction: nn.HuberLoss(reduction, delta=2.0),
     "Huber, wide": lambda reduction: nn.HuberLoss(reduction, delta=float("inf")),
     "Huber, huge": lambda reduction: nn.HuberLoss(reduction, delta=1e30),
+    "SmoothL1": lambda reduction: nn.SmoothL1Loss(reduction=reduction, beta=2.0),
+    "SmoothL1, L1": lambda reduction: nn.SmoothL1Loss(reduction=reduction, beta=0.0),
+    "SmoothL1, narrow": lambda reduction: nn.SmoothL1Loss(reduction=reduction, beta=1e-50),
+    "SmoothL1, wide": lambda reduction: nn.SmoothL1Loss(reduction=reduction, beta=float("inf")),
+    "SmoothL1, huge": lambda reduction: nn.SmoothL1Loss(reduction=reduction, beta=1e30),
     "BCE": lambda reduction: nn.BCEWithLogitsLoss(reduction=reduction),
     "BCE pos_weight": lambda reduction: nn.BCEWithLogitsLoss(
         reduction=reduction, pos_weight=torch.tensor([0.0, 1e-30, 1.0, 1e30])

@@ -52,6 +52,7 @@ def test_classes(name: str) -> None:
         {"nesterov": True, "momentum": 0},
         {"betas": (1.0, 0.9)},
         {"eps": -1},
+        {"alpha": -0.1},
         {"foreach": True, "fused": True},
         {"fused": True, "differentiable": True},
         {"lr": torch.ones(2)},
@@ -76,6 +77,10 @@ def test_errors_are_those_of_torch(name: str, arguments: dict[str, Any]) -> None
     "more", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}, {"maximize": True}], ids=str
 )
 def test_how_torch_would_step(name: str, more: dict[str, Any]) -> None:
+    if name == "RMSprop" and "fused" in more:
+        with pytest.raises(TypeError, match="fused"):
+            made(name, parameters(), **more)
+        return
     params = parameters()
     optimizer = made(name, params, **more)
     for _ in range(4):

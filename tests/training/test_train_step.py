@@ -104,7 +104,8 @@ def draw(seed: int) -> Drawn:
     if LOSSES[kind] == "ce":
         rows = random_.choice([rows for rows in ROWS if len(rows) < 2])
         widths[-1] = max(widths[-1], 2)
-    loss_fn = draw_loss(random_, LOSSES[kind], 2 * number + kind % 2, widths[-1], dtype)
+    form_of_loss = 2 * number + kind % 2 if LOSSES[kind] == "ce" else number // len(OPTIMIZERS) + kind
+    loss_fn = draw_loss(random_, LOSSES[kind], form_of_loss, widths[-1], dtype)
     acts = [random_.choice(SMOOTH) for _ in range(layers)]
     if random_.random() < 0.8:
         acts[-1] = IDENTITY
@@ -132,14 +133,12 @@ DRAWN = [draw(seed) for seed in range(200)]
 def test_what_is_drawn() -> None:
     """Every activation, loss, optimizer, form and option, and what may go wrong together."""
     assert {act for d in DRAWN for act in d.net.activations} == set(SMOOTH)
-    losses = (nn.MSELoss, nn.L1Loss, nn.HuberLoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
+    losses = (nn.MSELoss, nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
     for dtype in DTYPES:
         drawn = [d for d in DRAWN if d.dtype == dtype]
         assert {d.form for d in drawn} == set(FORMS)
         assert {d.rows for d in drawn} == set(ROWS)
-        assert {(type(d.loss_fn), d.optimizer) for d in drawn} == set(
-            itertools.product(losses, ["SGD", "Adam", "AdamW"])
-        )
+        assert {(type(d.loss_fn), d.optimizer) for d in drawn} == set(itertools.product(losses, OPTIMIZERS))
         assert {key for d in drawn for key in d.options} == {"max_norm", "clip_value", "keep_grads", "accumulate"}
         entropies = [d.loss_fn for d in drawn if isinstance(d.loss_fn, nn.CrossEntropyLoss)]
         seen = {(e.weight is None, e.label_smoothing > 0, e.reduction) for e in entropies}
@@ -148,6 +147,8 @@ def test_what_is_drawn() -> None:
             assert {bool(d.arguments[key]) for d in drawn if d.optimizer == "SGD"} == {True, False}, key
         for key in ("weight_decay", "amsgrad", "maximize"):
             assert {bool(d.arguments[key]) for d in drawn if d.optimizer == "Adam"} == {True, False}, key
+        for key in ("weight_decay", "momentum", "centered", "maximize"):
+            assert {bool(d.arguments[key]) for d in drawn if d.optimizer == "RMSprop"} == {True, False}, key
         assert {d.grouping for d in drawn} == {"one", "two", "not all"}
         assert {d.ours for d in drawn} == {True, False}
 
@@ -221,6 +222,7 @@ STATEFUL: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"lr": 0.05, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01}),
     ("Adam", {"lr": 1e-2, "amsgrad": True, "weight_decay": 0.01}),
     ("AdamW", {"lr": 1e-2}),
+    ("RMSprop", {"lr": 1e-3, "momentum": 0.9, "centered": True, "weight_decay": 0.01}),
 ]
 
 #: What steps, one letter for each call: the loop, or what is tried in its place.
@@ -315,7 +317,7 @@ def test_crossing_over(order: str, ours: bool, name: str, arguments: dict[str, A
 
 @pytest.mark.parametrize("restart", RESTARTS)
 @pytest.mark.parametrize("sides", ["TT", "LT", "TL"])
-@pytest.mark.parametrize(("name", "arguments"), STATEFUL[1:3])
+@pytest.mark.parametrize(("name", "arguments"), [STATEFUL[1], STATEFUL[2], STATEFUL[4]])
 def test_checkpoints(restart: Restart, sides: str, name: str, arguments: dict[str, Any]) -> None:
     """Saved on one side after three steps and read on the other; the step is made anew only with what it is made of."""
 

@@ -81,7 +81,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 LOSSES: dict[str, tuple[Callable[[], Any], str]] = {
     "own loss": (OwnLoss, "OwnLoss"),
-    "another loss": (nn.SmoothL1Loss, "SmoothL1Loss"),
+    "another loss": (nn.SoftMarginLoss, "SoftMarginLoss"),
     "a function": (lambda: nn.functional.mse_loss, "mse_loss|function"),
     "no reduction": (lambda: nn.MSELoss(reduction="none"), "reduction"),
     "weight of BCE": (lambda: nn.BCEWithLogitsLoss(weight=torch.ones(3)), "weight"),
@@ -90,7 +90,7 @@ LOSSES: dict[str, tuple[Callable[[], Any], str]] = {
 OPTIMIZERS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "own optimizer": (lambda model: OwnSGD(model.parameters(), lr=0.1), "OwnSGD"),
     "LBFGS": (lambda model: torch.optim.LBFGS(model.parameters()), "LBFGS"),
-    "RMSprop": (lambda model: torch.optim.RMSprop(model.parameters()), "RMSprop"),
+    "Rprop": (lambda model: torch.optim.Rprop(model.parameters()), "Rprop"),
     "NAdam": (lambda model: torch.optim.NAdam(model.parameters()), "NAdam"),
     "no optimizer": (lambda model: None, "optimizer"),
 }

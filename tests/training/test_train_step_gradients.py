@@ -119,7 +119,9 @@ def versions(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
 
 @pytest.mark.parametrize("ours", [False, True], ids=["torch", "fastmlp"])
 @pytest.mark.parametrize(
-    ("kind", "arguments"), [("SGD", {"momentum": 0.9}), ("Adam", {"amsgrad": True}), ("AdamW", {})], ids=str
+    ("kind", "arguments"),
+    [("SGD", {"momentum": 0.9}), ("Adam", {"amsgrad": True}), ("AdamW", {}), ("RMSprop", {"centered": True})],
+    ids=str,
 )
 def test_version_counters_grow(kind: str, arguments: dict[str, Any], ours: bool) -> None:
     model = network()
@@ -227,6 +229,32 @@ def test_copies_of_a_step(way: Callable[[Any], Any]) -> None:
         assert torch.equal(step(x, y), loss)
 
 
+@pytest.mark.parametrize("version", ["options in a tuple", "public names"])
+def test_states_of_earlier_versions(version: str) -> None:
+    """As their pickles hold them, in the middle of a window of two calls."""
+    results = []
+    for earlier in (False, True):
+        torch.manual_seed(0)
+        model, loss_fn = network(), nn.MSELoss()
+        optimizer = sgd(model.parameters())
+        step = fastmlp.TrainStep(model, loss_fn, optimizer, clip_value=0.01, accumulate=2)
+        losses = [step(*batch())]
+        if earlier:
+            options: dict[str, Any] = {"max_norm": None, "clip_value": 0.01, "accumulate": 2, "keep_grads": True}
+            if version == "options in a tuple":
+                options = {"_options": tuple(options.values())}
+            state = {"model": model, "loss_fn": loss_fn, "optimizer": optimizer, **options, "_waiting": 1, "own": 5}
+            step = fastmlp.TrainStep.__new__(fastmlp.TrainStep)
+            step.__setstate__(state)
+            assert vars(step)["own"] == 5
+            assert (step.model, step.loss_fn, step.optimizer) == (model, loss_fn, optimizer)
+            assert (step.max_norm, step.clip_value, step.accumulate, step.keep_grads) == (None, 0.01, 2, True)
+        assert step.waiting == 1
+        losses += [step(*batch()) for _ in range(3)]
+        results.append([*losses, *(p.detach() for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_gradients_that_are_not_kept_are_nobodys() -> None:
     """Also those of parameters that the optimizer does not have, and those of parameters frozen since."""
     model = network()
@@ -314,7 +342,7 @@ def test_state_of_one_column_in_odd_strides() -> None:
     optimizer = fastmlp.optim.SGD([p], lr=0.5, momentum=0.5)
     optimizer.state[p]["momentum_buffer"] = torch.zeros(3, 1).as_strided((3, 1), (1, 7))
     p.grad = torch.ones(3, 1).as_strided((3, 1), (1, 5))
-    assert fastmlp._C.step_optimizer(optimizer, fastmlp._C.rules()["sgd"], False) == []
+    assert fastmlp._C.step_optimizer(optimizer, fastmlp.optim.RULES["SGD"][0], False) == []
     assert p.tolist() == [[0.5]] * 3
 
 
@@ -330,7 +358,8 @@ def test_the_memory_of_kernels_holds_junk_too() -> None:
             assert ctypes.string_at(block, bytes) == b"\\x7f" * bytes
         sys.exit(pytest.main(sys.argv[1:]))
     """)
-    files = [f"tests/test_{name}.py" for name in ("train_step_gradients", "train_step_losses", "frozen_bits")]
+    names = ("training/test_train_step_gradients", "training/test_train_step_losses", "frozen/test_frozen_bits")
+    files = [f"tests/{name}.py" for name in names]
     chosen = "any_layout or same_bits or empty_batches or test_batches"
     environment = {
         **os.environ,

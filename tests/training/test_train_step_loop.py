@@ -496,6 +496,7 @@ def numbers(loss_fn: Any, name: str, value: Any) -> Any:
 
 OPTIONS: dict[str, tuple[Callable[[], Any], str, list[Any]]] = {
     "delta": (nn.HuberLoss, "delta", [-1, 0, 0.0, float("nan"), -math.inf, "1", None]),
+    "beta": (nn.SmoothL1Loss, "beta", [-1, -1e-300, float("nan"), -math.inf, "1", None]),
     "label_smoothing": (nn.CrossEntropyLoss, "label_smoothing", [1.5, -0.1, math.nan, None]),
     "ignore_index": (nn.CrossEntropyLoss, "ignore_index", [1.0, 2**63, None]),
 }
@@ -586,7 +587,12 @@ def test_objects_whose_init_was_never_called() -> None:
 
 
 ROWS = 2**36
-SUMS = [nn.MSELoss(reduction="sum"), nn.HuberLoss("sum"), nn.BCEWithLogitsLoss(reduction="sum")]
+SUMS = [
+    nn.MSELoss(reduction="sum"),
+    nn.HuberLoss("sum"),
+    nn.SmoothL1Loss(reduction="sum"),
+    nn.BCEWithLogitsLoss(reduction="sum"),
+]
 
 
 @pytest.mark.parametrize("widths", [(0, 0), (0, 0, 0), (0, 5, 0), (5, 0)], ids=str)

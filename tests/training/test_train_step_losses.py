@@ -21,6 +21,8 @@ LOSSES: dict[str, Callable[[torch.dtype, str], nn.Module]] = {
     "MSE": lambda dtype, reduction: nn.MSELoss(reduction=reduction),
     "L1": lambda dtype, reduction: nn.L1Loss(reduction=reduction),
     "Huber": lambda dtype, reduction: nn.HuberLoss(reduction, delta=0.5),
+    "SmoothL1": lambda dtype, reduction: nn.SmoothL1Loss(reduction=reduction, beta=0.5),
+    "SmoothL1, L1": lambda dtype, reduction: nn.SmoothL1Loss(reduction=reduction, beta=0.0),
     "BCE": lambda dtype, reduction: nn.BCEWithLogitsLoss(reduction=reduction),
     "BCE pos_weight": lambda dtype, reduction: nn.BCEWithLogitsLoss(
         reduction=reduction, pos_weight=torch.linspace(0.5, 3, CLASSES, dtype=dtype)
@@ -194,8 +196,9 @@ def test_clipping_of_what_is_not_finite(options: dict[str, Any], values: list[fl
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_kinks(reduction: str) -> None:
-    """Residuals of exactly 0 and delta: the derivative of L1 at 0 is 0, that of Huber is delta on either side."""
-    for loss_fn in (nn.L1Loss(reduction=reduction), nn.HuberLoss(reduction, delta=0.5)):
+    """Residuals of exactly 0, delta and beta: the derivative of L1 at 0 is 0, that of Huber is delta on either side."""
+    smooth = [nn.SmoothL1Loss(reduction=reduction, beta=beta) for beta in (0.5, 0, 1e-320)]
+    for loss_fn in (nn.L1Loss(reduction=reduction), nn.HuberLoss(reduction, delta=0.5), *smooth):
         for isa in ISAS:
             fastmlp.set_isa(isa)
             gradients = []

@@ -6,6 +6,7 @@
 #include "math.inl"
 #include "storage.inl"
 #include "losses.inl"
+#include "updates.inl"
 #include "panels.inl"
 
 template <class S> struct Leaf {
@@ -474,8 +475,7 @@ template <class S> struct Leaf {
     k.activations = Activation<Activations>::rows;
     k.losses = Loss<S>::template Table<Losses>::rows;
     k.cross_entropy = &Loss<S>::cross_entropy;
-    k.update[int(Rule::sgd)] = &Step<S>::sgd;
-    k.update[int(Rule::adam)] = &Step<S>::adam;
+    k.updates = Step<S>::template Table<Rules>::rows;
     return k;
   }
 };

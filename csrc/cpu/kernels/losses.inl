@@ -1,6 +1,5 @@
-// Losses and their gradients on runs and rows of an output, and the update of parameters: what a training step does
-// besides its products. Included by kernels.inl inside an ISA's namespace and target region, after storage.inl; must
-// not include anything.
+// Losses and their gradients on runs and rows of an output. Included by kernels.inl inside an ISA's namespace and
+// target region, after storage.inl; must not include anything.
 
 // Adds up in double what lies in vectors, in short chains of them.
 template <class S> struct Total {
@@ -112,76 +111,17 @@ template <class S> struct Loss {
     return loss;
   }
 
+  // Null for a loss that needs a whole row.
+  template <class L> static constexpr ElementLoss<S> kernel_of() {
+    if constexpr (L::info.takes_classes) {
+      return nullptr;
+    } else {
+      return &elements<L>;
+    }
+  }
+
   template <class List> struct Table;
   template <class... L> struct Table<LossList<L...>> {
-    static constexpr ElementLoss<S> rows[] = {&elements<L>...};
+    static constexpr ElementLoss<S> rows[] = {kernel_of<L>()...};
   };
-};
-
-// Elements [begin, end) of a parameter, by the formulas of torch.optim. What is stored is rounded; what is used again
-// in the same step is not.
-template <class S> struct Step {
-  using M = Arithmetic<S>;
-  using V = typename M::V;
-  static constexpr int lanes = M::lanes;
-
-  static void sgd(const Update& update, int64_t begin, int64_t end) {
-    const UpdateSpec u = update.spec;
-    S* const parameter = static_cast<S*>(update.parameter);
-    const S* const grad = static_cast<const S*>(update.grad);
-    S* const buffer = static_cast<S*>(update.state[0]);
-    const V lr = M::fill(u.lr), decay = M::fill(u.weight_decay), momentum = M::fill(u.momentum),
-            rest = M::fill(1 - u.dampening);
-    for (int64_t i = begin; i < end; i += lanes) {
-      const int64_t left = end - i;
-      const V p = load_up_to(parameter + i, left);
-      V g = load_up_to(grad + i, left);
-      if (u.maximize) g = -g;
-      if (u.weight_decay != 0) g += decay * p;
-      if (buffer) {
-        const V b = u.first ? g : momentum * load_up_to(buffer + i, left) + rest * g;
-        store_up_to(buffer + i, b, left);
-        g = u.nesterov ? g + momentum * b : b;
-      }
-      store_up_to(parameter + i, p - lr * g, left);
-    }
-  }
-
-  static void adam(const Update& update, int64_t begin, int64_t end) {
-    const UpdateSpec u = update.spec;
-    S* const parameter = static_cast<S*>(update.parameter);
-    const S* const grad = static_cast<const S*>(update.grad);
-    S* const first = static_cast<S*>(update.state[0]);
-    S* const second = static_cast<S*>(update.state[1]);
-    S* const most = static_cast<S*>(update.state[2]);
-    const V decay = M::fill(u.weight_decay), kept = M::fill(1 - u.lr * u.weight_decay), beta1 = M::fill(u.beta1),
-            rest1 = M::fill(1 - u.beta1), beta2 = M::fill(u.beta2), rest2 = M::fill(1 - u.beta2), eps = M::fill(u.eps),
-            root = M::fill(u.root), step_size = M::fill(u.step_size);
-    for (int64_t i = begin; i < end; i += lanes) {
-      const int64_t left = end - i;
-      V p = load_up_to(parameter + i, left), g = load_up_to(grad + i, left);
-      if (u.maximize) g = -g;
-      if (u.weight_decay != 0) {
-        if (u.decoupled) {
-          p *= kept;
-        } else {
-          g += decay * p;
-        }
-      }
-      V m = load_up_to(first + i, left), v = load_up_to(second + i, left);
-      // Exact at either end, as torch.lerp.
-      m = u.beta1 > 0.5 ? m + rest1 * (g - m) : g - beta1 * (g - m);
-      // Multiplied in the order of torch, whose products stay in range for gradients whose squares do not.
-      v = beta2 * v + rest2 * g * g;
-      store_up_to(first + i, m, left);
-      store_up_to(second + i, v, left);
-      if (most) {
-        const V before = load_up_to(most + i, left);
-        v = v < before ? before : v;  // a NaN of either stays
-        v = before == before ? v : before;
-        store_up_to(most + i, v, left);
-      }
-      store_up_to(parameter + i, p - step_size * m / (M::sqrt(v) / root + eps), left);
-    }
-  }
 };

@@ -1,0 +1,41 @@
+// When and how a call gives up the GIL. Used by every file of this folder that calls a kernel, so that the threshold
+// and the way stand in one place.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+#include "../tensors/borrowed.h"
+
+namespace fastmlp {
+
+// Multiply-adds that take some microseconds. Below that, giving up the GIL and taking it again costs more than other
+// threads of Python gain.
+constexpr double worth_releasing = 1 << 16;
+
+// Gives up the GIL, if `worth` says that the work is worth it, until end() or the end of its life.
+class ReleasedGil {
+ public:
+  // hold(held) is called while the GIL is still there, and takes the tensors that other threads could free meanwhile.
+  template <class Hold> ReleasedGil(bool worth, const Hold& hold) {
+    if (!worth) return;
+    hold(held_);
+    thread_ = PyEval_SaveThread();
+  }
+  // The caller holds the tensors itself.
+  explicit ReleasedGil(bool worth) : ReleasedGil(worth, [](Held&) {}) {}
+  ReleasedGil(const ReleasedGil&) = delete;
+  ReleasedGil& operator=(const ReleasedGil&) = delete;
+  ~ReleasedGil() { end(); }
+
+  // Takes the GIL again. The tensors are held on.
+  void end() {
+    if (thread_) PyEval_RestoreThread(thread_);
+    thread_ = nullptr;
+  }
+
+ private:
+  Held held_;
+  PyThreadState* thread_ = nullptr;
+};
+
+}  // namespace fastmlp

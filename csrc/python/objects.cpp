@@ -1,0 +1,43 @@
+// The parts of objects.h that may raise an error of Python.
+#include "objects.h"
+
+namespace fastmlp {
+
+const Names& names() {
+  static const Names all;
+  return all;
+}
+
+PyObject* item(PyObject* dict, PyObject* key) {
+  PyObject* found = PyDict_GetItemWithError(dict, key);
+  if (!found && PyErr_Occurred()) throw py::error_already_set();
+  return found;
+}
+
+py::object attributes_of(PyObject* object) {
+  PyObject* attributes = PyObject_GenericGetDict(object, nullptr);
+  if (!attributes) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(attributes);
+}
+
+std::optional<double> number_of(PyObject* object) {
+  if (!object || !(PyFloat_Check(object) || PyLong_Check(object))) return std::nullopt;
+  const double value = PyFloat_AsDouble(object);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+std::optional<int64_t> integer_of(PyObject* object) {
+  if (!object || !PyLong_Check(object)) return std::nullopt;
+  int overflow = 0;
+  const int64_t value = PyLong_AsLongLongAndOverflow(object, &overflow);
+  return overflow == 0 ? std::optional(value) : std::nullopt;
+}
+
+bool is_true(PyObject* object) {
+  const int truth = PyObject_IsTrue(object);
+  if (truth < 0) throw py::error_already_set();
+  return truth > 0;
+}
+
+}  // namespace fastmlp

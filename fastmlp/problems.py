@@ -1,0 +1,256 @@
+"""Why a model, a loss and an optimizer cannot be trained by a `fastmlp.TrainStep`, in words.
+
+Called by `fastmlp/training.py`, which reads here too what it can train: csrc/contract/loss.h and update.h say which
+losses and optimizers there are, and what is read of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.loss import _Loss
+
+from fastmlp import optim
+from fastmlp._load import _C
+from fastmlp.chain import Link, Uncompared, links
+from fastmlp.hooks import has_hooks
+from fastmlp.linear import Linear
+from fastmlp.runs import Alone, parts, why_called
+
+__all__ = ["CALLS", "FORWARDS", "LOSSES", "OPTIMIZERS", "STEPS", "ZERO_GRADS", "explain", "without_hooks"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is read of a loss.
+
+    Attributes:
+        kind: its number.
+        number: an attribute that is a number: its name, the least and the most that it may be, and that in words.
+        index: the name of an attribute that is an integer.
+        unweighted: the name of a buffer that has to be None.
+    """
+
+    kind: int
+    number: tuple[str, float, float, str] | None
+    index: str | None
+    unweighted: str | None
+
+
+#: Classes that can be trained with, exactly.
+LOSSES: dict[type[nn.Module], Loss] = {
+    getattr(nn, name): Loss(kind, number, index, unweighted)
+    for kind, (name, number, index, unweighted) in enumerate(_C.losses())
+}
+OPTIMIZERS: dict[type[torch.optim.Optimizer], int] = {
+    getattr(module, name): rule for module in (torch.optim, optim) for name, (rule, _) in optim.RULES.items()
+}
+
+#: How modules are called, losses compute and optimizers step, unless somebody has replaced that.
+CALLS = (nn.Module.__call__, Linear.__call__)
+FORWARDS = {kind: kind.forward for kind in LOSSES}
+ZERO_GRADS = {kind: kind.zero_grad for kind in OPTIMIZERS}
+
+#: Of the function that the first optimizer of a class puts around the class's step, to call hooks.
+_HOOKED = torch.optim.Optimizer.profile_hook_step(lambda self: None).__code__
+
+
+def without_hooks(step: Any) -> Any:
+    """The step that the class was written with."""
+    return step.__wrapped__ if getattr(step, "__code__", None) is _HOOKED else step
+
+
+STEPS = {kind: without_hooks(kind.step) for kind in OPTIMIZERS}
+
+_DTYPES = (torch.float32, torch.float64)
+
+#: The devices that take a step as one operation.
+_DEVICES = frozenset(_C.training_devices())
+_IN_WORDS = " or ".join(f"the {name.upper()}" for name in _C.training_devices())
+_ELSEWHERE = " (for other devices write the loop's four lines, with a fastmlp.Sequential or MLP and any optimizer)"
+
+
+def explain(model: nn.Module, loss_fn: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """A sentence for each obstacle."""
+    of_model, of_optimizer = _model_problems(model), _optimizer_problems(optimizer)
+    together = [] if of_model or of_optimizer else _ownership_problems(model, optimizer)
+    return (*of_model, *_loss_problems(loss_fn), *of_optimizer, *together)
+
+
+def _model_problems(model: nn.Module) -> list[str]:
+    try:
+        chain = links(model)
+    except TypeError as error:
+        if isinstance(error, Uncompared) and (found := _parameter_problems(error.chain)):
+            return found
+        children = model.named_children() if isinstance(model, nn.Module) else ()
+        found = [problem for name, module in children for problem in _child_problems(name, module)]
+        text = str(error).removeprefix("fastmlp: ")
+        return found if text in found else [text, *found]
+    called = [
+        f"{name or 'model'} ({type(module).__name__}) has a __call__ of its own, which would not be called"
+        for name, module in model.named_modules()
+        if type(module).__call__ not in CALLS and not isinstance(module, fx.GraphModule)
+    ]
+    return called or _chain_problems(chain) or _parameter_problems(chain)
+
+
+def _child_problems(name: str, module: nn.Module) -> list[str]:
+    try:
+        return [
+            f"{link.name} ({type(link.module).__name__}) cannot run with the others: {reason}"
+            for link in links(module, name)
+            if (reason := why_called(link.module)) is not None
+        ]
+    except TypeError as error:
+        return [str(error).removeprefix("fastmlp: ")]
+
+
+def _chain_problems(chain: Sequence[Link]) -> list[str]:
+    found = []
+    for part in parts({str(i): link.module for i, link in enumerate(chain)}):
+        if isinstance(part, Alone):
+            name, module = chain[int(part.name)]
+            found.append(f"{name or 'model'} ({type(module).__name__}) cannot run with the others: {part.reason}")
+    return found if found or chain else ["model has no layers"]
+
+
+def _parameter_problems(chain: Sequence[Link]) -> list[str]:
+    found = []
+    seen: dict[Tensor, str] = {}
+    first: Tensor | None = None
+    for link in chain:
+        for key, parameter in link.module._parameters.items():
+            name = f"{link.name}.{key}".removeprefix(".")
+            if parameter is None:
+                continue
+            first = parameter if first is None else first
+            if parameter in seen:
+                found.append(f"{name} is {seen[parameter]} once more, whose gradients would have to be added up")
+            seen.setdefault(parameter, name)
+            if _C.has_hooks(parameter):
+                found.append(
+                    f"{name} has hooks (its own, or of the node of the graph that accumulates its gradient, as "
+                    "DistributedDataParallel has them)"
+                )
+            if not parameter.is_leaf:
+                found.append(f"{name} is computed from other tensors")
+            if parameter.is_inference():
+                found.append(f"{name} was made under torch.inference_mode, where nothing can be trained")
+            if parameter.device.type not in _DEVICES:
+                found.append(f"{name} is on {parameter.device}, expected {_IN_WORDS}{_ELSEWHERE}")
+            elif parameter.device != first.device:
+                found.append(
+                    f"{name} is on {parameter.device}, expected {first.device}, where the other parameters are"
+                )
+            if parameter.dtype not in _DTYPES:
+                found.append(f"{name} has dtype {parameter.dtype}, expected torch.float32 or torch.float64")
+            elif parameter.dtype != first.dtype:
+                found.append(
+                    f"{name} has dtype {parameter.dtype}, expected that of the other parameters, {first.dtype}"
+                )
+    if not any(parameter.requires_grad for parameter in seen):
+        found.append("no parameter of the model requires a gradient")
+    return found or _shape_problems(chain) or _kind_problems(seen)
+
+
+def _shape_problems(chain: Sequence[Link]) -> list[str]:
+    found = []
+    before = None
+    for name, module in chain:
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        if weight is None:
+            continue
+        own = f"{name}.weight".removeprefix(".")
+        if weight.dim() != 2:
+            found.append(f"{own} has shape {tuple(weight.shape)}, expected (out_features, in_features)")
+            break
+        if before is not None and weight.shape[1] != before[1]:
+            found.append(
+                f"{own} has shape {tuple(weight.shape)}, expected {before[1]} in the last dimension, the out_features "
+                f"of {before[0]}"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            found.append(
+                f"{name}.bias".removeprefix(".")
+                + f" has shape {tuple(bias.shape)}, expected ({weight.shape[0]},), the out_features of {own}"
+            )
+        before = own, weight.shape[0]
+    return found
+
+
+def _kind_problems(names: Mapping[Tensor, str]) -> list[str]:
+    reasons = {name: _C.obstacle(parameter, ()) for parameter, name in names.items()}
+    return [f"{name} must be a plain tensor: {reason}" for name, reason in reasons.items() if reason is not None]
+
+
+def _loss_problems(loss_fn: nn.Module) -> list[str]:
+    kind = type(loss_fn)
+    if kind not in LOSSES:
+        expected = ", ".join(loss.__name__ for loss in LOSSES)
+        return [f"loss_fn is a {kind.__name__}, expected exactly one of torch.nn's {expected}"]
+    assert isinstance(loss_fn, _Loss)
+    found = []
+    if kind.forward is not FORWARDS[kind] or "forward" in loss_fn.__dict__:
+        found.append("the forward of loss_fn was replaced")
+    if kind.__call__ is not CALLS[0]:
+        found.append(f"the __call__ of {kind.__name__}, or of torch.nn.Module, was replaced")
+    if loss_fn._compiled_call_impl is not None:
+        found.append("loss_fn was compiled")
+    if has_hooks(loss_fn):
+        found.append("loss_fn has hooks")
+    if loss_fn.reduction not in ("mean", "sum"):
+        found.append(f"loss_fn has the reduction {loss_fn.reduction!r}, expected 'mean' or 'sum'")
+    description = LOSSES[kind]
+    if description.number is not None:
+        name, least, most, expected = description.number
+        number = getattr(loss_fn, name)
+        if not (isinstance(number, (int, float)) and least <= number <= most):
+            found.append(f"loss_fn has the {name} {number!r}, expected {expected}")
+    if description.index is not None:
+        index = getattr(loss_fn, description.index)
+        if not (isinstance(index, int) and -(2**63) <= index < 2**63):
+            found.append(f"loss_fn has the {description.index} {index!r}, expected an integer of 64 bits")
+    for name in ("weight", "pos_weight"):
+        if hasattr(loss_fn, name) and name not in loss_fn._buffers:
+            found.append(f"the {name} of loss_fn is not a buffer, expected a buffer or None")
+    for name, buffer in loss_fn._buffers.items():
+        if buffer is None:
+            continue
+        if buffer.device.type not in _DEVICES:
+            found.append(f"the {name} of loss_fn is on {buffer.device}, expected {_IN_WORDS}")
+        elif (reason := _C.obstacle(buffer.float(), ())) is not None:
+            found.append(f"the {name} of loss_fn must be a plain tensor: {reason}")
+    if description.unweighted is not None and getattr(loss_fn, description.unweighted) is not None:
+        found.append(f"loss_fn has a {description.unweighted} for each element of a batch, expected None")
+    return found
+
+
+def _optimizer_problems(optimizer: torch.optim.Optimizer) -> list[str]:
+    kind = type(optimizer)
+    if kind not in OPTIMIZERS:
+        *names, last = optim.RULES
+        expected = f"exactly an {', '.join(names)} or {last} of torch.optim or fastmlp.optim"
+        return [f"optimizer is a {kind.__name__}, expected {expected}"]
+    found = [
+        f"group {i} of optimizer is {name}"
+        for i, group in enumerate(optimizer.param_groups)
+        for name in ("differentiable", "capturable")
+        if group.get(name)
+    ]
+    if kind.zero_grad is not ZERO_GRADS[kind] or "zero_grad" in optimizer.__dict__:
+        found.append("the zero_grad of optimizer was replaced")
+    return found
+
+
+def _ownership_problems(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    trained = (p for link in links(model) for p in link.module._parameters.values() if p is not None)
+    if any(parameter in owned for parameter in trained if parameter.requires_grad):
+        return []
+    return [
+        "optimizer has no parameter of the model that requires a gradient, so that nothing would be trained: make it "
+        "of model.parameters()"
+    ]
