@@ -47,7 +47,16 @@ const char* mode_obstacle() {
   return nullptr;
 }
 
+// Whether the keys of a tensor say that it is one of the host's and plain, which is asked first because most are.
+bool has_plain_host_keys(const at::Tensor& tensor) {
+  static const uint64_t plain = operations_on(host.type())->plain_keys.raw_repr();
+  static const uint64_t backend = plain & c10::full_backend_mask;
+  const uint64_t keys = tensor.key_set().raw_repr();
+  return (keys & ~plain) == 0 && (keys & backend) != 0;
+}
+
 const char* key_obstacle(const at::Tensor& tensor) {
+  if (has_plain_host_keys(tensor)) return nullptr;
   const c10::Device device = tensor.device();
   const DeviceOperations* const operations = operations_on(device.type());
   if (!operations || operations->obstacle) {
@@ -86,7 +95,9 @@ bool is_plain(PyObject* object) { return !tensor_obstacle(object); }
 
 bool is_plain(const at::Tensor& tensor) { return !key_obstacle(tensor); }
 
-bool is_plain_on_host(PyObject* object) { return is_plain(object) && THPVariable_Unpack(object).device() == host; }
+bool is_plain_on_host(PyObject* object) {
+  return THPVariable_CheckExact(object) && has_plain_host_keys(THPVariable_Unpack(object));
+}
 
 void check_plain(const char* name, PyObject* object) {
   TORCH_CHECK_TYPE(THPVariable_Check(object), "fastmlp: ", name, " must be a torch.Tensor, got ",
