@@ -72,7 +72,7 @@ class Linear(Called, nn.Linear):
         *,
         activation: ActivationLike = None,
     ) -> None:
-        if is_meant_as_activation(bias) or is_meant_as_activation(device):
+        if any(map(is_meant_as_activation, (bias, device, dtype))):
             raise TypeError(
                 f"fastmlp: activation is given by keyword: Linear({in_features}, {out_features}, activation=...)"
             )

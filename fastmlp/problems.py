@@ -188,6 +188,8 @@ def _kind_problems(names: Mapping[Tensor, str]) -> list[str]:
 
 def _loss_problems(loss_fn: nn.Module) -> list[str]:
     kind = type(loss_fn)
+    if isinstance(loss_fn, type):
+        return [f"loss_fn is the class {loss_fn.__name__}, expected an instance of it: {loss_fn.__name__}()"]
     if kind not in LOSSES:
         expected = ", ".join(loss.__name__ for loss in LOSSES)
         return [f"loss_fn is a {kind.__name__}, expected exactly one of torch.nn's {expected}"]
@@ -230,6 +232,8 @@ def _loss_problems(loss_fn: nn.Module) -> list[str]:
 
 def _optimizer_problems(optimizer: torch.optim.Optimizer) -> list[str]:
     kind = type(optimizer)
+    if isinstance(optimizer, type):
+        return [f"optimizer is the class {optimizer.__name__}, expected an instance of it, made of model.parameters()"]
     if kind not in OPTIMIZERS:
         *names, last = optim.RULES
         expected = f"exactly an {', '.join(names)} or {last} of torch.optim or fastmlp.optim"

@@ -221,16 +221,28 @@ class TrainStep:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != "_native"}
-        return {**state, "_waiting": self._native.waiting}
+        # Copies and pickles of parameters come without `.grad`, of which a window that has begun consists.
+        grads = [p.grad for p in self._parameters()] if self.waiting > 0 else []
+        return {**state, "_waiting": self.waiting, "_grads": grads}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        waiting = state.pop("_waiting")
+        waiting, grads = state.pop("_waiting"), state.pop("_grads", [])
         # Earlier versions kept what is fixed under its own name, and the first one the options in a tuple.
         state.update(zip(_FIXED[3:], state.pop("_options", ()), strict=False))
         self.__dict__.update({f"_{name}" if name in _FIXED else name: value for name, value in state.items()})
         self._build()
-        self._native.waiting = waiting
+        parameters = self._parameters()
+        for parameter, grad in zip(parameters, grads, strict=False):
+            if parameter.grad is None:
+                parameter.grad = grad
+        # A pickle of an earlier version has lost the gradients of its window, which therefore begins anew.
+        self._native.waiting = waiting if any(p.grad is not None for p in parameters) else 0
+
+    def _parameters(self) -> list[Tensor]:
+        """Those of the model, then those that only the optimizer has."""
+        owned = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return list(dict.fromkeys([*self.model.parameters(), *owned]))
 
     def __repr__(self) -> str:
         names = (type(part).__name__ for part in (self.model, self.loss_fn, self.optimizer))

@@ -1,5 +1,5 @@
 // Frozen networks as frozen.h declares them: where rows of an input lie, and which of two forms a call takes. Called by
-// python/frozen*.cpp. Baseline code, which leaves arithmetic to the kernels of the table.
+// register.cpp. Baseline code, which leaves arithmetic to the kernels of the table.
 //
 // Activations take one of two forms, rows (frozen_rows.h) or columns (frozen_columns.h). Both read the same packed
 // layers (frozen_layers.h), and add the same products in the same order.

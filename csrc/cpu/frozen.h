@@ -1,5 +1,5 @@
 // Frozen networks: weights are packed once, then all rows of an input go through every layer in one call. Made and
-// called by ../python/frozen*.cpp with pointers; knows no tensors. A network does not change after it was packed, so
+// called by register.cpp with pointers; knows no tensors. A network does not change after it was packed, so
 // that any number of threads may run it at once.
 //
 // Each element of an output is one chain of products along ascending k, which begins anew at places that K alone sets,

@@ -52,7 +52,7 @@ def test_linear_takes_the_positional_arguments_of_torchs(place: Any) -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu", "ReLU", "swish", torch.relu, nn.ReLU, nn.ReLU(), Activation("relu")])
-@pytest.mark.parametrize("before", [(), (True,), (False,)])
+@pytest.mark.parametrize("before", [(), (True,), (False,), (True, "cpu")])
 def test_an_activation_by_position_is_refused(activation: Any, before: tuple[bool, ...]) -> None:
     """Where it would be taken for a device, or for a flag."""
     message = r"^fastmlp: activation is given by keyword: Linear\(10, 50, activation=\.\.\.\)$"

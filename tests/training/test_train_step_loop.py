@@ -364,6 +364,38 @@ def test_copies_keep_options(way: Callable[[Any], Any]) -> None:
     assert copied.model is not step.model
 
 
+@pytest.mark.parametrize(
+    "way", [copy.copy, copy.deepcopy, lambda step: pickle.loads(pickle.dumps(step))], ids=["copy", "deepcopy", "pickle"]
+)
+def test_copies_within_a_window(way: Callable[[Any], Any]) -> None:
+    """Gradients that wait for a step are copied too, although torch copies parameters without theirs."""
+    model, _, step = made(accumulate=3)
+    batches = [batch() for _ in range(4)]
+    for x, y in batches[:2]:
+        step(x, y)
+    copied = way(step)
+    if copied.model is not model:
+        for x, y in batches[2:]:
+            assert torch.equal(copied(x, y), step(x, y))
+    else:
+        copied(*batches[2])
+        assert copied.waiting == 0
+    assert copied.waiting == (0 if copied.model is model else step.waiting)
+    for p, q in zip(model.parameters(), copied.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_window_without_its_gradients_begins_anew() -> None:
+    """As in pickles of earlier versions."""
+    _, _, step = made(accumulate=3)
+    step(*batch())
+    state = step.__getstate__()
+    del state["_grads"]
+    step.model.zero_grad()
+    step.__setstate__(state)
+    assert step.waiting == 0
+
+
 LIMITS: list[tuple[Any, type[Exception] | None]] = [
     (-1, ValueError),
     (-1e-30, ValueError),
