@@ -1,7 +1,8 @@
 // Enters the CPU into the table of devices and its operators into the dispatcher. The only file of the device that
 // knows torch: tensors become pointers here, and memory for results and the number of threads are torch's. What all
 // devices do alike is in operations.h. Must not compute: network.h, step.h and frozen.h do, with pointers.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>

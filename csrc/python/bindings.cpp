@@ -1,6 +1,7 @@
 // The names that Python sees: the module _C for direct calls, and the operators' schemas for the dispatcher. Computes
 // nothing, checks nothing and names no device: other files of the folder and the table of devices do.
-#include <torch/extension.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include <optional>

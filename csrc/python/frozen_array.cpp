@@ -1,6 +1,6 @@
 // A frozen network called with a NumPy array: checks it and the `out` that may come with it, before anything is
 // written. Called by frozen.cpp with the GIL. NumPy need not be there: nothing here may import it.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <pybind11/numpy.h>
 
 #include <string>

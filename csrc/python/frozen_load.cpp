@@ -1,7 +1,7 @@
 // Fills frozen networks with layers and reads them again, for fastmlp/frozen.py, rarely. What a network is made of is
 // checked here before memory is taken for it; it is made, by the operations of its device, and put in place without
 // letting other threads in between. Must name no device.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <limits>
 #include <optional>

@@ -1,6 +1,6 @@
 // A frozen network called with a tensor: checks it and the `out` that may come with it, before anything is written.
 // Called by frozen.cpp with the GIL. Must not go through the dispatcher, which would take as long as a small network.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/python_variable.h>

@@ -1,6 +1,6 @@
 // What train_step.h reads and checks at each call, by lookups in the dictionaries of PyTorch's objects: some tens of
 // nanoseconds each. Writes nothing.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/GradMode.h>

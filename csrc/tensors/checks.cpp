@@ -2,7 +2,7 @@
 // needs, such as names, must not be put together before there is one.
 #include "checks.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <ostream>

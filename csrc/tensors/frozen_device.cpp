@@ -2,7 +2,8 @@
 // frozen_load.cpp through the interface of frozen_network.h. Must wait for nothing: calls only queue work.
 #include "frozen_device.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/InferenceMode.h>
 

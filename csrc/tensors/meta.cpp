@@ -1,7 +1,8 @@
 // The operators on meta tensors: shapes and errors without data. Called by the dispatcher, for device="meta" and,
 // because they compute with SymInt, for fake tensors under torch.compile. Must allocate exactly what the devices'
 // kernels return.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "checks.h"

@@ -2,7 +2,7 @@
 // Must not check arguments, because checks.h has.
 #include "passes.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 
