@@ -53,6 +53,7 @@ def _step(base: type[torch.optim.Optimizer]) -> Callable[..., Any]:
             _C.step_optimizer(self, rule, True)
         return loss
 
+    step.__qualname__ = f"{base.__name__}.step"
     # Or torch would wrap it, to call hooks.
     step.hooked = True  # type: ignore[attr-defined]
     return step

@@ -85,6 +85,9 @@ class Stage:
         if weight.dim() != 2:
             shape = f"{self.where('weight')} has shape {list(weight.shape)}"
             raise RuntimeError(f"fastmlp: {shape}, expected two dimensions, (out_features, in_features)")
+        if bias is not None and bias.dtype != dtype:
+            expected = f"expected {dtype}, that of {self.where('weight')}"
+            raise RuntimeError(f"fastmlp: {self.where('bias')} has dtype {bias.dtype}, {expected}")
         out_features, in_features = weight.shape
         if bias is not None and bias.shape != (out_features,):
             shape = f"{self.where('bias')} has shape {list(bias.shape)}"

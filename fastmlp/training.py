@@ -151,7 +151,11 @@ class TrainStep:
 
     @property
     def waiting(self) -> int:
-        """Calls so far whose gradients wait in `.grad` for a step of the optimizer: fewer than `accumulate`."""
+        """Calls so far whose gradients wait in `.grad` for a step of the optimizer.
+
+        Fewer than `accumulate`, unless the optimizer's own step has raised an error: then `flush` tries again, and so
+        does the next call.
+        """
         return self._native.waiting
 
     def flush(self) -> bool:
@@ -299,6 +303,10 @@ def _limit(name: str, value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"fastmlp: {name} must be a number or None, got {value!r}")
     # Torch takes others too: negative limits change the sign of gradients, and NaN makes all of them NaN.
-    if not 0 <= float(value) <= math.inf:
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"fastmlp: {name} must be a number that a float can hold, got one that is larger") from None
+    if not 0 <= number <= math.inf:
         raise ValueError(f"fastmlp: {name} must be at least 0, got {value!r}")
-    return float(value)
+    return number

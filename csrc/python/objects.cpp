@@ -1,6 +1,11 @@
 // The parts of objects.h that may raise an error of Python.
 #include "objects.h"
 
+#include <c10/util/SmallVector.h>
+
+#include <algorithm>
+#include <functional>
+
 namespace fastmlp {
 
 const Names& names() {
@@ -38,6 +43,12 @@ bool is_true(PyObject* object) {
   const int truth = PyObject_IsTrue(object);
   if (truth < 0) throw py::error_already_set();
   return truth > 0;
+}
+
+bool has_repeats(c10::ArrayRef<PyObject*> objects) {
+  c10::SmallVector<PyObject*, 32> sorted(objects.begin(), objects.end());
+  std::sort(sorted.begin(), sorted.end(), std::less<>());
+  return std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end();
 }
 
 }  // namespace fastmlp

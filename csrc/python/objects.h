@@ -78,4 +78,7 @@ inline c10::ArrayRef<PyObject*> items_of(PyObject* list_or_tuple) {
   return {PySequence_Fast_ITEMS(list_or_tuple), size_t(PySequence_Fast_GET_SIZE(list_or_tuple))};
 }
 
+// Whether some object stands in a list twice.
+bool has_repeats(c10::ArrayRef<PyObject*> objects);
+
 }  // namespace fastmlp

@@ -99,6 +99,7 @@ class States {
     PyObject *key = nullptr, *value = nullptr;
     Py_ssize_t next = at_;
     if (!PyDict_Next(dict_, &next, &key, &value) || key != parameter) {
+      in_order_ = false;
       value = PyDict_GET_SIZE(dict_) > 0 ? item(dict_, parameter) : nullptr;
     } else {
       at_ = next;
@@ -106,9 +107,13 @@ class States {
     return value && PyDict_Check(value) ? value : nullptr;
   }
 
+  // Whether each parameter so far had a state, which came after that of the one before: then none was asked for twice.
+  bool in_order() const { return in_order_; }
+
  private:
   PyObject* dict_;
   Py_ssize_t at_ = 0;
+  bool in_order_ = true;
 };
 
 // Whether elements of the same index lie at the same place, on the same device. The stride of a dimension of size 1 is
@@ -220,14 +225,17 @@ OptimizerStep::OptimizerStep(const py::handle& optimizer, int rule, GradOf grad_
                          ", expected a dictionary");
   }
   States states(state_.ptr());
+  c10::SmallVector<PyObject*, 16> moved;
   for (PyObject* dict : items(groups_of(attributes.ptr()))) {
     const Group group(dict, rule);
     for (PyObject* parameter : items(entry(dict, names().params))) {
       const at::Tensor grad = grad_of(parameter);
       if (!grad.defined()) continue;
+      moved.push_back(parameter);
       if (!group.fits || !add(group, parameter, grad, states.find(parameter))) left_.push_back(parameter);
     }
   }
+  repeats_ = !states.in_order() && has_repeats(moved);
 }
 
 // That of the parameter's state, or a new one; null if it does not lie like the parameter.
@@ -368,6 +376,7 @@ bool begins_elsewhere(const py::handle& optimizer) {
 py::object step_optimizer(const py::handle& optimizer, int rule, bool partly) {
   if (is_step_watched(optimizer) || begins_elsewhere(optimizer)) return py::none();
   OptimizerStep step(optimizer, rule, [](PyObject* parameter) { return THPVariable_Unpack(parameter).grad(); });
+  if (step.repeats()) return py::none();
   py::list left;
   for (PyObject* parameter : step.left()) left.append(py::reinterpret_borrow<py::object>(parameter));
   if (partly || left.empty()) step.apply();

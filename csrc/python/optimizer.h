@@ -31,6 +31,10 @@ class OptimizerStep {
   // another one than the others, and so on.
   const std::vector<PyObject*>& left() const { return left_; }
 
+  // Whether a parameter stands twice in the groups. Torch's step moves it once after the other, each time by the state
+  // that the time before has left, which updates side by side cannot.
+  bool repeats() const { return repeats_; }
+
   // What must live while the GIL is given up between reading and applying.
   void hold(Held& held) const;
 
@@ -60,6 +64,7 @@ class OptimizerStep {
   std::vector<std::pair<size_t, PyObject*>> strays_;
   std::deque<Missing> missing_;
   std::vector<PyObject*> left_;
+  bool repeats_ = false;
 };
 
 // Calls visit(parameter) for each parameter of an optimizer, group by group.

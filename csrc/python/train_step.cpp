@@ -142,7 +142,7 @@ void TrainStep::read_step(std::optional<OptimizerStep>& step) {
     const bool cleared = waiting == 0 && !(slot && slot->needed);
     return cleared ? at::Tensor() : THPVariable_Unpack(parameter).grad();
   });
-  if (!step->left().empty()) step.reset();
+  if (!step->left().empty() || step->repeats()) step.reset();
 }
 
 // What the loop leaves in .grad before the step.
@@ -214,7 +214,7 @@ bool TrainStep::read_all(Call& call) {
 
 // Where gradients are written, and who takes the optimizer's step.
 void TrainStep::plan(Call& call) {
-  call.steps = waiting + 1 == options_.accumulate;
+  call.steps = waiting + 1 >= options_.accumulate;
   call.keep = options_.keep_grads;
   place_grads(call.keep);
   if (!call.steps) return;
@@ -275,8 +275,12 @@ py::object TrainStep::run(const py::object& input, const py::object& target) {
   plan(call);
   const at::Tensor loss = pass(call);
   finish_grads(call.keep);
-  waiting = call.steps ? 0 : waiting + 1;
-  if (call.steps) take_step(call.own_step);
+  // If the optimizer's step raises, the gradients of a window still wait for it.
+  waiting = options_.accumulate > 1 ? waiting + 1 : 0;
+  if (call.steps) {
+    take_step(call.own_step);
+    waiting = 0;
+  }
   for (Slot& slot : slots_) slot.grad.reset();
   parameters_.clear();
   return py::cast(loss);

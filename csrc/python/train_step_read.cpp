@@ -9,8 +9,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
-#include <algorithm>
-#include <functional>
 #include <optional>
 
 #include "../contract/training_info.h"
@@ -146,9 +144,7 @@ bool TrainStep::read_parameters(Call& call) {
     parameters_.push_back(parameter);
   }
   if (!any_needed) return false;
-  c10::SmallVector<PyObject*, 32> sorted(objects.begin(), objects.end());
-  std::sort(sorted.begin(), sorted.end(), std::less<>());
-  if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) return false;
+  if (has_repeats(objects)) return false;
   call.stack = call.run.stack();
   return go_together(*call.stack, parameters_);
 }

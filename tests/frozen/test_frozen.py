@@ -683,3 +683,14 @@ def test_changes_while_others_call() -> None:
         thread.join()
     assert not wrong
     assert (frozen(x) == 300 * 99).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("later", [False, True])
+def test_a_bias_of_another_dtype_is_refused(dtype: torch.dtype, later: bool) -> None:
+    """As the model itself refuses it."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    frozen = freeze(model) if later else None
+    model[0].bias = nn.Parameter(torch.zeros(3, dtype=dtype), requires_grad=False)
+    with pytest.raises(RuntimeError, match=rf"^fastmlp: 0.bias has dtype {dtype}, expected torch.float32"):
+        freeze(model) if frozen is None else frozen(torch.zeros(1, 4))

@@ -396,3 +396,20 @@ def test_gradient_of_the_same_memory_as_the_parameter() -> None:
         optimizer.step()
         results.append(p.detach())
     assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("elements", [3, 1 << 17])
+def test_a_parameter_that_stands_twice(name: str, elements: int) -> None:
+    """torch warns of it, and moves the parameter once after the other, each time by what the time before has left."""
+    torch.manual_seed(0)
+    start, grads = torch.randn(elements), [torch.randn(elements) for _ in range(3)]
+    found = []
+    for module in (torch.optim, optim):
+        p, other = nn.Parameter(start.clone()), nn.Parameter(torch.ones(2))
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            optimizer = made(name, [p, other, p], module, foreach=False)
+        for grad in grads:
+            p.grad, other.grad = grad.clone(), torch.ones(2)
+            optimizer.step()
+        found.append([p.detach(), other.detach(), *(x for x in optimizer.state[p].values() if x is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

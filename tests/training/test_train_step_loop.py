@@ -396,10 +396,52 @@ def test_a_window_without_its_gradients_begins_anew() -> None:
     assert step.waiting == 0
 
 
+@pytest.mark.parametrize("again", ["flush", "call"])
+def test_an_error_of_the_optimizer_s_step_keeps_the_window(again: str) -> None:
+    model, optimizer, step = made(accumulate=2)
+    batches = [batch() for _ in range(3)]
+    hook = optimizer.register_step_pre_hook(failing)
+    step(*batches[0])
+    with pytest.raises(ZeroDivisionError):
+        step(*batches[1])
+    assert step.waiting == 2
+    hook.remove()
+    grads = [p.grad.clone() for p in model.parameters()]
+    before = [p.detach().clone() for p in model.parameters()]
+    if again == "flush":
+        assert step.flush()
+        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+    else:
+        step(*batches[2])
+    assert step.waiting == 0
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_an_error_of_the_optimizer_s_step_without_a_window() -> None:
+    """The next call begins as the loop does, with zero_grad."""
+    model, optimizer, step = made()
+    hook = optimizer.register_step_pre_hook(failing)
+    with pytest.raises(ZeroDivisionError):
+        step(*batch())
+    hook.remove()
+    assert step.waiting == 0
+    other = copy.deepcopy(model)
+    x, y = batch()
+    step(x, y)
+    nn.MSELoss()(other(x), y).backward()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def failing(*args: Any) -> None:
+    raise ZeroDivisionError
+
+
 LIMITS: list[tuple[Any, type[Exception] | None]] = [
     (-1, ValueError),
     (-1e-30, ValueError),
     (math.nan, ValueError),
+    (10**400, ValueError),
     (-math.inf, ValueError),
     ("1", TypeError),
     (True, TypeError),
