@@ -217,6 +217,12 @@ struct OptimizerStep::Group {
   }
 };
 
+static bool some_stands_twice(const py::handle& optimizer) {
+  c10::SmallVector<PyObject*, 32> all;
+  for_each_parameter(optimizer, [&](PyObject* parameter) { all.push_back(parameter); });
+  return has_repeats(all);
+}
+
 OptimizerStep::OptimizerStep(const py::handle& optimizer, int rule, GradOf grad_of) {
   const py::object attributes = attributes_of(optimizer.ptr());
   state_ = py::reinterpret_borrow<py::object>(entry(attributes.ptr(), names().state));
@@ -225,17 +231,15 @@ OptimizerStep::OptimizerStep(const py::handle& optimizer, int rule, GradOf grad_
                          ", expected a dictionary");
   }
   States states(state_.ptr());
-  c10::SmallVector<PyObject*, 16> moved;
   for (PyObject* dict : items(groups_of(attributes.ptr()))) {
     const Group group(dict, rule);
     for (PyObject* parameter : items(entry(dict, names().params))) {
       const at::Tensor grad = grad_of(parameter);
       if (!grad.defined()) continue;
-      moved.push_back(parameter);
       if (!group.fits || !add(group, parameter, grad, states.find(parameter))) left_.push_back(parameter);
     }
   }
-  repeats_ = !states.in_order() && has_repeats(moved);
+  repeats_ = !states.in_order() && some_stands_twice(optimizer);
 }
 
 // That of the parameter's state, or a new one; null if it does not lie like the parameter.
