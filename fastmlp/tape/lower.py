@@ -127,9 +127,6 @@ class Lowered:
 
     def _add_externals(self) -> None:
         values = self.trace.values
-        whole = {}
-        for number, value in enumerate(values):
-            whole.setdefault(value.memory, number)
         for i, memory in enumerate(self.trace.memories):
             if self._owners[i] != "outside":
                 continue
@@ -143,7 +140,7 @@ class Lowered:
                 grad_of=grad_of,
                 held=kind == "unseen",
                 written=memory.written,
-                starts_without_grad=whole[i] in self.trace.starts_without_grad,
+                starts_without_grad=i in self.trace.starts_without_grad,
             )
 
     def _clear_grads(self) -> None:

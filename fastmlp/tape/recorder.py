@@ -292,7 +292,7 @@ class Recorder(TorchDispatchMode):
                 if leaf.grad is self._now[key]:
                     continue
                 if self._now[key] is None and self._start[key] is None and not self._was_cleared(leaf):
-                    self.trace.starts_without_grad.add(self._value(leaf, place))
+                    self.trace.starts_without_grad.add(self.trace.values[self._value(leaf, place)].memory)
                 self._note_grad(leaf, place)
         finally:
             self._busy = busy

@@ -106,7 +106,7 @@ class Trace:
     """One execution of a function.
 
     Attributes:
-        starts_without_grad: values of leaves whose `.grad` was None, and was not set to None by the function before it
+        starts_without_grad: memories of leaves whose `.grad` was None, and was not set to None by the function before it
             became a tensor.
         cleared: leaves whose `.grad` the function set to None before anything else happened to it. That is no event,
             because `zero_grad()` passes over what is None already, as in a first call.
@@ -126,7 +126,7 @@ class Trace:
         """What has to be so when the call begins, and decides between several traces of one signature."""
         grads = sorted(memory.source[1] for memory in self.memories if memory.source[0] == "grad")
         cleared = {id(leaf) for leaf in self.cleared}
-        none = {v for v, value in enumerate(self.values) if id(self.memories[value.memory].tensor) in cleared}
+        none = {i for i, memory in enumerate(self.memories) if id(memory.tensor) in cleared}
         return tuple(sorted(self.starts_without_grad | none)), tuple(grads)
 
     def refs(self, event: Event) -> Iterator[int]:
