@@ -1,14 +1,14 @@
 """Any training step, recorded once and replayed in C++: `capture`."""
 
+import copy
 import functools
 import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
+from typing import Any, Generic, ParamSpec, TypeVar, overload
 
-import torch
 from torch import Tensor
 
 from fastmlp._errors import described
@@ -41,6 +41,10 @@ class _Pending:
     traces: list[Trace] = field(default_factory=list)
     seen: Seen | None = None
     unequal: int = 0
+
+
+def _refusal(name: str, reason: str) -> CaptureError:
+    return CaptureError(f"fastmlp: capture: {name}: {reason}")
 
 
 class Captured(Generic[P, R]):
@@ -90,7 +94,9 @@ class Captured(Generic[P, R]):
 
     def __repr__(self) -> str:
         tapes = len(self._recordings)
-        return f"captured({self._name}): {tapes} tape{'s' * (tapes != 1)}, {self.replays} of {self.calls} calls replayed"
+        return (
+            f"captured({self._name}): {tapes} tape{'s' * (tapes != 1)}, {self.replays} of {self.calls} calls replayed"
+        )
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """As the function."""
@@ -109,8 +115,6 @@ class Captured(Generic[P, R]):
         return own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Captured[P, R]":
-        import copy
-
         return Captured(copy.deepcopy(self._function, memo), self._fuse, self._otherwise)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -141,30 +145,35 @@ class Captured(Generic[P, R]):
             self._replays_then, self._unreplayed = self._recordings.replays, 0
         self._unreplayed += 1
         if self._unreplayed > _RECORDINGS:
-            raise self._error(
-                f"the last {_RECORDINGS} calls were recorded and none could be replayed, because each one has arguments "
+            raise _refusal(
+                self._name,
+                f"the last {_RECORDINGS} calls were recorded and none could be replayed, because each one has "
+                "arguments "
                 "that no other has, or finds something changed: give numbers that change as tensors, and call reset() "
-                "after changing the model"
+                "after changing the model",
             )
-
-    def _error(self, reason: str) -> CaptureError:
-        return CaptureError(f"fastmlp: capture: {self._name}: {reason}")
 
     def _check_arguments(self, signature: Any) -> None:
         if not _C.no_mode_is_active():
-            raise self._error(
-                "it was called within a mode or transform of torch (torch.func, a dispatch mode, a tracer), which would "
-                "not see its operations: call the function itself there"
+            raise _refusal(
+                self._name,
+                "it was called within a mode or transform of torch (torch.func, a dispatch mode, a tracer), which "
+                "would "
+                "not see its operations: call the function itself there",
             )
         for tensor in signature.tensors:
             if tensor.requires_grad and tensor.grad_fn is not None:
-                raise self._error(
-                    f"an argument, {described(tensor)}, was computed outside and requires a gradient, which would end at "
-                    "the captured function: pass argument.detach(), or compute it inside"
+                raise _refusal(
+                    self._name,
+                    f"an argument, {described(tensor)}, was computed outside and requires a gradient, which would end "
+                    "at "
+                    "the captured function: pass argument.detach(), or compute it inside",
                 )
         for value in signature.objects:
             if type(value).__module__.partition(".")[0] == "numpy":
-                raise self._error(f"an argument is {described(value)} of NumPy: pass torch.from_numpy(argument)")
+                raise _refusal(
+                    self._name, f"an argument is {described(value)} of NumPy: pass torch.from_numpy(argument)"
+                )
 
     def _run(self, pending: _Pending, signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
         lenient = self._otherwise == "eager"
@@ -181,24 +190,23 @@ class Captured(Generic[P, R]):
             why = self._take(pending, recorder, before, (signature, args, kwargs))
         if why is not None:
             self._give_up(why, signature, args, kwargs)
-        self._leaves |= {id(leaf): leaf for leaf in recorder.leaves()}
+        self._leaves |= {id(leaf): leaf for leaf in recorder.gradients.leaves()}
         return result
 
     def _give_up(self, why: str, signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._otherwise is None:
-            raise CaptureError(why)
+            raise _refusal(self._name, why)
         if not self._eager:
-            warnings.warn(f"{why}. It runs as it is, not captured", RuntimeWarning, stacklevel=5)
+            warnings.warn(f"{_refusal(self._name, why)}. It runs as it is, not captured", RuntimeWarning, stacklevel=5)
         self._eager.append((signature, args, kwargs))
 
-    def _take(
-        self, pending: _Pending, recorder: Recorder, before: Watched | None, call: tuple[Any, ...]
-    ) -> str | None:
+    def _take(self, pending: _Pending, recorder: Recorder, before: Watched | None, call: tuple[Any, ...]) -> str | None:
         """Makes a tape if this execution is as the last one; returns why none can be made."""
         trace = recorder.trace
         if before is not None and (name := before.changed()) is not None:
             return (
-                f"fastmlp: capture: {self._name}: {name} changes within the captured function, and a replay does not run "
+                f"fastmlp: capture: {self._name}: {name} changes within the captured function, and a replay does not "
+                "run "
                 "Python: change it outside of the function"
             )
         same_state = [other for other in pending.traces if other.state() == trace.state()]
@@ -210,7 +218,7 @@ class Captured(Generic[P, R]):
         if why is not None:
             pending.unequal += 1
             # The first call may have made state that all later ones find.
-            return f"fastmlp: capture: {self._name}: {why}" if pending.unequal > 1 else None
+            return why if pending.unequal > 1 else None
         self._add_tape(trace, recorder.seen.both(seen), call)
         self._pending.remove(pending)
         return None
@@ -220,14 +228,17 @@ class Captured(Generic[P, R]):
         if form.matches((other,), {}):
             return None
         return (
-            f"it returned {described(other)}, and {described(result)} in the call before: return tensors, and numbers that "
+            f"it returned {described(other)}, and {described(result)} in the call before: return tensors, and numbers "
+            "that "
             "stay as they are, in tuples, lists or dictionaries"
         )
 
     def _add_tape(self, trace: Trace, seen: Seen, call: tuple[Any, ...]) -> None:
         signature, args, kwargs = call
         lowered = lower(trace, self._fuse)
-        held = [memory.tensor for memory in trace.memories if memory.source == ("unseen",) and memory.tensor is not None]
+        held = [
+            memory.tensor for memory in trace.memories if memory.source == ("unseen",) and memory.tensor is not None
+        ]
         watched = seen.watch(held, with_numbers=False)
         _, result = trace.returned
         self._alive.append((watched, signature, args, kwargs, result))
@@ -242,7 +253,65 @@ def capture(
     function: None = None, *, fuse: bool = True, otherwise: str | None = None
 ) -> Callable[[Callable[P, R]], Captured[P, R]]: ...
 def capture(function: Any = None, *, fuse: bool = True, otherwise: str | None = None) -> Any:
-    """Records a step of training, or any function of tensors, and replays it in C++."""
+    """Records a training step, or any function of tensors, once, and replays it in C++ from then on.
+
+    The first two calls with arguments of the same shapes run as they are and are recorded: forward, backward, in-place
+    updates. If both did the same, later calls replay the recording, without Python, autograd or allocations between the
+    operations. Each call does its work exactly once, so a loop computes what it computes without `capture`: with
+    `fuse=False` the same bits, with `fuse=True` within rounding. Random numbers come from the same generators in the
+    same order, schedulers that step outside work, and `optimizer.state` and checkpoints are the same.
+
+    **What a replay does not do, and does not notice.** It does not run Python: counters, prints, lists that grow and
+    whatever else the function does besides operations on tensors happens while it is recorded only. It notices before
+    it runs, and records again, when there are other shapes, dtypes or plain values among the arguments, other modes of
+    torch (grad mode, autocast), other flags, numbers, parameters, children or hooks of modules, other members of
+    optimizers, other memory of tensors, other numbers among the variables and attributes that the program's own
+    functions name. It does not notice a change within what it cannot see through: lists of more than 64 items, objects
+    of other packages, files, the clock. What such a thing decides has to be an argument.
+
+    **What cannot be recorded raises** `CaptureError` with the line of the program: reading elements (`item()`, an `if`
+    on a tensor, NumPy), shapes that depend on data, two recordings that differ, as by a branch or a number that
+    changes. Seeding generators and stepping schedulers belong outside.
+
+    Gradients are left in `.grad`, as by the function, in memory that the next call writes again. Results are new
+    tensors; one that required a gradient does so again, but its graph ends there with an error. Two threads may replay
+    two captured functions at once; of one function they replay one after the other.
+
+    Args:
+        function: what to record. It gets tensors on the CPU and plain values, in nested tuples, lists and dictionaries,
+            and returns such. It may use any modules, losses and optimizers. With a method, each object has recordings
+            of its own.
+        fuse: whether the steps of `torch.optim.SGD`, `Adam`, `AdamW` and `RMSprop` are computed by the kernels of
+            `fastmlp.optim`, which read groups and states at each call. Otherwise, and for all other optimizers,
+            `optimizer.step()` itself is called.
+        otherwise: "eager" to run a function that cannot be recorded as it is, with one RuntimeWarning, instead of
+            raising.
+
+    Returns:
+        A `Captured`, to be called as the function. Without `function`, a decorator.
+
+    Raises:
+        TypeError: `function` is not callable.
+        ValueError: `otherwise` is something else.
+        CaptureError: by a call, for what cannot be recorded.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> @capture
+        ... def step(input, target):
+        ...     optimizer.zero_grad()
+        ...     loss = (model(input) - target).abs().mean()
+        ...     loss.backward()
+        ...     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        ...     optimizer.step()
+        ...     return loss
+        >>> for _ in range(10):
+        ...     loss = step(torch.ones(8, 3), torch.zeros(8, 1))
+        >>> step
+        captured(step): 1 tape, 8 of 10 calls replayed
+    """
     if otherwise not in (None, "eager"):
         raise ValueError(f"fastmlp: capture: otherwise must be None or 'eager', got {described(otherwise)}")
     if function is None:

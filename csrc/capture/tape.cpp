@@ -6,16 +6,13 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/as_strided.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/CPUAllocator.h>
+#include <c10/core/Allocator.h>
 #include <c10/core/InferenceMode.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
-#include <memory>
-#include <type_traits>
 #include <utility>
 
+#include "../tensors/devices.h"
 #include "plan.h"
 
 namespace fastmlp {
@@ -28,37 +25,24 @@ class BelowModes {
   c10::impl::ExcludeDispatchKeyGuard below_autocast_{c10::autocast_dispatch_keyset};
 };
 
+// The keys that a tensor of the host has.
+c10::DispatchKeySet host_keys() {
+  static const c10::DispatchKeySet keys = at::empty({0}, host).key_set();
+  return keys;
+}
+
 // Memory of somebody else's, under a storage of ours.
 c10::Storage borrowed_storage(int64_t bytes) {
-  return c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
-                                               c10::DataPtr(nullptr, c10::kCPU), nullptr, false);
+  return c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes, c10::DataPtr(nullptr, host),
+                                               nullptr, false);
 }
 
 at::Tensor tensor_on(const c10::Storage& storage, at::ScalarType dtype, at::IntArrayRef sizes, at::IntArrayRef strides,
                      int64_t offset) {
-  at::Tensor tensor = at::detail::make_tensor<at::TensorImpl>(
-      c10::Storage(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), at::scalarTypeToTypeMeta(dtype));
+  at::Tensor tensor =
+      at::detail::make_tensor<at::TensorImpl>(c10::Storage(storage), host_keys(), at::scalarTypeToTypeMeta(dtype));
   tensor.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides, offset);
   return tensor;
-}
-
-// The history of a result that requires a gradient: whoever asks for it gets an error, as gradients of a captured step
-// end inside of it.
-struct EndOfHistory : torch::autograd::Node {
-  torch::autograd::variable_list apply(torch::autograd::variable_list&&) override {
-    TORCH_CHECK(false,
-                "fastmlp: capture: backward() reached a result of a captured function, and a replay keeps no graph; "
-                "call backward() inside of the function, or capture more of the program");
-  }
-};
-
-// Torch holds nodes by a shared pointer up to 2.12, and by its own kind of pointer since.
-template <class Pointer, class Node> Pointer new_node() {
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<typename Pointer::element_type>>) {
-    return std::make_shared<Node>();
-  } else {
-    return c10::make_intrusive<Node>();
-  }
 }
 
 double number_in(const at::Tensor& tensor) {
@@ -167,7 +151,7 @@ const at::Tensor& Tape::found(const External& external) const {
 
 bool Tape::fits(const External& external) const {
   const at::Tensor& tensor = found(external);
-  return tensor.defined() && tensor.scalar_type() == external.dtype && tensor.device().is_cpu() &&
+  return tensor.defined() && tensor.scalar_type() == external.dtype && tensor.device() == host &&
          tensor.requires_grad() == external.requires_grad && tensor.sizes() == at::IntArrayRef(external.sizes) &&
          tensor.strides() == at::IntArrayRef(external.strides) &&
          !(external.starts_without_grad && tensor.grad().defined());
@@ -180,7 +164,7 @@ bool Tape::fits(at::TensorList arguments) const {
 }
 
 void Tape::point(int memory, void* to) const {
-  memories_[size_t(memory)].storage.set_data_ptr_noswap(c10::DataPtr(to, c10::kCPU));
+  memories_[size_t(memory)].storage.set_data_ptr_noswap(c10::DataPtr(to, host));
 }
 
 void Tape::refresh() {
@@ -204,7 +188,7 @@ void Tape::start(at::TensorList arguments) {
   refresh();
   for (const int memory : fresh_) {
     const int64_t bytes = memories_[size_t(memory)].bytes;
-    c10::Allocator* const allocator = c10::GetCPUAllocator();
+    c10::Allocator* const allocator = c10::GetAllocator(host.type());
     outputs_.push_back(c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
                                                              allocator->allocate(size_t(bytes)), allocator, true));
     point(memory, outputs_.back().mutable_data());
@@ -262,7 +246,7 @@ bool Tape::run() {
         break;
       }
       case Step::check:
-        TORCH_CHECK_VALUE(number_in(tensor(step.tensor)) == step.expected, step.text);
+        TORCH_CHECK_VALUE(number_in(tensor(step.tensor)) == step.expected, "fastmlp: capture: ", step.text);
         break;
       case Step::stop:
         return true;
@@ -285,12 +269,8 @@ std::vector<at::Tensor> Tape::results() {
       all.push_back(whole.as_strided(like.sizes(), like.strides(), whole.storage_offset() + like.storage_offset()));
     } else {
       const size_t index = size_t(std::find(fresh_.begin(), fresh_.end(), member.memory) - fresh_.begin());
-      all.push_back(tensor_on(outputs_.at(index), like.scalar_type(), like.sizes(), like.strides(),
-                              like.storage_offset()));
-    }
-    if (result.requires_grad) {
-      using Pointer = decltype(torch::autograd::Edge::function);
-      torch::autograd::create_gradient_edge(all.back(), new_node<Pointer, EndOfHistory>());
+      all.push_back(
+          tensor_on(outputs_.at(index), like.scalar_type(), like.sizes(), like.strides(), like.storage_offset()));
     }
   }
   return all;

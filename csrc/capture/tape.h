@@ -77,6 +77,8 @@ class Tape {
   // Runs to the next stop. False if there is none any more.
   bool run();
   std::vector<at::Tensor> results();
+  // Whether a result is a new tensor that required a gradient when it was recorded.
+  bool ends_history(size_t result) const { return results_[result].tensor >= 0 && results_[result].requires_grad; }
   void end();
 
   int64_t arena_bytes() const { return arena_bytes_; }
@@ -121,7 +123,7 @@ class Tape {
   std::vector<External> externals_;
   std::vector<Step> steps_;
   std::vector<Result> results_;
-  std::vector<int> fresh_;             // memories that are new at each replay
+  std::vector<int> fresh_;              // memories that are new at each replay
   std::vector<c10::Storage> storages_;  // of the externals of this replay, and of its fresh memories
   std::vector<c10::Storage> outputs_;
   at::Tensor arena_;

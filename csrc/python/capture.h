@@ -1,7 +1,8 @@
 // Captured functions as Python sees them: recordings are matched against a call's arguments (capture_form.cpp) and
-// against what the function reads besides (capture_surroundings.cpp), and replayed (capture_replay.cpp); capture_build.cpp
-// makes tapes. Called by fastmlp/capture.py. Everything here needs the GIL, a stretch of tape aside. Objects that are
-// only borrowed here are kept alive by the Python object that owns the recording, where the garbage collector sees them.
+// against what the function reads besides (capture_surroundings.cpp), and replayed (capture_replay.cpp);
+// capture_build.cpp makes tapes. Called by fastmlp/capture.py. Everything here needs the GIL, a stretch of tape aside.
+// Objects that are only borrowed here are kept alive by the Python object that owns the recording, where the garbage
+// collector sees them.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -17,8 +17,8 @@ Owner owner_of(const std::string& name) {
   if (name == "arena") return Owner::arena;
   if (name == "tape") return Owner::tape;
   if (name == "outside") return Owner::outside;
-  TORCH_CHECK_VALUE(name == "result", "fastmlp: owner must be arena, tape, outside or result, got ", name);
-  return Owner::result;
+  if (name == "result") return Owner::result;
+  TORCH_CHECK_VALUE(false, "fastmlp: owner must be arena, tape, outside or result, got ", name);
 }
 
 // A number of Python where an operator takes a tensor: it does not count when dtypes are promoted.
@@ -37,11 +37,10 @@ at::Tensor wrapped_number(const py::object& number) {
 
 void add_call(Tape& tape, const std::string& name, const std::string& overload, const py::tuple& args,
               const py::dict& kwargs, std::vector<int> results, std::string place) {
-  const c10::OperatorHandle operation =
-      c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
-  torch::jit::Stack stack = torch::jit::createStackForSchema(operation.schema(), torch::jit::tuple_slice(args),
-                                                             py::kwargs(py::reinterpret_borrow<py::kwargs>(kwargs)),
-                                                             std::nullopt);
+  const c10::OperatorHandle operation = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
+  torch::jit::Stack stack =
+      torch::jit::createStackForSchema(operation.schema(), torch::jit::tuple_slice(args),
+                                       py::kwargs(py::reinterpret_borrow<py::kwargs>(kwargs)), std::nullopt);
   tape.add_call(operation, std::move(stack), std::move(results), std::move(place));
 }
 
@@ -105,9 +104,8 @@ void add_capture(py::module_& m) {
            [](Tape& tape, const std::string& owner, int64_t bytes) { return tape.add_memory(owner_of(owner), bytes); })
       .def("add_tensor",
            [](Tape& tape, int memory, const at::Tensor& like, const std::vector<int64_t>& sizes,
-              const std::vector<int64_t>& strides, int64_t offset) {
-             return tape.add_tensor(memory, like.scalar_type(), sizes, strides, offset);
-           })
+              const std::vector<int64_t>& strides,
+              int64_t offset) { return tape.add_tensor(memory, like.scalar_type(), sizes, strides, offset); })
       .def("tensor", [](const Tape& tape, int index) { return tape.tensor(index); })
       .def("add_external", &add_external, py::arg("memory"), py::arg("like"), py::arg("argument"), py::arg("grad_of"),
            py::arg("held"), py::arg("written"), py::arg("starts_without_grad"))
@@ -137,10 +135,8 @@ void add_capture(py::module_& m) {
       .def_property_readonly("objects", &objects_of);
   py::class_<Recordings>(m, "Recordings")
       .def(py::init<>())
-      .def("replay",
-           [](Recordings& all, const py::tuple& args, const py::dict& kwargs, const py::object& otherwise) {
-             return all.replay(args, kwargs).value_or(otherwise);
-           })
+      .def("replay", [](Recordings& all, const py::tuple& args, const py::dict& kwargs,
+                        const py::object& otherwise) { return all.replay(args, kwargs).value_or(otherwise); })
       .def("add", &add_recording)
       .def("clear", &Recordings::clear)
       .def("__len__", &Recordings::size)

@@ -5,10 +5,15 @@
 #include <ATen/core/grad_mode.h>
 #include <c10/core/DefaultDtype.h>
 #include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
+#include <memory>
+#include <type_traits>
 
+#include "../tensors/devices.h"
 #include "capture.h"
 #include "objects.h"
 #include "optimizer.h"
@@ -17,14 +22,37 @@
 namespace fastmlp {
 
 TorchModes TorchModes::now() {
-  const bool autocast = at::autocast::is_autocast_enabled(at::kCPU);
+  const bool autocast = at::autocast::is_autocast_enabled(host.type());
   return {at::GradMode::is_enabled(),
           c10::InferenceMode::is_enabled(),
           autocast,
           at::globalContext().deterministicAlgorithms(),
-          autocast ? at::autocast::get_autocast_dtype(at::kCPU) : at::kFloat,
+          autocast ? at::autocast::get_autocast_dtype(host.type()) : at::kFloat,
           at::typeMetaToScalarType(at::get_default_dtype())};
 }
+
+namespace {
+
+// The history of a result that requires a gradient: whoever asks for it gets an error, as gradients of a captured step
+// end inside of it.
+struct EndOfHistory : torch::autograd::Node {
+  torch::autograd::variable_list apply(torch::autograd::variable_list&&) override {
+    TORCH_CHECK(false,
+                "fastmlp: capture: backward() reached a result of a captured function, and a replay keeps no graph; "
+                "call backward() inside of the function, or capture more of the program");
+  }
+};
+
+// Torch holds nodes by a shared pointer up to 2.12, and by its own kind of pointer since.
+template <class Pointer, class Node> Pointer new_node() {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<typename Pointer::element_type>>) {
+    return std::make_shared<Node>();
+  } else {
+    return c10::make_intrusive<Node>();
+  }
+}
+
+}  // namespace
 
 Signature Signature::of(const py::tuple& args, const py::dict& kwargs, std::vector<at::Tensor>& tensors) {
   Form form_of_args(args.ptr(), tensors);
@@ -43,7 +71,8 @@ class Recordings::Turn {
     const auto me = std::this_thread::get_id(), none = std::thread::id();
     {
       const std::lock_guard lock(all.mutex_);
-      TORCH_CHECK(all.running_ != me, "fastmlp: capture: a captured function was called by itself while it is replayed");
+      TORCH_CHECK(all.running_ != me,
+                  "fastmlp: capture: a captured function was called by itself while it is replayed");
       if (all.running_ == none) {
         all.running_ = me;
         return;
@@ -78,7 +107,9 @@ std::optional<py::object> Recordings::replay(const py::tuple& args, const py::di
   std::vector<at::Tensor> tensors;
   for (size_t i = 0; i < all_.size(); i++) {
     const std::shared_ptr<Recording> recording = all_[i];
-    if (!recording->signature.match(modes, args, kwargs, tensors) || recording->watch.changed() >= 0 || !recording->tape->fits(tensors)) continue;
+    if (!recording->signature.match(modes, args, kwargs, tensors) || recording->watch.changed() >= 0 ||
+        !recording->tape->fits(tensors))
+      continue;
     if (i > 0) std::rotate(all_.begin(), all_.begin() + std::ptrdiff_t(i), all_.begin() + std::ptrdiff_t(i) + 1);
     return run(*recording, tensors);
   }
@@ -118,8 +149,13 @@ py::object Recordings::run(Recording& recording, const std::vector<at::Tensor>& 
   }
   recording.replays++;
   replays_++;
+  std::vector<at::Tensor> results = tape.results();
+  for (size_t i = 0; i < results.size(); i++) {
+    using Pointer = decltype(torch::autograd::Edge::function);
+    if (tape.ends_history(i)) torch::autograd::create_gradient_edge(results[i], new_node<Pointer, EndOfHistory>());
+  }
   size_t next = 0;
-  return recording.results.build(tape.results(), next);
+  return recording.results.build(results, next);
 }
 
 }  // namespace fastmlp

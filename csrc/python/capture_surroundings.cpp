@@ -1,5 +1,5 @@
-// What a captured function reads besides its arguments: see Surroundings in capture.h. Asked at each replay, some nanoseconds
-// an entry.
+// What a captured function reads besides its arguments: see Surroundings in capture.h. Asked at each replay, some
+// nanoseconds an entry.
 #include "capture.h"
 #include "objects.h"
 

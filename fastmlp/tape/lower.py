@@ -18,7 +18,9 @@ from fastmlp.tape.trace import Check, GradSet, Operation, OptimizerStep, Ref, Tr
 __all__ = ["Lowered", "lower"]
 
 #: Operations whose results have memory, but nothing in it yet.
-_EMPTY = frozenset(f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
+_EMPTY = frozenset(
+    f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+)
 #: Operations whose results depend on no data.
 _FACTORIES = frozenset(
     f"aten::{name}"
@@ -91,7 +93,7 @@ class Lowered:
             elif isinstance(event, Check):
                 self._use(event.value)
                 error = (
-                    f"fastmlp: capture: a check of torch's, called in {event.place}, came out otherwise than when the "
+                    f"a check of torch's, called in {event.place}, came out otherwise than when the "
                     "function was recorded: call the function itself with these arguments to see its error"
                 )
                 self.tape.add_check(self._tensor(event.value), event.expected, error)
@@ -99,37 +101,35 @@ class Lowered:
             else:
                 self._optimizer(event)
         results = [self._result(value) for value in trace.results]
-        self.tape.finish([(first, max(first, last)) if last >= 0 else (0, 0) for first, last in self._lifetimes], results)
+        self.tape.finish(
+            [(first, max(first, last)) if last >= 0 else (0, 0) for first, last in self._lifetimes], results
+        )
 
     def _find_owners(self) -> None:
         trace = self.trace
         grads = {trace.values[e.value].memory for e in trace.events if isinstance(e, GradSet) and e.value is not None}
+        made = {
+            trace.values[event.outputs[0]].memory
+            for event in trace.events
+            if isinstance(event, Operation) and event.func._schema.name in _FACTORIES and event.outputs[0] is not None
+        }
         returned = {trace.values[value].memory for value in trace.results}
         for i, memory in enumerate(trace.memories):
             if memory.source == ("constant",):
                 self._owners.append("tape")
             elif memory.source != ("new",):
                 self._owners.append("outside")
-            elif i in grads or self._is_constant(i):
+            elif i in grads or (i in made and not memory.written):
                 self._owners.append("tape")
             else:
                 self._owners.append("result" if i in returned else "arena")
-
-    def _is_constant(self, memory: int) -> bool:
-        """Whether a factory made it and nothing writes there."""
-        if self.trace.memories[memory].written:
-            return False
-        for event in self.trace.events:
-            if isinstance(event, Operation) and event.func._schema.name in _FACTORIES:
-                if any(o is not None and self.trace.values[o].memory == memory for o in event.outputs):
-                    return True
-        return False
 
     def _add_externals(self) -> None:
         values = self.trace.values
         for i, memory in enumerate(self.trace.memories):
             if self._owners[i] != "outside":
                 continue
+            assert memory.tensor is not None
             kind = memory.source[0]
             argument = memory.source[1] if kind == "argument" else -1
             grad_of = self._externals[values[memory.source[1]].memory] if kind == "grad" else -1
@@ -159,7 +159,13 @@ class Lowered:
                 memory = self.tape.add_memory("outside", 1)
                 self._lifetimes.append((0, 0))
                 self._externals[memory] = self.tape.add_external(
-                    memory=memory, like=leaf, argument=-1, grad_of=-1, held=True, written=False, starts_without_grad=False
+                    memory=memory,
+                    like=leaf,
+                    argument=-1,
+                    grad_of=-1,
+                    held=True,
+                    written=False,
+                    starts_without_grad=False,
                 )
             if memory not in soon:
                 self.tape.add_grad(self._externals[memory], -1)
@@ -201,11 +207,9 @@ class Lowered:
         outputs = [output for output in event.outputs if output is not None]
         new = self._made(event)
         if torch.Tag.inplace_view in event.func.tags or (not new and not event.func._schema.is_mutable):
-            if not self._writes_unsaid(event):
-                self.counts["views"] += 1
-                self._lift(event)
-                return
-        if name in _EMPTY:
+            self.counts["views"] += 1
+            self._lift(event)
+        elif name in _EMPTY:
             self.counts["views"] += 1
         elif name in _FACTORIES:
             self._factory(event, outputs[0])
@@ -220,22 +224,21 @@ class Lowered:
         used = {self.trace.values[value].memory for value in refs((event.args, event.kwargs))}
         return any(o is not None and self.trace.values[o].memory not in used for o in event.outputs)
 
-    def _writes_unsaid(self, event: Operation) -> bool:
-        return not event.outputs
-
     def _lift(self, event: Operation) -> None:
         """Numbers of Python: copied at each replay if the step writes to them, else kept."""
         if event.func._schema.name != "aten::lift_fresh":
             return
-        memory = self.trace.memories[self.trace.values[event.outputs[0]].memory]
+        (value,) = refs(event.args)
+        memory = self.trace.memories[self.trace.values[value].memory]
         if memory.source == ("constant",):
-            self._fill(event.outputs[0], memory.tensor, memory.written)
+            self._fill(value, memory.tensor, memory.written)
 
     def _factory(self, event: Operation, output: int) -> None:
         made = event.func(*self._bound(event.args), **self._bound(event.kwargs))
-        written = self._owners[self.trace.values[output].memory] != "tape" or self.trace.memories[
-            self.trace.values[output].memory
-        ].written
+        written = (
+            self._owners[self.trace.values[output].memory] != "tape"
+            or self.trace.memories[self.trace.values[output].memory].written
+        )
         self._fill(output, made, written)
 
     def _fill(self, value: int, content: Any, each_time: bool) -> None:
@@ -265,13 +268,14 @@ class Lowered:
             results = self._new_results(event) if new else []
             self._add_call(name, overload, args, kwargs, results, event.place)
             return
-        targets = [None if o is None else self.tape.tensor(self._tensor(o)) for o in event.outputs]
+        outputs = [output for output in event.outputs if output is not None]
+        targets = [self.tape.tensor(self._tensor(output)) for output in outputs]
         if name in _DRAWN and overload in ("", "generator"):
             self.counts["drawn"] += 1
             drawn, overload, numbers = _DRAWN[name](event)
             self._add_call(drawn, overload, (targets[0], *numbers), _generator(kwargs), [], event.place)
         elif name in _LOSSES:
-            self._loss(event, args, targets[0])
+            self._loss(event, args, self._bound(Ref(outputs[0])))
         elif name in _COPIES:
             self._add_call("aten::copy_", "", (targets[0], args[0]), {}, [], event.place)
         elif name in _OUT and overload == "":
@@ -279,7 +283,7 @@ class Lowered:
             first, *rest = _OUT[name](event)[2]
             out = dict(kwargs, out=targets[0])
             self._add_call(other, overload, (self._bound(first), *rest), out, [], event.place)
-        elif None not in targets and (found := out_variant(event.func)) is not None:
+        elif None not in event.outputs and (found := out_variant(event.func)) is not None:
             overload, names = found
             kept = {key: value for key, value in kwargs.items() if key not in _OPTIONS or key in names}
             schema = torch._C._get_schema(name, overload)
@@ -329,7 +333,7 @@ class Lowered:
         self._steps += 1
 
     def _result(self, value: int) -> tuple[int, int, bool]:
-        """The tape's tensor of a result, the external that it is or is a view of, and whether it requires a gradient."""
+        """The tape's tensor of a result, the external that it is or views, and whether it requires a gradient."""
         one = self.trace.values[value]
         owner = self._owners[one.memory]
         if owner == "outside":

@@ -8,46 +8,28 @@ a tape could not repeat is refused here, where the user's line is known.
 
 import sys
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmlp import optim
+from fastmlp.tape import functions
+from fastmlp.tape.functions import Functions
+from fastmlp.tape.gradients import Gradients
 from fastmlp.tape.seen import Seen
-from fastmlp.tape.trace import CaptureError, Check, GradSet, Memory, Operation, OptimizerStep, Ref, Trace, Value
+from fastmlp.tape.trace import CaptureError, Check, Memory, Operation, OptimizerStep, Ref, Trace, Value
 from fastmlp.trace.outside import is_library
 
 __all__ = ["Recorder", "is_recording"]
 
 aten = torch.ops.aten
 
-#: What these read of a tensor goes to Python, which a tape does not run.
-_READS = {
-    "numpy": "NumPy's arrays",
-    "__array__": "NumPy's arrays",
-    "tolist": "lists",
-    "__repr__": "text: print what the function returns instead",
-    "__format__": "text: print what the function returns instead",
-    "data_ptr": "addresses",
-    "untyped_storage": "storages",
-    "storage": "storages",
-    "_typed_storage": "storages",
-    "__dlpack__": "DLPack",
-    "__deepcopy__": "copies of objects: use clone()",
-    "__reduce_ex__": "files",
-    "apply_": "functions of Python",
-    "map_": "functions of Python",
-    "share_memory_": "other processes",
-    "register_hook": "hooks: register them outside of the function",
-    "register_post_accumulate_grad_hook": "hooks: register them outside of the function",
-    "requires_grad_": "flags that outlive the call: set requires_grad outside of the function",
-}
 #: Operations that return something else than tensors, but nothing of their elements.
 _HARMLESS = frozenset({"aten::is_same_size", "aten::sym_size", "aten::sym_numel", "aten::sym_stride"})
 #: Operations that write to arguments without saying so in their schemas, and those arguments.
@@ -56,7 +38,7 @@ _WRITES_UNSAID = {"aten::native_batch_norm": (3, 4)}
 _CHECKERS = tuple(
     f"{folder}/{part}" for folder in torch.__path__ for part in ("distributions/", "nn/utils/clip_grad.py")
 )
-_STEP_OF_TORCH = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__  # type: ignore[arg-type,attr-defined]
+_STEP_OF_TORCH = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
 _STEPS = frozenset({_STEP_OF_TORCH, optim.SGD.step.__code__})
 _MODULE_CALL = nn.Module._call_impl.__code__
 _OWN_FILE = __file__
@@ -87,22 +69,6 @@ def _extent(tensor: Tensor) -> int:
     return (last + 1) * tensor.itemsize
 
 
-class _Functions(TorchFunctionMode):
-    """Tells the recorder of functions of torch that are no operations."""
-
-    def __init__(self, recorder: "Recorder") -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self._recorder.before_function(func, args)
-        output = func(*args, **(kwargs or {}))
-        self._recorder.after_function(func, args)
-        return output
-
-
 class Recorder(TorchDispatchMode):
     """A context in which one call is recorded.
 
@@ -115,6 +81,7 @@ class Recorder(TorchDispatchMode):
     Attributes:
         trace: what was recorded.
         seen: what Python objects the function used.
+        gradients: what leaves have in `.grad`.
         refused: why the recording ended, if it did.
     """
 
@@ -128,13 +95,8 @@ class Recorder(TorchDispatchMode):
         # Values by the identity of their tensors. Tensors are not kept alive, because autograd asks who else has them.
         self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._arguments = {id(tensor): (tensor, i) for i, tensor in reversed(list(enumerate(arguments)))}
-        self._leaves: dict[int, Tensor] = {}
-        self._start: dict[int, Tensor | None] = {}  # the .grad of each leaf when the call began
-        self._now: dict[int, Tensor | None] = {}  # and now, as far as the trace tells
-        for leaf in leaves:
-            self._add_leaf(leaf)
-        self._cleared: set[int] = set()
-        self._functions = _Functions(self)
+        self.gradients = Gradients(self.trace, self, leaves)
+        self._functions = Functions(self)
         self._stepping: FrameType | None = None  # the frame of an optimizer's step
         self._busy = False
         self._profile: Any = None
@@ -148,7 +110,9 @@ class Recorder(TorchDispatchMode):
         sys.setprofile(self._called)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         sys.setprofile(self._profile)
         super().__exit__(kind, error, trace)
         self._functions.__exit__(kind, error, trace)
@@ -159,9 +123,9 @@ class Recorder(TorchDispatchMode):
         if self.refused is not None:
             return
         place, _ = _place(frame or sys._getframe(1))
-        self.refused = f"fastmlp: capture: {self.name}: {reason}, in {place}"
+        self.refused = f"{reason}, in {place}"
         if not self._lenient:
-            raise CaptureError(self.refused)
+            raise CaptureError(f"fastmlp: capture: {self.name}: {self.refused}")
 
     # Calls of Python and C.
 
@@ -172,7 +136,7 @@ class Recorder(TorchDispatchMode):
                 self._functions.__enter__()
                 super().__enter__()
             return
-        if self._busy or self.refused is not None:
+        if self.is_passive():
             return
         if event == "call":
             self._called_python(frame)
@@ -180,7 +144,8 @@ class Recorder(TorchDispatchMode):
             owner = getattr(argument, "__self__", None)
             if isinstance(owner, torch.Generator) and argument.__name__ in ("manual_seed", "seed", "set_state"):
                 self.refuse(
-                    f"Generator.{argument.__name__}() is called within the captured function, and replays would not call "
+                    f"Generator.{argument.__name__}() is called within the captured function, and replays would not "
+                    "call "
                     "it: seed outside of the function",
                     frame,
                 )
@@ -190,8 +155,10 @@ class Recorder(TorchDispatchMode):
         if code in _STEPS:
             variables = frame.f_locals
             arguments = variables["args"] if "args" in variables else (variables["self"], variables["closure"])
-            if len(arguments) > 1 and arguments[1] is not None or variables.get("kwargs"):
-                self.refuse("optimizer.step(closure) calls the closure as often as it likes: call step() without one", frame)
+            if (len(arguments) > 1 and arguments[1] is not None) or variables.get("kwargs"):
+                self.refuse(
+                    "optimizer.step(closure) calls the closure as often as it likes: call step() without one", frame
+                )
                 return
             self._step(arguments[0], frame)
         elif code is _MODULE_CALL:
@@ -202,14 +169,15 @@ class Recorder(TorchDispatchMode):
             owner = frame.f_locals.get("self")
             if isinstance(owner, (torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)):
                 self.refuse(
-                    f"{type(owner).__name__}.{code.co_name}() counts in Python, which a replay does not: call it outside of "
+                    f"{type(owner).__name__}.{code.co_name}() counts in Python, which a replay does not: call it "
+                    "outside of "
                     "the captured function",
                     frame,
                 )
 
     def _step(self, optimizer: torch.optim.Optimizer, frame: FrameType) -> None:
         place, _ = _place(frame)
-        self.sync_grads(place)
+        self._sync_gradients(place)
         self.trace.events.append(OptimizerStep(optimizer, place))
         self.seen.optimizer(optimizer)
         if self.refused is None:
@@ -217,91 +185,40 @@ class Recorder(TorchDispatchMode):
             super().__exit__(None, None, None)
             self._functions.__exit__(None, None, None)
 
-    # Functions of torch.
+    # What the other observers ask and tell.
 
-    def before_function(self, func: Any, args: tuple[Any, ...]) -> None:
-        """Refuses functions that read or change what operations do not tell of."""
-        if self._busy or self.refused is not None:
-            return
-        name = getattr(func, "__name__", "")
-        owner = getattr(func, "__self__", None)
-        if name == "__set__" and getattr(owner, "__name__", "") == "grad":
-            self._add_leaf(args[0])
-        elif name in _READS:
-            self.refuse(f"Tensor.{name}() leaves the tensors of a tape for {_READS[name]}")
-        elif name == "__set__" and getattr(owner, "__name__", "") in ("data", "requires_grad"):
-            self.refuse(
-                f"tensor.{owner.__name__} = ... within the captured function: do it outside, or write with copy_()"
-            )
-        elif name == "tensor" or name == "as_tensor":
-            self._check_data(args[0] if args else None)
+    def is_passive(self) -> bool:
+        """Whether what happens now is the recorder's own doing, or is no longer recorded."""
+        return self._busy or self.refused is not None
 
-    def _check_data(self, data: Any) -> None:
-        if type(data).__module__.partition(".")[0] == "numpy" and getattr(data, "ndim", 0) > 0:
-            self.refuse("a tensor is made from an array of NumPy, whose numbers may change: pass a tensor as an argument")
-        elif isinstance(data, (list, tuple)) and len(data) > 32:
-            self.refuse("a tensor is made from a long list, whose numbers may change: pass a tensor as an argument")
+    def known_value(self, tensor: Tensor) -> int | None:
+        """The number of a tensor's value, if the trace has it."""
+        known = self._known.get(id(tensor))
+        return known[1] if known is not None and known[0]() is tensor else None
 
-    def after_function(self, func: Any, args: tuple[Any, ...]) -> None:
-        """Notes that a `.grad` was set."""
-        if self._busy or self.refused is not None:
-            return
-        owner = getattr(func, "__self__", None)
-        if getattr(func, "__name__", "") == "__set__" and getattr(owner, "__name__", "") == "grad":
-            leaf = args[0]
-            place, _ = _place(sys._getframe(1))
-            busy, self._busy = self._busy, True
-            try:
-                if leaf.grad is None and not self._is_touched(leaf):
-                    self.trace.cleared.append(leaf)
-                    self._cleared.add(id(leaf))
-                    self._now[id(leaf)] = None
-                else:
-                    self._note_grad(leaf, place)
-            finally:
-                self._busy = busy
+    def is_made(self, tensor: Tensor) -> bool:
+        """Whether the function made the tensor itself."""
+        known = self.known_value(tensor)
+        return known is not None and self.trace.memories[self.trace.values[known].memory].tensor is not tensor
 
-    # Gradients.
+    def grad_was_set(self, leaf: Tensor) -> None:
+        """The program has set the `.grad` of a leaf."""
+        place, _ = _place(sys._getframe(2))
+        with self._apart():
+            self.gradients.was_set(leaf, place)
 
-    def _is_touched(self, leaf: Tensor) -> bool:
-        """Whether the trace tells of the leaf's gradient already."""
-        start = self._start[id(leaf)]
-        known = self._known.get(id(start))
-        read = start is not None and known is not None and known[0]() is start
-        return read or id(leaf) in self._cleared or self._now[id(leaf)] is not start
+    def _sync_gradients(self, place: str) -> None:
+        with self._apart():
+            self.gradients.sync(place)
 
-    def _add_leaf(self, leaf: Tensor) -> None:
-        if id(leaf) not in self._leaves:
-            self._leaves[id(leaf)] = leaf
-            self._start[id(leaf)] = self._now[id(leaf)] = leaf.grad
-
-    def _note_grad(self, leaf: Tensor, place: str) -> None:
-        grad = leaf.grad
-        before = self._now[id(leaf)]
-        self._now[id(leaf)] = grad
-        if grad is before and grad is not None:
-            return
-        value = None if grad is None else self._value(grad, place)
-        self.trace.events.append(GradSet(self._value(leaf, place), value, place))
-
-    def sync_grads(self, place: str) -> None:
-        """Notes gradients that autograd has put into leaves since the last time."""
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """A context in which nothing is recorded."""
         busy, self._busy = self._busy, True
         try:
-            for key, leaf in list(self._leaves.items()):
-                if leaf.grad is self._now[key]:
-                    continue
-                if self._now[key] is None and self._start[key] is None and not self._was_cleared(leaf):
-                    self.trace.starts_without_grad.add(self.trace.values[self._value(leaf, place)].memory)
-                self._note_grad(leaf, place)
+            yield
         finally:
             self._busy = busy
-
-    def _was_cleared(self, leaf: Tensor) -> bool:
-        known = self._known.get(id(leaf))
-        events = self.trace.events
-        set_before = known is not None and any(isinstance(e, GradSet) and e.leaf == known[1] for e in events)
-        return set_before or id(leaf) in self._cleared
 
     # Operations.
 
@@ -309,23 +226,17 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._busy or self.refused is not None or getattr(func, "namespace", "") == "profiler":
+        if self.is_passive() or getattr(func, "namespace", "") == "profiler":
             return func(*args, **kwargs)
-        self._busy = True
-        try:
-            place, inner = _place(sys._getframe(1))
+        place, inner = _place(sys._getframe(1))
+        with self._apart():
             self._check_operation(func, args, kwargs)
             recorded = self._recorded(args, place), self._recorded(kwargs, place)
-        finally:
-            self._busy = False
         output = func(*args, **kwargs)
         if self.refused is not None:
             return output
-        self._busy = True
-        try:
+        with self._apart():
             self._record(func, args, kwargs, recorded, output, place, inner)
-        finally:
-            self._busy = False
         return output
 
     def _check_operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -344,7 +255,7 @@ class Recorder(TorchDispatchMode):
 
     def _recorded(self, value: Any, place: str) -> Any:
         if isinstance(value, Tensor):
-            return Ref(self._value(value, place))
+            return Ref(self.value_of(value, place))
         if isinstance(value, (tuple, list)):
             return type(value)(self._recorded(item, place) for item in value)
         if isinstance(value, dict):
@@ -366,30 +277,29 @@ class Recorder(TorchDispatchMode):
             self.refuse(f"a tensor of shape {tuple(tensor.shape)} cannot be on a tape: {why}")
         return why is None
 
-    def _value(self, tensor: Tensor, place: str) -> int:
+    def value_of(self, tensor: Tensor, place: str) -> int:
         """The number of a tensor's value, which is new if nothing is known of the tensor."""
-        known = self._known.get(id(tensor))
-        if known is not None and known[0]() is tensor:
-            return known[1]
+        known = self.known_value(tensor)
+        if known is not None:
+            return known
         self._plain(tensor)
         source: tuple[Any, ...] = ("unseen",)
         if id(tensor) in self._arguments:
             source = ("argument", self._arguments[id(tensor)][1])
         else:
-            for key, grad in self._start.items():
-                if grad is tensor and key in self._cleared:
-                    self.refuse("the gradient that a leaf had before the call is used after zero_grad(): use it before")
-                elif grad is tensor:
-                    source = ("grad", self._value(self._leaves[key], place))
+            leaf = self.gradients.leaf_of(tensor)
+            if leaf is not None:
+                source = ("grad", self.value_of(leaf, place))
         if tensor.requires_grad and tensor.grad_fn is not None and source[0] != "grad":
             self.refuse(
-                f"a tensor of shape {tuple(tensor.shape)} was computed outside of the captured function, and requires a "
+                f"a tensor of shape {tuple(tensor.shape)} was computed outside of the captured function, and requires "
+                "a "
                 "gradient: pass it with detach(), or compute it inside"
             )
         self.trace.memories.append(Memory(source, _extent(tensor), tensor, place))
         number = self._add_value(tensor, len(self.trace.memories) - 1, 0)
         if tensor.requires_grad and tensor.is_leaf:
-            self._add_leaf(tensor)
+            self.gradients.add(tensor)
         return number
 
     def _add_value(self, tensor: Tensor, memory: int, offset: int) -> int:
@@ -421,7 +331,7 @@ class Recorder(TorchDispatchMode):
         if not all(one is None or isinstance(one, Tensor) for one in outputs):
             self.refuse(f"{func} returns {type(output).__name__} to Python, and a replay does not run Python")
             return
-        inputs = [tensor for tensor in _tensors((args, kwargs))]
+        inputs = list(_tensors((args, kwargs)))
         self._mark_written(func, recorded)
         numbers = [None if one is None else self._output(one, inputs, func, place) for one in outputs]
         self.trace.events.append(Operation(func, *recorded, numbers, place))
@@ -437,21 +347,21 @@ class Recorder(TorchDispatchMode):
     def _output(self, tensor: Tensor, inputs: list[Tensor], func: Any, place: str) -> int | None:
         if not self._plain(tensor):
             return None
-        known = self._known.get(id(tensor))
-        if known is not None and known[0]() is tensor and torch.Tag.inplace_view not in func.tags:
-            return known[1]
+        known = self.known_value(tensor)
+        if known is not None and torch.Tag.inplace_view not in func.tags:
+            return known
         storage = tensor.untyped_storage()
         for like in inputs:
             if like.untyped_storage()._cdata == storage._cdata:
                 return self._view(tensor, like, place)
         self.trace.memories.append(Memory(("new",), storage.nbytes(), None, place))
-        return self._add_value(tensor, len(self.trace.memories) - 1, tensor.storage_offset())
+        return self._add_value(tensor, len(self.trace.memories) - 1, int(tensor.storage_offset()))
 
     def _view(self, tensor: Tensor, like: Tensor, place: str) -> int | None:
-        value = self.trace.values[self._value(like, place)]
+        value = self.trace.values[self.value_of(like, place)]
         # Where the memory of the tape begins in the storage, in bytes.
-        begin = (like.storage_offset() - value.offset) * like.itemsize
-        offset, rest = divmod(tensor.storage_offset() * tensor.itemsize - begin, tensor.itemsize)
+        begin = (int(like.storage_offset()) - value.offset) * like.itemsize
+        offset, rest = divmod(int(tensor.storage_offset()) * tensor.itemsize - begin, tensor.itemsize)
         if offset < 0 or rest:
             self.refuse("a view begins before the tensor that the function was given: pass the whole tensor")
             return None
@@ -465,7 +375,9 @@ class Recorder(TorchDispatchMode):
         if memory.source != ("unseen",):
             return
         if not tensor.untyped_storage().resizable():
-            self.refuse("a tensor is made from an array of NumPy, whose numbers may change: pass a tensor as an argument")
+            self.refuse(
+                "a tensor is made from an array of NumPy, whose numbers may change: pass a tensor as an argument"
+            )
         memory.source, memory.tensor = ("constant",), tensor.clone()
 
     def _read_number(self, value: int, number: Any, place: str, inner: FrameType | None) -> None:
@@ -475,7 +387,8 @@ class Recorder(TorchDispatchMode):
             self.trace.events.append(Check(value, float(number), place))
             return
         self.refuse(
-            "an element of a tensor is read by Python (item(), float(), bool(), an if, a print), and a replay does not run "
+            "an element of a tensor is read by Python (item(), float(), bool(), an if, a print), and a replay does not "
+            "run "
             "Python: use torch.where for a choice, and return what is to be looked at"
         )
 
@@ -483,20 +396,15 @@ class Recorder(TorchDispatchMode):
         """Notes what the function leaves and returns."""
         if self.refused is not None:
             return
-        busy, self._busy = self._busy, True
-        try:
-            self.sync_grads("the end of the function")
-            self.trace.results = [self._value(tensor, "its return") for tensor in results]
+        with self._apart():
+            self.gradients.sync("the end of the function")
+            self.trace.results = [self.value_of(tensor, "its return") for tensor in results]
             self.trace.returned = returned
-        finally:
-            self._busy = busy
-
-    def leaves(self) -> list[Tensor]:
-        """All leaves whose gradients the function may set."""
-        return list(self._leaves.values())
 
 
-_PASSED_OVER = frozenset({_OWN_FILE, torch.overrides.__file__, torch._tensor.__file__, torch._ops.__file__})
+_PASSED_OVER = frozenset(
+    {_OWN_FILE, functions.__file__, torch.overrides.__file__, torch._tensor.__file__, torch._ops.__file__}
+)
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:

@@ -51,10 +51,12 @@ class TapeReport:
     def __str__(self) -> str:
         steps = ", ".join(f"{name}.step() by {who}" for name, who in self.optimizers) or "none"
         lines = [
-            f"{self.calls} operations are called, {self.direct_calls} of them directly; {self.views} views cost nothing, "
+            f"{self.calls} operations are called, {self.direct_calls} of them directly; {self.views} views cost "
+            "nothing, "
             f"{self.constants} constants",
             f"optimizers: {steps}",
-            f"memory: {self.arena_bytes:,} bytes of intermediate results, {self.own_bytes:,} of gradients and constants",
+            f"memory: {self.arena_bytes:,} bytes of intermediate results, {self.own_bytes:,} of gradients and "
+            "constants",
             "operations: " + ", ".join(f"{name.removeprefix('aten::')} {n}" for name, n in self.operations.items()),
         ]
         return "\n".join(lines)

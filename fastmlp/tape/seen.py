@@ -1,9 +1,9 @@
 """What a function reads of Python besides its arguments, so that a change of it is noticed before a replay.
 
 A recorder tells which modules were called, which functions of the program ran, and which optimizers stepped. Of these,
-`Seen.watch` makes a `_C.Surroundings`: flags and numbers of modules, their parameters, children and hooks; numbers, modules and
-tensors among the variables and attributes that the functions name; membership of optimizers. Values that can change
-without a new object, such as elements of long lists, are not looked at: `fastmlp.capture` says so.
+`Seen.watch` makes a `_C.Surroundings`: flags and numbers of modules, their parameters, children and hooks; numbers,
+modules and tensors among the variables and attributes that the functions name; membership of optimizers. What can
+change without a new object, such as elements of long lists, is not looked at: `fastmlp.capture` says so.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,7 +24,15 @@ _IGNORED, _SAME, _EQUAL = range(3)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 #: Attributes of torch's modules that no forward reads.
 _INERT = frozenset(
-    {"in_features", "out_features", "num_features", "num_embeddings", "embedding_dim", "call_super_init", "dump_patches"}
+    {
+        "in_features",
+        "out_features",
+        "num_features",
+        "num_embeddings",
+        "embedding_dim",
+        "call_super_init",
+        "dump_patches",
+    }
 )
 #: Longer containers are not looked into.
 _ITEMS = 64
@@ -52,7 +60,9 @@ class Watched:
         return None if index < 0 else self._names[index]
 
     def _is_new(self, *key: Any) -> bool:
-        return key not in self._done and self._done.add(key) is None
+        new = key not in self._done
+        self._done.add(key)
+        return new
 
     def mapping(self, holder: dict[Any, Any], mode: int, name: str) -> None:
         """Watches all entries of a dictionary."""

@@ -11,7 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CaptureError", "Check", "GradSet", "Memory", "Operation", "OptimizerStep", "Ref", "Trace", "Value", "difference"]
+__all__ = [
+    "CaptureError",
+    "Check",
+    "GradSet",
+    "Memory",
+    "Operation",
+    "OptimizerStep",
+    "Ref",
+    "Trace",
+    "Value",
+    "difference",
+]
 
 
 class CaptureError(RuntimeError):
@@ -106,8 +117,8 @@ class Trace:
     """One execution of a function.
 
     Attributes:
-        starts_without_grad: memories of leaves whose `.grad` was None, and was not set to None by the function before it
-            became a tensor.
+        starts_without_grad: memories of leaves whose `.grad` was None, and was not set to None by the function before
+            it became a tensor.
         cleared: leaves whose `.grad` the function set to None before anything else happened to it. That is no event,
             because `zero_grad()` passes over what is None already, as in a first call.
         results: values of the tensors that were returned, in order.
@@ -195,7 +206,8 @@ def _operations_part(a: Operation, b: Operation) -> str | None:
         if any(True for _ in refs(x)) or any(True for _ in refs(y)):
             return f"its argument {name} is another tensor than in the call before"
         return (
-            f"its argument {name} is {_shown(y)}, and was {_shown(x)} in the call before. A number that changes from call "
+            f"its argument {name} is {_shown(y)}, and was {_shown(x)} in the call before. A number that changes from "
+            "call "
             "to call has to be an argument of the captured function that is a tensor"
         )
     if len(a.args) != len(b.args) or a.outputs != b.outputs:
@@ -208,7 +220,8 @@ def _memories_part(a: Memory, b: Memory) -> str | None:
         return "a tensor comes from elsewhere, or has another size, than in the call before"
     if a.source == ("unseen",) and a.tensor is not b.tensor:
         return (
-            "a tensor that the function did not get as an argument is a new one at each call. It was made where a recorder "
+            "a tensor that the function did not get as an argument is a new one at each call. It was made where a "
+            "recorder "
             "does not see it (from NumPy, in another thread, in the call before): pass it as an argument"
         )
     if a.source == ("constant",):
@@ -241,7 +254,9 @@ def difference(a: Trace, b: Trace) -> str | None:
         if why is not None:
             return f"{_name(y)} in {y.place}: {why}"
     if len(a.events) != len(b.events):
-        longer, other = (b.events, "only in this call") if len(b.events) > len(a.events) else (a.events, "not this time")
+        longer, other = (
+            (b.events, "only in this call") if len(b.events) > len(a.events) else (a.events, "not this time")
+        )
         event = longer[min(len(a.events), len(b.events))]
         return f"{_name(event)} in {event.place} came {other}{_BRANCH}"
     for m, n in zip(a.memories, b.memories, strict=False):
@@ -254,7 +269,8 @@ def difference(a: Trace, b: Trace) -> str | None:
 
 
 _BRANCH = (
-    ". The function takes another branch, or does another number of steps, than in the call before: give what it depends "
+    ". The function takes another branch, or does another number of steps, than in the call before: give what it "
+    "depends "
     "on to the function as an argument (a bool, an int, a str), so that each case is recorded for itself"
 )
 
