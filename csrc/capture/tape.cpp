@@ -10,6 +10,7 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
+#include <chrono>
 #include <utility>
 
 #include "../tensors/devices.h"
@@ -228,31 +229,49 @@ void Tape::call(Step& step) {
   }
 }
 
+void Tape::run(Step& step) {
+  switch (step.kind) {
+    case Step::call:
+      return call(step);
+    case Step::grad: {
+      at::Tensor& grad = found(externals_[size_t(step.external)]).mutable_grad();
+      if (step.tensor < 0) {
+        grad.reset();
+      } else if (!grad.is_same(tensor(step.tensor))) {
+        grad = tensor(step.tensor);
+      }
+      return;
+    }
+    case Step::check:
+      TORCH_CHECK_VALUE(number_in(tensor(step.tensor)) == step.expected, "fastmlp: capture: ", step.text);
+      return;
+    case Step::stop:
+      return;
+  }
+}
+
 bool Tape::run() {
+  using Clock = std::chrono::steady_clock;
   const BelowModes below;
   while (next_ < steps_.size()) {
     Step& step = steps_[next_++];
-    switch (step.kind) {
-      case Step::call:
-        call(step);
-        break;
-      case Step::grad: {
-        at::Tensor& grad = found(externals_[size_t(step.external)]).mutable_grad();
-        if (step.tensor < 0) {
-          grad.reset();
-        } else if (!grad.is_same(tensor(step.tensor))) {
-          grad = tensor(step.tensor);
-        }
-        break;
-      }
-      case Step::check:
-        TORCH_CHECK_VALUE(number_in(tensor(step.tensor)) == step.expected, "fastmlp: capture: ", step.text);
-        break;
-      case Step::stop:
-        return true;
+    if (step.kind == Step::stop) return true;
+    if (measured_) {
+      const auto begin = Clock::now();
+      run(step);
+      step.nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count();
+    } else {
+      run(step);
     }
   }
   return false;
+}
+
+std::vector<std::tuple<std::string, std::string, int64_t>> Tape::times() const {
+  std::vector<std::tuple<std::string, std::string, int64_t>> all;
+  for (const Step& step : steps_)
+    all.emplace_back(step.operation ? c10::toString(step.operation->operator_name()) : "", step.text, step.nanoseconds);
+  return all;
 }
 
 std::vector<at::Tensor> Tape::results() {

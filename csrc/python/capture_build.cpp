@@ -114,6 +114,8 @@ void add_capture(py::module_& m) {
       .def("add_check", &Tape::add_check)
       .def("add_stop", &Tape::add_stop)
       .def("finish", &finish)
+      .def("measure", &Tape::measure)
+      .def("times", &Tape::times)
       .def_property_readonly("arena_bytes", &Tape::arena_bytes)
       .def_property_readonly("own_bytes", &Tape::own_bytes)
       .def_property_readonly("direct_calls", &Tape::direct_calls);
