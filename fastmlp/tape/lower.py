@@ -38,10 +38,29 @@ _DRAWN: dict[str, Callable[[Operation], tuple[str, str, tuple[Any, ...]]]] = {
     "aten::randn": lambda op: ("aten::normal_", "", (0.0, 1.0)),
     "aten::randn_like": lambda op: ("aten::normal_", "", (0.0, 1.0)),
 }
-#: Functions whose variant with `out` is another one's: the name, the overload, and the arguments.
-_OUT: dict[str, Callable[[Operation], tuple[str, str, tuple[Any, ...], dict[str, Any]]]] = {
-    "aten::sum": lambda op: ("aten::sum", "IntList_out", (op.args[0], [], False), dict(op.kwargs)),
-    "aten::mean": lambda op: ("aten::mean", "out", (op.args[0], [], False), dict(op.kwargs)),
+#: Operators that torch computes by another one: the other one's name, its overload that writes into a given tensor, and
+#: its arguments.
+_AS_OTHERS: dict[str, tuple[str, str, Callable[..., tuple[Any, ...]]]] = {
+    "aten::sum.": ("aten::sum", "IntList_out", lambda x: (x, [], False)),
+    "aten::mean.": ("aten::mean", "out", lambda x: (x, [], False)),
+    "aten::relu.": ("aten::clamp_min", "out", lambda x: (x, 0)),
+    "aten::add.Scalar": ("aten::add", "out", lambda x, y: (x, y)),
+    "aten::sub.Scalar": ("aten::sub", "out", lambda x, y: (x, y)),
+    "aten::mul.Scalar": ("aten::mul", "out", lambda x, y: (x, y)),
+    "aten::div.Scalar": ("aten::div", "out", lambda x, y: (x, y)),
+    "aten::rsub.Scalar": ("aten::sub", "out", lambda x, y: (y, x)),
+    "aten::rsub.Tensor": ("aten::sub", "out", lambda x, y: (y, x)),
+    "aten::stack.": ("aten::stack", "out", lambda tensors, dim=0: (tensors, dim)),
+}
+#: Operators on lists that torch's kernels for the CPU apply to one tensor after the other: the operator of one tensor,
+#: its overload, and what stands behind the tensor.
+_ONE_BY_ONE: dict[str, tuple[str, str, Callable[..., tuple[Any, ...]]]] = {
+    "aten::_foreach_norm.Scalar": ("aten::linalg_vector_norm", "out", lambda order=2.0: (order, [], False)),
+    "aten::_foreach_mul_.Tensor": ("aten::mul_", "Tensor", lambda factor: (factor,)),
+    "aten::_foreach_mul_.Scalar": ("aten::mul_", "Tensor", lambda factor: (factor,)),
+    "aten::_foreach_clamp_min_.Scalar": ("aten::clamp_min_", "", lambda least: (least,)),
+    "aten::_foreach_clamp_max_.Scalar": ("aten::clamp_max_", "", lambda most: (most,)),
+    "aten::_foreach_zero_.": ("aten::zero_", "", lambda: ()),
 }
 #: Losses whose variant with `out` would take it for the losses of single elements too. They are computed in two steps,
 #: as torch's kernels do: elements, then their mean (1) or sum (2).
@@ -264,6 +283,9 @@ class Lowered:
         schema = event.func._schema
         name, overload = schema.name, schema.overload_name
         args, kwargs = self._bound(event.args), self._bound(event.kwargs)
+        if f"{name}.{overload}" in _ONE_BY_ONE and not kwargs:
+            self._one_by_one(event, *_ONE_BY_ONE[f"{name}.{overload}"])
+            return
         if not new or schema.is_mutable:
             results = self._new_results(event) if new else []
             self._add_call(name, overload, args, kwargs, results, event.place)
@@ -278,11 +300,8 @@ class Lowered:
             self._loss(event, args, self._bound(Ref(outputs[0])))
         elif name in _COPIES:
             self._add_call("aten::copy_", "", (targets[0], args[0]), {}, [], event.place)
-        elif name in _OUT and overload == "":
-            other, overload, _, _ = _OUT[name](event)
-            first, *rest = _OUT[name](event)[2]
-            out = dict(kwargs, out=targets[0])
-            self._add_call(other, overload, (self._bound(first), *rest), out, [], event.place)
+        elif other := _AS_OTHERS.get(f"{name}.{overload}"):
+            self._add_call(other[0], other[1], other[2](*args), dict(kwargs, out=targets[0]), [], event.place)
         elif None not in event.outputs and (found := out_variant(event.func)) is not None:
             overload, names = found
             kept = {key: value for key, value in kwargs.items() if key not in _OPTIONS or key in names}
@@ -294,6 +313,13 @@ class Lowered:
         else:
             self.counts["returned"] += 1
             self._add_call(name, overload, args, kwargs, self._new_results(event), event.place)
+
+    def _one_by_one(self, event: Operation, name: str, overload: str, rest: Callable[..., tuple[Any, ...]]) -> None:
+        first, *others = self._bound(event.args)
+        outputs = [self._bound(Ref(output)) for output in event.outputs if output is not None]
+        for tensor, output in zip(first, outputs or first, strict=True):
+            kwargs = {"out": output} if outputs and output is not tensor else {}
+            self._add_call(name, overload, (tensor, *rest(*others)), kwargs, [], event.place)
 
     def _loss(self, event: Operation, args: tuple[Any, ...], target: Tensor) -> None:
         name, place = event.func._schema.name, event.place
