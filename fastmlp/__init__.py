@@ -5,6 +5,7 @@ from fastmlp import functional, optim, reference
 from fastmlp.activations import Activation
 from fastmlp.config import get_isa, set_isa, show_config
 from fastmlp.convert import convert, revert
+from fastmlp.data import batches, epochs
 from fastmlp.explain import Route, explain, fusion_report
 from fastmlp.frozen import FrozenMLP, freeze
 from fastmlp.linear import Linear
@@ -26,7 +27,9 @@ __all__ = [
     "TrainStep",
     "__version__",
     "autotune",
+    "batches",
     "convert",
+    "epochs",
     "explain",
     "freeze",
     "functional",

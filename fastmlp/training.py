@@ -252,6 +252,21 @@ class TrainStep:
         names = (type(part).__name__ for part in (self.model, self.loss_fn, self.optimizer))
         return f"{type(self).__name__}({', '.join(names)})"
 
+    def _run_all(self, inputs: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
+        """Does as many steps as there are batches.
+
+        Returns:
+            Their losses, of shape (batches).
+        """
+        losses = self._native.run_all(inputs, targets)
+        while len(losses) < len(inputs):
+            # A step could not run in one call: it is done alone, which says why or makes this object anew.
+            done = len(losses)
+            one = self(inputs[done], targets[done]).unsqueeze(0)
+            more = self._native.run_all(inputs[done + 1 :], targets[done + 1 :])
+            losses = torch.cat([losses, one, more])
+        return losses
+
     def _run_changed(self, input: Tensor, target: Tensor) -> Tensor:
         reasons = self.explain(self.model, self.loss_fn, self.optimizer)
         if not reasons:

@@ -193,6 +193,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       }))
       .def("run", [](const py::object& self, const py::object& input,
                      const py::object& target) { return initialised(self).run(input, target); })
+      .def("run_all", [](const py::object& self, const py::tuple& inputs,
+                         const py::tuple& targets) { return initialised(self).run_all(inputs, targets); })
       .def_property(
           "waiting", [](const py::object& self) { return initialised(self).waiting; },
           [](const py::object& self, int64_t waiting) { initialised(self).waiting = waiting; });

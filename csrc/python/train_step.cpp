@@ -10,11 +10,14 @@
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/clamp_max.h>
+#include <ATen/ops/item.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <utility>
+#include <vector>
 
 #include "gil.h"
 #include "objects.h"
@@ -268,12 +271,12 @@ void TrainStep::take_step(std::optional<OptimizerStep>& step) {
   for (const Slot& slot : slots_) THPVariable_Unpack(slot.object).mutable_grad().reset();
 }
 
-py::object TrainStep::run(const py::object& input, const py::object& target) {
+std::optional<at::Tensor> TrainStep::step(PyObject* input, PyObject* target) {
   const Running running(running_);
-  Call call(input.ptr(), target.ptr());
-  if (!read_all(call)) return py::none();
+  Call call(input, target);
+  if (!read_all(call)) return std::nullopt;
   plan(call);
-  const at::Tensor loss = pass(call);
+  at::Tensor loss = pass(call);
   finish_grads(call.keep);
   // If the optimizer's step raises, the gradients of a window still wait for it.
   waiting = options_.accumulate > 1 ? waiting + 1 : 0;
@@ -283,7 +286,29 @@ py::object TrainStep::run(const py::object& input, const py::object& target) {
   }
   for (Slot& slot : slots_) slot.grad.reset();
   parameters_.clear();
-  return py::cast(loss);
+  return loss;
+}
+
+py::object TrainStep::run(const py::object& input, const py::object& target) {
+  const std::optional<at::Tensor> loss = step(input.ptr(), target.ptr());
+  return loss ? py::cast(*loss) : py::none();
+}
+
+at::Tensor TrainStep::run_all(const py::tuple& inputs, const py::tuple& targets) {
+  TORCH_CHECK(inputs.size() == targets.size(), "fastmlp: ", inputs.size(), " inputs and ", targets.size(),
+              " targets were given, expected as many of one as of the other");
+  std::vector<double> losses;
+  losses.reserve(inputs.size());
+  at::TensorOptions options;
+  for (size_t i = 0; i < inputs.size(); i++) {
+    if (PyErr_CheckSignals() < 0) throw py::error_already_set();
+    const std::optional<at::Tensor> loss = step(PyTuple_GET_ITEM(inputs.ptr(), i), PyTuple_GET_ITEM(targets.ptr(), i));
+    if (!loss) break;
+    // All have the same dtype, or a step has raised.
+    options = loss->options();
+    losses.push_back(loss->item<double>());
+  }
+  return at::tensor(losses, options);
 }
 
 }  // namespace fastmlp

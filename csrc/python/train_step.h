@@ -47,6 +47,10 @@ class TrainStep {
   // anything is written.
   py::object run(const py::object& input, const py::object& target);
 
+  // Steps with one batch after the other, without code of Python in between. The losses of the steps that were done,
+  // one after the other: fewer than there are batches if one could not run, as above. An error of a step ends it.
+  at::Tensor run_all(const py::tuple& inputs, const py::tuple& targets);
+
   // For Python's garbage collector.
   int traverse(visitproc visit, void* arg) const;
   void clear();
@@ -83,6 +87,9 @@ class TrainStep {
     Call(PyObject* input, PyObject* target) : input_object(input), target_object(target) {}
     void hold(PyObject* object) { objects.push_back(py::reinterpret_borrow<py::object>(object)); }
   };
+
+  // One step; nothing if it cannot run.
+  std::optional<at::Tensor> step(PyObject* input, PyObject* target);
 
   bool read_all(Call& call);
   // False if explain() has to say why.
