@@ -17,6 +17,9 @@ from benchmarks.timing import Effort, race, ratio
 ROWS = (800, 4000)
 FEATURES, HIDDEN, BATCH = 10, 50, 32
 
+#: That a call of `epochs` goes through.
+EPOCHS_OF_A_CALL = 10
+
 BATCHES, LOADER, STEPS, EPOCHS = "batches", "DataLoader", "steps alone", "epochs"
 
 
@@ -37,8 +40,8 @@ def data(effort: Effort) -> Iterator[Outcome]:
         where = f"tutorial, {rows} rows, batch {BATCH}"
         faster = ratio(samples[LOADER], samples[BATCHES])
         yield Outcome("C9", "batches, shuffled", ">= 20 x DataLoader", f"{faster:.1f}", faster >= 20, where)
-        longer = ratio(samples[EPOCHS], samples[STEPS])
-        what = "an epoch of TrainStep by `epochs`"
+        longer = ratio(samples[EPOCHS], samples[STEPS]) / EPOCHS_OF_A_CALL
+        what = f"an epoch of TrainStep by `epochs`, {EPOCHS_OF_A_CALL} a call"
         yield Outcome("C9", what, "<= 1.15 x the steps' time", f"{longer:.2f}", longer <= 1.15, where)
 
 
@@ -55,11 +58,12 @@ def _epochs(rows: int) -> dict[str, Any]:
     model = nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1))
     step = fastmlp.TrainStep(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.01))
     ready = [(input.clone(), target.clone()) for input, target in batches]
+    train = partial(fastmlp.epochs, step, inputs, targets, epochs=EPOCHS_OF_A_CALL)
     return {
         BATCHES: partial(_exhaust, batches),
         LOADER: partial(_exhaust, loader),
         STEPS: partial(_step_through, step, ready),
-        EPOCHS: partial(fastmlp.epochs, step, inputs, targets, batch_size=BATCH, shuffle=True),
+        EPOCHS: partial(train, batch_size=BATCH, shuffle=True),
     }
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fastmlp._load import _C
 from fastmlp.training import TrainStep
 
 __all__ = ["Batches", "batches", "epochs"]
@@ -23,6 +24,9 @@ _STRETCH = 1 << 18
 #: Each batch begins at a multiple of so many bytes, as memory of torch's own does, because MKL's sums have other bits
 #: elsewhere.
 _ALIGNMENT = 64
+
+#: Steps that are done before other threads and a progress bar have their turn.
+_STEPS = 64
 
 #: What PyTorch counts up when a tensor is written in place.
 _VERSION = attrgetter("_version")
@@ -88,32 +92,30 @@ class Batches:
                     break
         yield from self._rest(order)
 
-    def _losses(self, step: TrainStep, gather: "_Gather") -> Iterator[Tensor]:
-        """Steps through an epoch, and yields its losses, some at a time.
-
-        Args:
-            step: exactly a `TrainStep`: it keeps no batch, so that their memory may be written again.
-            gather: the same for all epochs.
-        """
-        self._draw_base_seed()
-        order = self._draw_order()
-        whole = len(order) // self.batch_size
-        for at in range(0, whole, gather.most):
-            inputs, targets = gather.stretch(order, at, min(gather.most, whole - at), again=True)
-            yield step._run_all(tuple(inputs), tuple(targets))
-        for batch in self._rest(order):
-            yield step(*batch).unsqueeze(0)
-
     def _rest(self, order: Tensor) -> Iterator[list[Tensor]]:
         """Ends an epoch: yields the last batch if it is a short one that is not dropped."""
-        rows = len(order)
-        if self.shuffle and self.generator is not None and rows > 0:
-            # RandomSampler draws another order when it has no more rows to give, and takes none of it.
-            torch.randperm(rows, generator=self.generator)
-        short = rows % self.batch_size
+        self._draw_once_more(len(order))
+        short = len(order) % self.batch_size
         if short > 0 and not self.drop_last:
-            last = order[rows - short :]
+            last = order[-short:]
             yield [tensor.index_select(0, last.to(tensor.device)) for tensor in self.tensors]
+
+    def _draw_once_more(self, rows: int) -> None:
+        """Draws what a loader's sampler draws when it has no more rows to give: another order, of which it takes none.
+
+        From a generator of its own that makes no difference.
+        """
+        if self.shuffle and self.generator is not None and rows > 0:
+            torch.randperm(rows, generator=self.generator)
+
+    def _losses(self, step: TrainStep) -> Iterator[Tensor]:
+        """Steps through an epoch of inputs and targets, and yields the losses, some at a time."""
+        inputs, targets = self.tensors
+        self._draw_base_seed()
+        order = self._draw_order().to(inputs.device)
+        for rows in order[: len(self) * self.batch_size].split(_STEPS * self.batch_size):
+            yield step._run_all(inputs, targets, rows, self.batch_size)
+        self._draw_once_more(len(order))
 
 
 class _Gather:
@@ -132,55 +134,52 @@ class _Gather:
             for tensor in data.tensors
             if type(tensor) is Tensor and not tensor.requires_grad and not tensor.is_inference()
         ]
+        row_sizes = {id(tensor): math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in self.ahead}
         # Rows from the beginning of one batch to that of the next one, by tensor.
-        self._spacing = {id(tensor): _spacing(tensor, self._size) for tensor in self.ahead}
-        size = sum(self._spacing[id(tensor)] * _row_size(tensor) for tensor in self.ahead)
-        self.most = max(1, _STRETCH // max(1, size))
-        self._memory: dict[tuple[int, int], tuple[Tensor, Sequence[Tensor]]] = {}
+        self._spacing = {key: _rounded_up(self._size, size) for key, size in row_sizes.items()}
+        together = sum(self._spacing[key] * size for key, size in row_sizes.items())
+        self.most = max(1, _STRETCH // max(1, together))
 
-    def stretch(self, order: Tensor, at: int, count: int, again: bool = False) -> list[Iterable[Tensor]]:
+    def stretch(self, order: Tensor, at: int, count: int) -> list[Iterable[Tensor]]:
         """Gathers batches that follow one another.
 
         Args:
             order: of all rows.
             at: the first of the batches.
             count: how many.
-            again: whether to write them where those of an earlier stretch of this length are.
 
         Returns:
             Of each tensor, the batches.
         """
-        part = order[at * self._size : (at + count) * self._size]
-        columns: list[Iterable[Tensor]] = []
-        for i, tensor in enumerate(self._tensors):
-            rows = part.to(tensor.device)
-            spacing = self._spacing.get(id(tensor))
-            if spacing is None:
-                columns.append(map(partial(tensor.index_select, 0), rows.split(self._size)))
-                continue
-            if spacing > self._size:
-                # Row 0 fills the gaps between the batches.
-                rows = pad(rows.view(count, self._size), (0, spacing - self._size)).flatten()
-            if again and (count, i) in self._memory:
-                base, column = self._memory[count, i]
-                torch.index_select(tensor, 0, rows, out=base)
-            else:
-                base, column = self._gathered(tensor, rows, spacing)
-                if again:
-                    self._memory[count, i] = base, column
-            columns.append(column)
-        return columns
+        rows = order[at * self._size : (at + count) * self._size]
+        return [
+            self._at_once(tensor, rows, self._spacing[id(tensor)])
+            if id(tensor) in self._spacing
+            else self._one_by_one(tensor, rows)
+            for tensor in self._tensors
+        ]
 
-    def _gathered(self, tensor: Tensor, rows: Tensor, spacing: int) -> tuple[Tensor, Sequence[Tensor]]:
-        """Rows in new memory, all together and as batches."""
-        # Outside inference mode, because batches may be asked for after it ended.
+    def _at_once(self, tensor: Tensor, rows: Tensor, spacing: int) -> Sequence[Tensor]:
+        gap = spacing - self._size
+        if gap > 0:
+            # Row 0 fills the gaps between the batches.
+            rows = pad(rows.view(-1, self._size), (0, gap)).flatten()
+        # Outside inference mode, because batches may be asked for after it has ended.
         with torch.inference_mode(False):
-            base = tensor.index_select(0, rows)
+            together = tensor.index_select(0, rows.to(tensor.device))
             # The parts are no views: a write into one does not count as one into the others.
-            if spacing == self._size:
-                return base, base.unsafe_split(self._size)
-            sizes = [self._size, spacing - self._size] * (len(rows) // spacing)
-            return base, base.unsafe_split_with_sizes(sizes)[::2]
+            if gap == 0:
+                return together.unsafe_split(spacing)
+            return together.unsafe_split_with_sizes([self._size, gap] * (len(rows) // spacing))[::2]
+
+    def _one_by_one(self, tensor: Tensor, rows: Tensor) -> Iterator[Tensor]:
+        return (tensor.index_select(0, part) for part in rows.to(tensor.device).split(self._size))
+
+
+def _rounded_up(rows: int, row_size: int) -> int:
+    """The next number of rows, each of so many bytes, after which memory is aligned."""
+    step = _ALIGNMENT // math.gcd(_ALIGNMENT, row_size)
+    return -(-rows // step) * step
 
 
 def batches(
@@ -254,7 +253,7 @@ def epochs(
             for batch in data:
                 step(*batch)
 
-    For a `TrainStep`, batches of all epochs are written into the same memory. A scheduler that steps once an epoch, or
+    A `TrainStep` runs without code of Python between its steps. A scheduler that steps once an epoch, or
     a look at held-out data, stands in a loop around calls with `epochs=1`, which draw the same orders as one call.
     `TrainStep.flush` is not called. Nothing waits for a device, unless the step does or there is a progress bar. An
     error of the step ends the call; what it has done so far stays done.
@@ -263,7 +262,7 @@ def epochs(
         step: a `TrainStep`, or anything that can be called with a batch's tensors and returns the loss: a tensor
             without dimensions, of which a copy without its graph is taken at once, or a number, which is kept as
             float64.
-        tensors: as `batches` takes them. For a `TrainStep` inputs and targets, which nothing writes meanwhile.
+        tensors: as `batches` takes them. For a `TrainStep` inputs and targets.
         epochs: how often to go through all of the data. At least 0.
         batch_size: as `batches` takes it, and so the next three.
         shuffle: whether each epoch takes the rows in a new random order.
@@ -293,7 +292,10 @@ def epochs(
     _check_run(step, tensors, epochs, progress)
     data = _checked("epochs", tensors, batch_size, shuffle, drop_last, generator)
     bar = _bar(epochs * len(data)) if progress else None
-    run = partial(data._losses, step, _Gather(data)) if type(step) is TrainStep else partial(_losses, step, data)
+    if type(step) is TrainStep and all(map(_C.has_plain_rows, tensors)):
+        run = partial(data._losses, step)
+    else:
+        run = partial(_losses, step, data)
     done = []
     try:
         for epoch in range(epochs):
@@ -328,7 +330,7 @@ def _check_run(step: object, tensors: tuple[object, ...], epochs: object, progre
 def _losses(step: Callable[..., Any], data: Batches) -> Iterator[Tensor]:
     """Calls any step with the batches of an epoch, and yields its losses, some at a time."""
     results = (_loss(step(*batch)) for batch in data)
-    while losses := list(islice(results, 64)):
+    while losses := list(islice(results, _STEPS)):
         yield torch.stack(losses)
 
 
@@ -410,14 +412,3 @@ def _dense(name: str, i: int, tensor: object) -> Tensor:
     if tensor.dim() == 0:
         raise ValueError(f"fastmlp: {name}: tensors[{i}] must have at least one dimension, which counts rows, got none")
     return tensor
-
-
-def _row_size(tensor: Tensor) -> int:
-    """Bytes of a row."""
-    return math.prod(tensor.shape[1:]) * tensor.element_size()
-
-
-def _spacing(tensor: Tensor, batch_size: int) -> int:
-    """Rows from the beginning of one batch to that of the next one."""
-    rows = _ALIGNMENT // math.gcd(_ALIGNMENT, _row_size(tensor))
-    return -(-batch_size // rows) * rows

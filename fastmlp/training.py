@@ -252,19 +252,25 @@ class TrainStep:
         names = (type(part).__name__ for part in (self.model, self.loss_fn, self.optimizer))
         return f"{type(self).__name__}({', '.join(names)})"
 
-    def _run_all(self, inputs: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
+    def _run_all(self, inputs: Tensor, targets: Tensor, order: Tensor, rows: int) -> Tensor:
         """Does as many steps as there are batches.
 
+        Args:
+            inputs: of which `_C.has_plain_rows` is true.
+            targets: the same of targets.
+            order: indices of rows, int64, on the same device, gapless and in range.
+            rows: of them that make a batch. The last one has what is left.
+
         Returns:
-            Their losses, of shape (batches).
+            The losses, of shape (batches).
         """
-        losses = self._native.run_all(inputs, targets)
-        while len(losses) < len(inputs):
-            # A step could not run in one call: it is done alone, which says why or makes this object anew.
-            done = len(losses)
-            one = self(inputs[done], targets[done]).unsqueeze(0)
-            more = self._native.run_all(inputs[done + 1 :], targets[done + 1 :])
-            losses = torch.cat([losses, one, more])
+        losses = self._native.run_all(inputs, targets, order, rows)
+        while len(losses) * rows < len(order):
+            # A step could not run in one call: done alone, it says why, or makes the native object anew.
+            rest = order[len(losses) * rows :]
+            batch, rest = rest[:rows], rest[rows:]
+            one = self(inputs.index_select(0, batch), targets.index_select(0, batch)).unsqueeze(0)
+            losses = torch.cat([losses, one, self._native.run_all(inputs, targets, rest, rows)])
         return losses
 
     def _run_changed(self, input: Tensor, target: Tensor) -> Tensor:

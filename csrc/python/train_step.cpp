@@ -16,12 +16,14 @@
 #include <ATen/ops/tensor.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
 #include "gil.h"
 #include "objects.h"
 #include "route.h"
+#include "rows.h"
 
 namespace fastmlp {
 namespace {
@@ -294,15 +296,18 @@ py::object TrainStep::run(const py::object& input, const py::object& target) {
   return loss ? py::cast(*loss) : py::none();
 }
 
-at::Tensor TrainStep::run_all(const py::tuple& inputs, const py::tuple& targets) {
-  TORCH_CHECK(inputs.size() == targets.size(), "fastmlp: ", inputs.size(), " inputs and ", targets.size(),
-              " targets were given, expected as many of one as of the other");
+at::Tensor TrainStep::run_all(const at::Tensor& inputs, const at::Tensor& targets, const at::Tensor& order,
+                              int64_t rows) {
+  Rows input(inputs, rows), target(targets, rows);
+  const int64_t* const indices = order.const_data_ptr<int64_t>();
+  const int64_t all = order.numel();
   std::vector<double> losses;
-  losses.reserve(inputs.size());
+  losses.reserve(all / rows + 1);
   at::TensorOptions options;
-  for (size_t i = 0; i < inputs.size(); i++) {
+  for (int64_t i = 0; i < all; i += rows) {
     if (PyErr_CheckSignals() < 0) throw py::error_already_set();
-    const std::optional<at::Tensor> loss = step(PyTuple_GET_ITEM(inputs.ptr(), i), PyTuple_GET_ITEM(targets.ptr(), i));
+    const int64_t count = std::min(rows, all - i);
+    const std::optional<at::Tensor> loss = step(input.take(indices + i, count), target.take(indices + i, count));
     if (!loss) break;
     // All have the same dtype, or a step has raised.
     options = loss->options();

@@ -47,9 +47,10 @@ class TrainStep {
   // anything is written.
   py::object run(const py::object& input, const py::object& target);
 
-  // Steps with one batch after the other, without code of Python in between. The losses of the steps that were done,
-  // one after the other: fewer than there are batches if one could not run, as above. An error of a step ends it.
-  at::Tensor run_all(const py::tuple& inputs, const py::tuple& targets);
+  // Steps with one batch after the other, without code of Python in between: the rows that `order` names, `rows` to a
+  // batch and what is left to the last one. The losses of the steps that were done: fewer than there are batches if one
+  // could not run, as above. An error of a step ends it. For tensors of which has_plain_rows() is true.
+  at::Tensor run_all(const at::Tensor& inputs, const at::Tensor& targets, const at::Tensor& order, int64_t rows);
 
   // For Python's garbage collector.
   int traverse(visitproc visit, void* arg) const;

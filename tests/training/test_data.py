@@ -283,17 +283,17 @@ def data(rows: int = 100, dtype: torch.dtype = torch.float32) -> tuple[Tensor, T
     return x, x.sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("stretch", [1, 3000, 1 << 18])
+@pytest.mark.parametrize("steps", [1, 4, 64])
 @pytest.mark.parametrize("rows", [96, 100])
 @pytest.mark.parametrize("options", [{}, {"accumulate": 3}, {"keep_grads": False}, {"dtype": torch.float64}], ids=str)
 @pytest.mark.parametrize(
     "order", [{}, {"shuffle": True}, {"shuffle": True, "drop_last": True}, {"shuffle": True, "generator": 7}], ids=str
 )
 def test_epochs_of_a_train_step(
-    stretch: int, rows: int, options: dict[str, Any], order: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    steps: int, rows: int, options: dict[str, Any], order: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bits of the loop, also where losses come from TrainStep itself."""
-    monkeypatch.setattr(module, "_STRETCH", stretch)
+    monkeypatch.setattr(module, "_STEPS", steps)
     results = []
     for run in (epochs, by_hand):
         model, step = trained(**options)
@@ -402,13 +402,48 @@ def test_a_train_step_that_cannot_go_on() -> None:
     assert len(calls) == 3
 
 
+def turned(x: Tensor) -> Tensor:
+    return x.t().contiguous().t()
+
+
+@pytest.mark.parametrize("form", [turned, lambda x: x.repeat(1, 2)[:, :10], lambda x: x.repeat_interleave(2, 0)[::2]])
+def test_epochs_of_a_train_step_with_gaps_in_the_data(form: Callable[[Tensor], Tensor]) -> None:
+    x, y = data()
+    found = []
+    for run, inputs in ((epochs, form(x)), (epochs, x), (by_hand, form(x))):
+        _, step = trained()
+        torch.manual_seed(8)
+        found.append(run(step, inputs, y, epochs=2, batch_size=16, shuffle=True))
+    assert found[0].equal(found[1])
+    assert found[0].equal(found[2])
+
+
+@pytest.mark.parametrize("what", ["values", "shape"])
+def test_data_that_change_meanwhile(what: str) -> None:
+    """By a hook of the optimizer's step: values are read at each step, as in the loop."""
+    found = []
+    for run in (epochs, by_hand):
+        _, step = trained()
+        x, y = data()
+
+        def change(*_: object, x: Tensor = x, y: Tensor = y) -> None:
+            y.add_(1) if what == "values" else x.resize_(3, 10)
+
+        step.optimizer.register_step_post_hook(change)
+        if what == "shape":
+            with pytest.raises(RuntimeError, match="fastmlp: a tensor of the data has changed its shape"):
+                epochs(step, x, y, batch_size=16)
+            return
+        torch.manual_seed(8)
+        found.append(run(step, x, y, epochs=2, batch_size=16, shuffle=True))
+    assert found[0].equal(found[1])
+
+
 def test_errors_of_a_train_step_come_through() -> None:
     _, step = trained()
     x, y = data()
     with pytest.raises(RuntimeError, match="fastmlp: "):
         epochs(step, x.double(), y, batch_size=16)
-    with pytest.raises(RuntimeError, match="fastmlp: 2 inputs and 1 targets"):
-        step._native.run_all((x, x), (y,))
     with torch.no_grad(), pytest.raises(RuntimeError, match="no_grad"):
         epochs(step, x, y, batch_size=16)
 
