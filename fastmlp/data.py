@@ -113,7 +113,8 @@ class Batches:
         inputs, targets = self.tensors
         self._draw_base_seed()
         order = self._draw_order().to(inputs.device)
-        for rows in order[: len(self) * self.batch_size].split(_STEPS * self.batch_size):
+        taken = order[: len(self) * self.batch_size] if self.drop_last else order
+        for rows in taken.split(_STEPS * self.batch_size):
             yield step._run_all(inputs, targets, rows, self.batch_size)
         self._draw_once_more(len(order))
 
@@ -296,21 +297,21 @@ def epochs(
         run = partial(data._losses, step)
     else:
         run = partial(_losses, step, data)
-    done = []
+    done: list[Tensor] = []
     try:
         for epoch in range(epochs):
-            parts = []
+            begun = len(done)
             for losses in run():
-                parts.append(losses)
+                done.append(losses)
                 if bar is not None:
                     bar.update(len(losses))
-            done.append(torch.cat(parts) if parts else torch.empty(0))
-            if bar is not None:
-                bar.set_postfix(epoch=f"{epoch + 1}/{epochs}", loss=f"{done[-1].float().mean().item():.4g}")
+            if bar is not None and len(data) > 0:
+                mean = torch.cat(done[begun:]).float().mean().item()
+                bar.set_postfix(epoch=f"{epoch + 1}/{epochs}", loss=f"{mean:.4g}")
     finally:
         if bar is not None:
             bar.close()
-    return torch.stack(done) if done else torch.empty(0, len(data))
+    return torch.cat(done).view(epochs, -1) if done else torch.empty(epochs, len(data))
 
 
 def _check_run(step: object, tensors: tuple[object, ...], epochs: object, progress: object) -> None:
