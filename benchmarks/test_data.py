@@ -14,7 +14,7 @@ EFFORT = Effort(rounds=2, patience=0)
 
 def test_outcomes_are_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "ROWS", (70,))
-    times = {data.BATCHES: [1.0, 2.0], data.LOADER: [30.0, 50.0], data.STEPS: [10.0, 10.0], data.EPOCHS: [120.0, 120.0]}
+    times = {data.BATCHES: [1.0, 2.0], data.LOADER: [30.0, 50.0], data.STEPS: [10.0, 10.0], data.EPOCHS: [12.0, 12.0]}
     monkeypatch.setattr(data, "race", lambda calls, effort: {name: times[name] for name in calls})
     faster, longer = data.data(EFFORT)
     assert (faster.measured, faster.met, longer.measured, longer.met) == ("27.5", True, "1.20", False)
