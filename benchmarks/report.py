@@ -10,7 +10,7 @@ from typing import get_args
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import costs, random_shapes
+from benchmarks import costs, data, random_shapes
 from benchmarks.contenders import absent, versions
 from benchmarks.machine import describe
 from benchmarks.plots import roofline, speedups
@@ -39,6 +39,7 @@ def main() -> None:
         "P13": costs.memory,
         "P14": lambda: costs.overhead(options.build),
         "P15": lambda: costs.growth(effort),
+        "C9": lambda: data.data(effort),
     }
     known = [*dict.fromkeys(claim.id for claim in CLAIMS), *measures, RANDOM]
     wanted = options.only.split(",") if options.only else known

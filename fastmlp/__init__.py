@@ -6,6 +6,7 @@ from fastmlp.activations import Activation
 from fastmlp.capture import Captured, CaptureError, capture
 from fastmlp.config import get_isa, set_isa, show_config
 from fastmlp.convert import convert, revert
+from fastmlp.data import batches, epochs
 from fastmlp.explain import Route, explain, fusion_report
 from fastmlp.frozen import FrozenMLP, freeze
 from fastmlp.linear import Linear
@@ -29,8 +30,10 @@ __all__ = [
     "TrainStep",
     "__version__",
     "autotune",
+    "batches",
     "capture",
     "convert",
+    "epochs",
     "explain",
     "freeze",
     "functional",

@@ -252,6 +252,27 @@ class TrainStep:
         names = (type(part).__name__ for part in (self.model, self.loss_fn, self.optimizer))
         return f"{type(self).__name__}({', '.join(names)})"
 
+    def _run_all(self, inputs: Tensor, targets: Tensor, order: Tensor, rows: int) -> Tensor:
+        """Does as many steps as there are batches.
+
+        Args:
+            inputs: of which `_C.has_plain_rows` is true.
+            targets: the same of targets.
+            order: indices of rows, int64, on the same device, gapless and in range.
+            rows: of them that make a batch. The last one has what is left.
+
+        Returns:
+            The losses, of shape (batches).
+        """
+        losses = self._native.run_all(inputs, targets, order, rows)
+        while len(losses) * rows < len(order):
+            # A step could not run in one call: done alone, it says why, or makes the native object anew.
+            rest = order[len(losses) * rows :]
+            batch, rest = rest[:rows], rest[rows:]
+            one = self(inputs.index_select(0, batch), targets.index_select(0, batch)).unsqueeze(0)
+            losses = torch.cat([losses, one, self._native.run_all(inputs, targets, rest, rows)])
+        return losses
+
     def _run_changed(self, input: Tensor, target: Tensor) -> Tensor:
         reasons = self.explain(self.model, self.loss_fn, self.optimizer)
         if not reasons:

@@ -18,6 +18,7 @@
 #include "objects.h"
 #include "optimizer.h"
 #include "route.h"
+#include "rows.h"
 #include "sequential.h"
 #include "train_step.h"
 
@@ -194,9 +195,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       }))
       .def("run", [](const py::object& self, const py::object& input,
                      const py::object& target) { return initialised(self).run(input, target); })
+      .def("run_all",
+           [](const py::object& self, const at::Tensor& inputs, const at::Tensor& targets, const at::Tensor& order,
+              int64_t rows) { return initialised(self).run_all(inputs, targets, order, rows); })
       .def_property(
           "waiting", [](const py::object& self) { return initialised(self).waiting; },
           [](const py::object& self, int64_t waiting) { initialised(self).waiting = waiting; });
+  m.def("has_plain_rows", [](const py::object& tensor) { return has_plain_rows(tensor.ptr()); });
   m.def("has_hooks", &has_hooks);
   add_frozen(m);
   add_capture(m);

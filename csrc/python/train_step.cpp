@@ -10,15 +10,20 @@
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/clamp_max.h>
+#include <ATen/ops/item.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <utility>
+#include <vector>
 
 #include "gil.h"
 #include "objects.h"
 #include "route.h"
+#include "rows.h"
 
 namespace fastmlp {
 namespace {
@@ -238,12 +243,12 @@ void TrainStep::take_step(std::optional<OptimizerStep>& step) {
   for (const Slot& slot : slots_) THPVariable_Unpack(slot.object).mutable_grad().reset();
 }
 
-py::object TrainStep::run(const py::object& input, const py::object& target) {
+std::optional<at::Tensor> TrainStep::step(PyObject* input, PyObject* target) {
   const Running running(running_);
-  Call call(input.ptr(), target.ptr());
-  if (!read_all(call)) return py::none();
+  Call call(input, target);
+  if (!read_all(call)) return std::nullopt;
   plan(call);
-  const at::Tensor loss = pass(call);
+  at::Tensor loss = pass(call);
   finish_grads(call.keep);
   // If the optimizer's step raises, the gradients of a window still wait for it.
   waiting = options_.accumulate > 1 ? waiting + 1 : 0;
@@ -253,7 +258,32 @@ py::object TrainStep::run(const py::object& input, const py::object& target) {
   }
   for (Slot& slot : slots_) slot.grad.reset();
   parameters_.clear();
-  return py::cast(loss);
+  return loss;
+}
+
+py::object TrainStep::run(const py::object& input, const py::object& target) {
+  const std::optional<at::Tensor> loss = step(input.ptr(), target.ptr());
+  return loss ? py::cast(*loss) : py::none();
+}
+
+at::Tensor TrainStep::run_all(const at::Tensor& inputs, const at::Tensor& targets, const at::Tensor& order,
+                              int64_t rows) {
+  Rows input(inputs, rows), target(targets, rows);
+  const int64_t* const indices = order.const_data_ptr<int64_t>();
+  const int64_t all = order.numel();
+  std::vector<double> losses;
+  losses.reserve(all / rows + 1);
+  at::TensorOptions options;
+  for (int64_t i = 0; i < all; i += rows) {
+    if (PyErr_CheckSignals() < 0) throw py::error_already_set();
+    const int64_t count = std::min(rows, all - i);
+    const std::optional<at::Tensor> loss = step(input.take(indices + i, count), target.take(indices + i, count));
+    if (!loss) break;
+    // All have the same dtype, or a step has raised.
+    options = loss->options();
+    losses.push_back(loss->item<double>());
+  }
+  return at::tensor(losses, options);
 }
 
 }  // namespace fastmlp

@@ -47,6 +47,11 @@ class TrainStep {
   // anything is written.
   py::object run(const py::object& input, const py::object& target);
 
+  // Steps with one batch after the other, without code of Python in between: the rows that `order` names, `rows` to a
+  // batch and what is left to the last one. The losses of the steps that were done: fewer than there are batches if one
+  // could not run, as above. An error of a step ends it. For tensors of which has_plain_rows() is true.
+  at::Tensor run_all(const at::Tensor& inputs, const at::Tensor& targets, const at::Tensor& order, int64_t rows);
+
   // For Python's garbage collector.
   int traverse(visitproc visit, void* arg) const;
   void clear();
@@ -83,6 +88,9 @@ class TrainStep {
     Call(PyObject* input, PyObject* target) : input_object(input), target_object(target) {}
     void hold(PyObject* object) { objects.push_back(py::reinterpret_borrow<py::object>(object)); }
   };
+
+  // One step; nothing if it cannot run.
+  std::optional<at::Tensor> step(PyObject* input, PyObject* target);
 
   bool read_all(Call& call);
   // False if explain() has to say why.
