@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 from rich.progress import track
 from rich.table import Table
@@ -16,9 +17,9 @@ from benchmarks.machine import describe
 from benchmarks.plots import roofline, speedups
 from benchmarks.random_shapes import RANDOM
 from benchmarks.tables import console, tables
-from benchmarks.targets import CLAIMS, Outcome, find, judge
+from benchmarks.targets import CLAIMS, Claim, Outcome, find, judge
 from benchmarks.timing import Effort, Refusal, Row, measure
-from benchmarks.workloads import SUITES, Tier, Training, Work, trainings, works
+from benchmarks.workloads import Suite, Tier, Training, Work, select
 
 
 def main() -> None:
@@ -95,20 +96,19 @@ def main() -> None:
 
 
 def _workloads(wanted: Sequence[str], quick: bool, every: bool) -> dict[str, list[Work]]:
-    """Return what the targets name and, if asked for, all else that is not for the full tier only, by suite.
+    """Return what the targets name and, if asked for, all else that is not for the full tier only, by suite."""
 
-    Of programs a quick run takes the small ones, any other run all.
-    """
-    named = find([name for claim in CLAIMS if claim.id in wanted for name in claim.workloads])
-    asked = any(claim.id in wanted for claim in CAPTURE_CLAIMS)
+    def names(claims: Sequence[Claim]) -> list[str]:
+        return list(dict.fromkeys(name for claim in claims if claim.id in wanted for name in claim.workloads))
+
+    named = find(names(CLAIMS))
     suites: dict[str, list[Work]] = {}
-    for suite in SUITES:
-        if suite == Training.suite:
-            suites[suite] = [*(trainings(Tier.QUICK if quick else Tier.FULL) if asked else ())]
-            continue
+    for suite in get_args(Suite):
         own = [workload for workload in named if workload.suite == suite]
-        suites[suite] = list(dict.fromkeys([*(works(suite, Tier.DEFAULT) if every else []), *own]))
-    return suites
+        suites[suite] = list(dict.fromkeys([*(select(suite, Tier.DEFAULT) if every else []), *own]))
+    # The claims name all programs there are.
+    tier = Tier.QUICK if quick else Tier.FULL
+    return {**suites, Training.suite: [Training(name, tier) for name in names(CAPTURE_CLAIMS)]}
 
 
 def _table(outcomes: Sequence[Outcome], title: str) -> Table:

@@ -201,7 +201,7 @@ class Training:
     Attributes:
         name: of the program.
         tier: of the run. torch.compile takes half a minute for a program; it does two in a quick run, all by default,
-            and in its other modes too in a full run.
+            and in a full run the small ones in its other modes too.
     """
 
     name: str

@@ -12,7 +12,7 @@ from torch import Tensor
 import fastmlp
 from benchmarks.contenders.base import Participant, Refused
 from benchmarks.contenders.numerical import start_jax
-from benchmarks.programs import BATCHES, PROGRAMS, Program
+from benchmarks.programs import BATCHES, PROGRAMS, SMALL, Program
 from benchmarks.workloads import Tier, Training
 
 #: Of all contenders' programs, and of what their first calls draw.
@@ -160,7 +160,8 @@ class CompiledMost(CompiledStep):
 
     @classmethod
     def takes(cls, training: Training) -> bool:
-        return training.tier is Tier.FULL
+        """In a full run the small programs, on which a target compares with all modes."""
+        return training.tier is Tier.FULL and training.name in SMALL
 
 
 class CompiledBackward(CompiledStep):
@@ -171,7 +172,8 @@ class CompiledBackward(CompiledStep):
 
     @classmethod
     def takes(cls, training: Training) -> bool:
-        return training.tier is Tier.FULL
+        """In a full run the small programs, on which a target compares with all modes."""
+        return training.tier is Tier.FULL and training.name in SMALL
 
 
 class JaxTrainer(Trainer):
