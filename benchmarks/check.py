@@ -58,7 +58,7 @@ class Estimate(NamedTuple):
 
     def __matmul__(self, other: "Estimate") -> "Estimate":
         (a, a_error, dtype), (b, b_error, _) = self, other
-        error = _growth(a.shape[1], dtype) * (a.abs() @ b.abs())
+        error = growth(a.shape[1], dtype) * (a.abs() @ b.abs())
         if a_error.any() or b_error.any():
             error += (a_error.square() @ b.square() + a.square() @ b_error.square()).sqrt()
         return Estimate(a @ b, error, dtype)
@@ -178,7 +178,7 @@ def _append(tensor: Tensor, value: float) -> Tensor:
     return nn.functional.pad(tensor, (0, 1), value=value)
 
 
-def _growth(terms: int, dtype: torch.dtype) -> float:
+def growth(terms: int, dtype: torch.dtype) -> float:
     """Return the error of a sum, relative to the sum of its terms' magnitudes."""
     return min(terms, SPREAD * sqrt(terms)) * unit(torch.float64 if dtype is torch.float64 else torch.float32)
 
@@ -198,7 +198,7 @@ def _loss(loss: nn.MSELoss | nn.CrossEntropyLoss, output: Estimate, target: Tens
         # p or p - 1.
         carried = 2 * output.error.amax(1, keepdim=True) * grad.abs()
     rounding = ROUNDINGS * unit(output.dtype)
-    error = (grad.abs() * output.error).sum() + (_growth(output.value.numel(), output.dtype) + rounding) * value
+    error = (grad.abs() * output.error).sum() + (growth(output.value.numel(), output.dtype) + rounding) * value
     return Estimate(value, error, output.dtype), Estimate(grad, carried + rounding * grad.abs(), output.dtype)
 
 
@@ -219,7 +219,7 @@ def _physics(workload: Workload) -> dict[str, Estimate]:
         return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
     exact = results(0)
-    noise = _growth(max(workload.net.widths), workload.dtype)
+    noise = growth(max(workload.net.widths), workload.dtype)
     changes = [[(a - b).abs().max() for a, b in zip(results(noise), exact, strict=True)] for _ in range(MOVES)]
     errors = [torch.stack(most).max() for most in zip(*changes, strict=True)]
     names = ["loss", *(f"gradient of {name}" for name in parameters)]

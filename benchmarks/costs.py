@@ -169,16 +169,17 @@ def _use_of_weight_gradient(width: int) -> Use:
 
 def _use(call: Callable[[], Tensor | None]) -> Use:
     torch.set_num_threads(1)
-    before, faults = _resident("VmRSS"), getrusage(RUSAGE_SELF).ru_minflt
+    before, faults = resident("VmRSS"), getrusage(RUSAGE_SELF).ru_minflt
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is what is there now
     result = call()
     faults = getrusage(RUSAGE_SELF).ru_minflt - faults
-    use = Use(_resident("VmHWM") - before, _resident("VmRSS") - before, faults)
+    use = Use(resident("VmHWM") - before, resident("VmRSS") - before, faults)
     del result  # which had to live until now
     return use
 
 
-def _resident(key: str) -> int:
+def resident(key: str) -> int:
+    """Return a number of bytes of /proc/self/status: of "VmRSS" memory that the process has, of "VmHWM" its most."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     (value,) = [line.split()[1] for line in lines if line.startswith(key + ":")]
     return int(value) * 1024

@@ -13,7 +13,7 @@ from matplotlib.axis import Axis
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.contenders import CONTENDERS, OWN, YARDSTICK
+from benchmarks.contenders import NAMES, OWN, YARDSTICK
 from benchmarks.machine import Machine
 from benchmarks.timing import Row
 
@@ -24,8 +24,9 @@ DTYPES = (("float32", "black", "o"), ("bfloat16", "tab:purple", "^"))
 PALETTE = (
     *("tab:gray", "tab:red", "tab:orange", "tab:green", "tab:blue"),
     *("tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black"),
+    *("red", "orange", "silver", "violet", "purple", "indigo"),
 )
-COLORS = dict(zip((kind.name for kind in CONTENDERS), PALETTE, strict=True))
+COLORS = dict(zip(NAMES, PALETTE, strict=True))
 
 
 def roofline(rows: Sequence[Row], machine: Machine, path: Path) -> None:
@@ -65,13 +66,13 @@ def speedups(rows: Sequence[Row], machine: Machine, path: Path) -> None:
     """Draw the speed relative to eager, a line for each workload."""
     workloads = list(dict.fromkeys(row.workload for row in rows))
     figure, axes = plt.subplots(figsize=(10, 2 + 0.18 * len(workloads)), layout="constrained")
-    for kind in reversed(CONTENDERS):  # so that ours lies on top
-        found = [row for row in rows if row.contender == kind.name and kind.name != YARDSTICK]
+    for name in reversed(NAMES):  # so that ours lies on top
+        found = [row for row in rows if row.contender == name and name != YARDSTICK]
         if found:
-            size, marker = (40, "D") if kind.ours else (16, "o")
+            size, marker = (40, "D") if name in OWN else (16, "o")
             places = [workloads.index(row.workload) for row in found]
             ratios = [row.speedup for row in found]
-            axes.scatter(ratios, places, size, COLORS[kind.name], marker=marker, label=kind.name)
+            axes.scatter(ratios, places, size, COLORS[name], marker=marker, label=name)
     axes.axvline(1, color="black", lw=1)
     axes.set(xscale="log", xlabel=f"x {YARDSTICK}", title=str(machine), ylim=(len(workloads), -1))
     _plain(axes.xaxis)

@@ -10,15 +10,16 @@ from typing import get_args
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import costs, data, random_shapes
+from benchmarks import capture_targets, costs, data, random_shapes
+from benchmarks.capture_targets import CAPTURE_CLAIMS
 from benchmarks.contenders import absent, versions
 from benchmarks.machine import describe
 from benchmarks.plots import roofline, speedups
 from benchmarks.random_shapes import RANDOM
 from benchmarks.tables import console, tables
-from benchmarks.targets import CLAIMS, Outcome, find, judge
-from benchmarks.timing import Effort, measure
-from benchmarks.workloads import Suite, Tier, Workload, select
+from benchmarks.targets import CLAIMS, Claim, Outcome, find, judge
+from benchmarks.timing import Effort, Refusal, Row, measure
+from benchmarks.workloads import Suite, Tier, Training, Work, select
 
 
 def main() -> None:
@@ -40,8 +41,10 @@ def main() -> None:
         "P14": lambda: costs.overhead(options.build),
         "P15": lambda: costs.growth(effort),
         "C9": lambda: data.data(effort),
+        **capture_targets.measures(effort),
     }
-    known = [*dict.fromkeys(claim.id for claim in CLAIMS), *measures, RANDOM]
+    claims = (*CLAIMS, *CAPTURE_CLAIMS)
+    known = [*dict.fromkeys(claim.id for claim in claims), *measures, RANDOM]
     wanted = options.only.split(",") if options.only else known
     if unknown := [name for name in wanted if name not in known]:
         parser.error(f"--only takes {', '.join(known)}, got {', '.join(unknown)}")
@@ -51,22 +54,27 @@ def main() -> None:
         out.print(line)
     options.out.mkdir(parents=True, exist_ok=True)
 
-    rows, wrong = [], []
-    for suite, workloads in _workloads(wanted, every=not options.quick and not options.only).items():
-        found = []
+    rows: list[Row] = []
+    refusals: list[Refusal] = []
+    wrong = []
+    for suite, workloads in _workloads(wanted, options.quick, every=not options.quick and not options.only).items():
+        found: list[Row] = []
         for workload in track(workloads, description=suite, console=out, transient=True):
             try:
-                found += measure(workload, machine.threads, effort)
+                measured, refused = measure(workload, machine.threads, effort)
             except AssertionError as error:
                 wrong.append(str(error))
-        for table in tables(found, machine):
+            else:
+                found += measured
+                refusals += refused
+        for table in tables(found, machine, refusals):
             out.print(table)
         rows += found
     if rows:
         roofline(rows, machine, options.out / "roofline.png")
         speedups(rows, machine, options.out / "speedup.png")
 
-    outcomes = list(judge(rows, wanted))
+    outcomes = list(judge(rows, wanted, claims))
     for name in track([name for name in measures if name in wanted], description="costs", console=out, transient=True):
         outcomes += measures[name]()
     if RANDOM in wanted:
@@ -79,6 +87,7 @@ def main() -> None:
         "machine": asdict(machine),
         "versions": versions(),
         "rows": [asdict(row) for row in rows],
+        "refusals": [asdict(refusal) for refusal in refusals],
         "targets": [asdict(outcome) for outcome in outcomes],
     }
     (options.out / "results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -87,14 +96,20 @@ def main() -> None:
         raise SystemExit("\n".join(("results that are wrong, and so have no speed:", *wrong)))
 
 
-def _workloads(wanted: Sequence[str], every: bool) -> dict[Suite, list[Workload]]:
+def _workloads(wanted: Sequence[str], quick: bool, every: bool) -> dict[str, list[Work]]:
     """Return what the targets name and, if asked for, all else that is not for the full tier only, by suite."""
-    named = find([name for claim in CLAIMS if claim.id in wanted for name in claim.workloads])
-    suites: dict[Suite, list[Workload]] = {}
+
+    def names(claims: Sequence[Claim]) -> list[str]:
+        return list(dict.fromkeys(name for claim in claims if claim.id in wanted for name in claim.workloads))
+
+    named = find(names(CLAIMS))
+    suites: dict[str, list[Work]] = {}
     for suite in get_args(Suite):
         own = [workload for workload in named if workload.suite == suite]
         suites[suite] = list(dict.fromkeys([*(select(suite, Tier.DEFAULT) if every else []), *own]))
-    return suites
+    # The claims name all programs there are.
+    tier = Tier.QUICK if quick else Tier.FULL
+    return {**suites, Training.suite: [Training(name, tier) for name in names(CAPTURE_CLAIMS)]}
 
 
 def _table(outcomes: Sequence[Outcome], title: str) -> Table:

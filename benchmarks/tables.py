@@ -1,15 +1,15 @@
 """Figures as tables on a terminal or in a file."""
 
 from collections.abc import Iterator, Sequence
-from typing import get_args
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.contenders import CONTENDERS, OWN, YARDSTICK
+from benchmarks.contenders import NAMES, OWN, YARDSTICK
 from benchmarks.machine import Machine
-from benchmarks.timing import Row
-from benchmarks.workloads import Suite
+from benchmarks.timing import Refusal, Row
+from benchmarks.workloads import SUITES
 
 
 def console() -> Console:
@@ -20,20 +20,28 @@ def console() -> Console:
     return made
 
 
-def tables(rows: Sequence[Row], machine: Machine) -> Iterator[Table]:
-    """Yield a table for each suite, with a line for each workload."""
-    for suite in get_args(Suite):
+def tables(rows: Sequence[Row], machine: Machine, refusals: Sequence[Refusal] = ()) -> Iterator[Table]:
+    """Yield a table for each suite, with a line for each workload, and below it who refused what and why."""
+    for suite in SUITES:
         found = [row for row in rows if row.suite == suite]
         if found:
-            yield _table(found, f"{suite}: {machine}", machine.limits)
+            yield _table(found, f"{suite}: {machine}", _caption(machine, [r for r in refusals if r.suite == suite]))
+
+
+def _caption(machine: Machine, refusals: Sequence[Refusal]) -> str:
+    lines = [f"{machine.limits}; in brackets: share of that peak"]
+    for contender, reason in dict.fromkeys((refusal.contender, refusal.reason) for refusal in refusals):
+        names = [r.workload for r in refusals if (r.contender, r.reason) == (contender, reason)]
+        lines.append(f"{contender} cannot run {', '.join(names)}: {escape(reason)}")
+    return "\n".join(lines)
 
 
 def _table(rows: Sequence[Row], title: str, caption: str) -> Table:
     """Write eager and ours in full, and of the others their speed."""
-    present = [kind.name for kind in CONTENDERS if any(row.contender == kind.name for row in rows)]
+    present = [name for name in NAMES if any(row.contender == name for row in rows)]
     own = [name for name in present if name in OWN]
     peers = [name for name in present if name not in (YARDSTICK, *OWN)]
-    table = Table("workload", title=title, caption=f"{caption}; in brackets: share of that peak")
+    table = Table("workload", title=title, caption=caption, caption_justify="left")
     for name in (YARDSTICK, *own):
         table.add_column(f"{name}, us", justify="right")
         table.add_column("GFLOP/s", justify="right")

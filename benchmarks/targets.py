@@ -92,7 +92,7 @@ def _share(row: Row) -> float:
     return row.share
 
 
-def _over(*others: str) -> Value:
+def over(*others: str) -> Value:
     """Return the function that compares a row with the best of some contenders, or of all but ours if none is named."""
 
     def value(row: Row) -> float | None:
@@ -133,9 +133,9 @@ _SQUARE = ("256x256x256", "512x512x512", "1024x1024x1024", "2048x2048x2048")
 _AWKWARD = ("100x1000x3", "33x257x129", "7x13x17", "65536x3x64", "65536x64x64")
 _NARROW, _WIDE = "narrow b65536", "wide b1024"
 _FUSED = ("onednn", "openvino", "onnxruntime")
-_EAGER, _OVER_EAGER = f"x {YARDSTICK}", _over(YARDSTICK)
-_ORT, _OVER_ORT = "x onnxruntime", _over("onnxruntime")
-_JAX, _OVER_JAX = "x jax", _over("jax")
+_EAGER, _OVER_EAGER = f"x {YARDSTICK}", over(YARDSTICK)
+_ORT, _OVER_ORT = "x onnxruntime", over("onnxruntime")
+_JAX, _OVER_JAX = "x jax", over("jax")
 _PHYSICS = tuple(f"burgers b{batch} physics adam" for batch in (128, 1024))
 _BFLOAT16 = tuple(f"{net} b1024 forward_backward bfloat16" for net in ("mnist", "dlrm", "wide"))
 
@@ -148,9 +148,9 @@ CLAIMS = (
     Claim("P3", "layer, inference, 256", 1.1, _EAGER, _OVER_EAGER, _layers(_SQUARE[0])),
     Claim("P3", "layer, inference, 512 to 2048", 1.2, _EAGER, _OVER_EAGER, _layers(*_SQUARE[1:])),
     Claim(
-        "P3", "layer, inference, 256 to 2048", 1.0, f"x best of {', '.join(_FUSED)}", _over(*_FUSED), _layers(*_SQUARE)
+        "P3", "layer, inference, 256 to 2048", 1.0, f"x best of {', '.join(_FUSED)}", over(*_FUSED), _layers(*_SQUARE)
     ),
-    Claim("P4", "awkward layers, inference", 1.0, "x best peer", _over(), _layers(*_AWKWARD)),
+    Claim("P4", "awkward layers, inference", 1.0, "x best peer", over(), _layers(*_AWKWARD)),
     _frozen("tutorial policy narrow", [1], 2.5, _ORT, _OVER_ORT),
     _frozen("mnist dlrm", [1], 1.5, _ORT, _OVER_ORT),
     _frozen("wide", [1], 1.25, _ORT, _OVER_ORT),
@@ -160,7 +160,7 @@ CLAIMS = (
     _frozen("mnist dlrm wide", [256, 4096], 0.92, PEAK, _share),
     _frozen("policy", [256, 4096], 0.85, PEAK, _share),
     _frozen("narrow", [256, 4096, 65536], 0.85, PEAK, _share),
-    _frozen("tutorial", [256, 4096], 2.0, "x best peer", _over()),
+    _frozen("tutorial", [256, 4096], 2.0, "x best peer", over()),
     _frozen("tutorial", [65536], 5.0, _EAGER, _OVER_EAGER),
     _frozen("tutorial", [65536], 1.9, _JAX, _OVER_JAX),
     Claim("P6", "small networks, inference, batch 1", 4.0, _EAGER, _OVER_EAGER, _small("infer", 1)),
@@ -193,7 +193,7 @@ CLAIMS = (
     _stepped("dlrm wide", 1024, 1.1, _JAX, _OVER_JAX),
     _stepped("dlrm wide", 1024, 1.2, _EAGER, _OVER_EAGER),
     Claim("P9", "narrow network, inference", 1.9, _EAGER, _OVER_EAGER, (f"{_NARROW} infer",)),
-    Claim("P9", "narrow network, inference", 1.15, "x openvino", _over("openvino"), (f"{_NARROW} infer",)),
+    Claim("P9", "narrow network, inference", 1.15, "x openvino", over("openvino"), (f"{_NARROW} infer",)),
     Claim("P9", "narrow network, both passes", 2.1, _EAGER, _OVER_EAGER, (f"{_NARROW} forward_backward",)),
     Claim("P10", "wide network, both passes", 1.2, _EAGER, _OVER_EAGER, (f"{_WIDE} forward_backward",)),
     Claim("P10", "wide network, both passes", 0.91, PEAK, _share, (f"{_WIDE} forward_backward",)),
@@ -223,8 +223,8 @@ def find(names: Sequence[str]) -> list[Workload]:
     return [known[name] for name in dict.fromkeys(names)]
 
 
-def judge(rows: Sequence[Row], ids: Sequence[str]) -> Iterator[Outcome]:
+def judge(rows: Sequence[Row], ids: Sequence[str], claims: Sequence[Claim] = CLAIMS) -> Iterator[Outcome]:
     """Yield the outcomes of the claims with these ids."""
-    for claim in CLAIMS:
+    for claim in claims:
         if claim.id in ids:
             yield claim.outcome({row.workload: row for row in rows if row.contender == claim.contender})

@@ -15,10 +15,13 @@ from statistics import median, quantiles
 from time import perf_counter, process_time
 from typing import Any
 
+import torch
+
 from benchmarks.check import verify
-from benchmarks.contenders import YARDSTICK, Contender, contenders
+from benchmarks.check_training import verify_training
+from benchmarks.contenders import YARDSTICK, Contender, Refused, contenders, trainers
 from benchmarks.machine import describe, dtype_name, multiply_adds
-from benchmarks.workloads import Suite, Workload
+from benchmarks.workloads import Work, Workload
 
 #: Seconds that a sample lasts at least.
 SAMPLE = 1e-3
@@ -75,7 +78,7 @@ class Row:
         ratios: median over the rounds of another contender's time divided by this one's, by the other.
     """
 
-    suite: Suite
+    suite: str
     workload: str
     dtype: str
     contender: str
@@ -89,8 +92,25 @@ class Row:
     ratios: dict[str, float]
 
 
-def measure(workload: Workload, threads: int, effort: Effort) -> list[Row]:
-    """Check all contenders on a workload, then time them.
+@dataclass(frozen=True)
+class Refusal:
+    """One contender that cannot run a workload.
+
+    Attributes:
+        suite: the workload's.
+        workload: its name.
+        contender: its name.
+        reason: in words.
+    """
+
+    suite: str
+    workload: str
+    contender: str
+    reason: str
+
+
+def measure(workload: Work, threads: int, effort: Effort) -> tuple[list[Row], list[Refusal]]:
+    """Check all contenders on a workload, then time those that can run it.
 
     Args:
         workload: what to compute.
@@ -101,11 +121,9 @@ def measure(workload: Workload, threads: int, effort: Effort) -> list[Row]:
         AssertionError: if a result is wrong.
     """
     describe(threads)
-    kinds = contenders(workload)
-    for kind in kinds:
-        verify(kind(workload))
+    calls, refusals = _checked(workload)
     work = multiply_adds(workload.dtype)
-    samples = race({kind.name: kind(workload).call for kind in kinds} | {PEAK: work}, effort)
+    samples = race(calls | {PEAK: work}, effort)
     peak = [work() / seconds for seconds in samples.pop(PEAK)]
     rows = []
     for name, times in samples.items():
@@ -118,7 +136,28 @@ def measure(workload: Workload, threads: int, effort: Effort) -> list[Row]:
         gflops, intensity = workload.flops / seconds / 1e9, workload.flops / workload.bytes
         own = (workload.suite, workload.name, dtype_name(workload.dtype), name)
         rows.append(Row(*own, seconds, gflops, intensity, share, speedup, low, high, ratios))
-    return rows
+    return rows, refusals
+
+
+def _checked(workload: Work) -> tuple[dict[str, Call], list[Refusal]]:
+    """Return the calls of all contenders whose results are right, and who cannot run the workload."""
+    if isinstance(workload, Workload):
+        kinds = contenders(workload)
+        for kind in kinds:
+            verify(kind(workload))
+        return {kind.name: kind(workload).call for kind in kinds}, []
+    calls, refusals = {}, []
+    torch.compiler.reset()  # so that one program's graphs are not looked through for the next one
+    for trainer in trainers(workload):
+        # Checked and timed is the same one, because it may have taken a minute to compile.
+        made = trainer(workload)
+        try:
+            verify_training(made)
+        except Refused as error:
+            refusals.append(Refusal(workload.suite, workload.name, trainer.name, str(error)))
+        else:
+            calls[trainer.name] = made.call
+    return calls, refusals
 
 
 def ratio(others: Sequence[float], own: Sequence[float]) -> float:

@@ -1,18 +1,22 @@
-"""Which products, layers, networks and batches are timed, and how many floating-point operations each takes."""
+"""Which products, layers, networks, batches and programs are timed, and how many operations each takes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from itertools import pairwise
-from math import pi
 from types import ModuleType
-from typing import Literal
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks.machine import dtype_name
+from benchmarks.programs import PROGRAMS, SMALL
+from benchmarks.programs.fields import VISCOSITY
 
 Suite = Literal["products", "layers", "nets", "steps"]
 Task = Literal["product", "infer", "forward_backward", "step", "physics"]
@@ -190,8 +194,58 @@ class Workload:
         return package.Adam(parameters, lr=1e-3)
 
 
-#: Of Burgers' equation, as physics-informed networks are commonly tried on it.
-VISCOSITY = 0.01 / pi
+@dataclass(frozen=True)
+class Training:
+    """A step of one of `benchmarks.programs`.
+
+    Attributes:
+        name: of the program.
+        tier: of the run. torch.compile takes half a minute for a program; it does two in a quick run, all by default,
+            and in a full run the small ones in its other modes too.
+    """
+
+    name: str
+    tier: Tier
+    suite: ClassVar[Literal["programs"]] = "programs"
+    dtype: ClassVar[torch.dtype] = torch.float32
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of the products of matrices, as PyTorch counts them."""
+        return _counts(self.name)[0]
+
+    @property
+    def bytes(self) -> int:
+        """What has to be read or written at least: the batch and all that a step may change, once."""
+        return _counts(self.name)[1]
+
+
+#: What can be timed.
+Work = Workload | Training
+
+#: All suites, in the order of the tables.
+SUITES: tuple[str, ...] = (*get_args(Suite), Training.suite)
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the operations of products. PyTorch's `FlopCounterMode` has hooks that `autograd.grad` refuses."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func.overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+@cache
+def _counts(name: str) -> tuple[int, int]:
+    program = PROGRAMS[name](seed=0)
+    batch = program.inputs(0)
+    with torch.random.fork_rng(devices=[]), _Counter() as counter:
+        program.step(*batch)
+    return counter.total, sum(tensor.nbytes for tensor in (*batch, *program.state().values()))
 
 
 @contextmanager
@@ -353,3 +407,18 @@ def select(suite: Suite, tier: Tier) -> list[Workload]:
     """
     found = {"products": _products, "layers": _layers, "nets": _nets, "steps": _steps}[suite]()
     return [workload for workload in found if workload.tier <= tier]
+
+
+def works(suite: str, tier: Tier) -> Sequence[Work]:
+    """Return what a run of this tier times of one of `SUITES`."""
+    return trainings(tier) if suite == Training.suite else select(cast(Suite, suite), tier)
+
+
+def trainings(tier: Tier) -> list[Training]:
+    """Return the programs of a run of this tier: the small ones in a quick run, else all.
+
+    Example:
+        >>> [training.name for training in trainings(Tier.QUICK)][:2]
+        ['ppo b64', 'dqn b128']
+    """
+    return [Training(name, tier) for name in (SMALL if tier is Tier.QUICK else PROGRAMS)]

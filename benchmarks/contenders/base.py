@@ -11,8 +11,36 @@ from torch import Tensor, nn
 from benchmarks.workloads import Task, Workload, burgers, seeded
 
 
-class Contender(ABC):
-    """One way to run workloads: everything that is not to be timed happens when it is built.
+class Refused(Exception):
+    """A contender cannot run a workload. The text says why, for a reader of the table."""
+
+
+class Participant(ABC):
+    """Something that is timed: everything that is not to be timed happens when it is built from a workload.
+
+    Attributes:
+        name: by which results are known.
+        ours: whether it is fastmlp, whose ways are not each other's peers.
+        packages: without which it is left out.
+    """
+
+    name: ClassVar[str]
+    ours: ClassVar[bool] = False
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
+
+    @classmethod
+    def missing(cls) -> list[str]:
+        """The packages that it needs and that are not installed."""
+        return [package for package in cls.packages if not find_spec(package)]
+
+    @property
+    @abstractmethod
+    def call(self) -> Callable[[], Any]:
+        """What is to be timed."""
+
+
+class Contender(Participant):
+    """One way to run products, layers, networks and their steps.
 
     A contender offers one method for each of its `tasks`. What they return must depend on all that
     they compute, and is a result or a tuple of results, in the order that the method's description
@@ -20,16 +48,10 @@ class Contender(ABC):
     as many as PyTorch has.
 
     Attributes:
-        name: by which results are known.
-        ours: whether it is fastmlp, whose ways are not each other's peers.
-        packages: without which it is left out.
         tasks: what it can do; by default all but "physics", for which gradients have to have gradients.
         dtypes: what it can do it with.
     """
 
-    name: ClassVar[str]
-    ours: ClassVar[bool] = False
-    packages: ClassVar[tuple[str, ...]] = ("torch",)
     tasks: ClassVar[tuple[Task, ...]] = ("product", "infer", "forward_backward", "step")
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
 
@@ -41,14 +63,8 @@ class Contender(ABC):
         """Whether it runs a workload."""
         return workload.task in cls.tasks and workload.dtype in cls.dtypes
 
-    @classmethod
-    def missing(cls) -> list[str]:
-        """The packages that it needs and that are not installed."""
-        return [package for package in cls.packages if not find_spec(package)]
-
     @property
     def call(self) -> Callable[[], Any]:
-        """What is to be timed."""
         calls = {
             "product": self.product,
             "infer": self.infer,

@@ -13,6 +13,12 @@ from benchmarks.contenders.base import Contender, linears, relus
 from benchmarks.workloads import Workload
 
 
+def start_jax() -> None:
+    """Let JAX have PyTorch's number of threads, on the processor; it reads this once, when it starts them."""
+    os.environ.setdefault("NPROC", str(torch.get_num_threads()))
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
 class Jax(Contender):
     """JAX, each task one function under `jax.jit`.
 
@@ -25,9 +31,7 @@ class Jax(Contender):
 
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
-        # Read once, when JAX starts its threads.
-        os.environ.setdefault("NPROC", str(torch.get_num_threads()))
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        start_jax()
         import jax
 
         data = workload.data()

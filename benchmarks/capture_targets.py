@@ -1,0 +1,190 @@
+"""Targets of `fastmlp.capture`: claims on programs, and what is not the speed of one."""
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from statistics import geometric_mean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import fastmlp
+from benchmarks.contenders import YARDSTICK
+from benchmarks.contenders.training import Captured, CapturedUnfused, CompiledBackward, CompiledMost, CompiledStep
+from benchmarks.machine import describe
+from benchmarks.programs import PROGRAMS, SMALL, Program
+from benchmarks.targets import Claim, Outcome, Value, over
+from benchmarks.timing import Effort, Row, race
+
+#: Of a run in which captured programs are compared with eager ones.
+STEPS = 50
+
+#: Calls over which nothing may grow, and bytes that are no growth: pages that the allocator takes once.
+MANY, PAGES = 100_000, 1 << 18
+
+_COMPILED = (CompiledStep.name, CompiledMost.name, CompiledBackward.name)
+_EAGER, _OVER_EAGER = f"x {YARDSTICK}", over(YARDSTICK)
+
+
+class Mean(Claim):
+    """A target that is the geometric mean of a value over all of some workloads."""
+
+    def outcome(self, rows: Mapping[str, Row]) -> Outcome:
+        goal, where = f">= {self.goal:.2f} {self.unit}", f"{len(self.workloads)} programs"
+        values = [self.value(rows[name]) for name in self.workloads if name in rows]
+        found = [value for value in values if value is not None]
+        if len(found) < len(self.workloads):
+            measured = f"not measured: {len(found)} of {len(self.workloads)} have a figure"
+            return Outcome(self.id, self.what, goal, measured, None, where)
+        mean = geometric_mean(found)
+        return Outcome(self.id, self.what, goal, f"{mean:.2f}", mean >= self.goal, where)
+
+
+def _captured(id: str, what: str, goal: float, unit: str, value: Value, names: Sequence[str] = SMALL) -> Claim:
+    return Claim(id, f"captured, {what}", goal, unit, value, tuple(names), Captured.name)
+
+
+CAPTURE_CLAIMS: tuple[Claim, ...] = (
+    _captured("C2", "small steps, each", 2.5, _EAGER, _OVER_EAGER),
+    Mean("C2", "captured, small steps, geometric mean", 4.0, _EAGER, _OVER_EAGER, SMALL, Captured.name),
+    _captured("C2", "no program slower", 1.0, _EAGER, _OVER_EAGER, tuple(PROGRAMS)),
+    Claim("C2", "fuse=False, no program slower", 1.0, _EAGER, _OVER_EAGER, tuple(PROGRAMS), CapturedUnfused.name),
+    _captured("C5", "small steps, each", 1.3, "x best torch.compile", over(*_COMPILED)),
+)
+
+
+def measures(effort: Effort) -> dict[str, Callable[[], Iterator[Outcome]]]:
+    """Return what measures the targets that are not claims, by their ids; nothing without capture."""
+    if Captured.missing():
+        return {}
+    return {"C1": same_bits, "C7": partial(overhead, effort), "C8": memory}
+
+
+def capture(step: Callable[..., Any], fuse: bool = True) -> Callable[..., Any]:
+    """Return `fastmlp.capture` of a function."""
+    library: Any = fastmlp
+    return library.capture(step, fuse=fuse)
+
+
+def same_bits() -> Iterator[Outcome]:
+    """Compare losses, states and generators of captured programs with eager ones, C1."""
+    different = [name for name in PROGRAMS if not _same(name)]
+    measured = f"{len(PROGRAMS) - len(different)} of {len(PROGRAMS)} programs"
+    goal = f"all bits after {STEPS} steps"
+    yield Outcome("C1", "captured with fuse=False", goal, measured, not different, ", ".join(different))
+
+
+def _same(name: str) -> bool:
+    ends = []
+    for captured in (False, True):
+        program = PROGRAMS[name](seed=0)
+        step = capture(program.step, fuse=False) if captured else program.step
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            losses = [step(*program.inputs(i)) for i in range(STEPS)]
+            ends.append({"losses": torch.stack(losses), "generator": torch.get_rng_state(), **program.state()})
+    first, second = ends
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def overhead(effort: Effort) -> Iterator[Outcome]:
+    """Time a call without operations, C7, with the arguments and parameters of PPO."""
+    describe(1)
+    program = PROGRAMS["ppo b64"](seed=0)
+    parameters, inputs = list(program.parameters().values()), program.inputs(0)
+
+    def look(*batch: Tensor) -> None:
+        for tensor in (*batch, *parameters):
+            tensor.view(-1)  # a view, which leaves nothing to do in a replay
+
+    step = capture(look)
+    samples = race({"captured": lambda: step(*inputs)}, effort)["captured"]
+    words = "C7", "a captured call without operations", "<= 3 us"
+    seconds = median(samples)
+    where = f"{len(inputs)} arguments, {len(parameters)} parameters"
+    yield Outcome(*words, f"{seconds * 1e6:.2f} us", seconds <= 3e-6, where)
+
+
+def memory() -> Iterator[Outcome]:
+    """Measure memory, C8, each case in a process of its own."""
+    shares = {}
+    for name in PROGRAMS:
+        kept, peak = (_alone(measure, name) for measure in (_kept_by_capture, _peak_of_eager))
+        shares[name] = kept / peak
+    worst = max(shares, key=lambda name: shares[name])
+    met = sum(share <= 1 for share in shares.values())
+    measured = f"{shares[worst]:.2f}, {met} of {len(shares)} met"
+    words = "C8", "what a captured step keeps, over eager's peak in a step"
+    yield Outcome(*words, "<= 1.00", measured, met == len(shares), worst)
+    name = "tutorial sgd b32"
+    grown = _alone(_grown, name)
+    words = "C8", f"growth over {MANY:,} calls"
+    yield Outcome(*words, f"<= {PAGES >> 10} KiB", f"{grown / 1024:.0f} KiB", grown <= PAGES, name)
+
+
+def _alone(measure: Callable[[str], int], name: str) -> int:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measure, name).result()
+
+
+def _peak_of_eager(name: str) -> int:
+    """Return the most bytes that PyTorch's allocator gave out within a step, beyond those before it."""
+    program = PROGRAMS[name](seed=0)
+    for i in range(2):
+        program.step(*program.inputs(i))
+    batch = program.inputs(2)
+    return _allocated(lambda: program.step(*batch))[0]
+
+
+def _kept_by_capture(name: str) -> int:
+    """Return the bytes that a captured step holds after four calls, beyond what eager holds."""
+
+    def held(program: Program, step: Callable[..., Any]) -> int:
+        given = [program.inputs(i) for i in range(4)]
+
+        def steps() -> None:
+            for batch in given:
+                step(*batch)
+            gc.collect()
+
+        return _allocated(steps)[1]
+
+    program = PROGRAMS[name](seed=0)
+    eager = held(program, program.step)
+    program = PROGRAMS[name](seed=0)
+    return held(program, capture(program.step)) - eager
+
+
+def _allocated(call: Callable[[], Any]) -> tuple[int, int]:
+    """Return the most bytes that PyTorch's allocator of the CPU gave out in a call, and those that it has not back."""
+    torch.set_num_threads(1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+        del result
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    total = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        most = max(most, total)
+    return most, total
+
+
+def _grown(name: str) -> int:
+    """Return by how many bytes the process grows over many captured calls."""
+    from benchmarks.costs import resident
+
+    torch.set_num_threads(1)
+    program = PROGRAMS[name](seed=0)
+    step, batch = capture(program.step), program.inputs(0)
+    for _ in range(MANY // 100):
+        step(*batch)
+    gc.collect()
+    before = resident("VmRSS")
+    for _ in range(MANY):
+        step(*batch)
+    gc.collect()
+    return resident("VmRSS") - before
