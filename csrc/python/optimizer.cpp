@@ -59,7 +59,7 @@ const NamedRule& named_rule(int rule) {
 
 PyObject* entry(PyObject* group, PyObject* name) {
   if (!PyDict_Check(group)) {
-    throw py::type_error(std::string("fastmlp: a group of the optimizer's param_groups is a ") +
+    throw py::type_error(std::string("fastmlp: a group of the optimizer's param_groups is of type ") +
                          Py_TYPE(group)->tp_name + ", expected a dictionary");
   }
   PyObject* found = item(group, name);
@@ -80,7 +80,7 @@ std::optional<double> number_in(PyObject* object) {
 c10::ArrayRef<PyObject*> items(PyObject* sequence) {
   if (!PyList_Check(sequence) && !PyTuple_Check(sequence)) {
     throw py::type_error(std::string("fastmlp: param_groups, params and betas of an optimizer must be lists or tuples, "
-                                     "got a ") +
+                                     "got ") +
                          Py_TYPE(sequence)->tp_name);
   }
   return items_of(sequence);
@@ -225,8 +225,8 @@ OptimizerStep::OptimizerStep(const py::handle& optimizer, int rule, GradOf grad_
   const py::object attributes = attributes_of(optimizer.ptr());
   state_ = py::reinterpret_borrow<py::object>(entry(attributes.ptr(), names().state));
   if (!PyDict_Check(state_.ptr())) {
-    throw py::type_error(std::string("fastmlp: the state of the optimizer is a ") + Py_TYPE(state_.ptr())->tp_name +
-                         ", expected a dictionary");
+    throw py::type_error(std::string("fastmlp: the state of the optimizer is of type ") +
+                         Py_TYPE(state_.ptr())->tp_name + ", expected a dictionary");
   }
   States states(state_.ptr());
   for (PyObject* dict : items(groups_of(attributes.ptr()))) {
