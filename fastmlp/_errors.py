@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["described", "nearest", "not_a_child", "not_a_module", "not_a_tensor", "place_of"]
+__all__ = ["described", "nearest", "not_a_child", "not_a_module", "not_a_tensor", "place_of", "shortened"]
 
 
 def described(value: Any) -> str:
@@ -23,14 +23,20 @@ def described(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return "nested Tensor" if value.is_nested else f"{type(value).__name__} of shape {list(value.shape)}"
     if isinstance(value, (bool, int, float, complex, str)):
-        text = _shortened(value)
+        text = shortened(value)
         return f"{type(value).__name__} {text}"
     if callable(value) and hasattr(value, "__name__"):
         return f"{type(value).__name__} {value.__name__}"
     return type(value).__name__
 
 
-def _shortened(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """What a value looks like in Python, or what fits into a line of it.
+
+    Example:
+        >>> shortened(0.5), shortened("a" * 80)[-6:], shortened(10**400)
+        ('0.5', 'aaa...', 'of 1329 bits')
+    """
     if isinstance(value, int) and abs(value) >= 1 << 64:
         return f"of {value.bit_length()} bits"  # Python refuses to print the longest
     text = repr(value)

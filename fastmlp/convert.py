@@ -145,7 +145,7 @@ def revert(model: M) -> M:
     for name, module in converted.items():
         if plain_class(type(module)) is None:
             raise ValueError(
-                f"fastmlp: {name or 'model'} has become a {type(module).__name__} since it was converted, of which no "
+                f"fastmlp: {name or 'model'} was converted and is of type {type(module).__name__} by now, of which no "
                 "torch.nn module can be made; take off what was put on it first"
             )
         if isinstance(module, Linear) and module.activation != IDENTITY:

@@ -48,7 +48,7 @@ def explain(target: nn.Module | Tensor, input: Tensor | None = None) -> Route:
         themselves; the reason names each.
 
     Raises:
-        TypeError: if there is no input tensor, or `target` is another module.
+        TypeError: if there is no input tensor or there are two, or `target` is another module.
         RuntimeError: as the call would on the direct route, for shapes or dtypes that do not belong together.
 
     Example:
@@ -60,6 +60,11 @@ def explain(target: nn.Module | Tensor, input: Tensor | None = None) -> Route:
         Route(name='children', reason='1: LayerNorm is not a module that is fused')
     """
     if isinstance(target, Tensor):
+        if input is not None:
+            raise TypeError(
+                f"fastmlp: target is a tensor, which is the input itself, and input was given too, {described(input)}; "
+                "pass one of them, or the module that is called as target"
+            )
         return _route(target, None)
     if not isinstance(target, (Linear, Sequential)):
         expected = "a fastmlp.Linear, a fastmlp.Sequential or a tensor"

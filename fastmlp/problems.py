@@ -4,6 +4,7 @@ Called by `fastmlp/training.py`, which reads here too what it can train: csrc/co
 losses and optimizers there are, and what is read of them.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.loss import _Loss
 
 from fastmlp import optim
+from fastmlp._errors import shortened
 from fastmlp._load import _C
 from fastmlp.chain import Link, Uncompared, links
 from fastmlp.hooks import has_hooks
@@ -192,7 +194,7 @@ def _loss_problems(loss_fn: nn.Module) -> list[str]:
         return [f"loss_fn is the class {loss_fn.__name__}, expected an instance of it: {loss_fn.__name__}()"]
     if kind not in LOSSES:
         expected = ", ".join(loss.__name__ for loss in LOSSES)
-        return [f"loss_fn is a {kind.__name__}, expected exactly one of torch.nn's {expected}"]
+        return [f"loss_fn is of type {kind.__name__}, expected exactly one of torch.nn's {expected}"]
     assert isinstance(loss_fn, _Loss)
     found = []
     if kind.forward is not FORWARDS[kind] or "forward" in loss_fn.__dict__:
@@ -210,11 +212,13 @@ def _loss_problems(loss_fn: nn.Module) -> list[str]:
         name, least, most, expected = description.number
         number = getattr(loss_fn, name)
         if not (isinstance(number, (int, float)) and least <= number <= most):
-            found.append(f"loss_fn has the {name} {number!r}, expected {expected}")
+            found.append(f"loss_fn has the {name} {shortened(number)}, expected {expected}")
+        elif isinstance(number, int) and number > sys.float_info.max:
+            found.append(f"loss_fn has the {name} {shortened(number)}, expected a number that a float can hold")
     if description.index is not None:
         index = getattr(loss_fn, description.index)
         if not (isinstance(index, int) and -(2**63) <= index < 2**63):
-            found.append(f"loss_fn has the {description.index} {index!r}, expected an integer of 64 bits")
+            found.append(f"loss_fn has the {description.index} {shortened(index)}, expected an integer of 64 bits")
     for name in ("weight", "pos_weight"):
         if hasattr(loss_fn, name) and name not in loss_fn._buffers:
             found.append(f"the {name} of loss_fn is not a buffer, expected a buffer or None")
@@ -237,7 +241,7 @@ def _optimizer_problems(optimizer: torch.optim.Optimizer) -> list[str]:
     if kind not in OPTIMIZERS:
         *names, last = optim.RULES
         expected = f"exactly an {', '.join(names)} or {last} of torch.optim or fastmlp.optim"
-        return [f"optimizer is a {kind.__name__}, expected {expected}"]
+        return [f"optimizer is of type {kind.__name__}, expected {expected}"]
     found = [
         f"group {i} of optimizer is {name}"
         for i, group in enumerate(optimizer.param_groups)

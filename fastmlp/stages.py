@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmlp import reference
-from fastmlp._errors import place_of
+from fastmlp._errors import described, place_of
 from fastmlp._load import _C
 from fastmlp.activations import DEFAULTS, IDENTITY, Activation, resolve
 from fastmlp.chain import Link, links
@@ -107,7 +107,7 @@ class Stage:
 
 def _tensor(name: str, tensor: Tensor | None, device: torch.device | None = None) -> Tensor:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"fastmlp: {name} is a {type(tensor).__name__}, expected a tensor")
+        raise TypeError(f"fastmlp: {name} must be a torch.Tensor, got {described(tensor)}")
     obstacle = _C.device_obstacle(str(tensor.device))
     if obstacle is not None:
         raise RuntimeError(f"fastmlp: {name} is on {tensor.device}, and {obstacle}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastmlp._errors import described
 from fastmlp._load import _C
 
 _ops = torch.ops.fastmlp_cuda
@@ -38,6 +39,7 @@ def autotune(path: str | os.PathLike[str] | None = None) -> Iterator[None]:
         path: the file; `default_path()` if None.
 
     Raises:
+        TypeError: if `path` is of another type.
         RuntimeError: if there is no GPU, or this build has no kernels for it.
         ValueError: if the file is not one of choices.
 
@@ -49,6 +51,8 @@ def autotune(path: str | os.PathLike[str] | None = None) -> Iterator[None]:
         ...         loss = model(torch.randn(512, 784, device="cuda")).sum()
         ...         loss.backward()
     """
+    if path is not None and not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"fastmlp: path must be a str, an os.PathLike or None, got {described(path)}")
     # Of the build first, then of the card.
     if obstacle := _C.device_obstacle("cuda"):
         raise RuntimeError(f"fastmlp: autotune needs CUDA kernels, and {obstacle}")

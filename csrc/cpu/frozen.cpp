@@ -40,10 +40,10 @@ const char* InputRows::row(int64_t i) const {
 
 namespace {
 
-template <class S> class Packed final : public FrozenNetwork {
+template <class S> class Packed final : public PackedNetwork {
  public:
   Packed(const KernelTable& table, const Network& network, bool float32_ends)
-      : FrozenNetwork(table, network, float32_ends),
+      : PackedNetwork(table, network, float32_ends),
         packed(kernels_of<S>(table), network),
         rows_form(table, packed, float32_ends),
         columns_form(table, packed, float32_ends, rows_form),
@@ -93,7 +93,7 @@ template <class S> class Packed final : public FrozenNetwork {
 
 }  // namespace
 
-FrozenNetwork::FrozenNetwork(const KernelTable& table, const Network& network, bool float32_ends)
+PackedNetwork::PackedNetwork(const KernelTable& table, const Network& network, bool float32_ends)
     : table_(table), dtype_(network.dtype), float32_ends_(float32_ends) {
   for (const Layer& layer : network.layers) {
     layers_.push_back({layer.in_features, layer.out_features, layer.bias.data != nullptr, layer.activation});
@@ -101,14 +101,14 @@ FrozenNetwork::FrozenNetwork(const KernelTable& table, const Network& network, b
   }
 }
 
-std::shared_ptr<const FrozenNetwork> FrozenNetwork::pack(const KernelTable& table, const Network& network,
+std::shared_ptr<const PackedNetwork> PackedNetwork::pack(const KernelTable& table, const Network& network,
                                                          bool float32_ends) {
-  return with_storage(network.dtype, [&](auto storage) -> std::shared_ptr<const FrozenNetwork> {
+  return with_storage(network.dtype, [&](auto storage) -> std::shared_ptr<const PackedNetwork> {
     return std::make_shared<Packed<decltype(storage)>>(table, network, float32_ends);
   });
 }
 
-std::shared_ptr<const FrozenNetwork> FrozenNetwork::packed_for(const KernelTable& table) const {
+std::shared_ptr<const PackedNetwork> PackedNetwork::packed_for(const KernelTable& table) const {
   constexpr int64_t most_bytes = sizeof(double);
   Network network;
   network.dtype = dtype_;

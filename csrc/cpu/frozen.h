@@ -43,18 +43,18 @@ struct FrozenLayer {
   ActivationSpec activation;
 };
 
-class FrozenNetwork {
+class PackedNetwork {
  public:
   // Packs the layers of a network, whose rows and input are ignored, for an instruction set. Biases are of the type
   // that the dtype is computed in. With `float32_ends`, for bfloat16 alone, input and output are float32.
-  static std::shared_ptr<const FrozenNetwork> pack(const KernelTable& table, const Network& network, bool float32_ends);
-  virtual ~FrozenNetwork() = default;
+  static std::shared_ptr<const PackedNetwork> pack(const KernelTable& table, const Network& network, bool float32_ends);
+  virtual ~PackedNetwork() = default;
 
   // `output` has rows without gaps.
   virtual void run(const InputRows& input, void* output, int threads) const = 0;
   // For each layer its weight, [out_features, in_features] without gaps, and its bias, unless null.
   virtual void unpack(size_t layer, void* weight, void* bias) const = 0;
-  std::shared_ptr<const FrozenNetwork> packed_for(const KernelTable& table) const;
+  std::shared_ptr<const PackedNetwork> packed_for(const KernelTable& table) const;
 
   const KernelTable& table() const { return table_; }
   DType dtype() const { return dtype_; }
@@ -67,7 +67,7 @@ class FrozenNetwork {
   int64_t bytes() const { return bytes_; }
 
  protected:
-  FrozenNetwork(const KernelTable& table, const Network& network, bool float32_ends);
+  PackedNetwork(const KernelTable& table, const Network& network, bool float32_ends);
 
   const KernelTable& table_;
   const DType dtype_;

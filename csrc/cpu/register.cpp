@@ -74,13 +74,11 @@ void update_all(const std::vector<Update>& updates, c10::Device) { update(update
 
 // Frozen networks.
 
-using Packed = cpu::FrozenNetwork;
-
 // A network of frozen.h behind the interface of all devices.
-class PackedNetwork final : public fastmlp::FrozenNetwork {
+class HostNetwork final : public FrozenNetwork {
  public:
-  PackedNetwork(Form form, std::shared_ptr<const Packed> packed)
-      : fastmlp::FrozenNetwork(std::move(form)), packed_(std::move(packed)) {}
+  HostNetwork(Form form, std::shared_ptr<const PackedNetwork> packed)
+      : FrozenNetwork(std::move(form)), packed_(std::move(packed)) {}
 
   at::Tensor empty(at::IntArrayRef sizes) const override { return allocate(sizes, form().end_dtype); }
 
@@ -102,21 +100,21 @@ class PackedNetwork final : public fastmlp::FrozenNetwork {
     return all;
   }
 
-  std::shared_ptr<fastmlp::FrozenNetwork> renewed() const override {
+  std::shared_ptr<FrozenNetwork> renewed() const override {
     const KernelTable& now = active();
     if (&packed_->table() == &now) return nullptr;
     auto packed = packed_->packed_for(now);
     Form changed = form();
     changed.bytes = packed->bytes();
-    return std::make_shared<PackedNetwork>(std::move(changed), std::move(packed));
+    return std::make_shared<HostNetwork>(std::move(changed), std::move(packed));
   }
 
  private:
-  const std::shared_ptr<const Packed> packed_;
+  const std::shared_ptr<const PackedNetwork> packed_;
 };
 
-std::shared_ptr<fastmlp::FrozenNetwork> freeze(const Stack& stack, const fastmlp::FrozenNetwork::Parameters& parameters,
-                                               bool float32_ends) {
+std::shared_ptr<FrozenNetwork> freeze(const Stack& stack, const FrozenNetwork::Parameters& parameters,
+                                      bool float32_ends) {
   const auto& [weights, biases] = parameters;
   const at::ScalarType dtype = weights.front().scalar_type();
   Network network;
@@ -130,8 +128,8 @@ std::shared_ptr<fastmlp::FrozenNetwork> freeze(const Stack& stack, const fastmlp
     layer.activation = stack.activation(l);
     if (biases[l]) layer.bias = {biases[l]->data_ptr(), biases[l]->stride(0)};
   }
-  auto packed = Packed::pack(active(), network, float32_ends);
-  PackedNetwork::Form form{
+  auto packed = PackedNetwork::pack(active(), network, float32_ends);
+  HostNetwork::Form form{
       .layers = stack.specs().vec(),
       .features = features_of(weights),
       .device = weights.front().device(),
@@ -141,7 +139,7 @@ std::shared_ptr<fastmlp::FrozenNetwork> freeze(const Stack& stack, const fastmlp
       .takes_arrays = true,
       .multiply_adds = packed->multiply_adds(),
   };
-  return std::make_shared<PackedNetwork>(std::move(form), std::move(packed));
+  return std::make_shared<HostNetwork>(std::move(form), std::move(packed));
 }
 
 // Instruction sets.

@@ -138,7 +138,7 @@ PyObject* call_checked(PyObject* self, PyObject* args, PyObject* kwargs) {
   follow(self, state);
   const Call call(state);
   const auto of_same_kind = [&](bool same) {
-    TORCH_CHECK_TYPE(!out || same, "fastmlp: out is a ", Py_TYPE(out)->tp_name, ", expected the kind of input, ",
+    TORCH_CHECK_TYPE(!out || same, "fastmlp: out is of type ", Py_TYPE(out)->tp_name, ", expected the kind of input, ",
                      Py_TYPE(input)->tp_name);
   };
   if (THPVariable_Check(input)) {

@@ -64,14 +64,27 @@ uint64_t changes_of(PyObject* dict) {
 #endif
 }
 
+// The same of a class and its bases together. 0 also after a change, until something is looked up in the class.
+uint64_t changes_of(PyTypeObject* type) {
+#if PY_VERSION_HEX < 0x030C0000
+  return PyType_HasFeature(type, Py_TPFLAGS_VALID_VERSION_TAG) ? type->tp_version_tag : 0;
+#else
+  return 0;
+#endif
+}
+
 }  // namespace
 
 bool Watch::Seen::is(PyObject* dict) const { return changes_ != 0 && changes_of(dict) == changes_; }
 void Watch::Seen::set(PyObject* dict) { changes_ = changes_of(dict); }
 
-bool Watch::Class::is_as_it_was() const {
+bool Watch::Class::is_as_it_was() {
   auto* const own = reinterpret_cast<PyTypeObject*>(type.ptr());
-  return _PyType_Lookup(own, names().forward) == forward.ptr() && _PyType_Lookup(own, names().call) == call.ptr();
+  if (changes != 0 && changes_of(own) == changes) return true;
+  if (_PyType_Lookup(own, names().forward) != forward.ptr() || _PyType_Lookup(own, names().call) != call.ptr())
+    return false;
+  changes = changes_of(own);
+  return true;
 }
 
 Watch::Value::Value(py::object name, PyObject* object) : name(std::move(name)) {
@@ -196,7 +209,7 @@ bool Watch::holds_children_as_they_were(size_t parent) {
 Watch::Finding Watch::look() { return look(true); }
 
 Watch::Finding Watch::look(bool values) {
-  if (is_watched() || !std::all_of(classes_.begin(), classes_.end(), [](const Class& c) { return c.is_as_it_was(); }))
+  if (is_watched() || !std::all_of(classes_.begin(), classes_.end(), [](Class& c) { return c.is_as_it_was(); }))
     return Finding::other_modules;
   for (size_t i = 0; i < modules_.size(); i++) {
     Module& m = modules_[i];

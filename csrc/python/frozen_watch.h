@@ -52,7 +52,8 @@ class Watch {
   // A class of modules, and how it computes.
   struct Class {
     py::object type, forward, call;
-    bool is_as_it_was() const;
+    uint64_t changes = 0;  // of the class, when its methods were looked up last
+    bool is_as_it_was();
   };
   struct Value {
     py::object name;

@@ -28,8 +28,10 @@ py::object attributes_of(PyObject* object) {
 std::optional<double> number_of(PyObject* object) {
   if (!object || !(PyFloat_Check(object) || PyLong_Check(object))) return std::nullopt;
   const double value = PyFloat_AsDouble(object);
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
+  if (value != -1 || !PyErr_Occurred()) return value;
+  if (!PyErr_ExceptionMatches(PyExc_OverflowError)) throw py::error_already_set();
+  PyErr_Clear();
+  return std::nullopt;
 }
 
 std::optional<int64_t> integer_of(PyObject* object) {

@@ -63,7 +63,7 @@ py::object attributes_of(PyObject* object);
 // Whether a dictionary holds anything; a null pointer and other objects do not.
 inline bool filled(PyObject* dict) { return dict && PyDict_Check(dict) && PyDict_GET_SIZE(dict) > 0; }
 
-// A float or an int; none for a null pointer and all else. Raises for an int that no float can hold.
+// A float, or an int that a float can hold; none for a null pointer and all else.
 std::optional<double> number_of(PyObject* object);
 // An int of 64 bits; none for a null pointer and all else.
 std::optional<int64_t> integer_of(PyObject* object);

@@ -59,7 +59,7 @@ const NamedRule& named_rule(int rule) {
 
 PyObject* entry(PyObject* group, PyObject* name) {
   if (!PyDict_Check(group)) {
-    throw py::type_error(std::string("fastmlp: a group of the optimizer's param_groups is a ") +
+    throw py::type_error(std::string("fastmlp: a group of the optimizer's param_groups is of type ") +
                          Py_TYPE(group)->tp_name + ", expected a dictionary");
   }
   PyObject* found = item(group, name);
@@ -80,7 +80,7 @@ std::optional<double> number_in(PyObject* object) {
 c10::ArrayRef<PyObject*> items(PyObject* sequence) {
   if (!PyList_Check(sequence) && !PyTuple_Check(sequence)) {
     throw py::type_error(std::string("fastmlp: param_groups, params and betas of an optimizer must be lists or tuples, "
-                                     "got a ") +
+                                     "got ") +
                          Py_TYPE(sequence)->tp_name);
   }
   return items_of(sequence);
@@ -116,11 +116,9 @@ class States {
   bool in_order_ = true;
 };
 
-// Whether elements of the same index lie at the same place, on the same device. The stride of a dimension of size 1 is
-// never used, and may be anything; so may all strides of a tensor without elements.
+// Whether elements of the same index of two tensors of one shape lie at the same place. The stride of a dimension of
+// size 1 is never used, and may be anything; so may all strides of a tensor without elements.
 bool lies_like(const at::Tensor& tensor, const at::Tensor& like) {
-  if (tensor.scalar_type() != like.scalar_type() || tensor.device() != like.device() || tensor.sizes() != like.sizes())
-    return false;
   if (tensor.strides() == like.strides() || like.numel() == 0) return true;
   for (int64_t d = 0; d < like.dim(); d++) {
     if (like.size(d) != 1 && tensor.stride(d) != like.stride(d)) return false;
@@ -195,7 +193,7 @@ struct OptimizerStep::Group {
   const NamedRule& rule;
   UpdateSpec spec;
   bool fits = true;
-  double largest = 0;  // of the numbers, by magnitude
+  double largest = 0;  // a bound of the magnitudes of the numbers, and of 1 less each
 
   Group(PyObject* group, int kind) : rule(named_rule(kind)) {
     spec.rule = kind;
@@ -227,8 +225,8 @@ struct OptimizerStep::Group {
     const std::optional<double> found = number_in(object);
     spec.*place = found.value_or(0);
     fits = fits && found;
-    // Formulas have 1 less the number, too.
-    largest = larger(larger(largest, spec.*place), 1 - spec.*place);
+    // Formulas have 1 less the number, too, whose magnitude is at most this.
+    largest = larger(largest, 1 + std::abs(spec.*place));
   }
 };
 
@@ -242,16 +240,22 @@ OptimizerStep::OptimizerStep(const py::handle& optimizer, int rule, GradOf grad_
   const py::object attributes = attributes_of(optimizer.ptr());
   state_ = py::reinterpret_borrow<py::object>(entry(attributes.ptr(), names().state));
   if (!PyDict_Check(state_.ptr())) {
-    throw py::type_error(std::string("fastmlp: the state of the optimizer is a ") + Py_TYPE(state_.ptr())->tp_name +
-                         ", expected a dictionary");
+    throw py::type_error(std::string("fastmlp: the state of the optimizer is of type ") +
+                         Py_TYPE(state_.ptr())->tp_name + ", expected a dictionary");
   }
   States states(state_.ptr());
   for (PyObject* dict : items(groups_of(attributes.ptr()))) {
     const Group group(dict, rule);
-    for (PyObject* parameter : items(entry(dict, names().params))) {
-      const at::Tensor grad = grad_of(parameter);
+    const c10::ArrayRef<PyObject*> parameters = items(entry(dict, names().params));
+    if (updates_.empty()) {
+      // Most optimizers have one group.
+      updates_.reserve(parameters.size());
+      grads_.reserve(parameters.size());
+    }
+    for (PyObject* parameter : parameters) {
+      at::Tensor grad = grad_of(parameter);
       if (!grad.defined()) continue;
-      if (!group.fits || !add(group, parameter, grad, states.find(parameter))) left_.push_back(parameter);
+      if (!group.fits || !add(group, parameter, std::move(grad), states.find(parameter))) left_.push_back(parameter);
     }
   }
   repeats_ = !states.in_order() && some_stands_twice(optimizer);
@@ -260,15 +264,19 @@ OptimizerStep::OptimizerStep(const py::handle& optimizer, int rule, GradOf grad_
 // That of the parameter's state, or a new one; null if it does not lie like the parameter.
 const at::Tensor* OptimizerStep::state_tensor(PyObject* parameter, PyObject* state, PyObject* name,
                                               const at::Tensor& like, bool zero) {
-  PyObject* found = state ? item(state, name) : nullptr;
+  // Torch makes all states of a rule that counts at once, of zeros, and misses what is gone later.
+  PyObject* const found = !state ? nullptr : zero ? entry(state, name) : item(state, name);
   if (!found || found == Py_None) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
     return &missing_.emplace_back(Missing{parameter, name, zero ? at::zeros_like(like) : at::empty_like(like)}).tensor;
   }
   if (!THPVariable_Check(found) || !is_plain(found)) return nullptr;
   const at::Tensor& tensor = THPVariable_Unpack(found);
   TORCH_CHECK(tensor.sizes() == like.sizes(), "fastmlp: the optimizer's state ", py::str(name).cast<std::string>(),
               " has shape ", tensor.sizes(), ", expected that of its parameter, ", like.sizes());
-  return lies_like(tensor, like) && may_be_written(tensor) ? &tensor : nullptr;
+  const bool fits = tensor.scalar_type() == like.scalar_type() && tensor.device() == like.device() &&
+                    lies_like(tensor, like) && may_be_written(tensor);
+  return fits ? &tensor : nullptr;
 }
 
 // The count of a parameter's steps: that of its state, or a new one; null if we cannot count with it.
@@ -276,6 +284,7 @@ const at::Tensor* OptimizerStep::counter_of(const Group& group, PyObject* parame
   if (!state) {
     const bool wide = !group.spec.fused && at::typeMetaToScalarType(at::get_default_dtype()) == at::kDouble;
     const auto options = at::TensorOptions(wide ? at::kDouble : at::kFloat).device(host);
+    const at::AutoDispatchBelowADInplaceOrView guard;
     return &missing_.emplace_back(Missing{parameter, names().step, at::zeros({}, options)}).tensor;
   }
   PyObject* const step = entry(state, names().step);
@@ -289,18 +298,15 @@ bool OptimizerStep::add_states(const Group& group, PyObject* parameter, PyObject
                                Update& update) {
   const NamedRule& rule = group.rule;
   const RuleInfo& info = rule.info;
-  // Torch makes all states of a rule that counts at once, and misses what is gone later.
-  if (info.counts && state && PyDict_GET_SIZE(state) == 0) state = nullptr;
-  const at::Tensor* const counter = info.counts ? counter_of(group, parameter, state) : nullptr;
-  const auto exists = [&](size_t i) { return !info.states[i].exists || info.states[i].exists(group.spec); };
-  if (info.counts && state) {
-    for (size_t i = 0; i < rule.states.size() && rule.states[i]; i++) {
-      if (exists(i)) entry(state, rule.states[i]);
-    }
+  if (info.counts) {
+    if (state && PyDict_GET_SIZE(state) == 0) state = nullptr;
+    const at::Tensor* const counter = counter_of(group, parameter, state);
+    if (!counter) return false;
+    if (info.at_step) info.at_step(update.spec, read_counter(*counter) + 1);
+    counters_.push_back(*counter);
   }
-  if (info.counts && !counter) return false;
   for (size_t i = 0; i < rule.states.size() && rule.states[i]; i++) {
-    if (!exists(i)) continue;
+    if (info.states[i].exists && !info.states[i].exists(group.spec)) continue;
     const size_t missing = missing_.size();
     const at::Tensor* const tensor = state_tensor(parameter, state, rule.states[i], like, info.counts);
     if (!tensor) return false;
@@ -308,13 +314,11 @@ bool OptimizerStep::add_states(const Group& group, PyObject* parameter, PyObject
     update.state[i] = tensor->data_ptr();
     written_.push_back(*tensor);
   }
-  if (counter) counters_.push_back(*counter);
-  if (info.at_step) info.at_step(update.spec, read_counter(*counter) + 1);
   return true;
 }
 
 // False, and nothing added, if the kernels cannot take it.
-bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tensor& grad, PyObject* state) {
+bool OptimizerStep::add(const Group& group, PyObject* parameter, at::Tensor grad, PyObject* state) {
   if (!is_plain(parameter)) return false;
   const at::Tensor& p = THPVariable_Unpack(parameter);
   if (updates_.empty() ? !has_updates(p.device()) : p.device() != device_) return false;
@@ -322,26 +326,25 @@ bool OptimizerStep::add(const Group& group, PyObject* parameter, const at::Tenso
   if (!dtype || p.is_inference() || !p.is_non_overlapping_and_dense() || !is_plain(grad) ||
       grad.device() != p.device() || grad.scalar_type() != p.scalar_type() || grad.sizes() != p.sizes())
     return false;
-  Update update;
+  Update& update = updates_.emplace_back();
   update.dtype = *dtype;
   update.n = p.numel();
   update.parameter = p.data_ptr();
   update.spec = group.spec;
   const size_t missing = missing_.size(), written = written_.size(), counters = counters_.size();
-  const at::AutoDispatchBelowADInplaceOrView guard;
   update.grad = grad.const_data_ptr();
   const bool fits = add_states(group, parameter, state, p, update);
   // Torch raises for numbers that the dtype cannot hold.
   if (!fits || larger(group.largest, update.spec.step_size) > largest_of(*dtype)) {
+    updates_.pop_back();
     written_.shrink(written);
     counters_.shrink(counters);
     missing_.erase(missing_.begin() + std::ptrdiff_t(missing), missing_.end());
     return false;
   }
   written_.push_back(p);
-  if (!lies_like(grad, p)) strays_.emplace_back(updates_.size(), parameter);
-  grads_.push_back(grad);
-  updates_.push_back(update);
+  if (!lies_like(grad, p)) strays_.emplace_back(grads_.size(), parameter);
+  grads_.push_back(std::move(grad));
   device_ = p.device();
   return true;
 }
@@ -382,10 +385,19 @@ void for_each_parameter(const py::handle& optimizer, c10::function_ref<void(PyOb
   }
 }
 
+// As is_step_watched, of an optimizer with these attributes.
+static bool is_watched_by(PyObject* attributes) {
+  if (std::any_of(hooks_of_all.begin(), hooks_of_all.end(), filled)) return true;
+  if (torch::profiler::impl::profilerEnabled() || !no_mode_is_active()) return true;
+  const auto has = [&](PyObject* name) { return item(attributes, name) != nullptr; };
+  return std::any_of(names().step_hooks.begin(), names().step_hooks.end(),
+                     [&](PyObject* name) { return filled(item(attributes, name)); }) ||
+         std::any_of(names().scaler.begin(), names().scaler.end(), has);
+}
+
 // Whether the first parameter is on a device that lacks updates. Then nearly always all are, and for torch to move.
-bool begins_elsewhere(const py::handle& optimizer) {
-  const py::object attributes = attributes_of(optimizer.ptr());
-  for (PyObject* group : items(groups_of(attributes.ptr()))) {
+static bool begins_elsewhere(PyObject* attributes) {
+  for (PyObject* group : items(groups_of(attributes))) {
     for (PyObject* parameter : items(entry(group, names().params)))
       return THPVariable_Check(parameter) && !has_updates(THPVariable_Unpack(parameter).device());
   }
@@ -393,7 +405,8 @@ bool begins_elsewhere(const py::handle& optimizer) {
 }
 
 py::object step_optimizer(const py::handle& optimizer, int rule, bool partly) {
-  if (is_step_watched(optimizer) || begins_elsewhere(optimizer)) return py::none();
+  const py::object attributes = attributes_of(optimizer.ptr());
+  if (is_watched_by(attributes.ptr()) || begins_elsewhere(attributes.ptr())) return py::none();
   OptimizerStep step(optimizer, rule, [](PyObject* parameter) { return THPVariable_Unpack(parameter).grad(); });
   if (step.repeats()) return py::none();
   py::list left;
@@ -409,15 +422,7 @@ void drop_grads(const py::handle& optimizer) {
   });
 }
 
-bool is_step_watched(const py::handle& optimizer) {
-  if (std::any_of(hooks_of_all.begin(), hooks_of_all.end(), filled)) return true;
-  if (torch::profiler::impl::profilerEnabled() || !no_mode_is_active()) return true;
-  const py::object attributes = attributes_of(optimizer.ptr());
-  const auto has = [&](PyObject* name) { return item(attributes.ptr(), name) != nullptr; };
-  return std::any_of(names().step_hooks.begin(), names().step_hooks.end(),
-                     [&](PyObject* name) { return filled(item(attributes.ptr(), name)); }) ||
-         std::any_of(names().scaler.begin(), names().scaler.end(), has);
-}
+bool is_step_watched(const py::handle& optimizer) { return is_watched_by(attributes_of(optimizer.ptr()).ptr()); }
 
 bool steps_itself(const py::handle& optimizer, PyObject* step) {
   if (is_step_watched(optimizer) || _PyType_Lookup(Py_TYPE(optimizer.ptr()), names().step) != step) return false;

@@ -7,7 +7,6 @@
 #include <c10/util/FunctionRef.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <deque>
 #include <utility>
 #include <vector>
 
@@ -49,7 +48,7 @@ class OptimizerStep {
     at::Tensor tensor;
   };
 
-  bool add(const Group& group, PyObject* parameter, const at::Tensor& grad, PyObject* state);
+  bool add(const Group& group, PyObject* parameter, at::Tensor grad, PyObject* state);
   bool add_states(const Group& group, PyObject* parameter, PyObject* state, const at::Tensor& like, Update& update);
   const at::Tensor* counter_of(const Group& group, PyObject* parameter, PyObject* state);
   const at::Tensor* state_tensor(PyObject* parameter, PyObject* state, PyObject* name, const at::Tensor& like,
@@ -62,7 +61,7 @@ class OptimizerStep {
   std::vector<at::Tensor> grads_;  // one an update
   // Updates whose gradient lies otherwise than its parameter, which is named too: apply() copies it.
   std::vector<std::pair<size_t, PyObject*>> strays_;
-  std::deque<Missing> missing_;
+  std::vector<Missing> missing_;
   std::vector<PyObject*> left_;
   bool repeats_ = false;
 };

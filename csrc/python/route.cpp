@@ -19,10 +19,13 @@ namespace {
 PyObject* device_context = nullptr;
 PyObject* forward_ad = nullptr;  // the dictionary of torch.autograd.forward_ad
 PyObject* current_level = nullptr;
+// The keys of a plain tensor on the host, those of them of which it has at least one, and those that a thread includes
+// where nothing watches. Not statics of the functions that read them, which would ask each time whether they are there.
+uint64_t plain_host_keys = 0, host_backend_keys = 0, usual_keys = 0;
 
 // Levels are counted in Python only.
 bool forward_mode_is_open() {
-  PyObject* level = PyDict_GetItem(forward_ad, current_level);
+  PyObject* level = PyDict_GetItemWithError(forward_ad, current_level);  // no error, since keys are texts
   return !level || PyLong_AsLong(level) >= 0;
 }
 
@@ -40,19 +43,15 @@ bool only_default_devices() {
 // bits.
 const char* mode_obstacle() {
   const auto keys = c10::impl::tls_local_dispatch_key_set();
-  static const uint64_t usual =
-      (c10::default_included_set | c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView)).raw_repr();
   if (at::impl::torch_function_mode_enabled() && !only_default_devices()) return "a torch function mode is active";
-  if ((keys.included_.raw_repr() & ~usual) != 0) return "a functorch transform, dispatch mode or tracer is active";
+  if ((keys.included_.raw_repr() & ~usual_keys) != 0) return "a functorch transform, dispatch mode or tracer is active";
   return nullptr;
 }
 
 // Whether the keys of a tensor say that it is one of the host's and plain, which is asked first because most are.
 bool has_plain_host_keys(const at::Tensor& tensor) {
-  static const uint64_t plain = operations_on(host.type())->plain_keys.raw_repr();
-  static const uint64_t backend = plain & c10::full_backend_mask;
   const uint64_t keys = tensor.key_set().raw_repr();
-  return (keys & ~plain) == 0 && (keys & backend) != 0;
+  return (keys & ~plain_host_keys) == 0 && (keys & host_backend_keys) != 0;
 }
 
 const char* key_obstacle(const at::Tensor& tensor) {
@@ -78,6 +77,9 @@ void prepare_routes() {
   device_context = py::object(py::module_::import("torch.utils._device").attr("DeviceContext")).release().ptr();
   forward_ad = py::object(py::module_::import("torch.autograd.forward_ad").attr("__dict__")).release().ptr();
   current_level = PyUnicode_InternFromString("_current_level");
+  plain_host_keys = operations_on(host.type())->plain_keys.raw_repr();
+  host_backend_keys = plain_host_keys & c10::full_backend_mask;
+  usual_keys = (c10::default_included_set | c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView)).raw_repr();
 }
 
 const char* obstacle(PyObject* input, c10::ArrayRef<PyObject*> parameters) {

@@ -16,7 +16,6 @@
 #include "modules.h"
 #include "../tensors/devices.h"
 #include "optimizer.h"
-#include "../contract/update.h"
 
 namespace fastmlp {
 

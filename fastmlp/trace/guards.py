@@ -11,6 +11,8 @@ from torch import Tensor, fx
 from torch.fx.graph import CodeGen
 from torch.fx.proxy import TraceError
 
+from fastmlp._errors import described
+
 __all__ = ["Guard", "Guarded", "require_default", "require_fact", "require_given", "require_tensor"]
 
 _ADVICE = "call the model itself, or record it anew: convert(model, trace=True, inputs=(...))"
@@ -109,4 +111,4 @@ class Guarded(CodeGen):
 
 
 def _shown(value: Any) -> str:
-    return f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
+    return described(value) if isinstance(value, Tensor) else repr(value)

@@ -250,7 +250,7 @@ def test_compiled_models_take_pytorch_s_operations_there_too(request: pytest.Fix
 
 
 @pytest.mark.parametrize("closure", [False, True])
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize("name", optim.RULES)
 def test_optimizers_of_other_devices_go_to_torch_at_once(
     name: str, closure: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import fastmlp
 from fastmlp import _C, tuning
 
+autotune: Any = fastmlp.autotune
 CHOICES = [90, 132, 2, 0, 1, 1000, 512, 512, 3, 90, 132, 0, 2, 0, 3, 5, 7, 2]
 
 
@@ -34,6 +36,12 @@ def test_other_files_are_named(text: str, tmp_path: Path) -> None:
     file.write_text(text)
     with pytest.raises(ValueError, match=r"choices\.json holds no choices of autotune"):
         tuning.read(file)
+
+
+@pytest.mark.parametrize("path", [3, b"choices.json", ["choices.json"]])
+def test_a_path_of_another_type_is_named(path: Any) -> None:
+    with pytest.raises(TypeError, match=r"^fastmlp: path must be a str, an os\.PathLike or None, got "), autotune(path):
+        pass
 
 
 @pytest.mark.skipif(torch.cuda.is_available() and "cuda" in _C.devices(), reason="there is a GPU")

@@ -223,13 +223,23 @@ def test_patches_of_classes_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(TypeError, match="the forward of LeakyReLU was replaced"):
             frozen(X)
     assert torch.equal(frozen(X), before)
-    recorded = Net()
+
+
+class Derived(Net):
+    """Has the forward of its base."""
+
+
+@pytest.mark.parametrize("kind", [Net, Derived])
+def test_patches_of_recorded_classes_and_their_bases_are_seen(kind: type[Net], monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = kind()
     network = freeze(recorded)
+    before = network(X)
     with monkeypatch.context() as patch:
         patch.setattr(Net, "forward", lambda self, x: self.fc2(torch.tanh(self.fc1(x))))
         found = network(X)
         assert torch.equal(found, freeze(recorded)(X))
-    assert not torch.equal(network(X), found)
+    assert not torch.equal(before, found)
+    assert torch.equal(network(X), before)
 
 
 def test_hooks_on_all_modules_are_seen() -> None:

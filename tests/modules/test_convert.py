@@ -119,7 +119,7 @@ def test_revert_refuses_to_change_the_function() -> None:
 
     model = convert(sequential())
     parametrizations.orthogonal(model[0])
-    with pytest.raises(ValueError, match="0 has become a ParametrizedLinear since"):
+    with pytest.raises(ValueError, match="0 was converted and is of type ParametrizedLinear by now"):
         revert(model)
     assert type(model[2]) is fastmlp.Linear
     nn.utils.parametrize.remove_parametrizations(model[0], "weight")

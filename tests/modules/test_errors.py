@@ -123,6 +123,7 @@ def test_layers_are_counted() -> None:
         (lambda: mlp(x, [w, w], [b, b], ["relu", 7]), r"activations\[1\] must be None, a name, .* got int 7"),
         (lambda: fastmlp.explain(fastmlp.Linear(2, 2)), "input must be a torch.Tensor, got None"),
         (lambda: fastmlp.explain(wrong_module, x), "target must be a fastmlp.Linear, .* got Conv2d"),
+        (lambda: fastmlp.explain(x, x), "target is a tensor, .*, and input was given too, Tensor"),
         (lambda: explain(3), "target must be a fastmlp.Linear, a fastmlp.Sequential or a tensor, got int 3"),
         (lambda: set_isa(None), "isa must be one of portable.*, got None"),
         (lambda: fastmlp.MLP(4, width, 2), "hidden_features must be a sequence of sizes, .* got int 3"),

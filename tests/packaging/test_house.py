@@ -74,6 +74,18 @@ def test_quoted_includes_are_of_files_that_exist() -> None:
     assert strangers == {"emulator.h"}
 
 
+def test_a_device_has_names_of_its_own() -> None:
+    """A class of a device's folder whose name a folder that it sees has too would have to be spelled out each time."""
+    declared = re.compile(r"^(?:template <[^>]*> )?(?:class|struct) (\w+)(?: final)? [:{]", re.MULTILINE)
+    names = {
+        folder: {name for path in (CSRC / folder).rglob("*.h") for name in declared.findall(path.read_text())}
+        for folder in MAY_INCLUDE
+    }
+    shared = names["contract"] | names["tensors"]
+    assert {"FrozenNetwork", "Network"} <= shared
+    assert {device: names[device] & shared for device in ("cpu", "cuda")} == {"cpu": set(), "cuda": set()}
+
+
 @pytest.mark.parametrize(
     ("file", "text", "word"),
     [

@@ -131,6 +131,32 @@ def test_what_is_found_in_python(code: str, is_found: bool) -> None:
     assert bool(strangers(module, module.functions)) == is_found
 
 
+# Names of types.
+
+#: An article before the name of a type that is known only when the error is raised: it would be wrong for half of them.
+ARTICLE = re.compile(r"\b[Aa]n? (?:\{[^{}]*__name__|\"[^\";]*Py_TYPE)")
+
+
+def test_no_article_stands_before_the_name_of_a_type() -> None:
+    texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in MODULES} | SOURCES
+    assert [f"{file}: {found[0]}" for file, text in texts.items() for found in ARTICLE.finditer(text)] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "is_found"),
+    [
+        ('f"loss_fn is a {kind.__name__}, expected"', True),
+        ('f"an {type(value).__name__}"', True),
+        ('f"a {name} of type {kind.__name__}"', False),
+        ('"out is a ", Py_TYPE(out)->tp_name', True),
+        ('std::string("got a ") +\n Py_TYPE(out)->tp_name', True),
+        ('"out is of type ", Py_TYPE(out)->tp_name', False),
+    ],
+)
+def test_what_is_found_of_articles(code: str, is_found: bool) -> None:
+    assert bool(ARTICLE.search(code)) == is_found
+
+
 # C++.
 
 #: What raises: a macro of torch's, `throw` of an exception that has a text, or Python's own function.

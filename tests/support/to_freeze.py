@@ -106,8 +106,8 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], tuple[Any, ...]]]] = {
     "out gradient": (RuntimeError, "out requires grad", lambda: (X, torch.zeros(2, 3, requires_grad=True))),
     "out inference": (RuntimeError, "out is an inference tensor", lambda: (X, inference_tensor())),
     "out overlaps": (RuntimeError, "out lies in the memory of input", overlapping),
-    "out kind": (TypeError, "out is a numpy.ndarray, expected the kind of input", lambda: (X, np.zeros((2, 3)))),
-    "out kind of arrays": (TypeError, "out is a Tensor", lambda: (np.zeros((2, 4), np.float32), torch.zeros(2, 3))),
+    "out kind": (TypeError, "out is of type numpy.ndarray, expected the kind of input", lambda: (X, np.zeros((2, 3)))),
+    "out kind of arrays": (TypeError, "is of type Tensor", lambda: (np.zeros((2, 4), np.float32), torch.zeros(2, 3))),
     "array out shape": (RuntimeError, r"out has shape \[3\]", lambda: (X.numpy(), np.zeros(3, np.float32))),
     "array out dtype": (
         RuntimeError,

@@ -142,6 +142,31 @@ def test_numbers_that_the_dtype_lacks(number: str, dtype: torch.dtype) -> None:
     assert p.tolist() == [1.0] * 3
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_integers_that_no_float_can_hold(name: str) -> None:
+    """Torch's own error, and by a TrainStep too, whose loop would raise it; the parameters stay."""
+    texts = set()
+    for module in (torch.optim, optim):
+        p = nn.Parameter(torch.ones(3))
+        optimizer = optimizer_of(module, name, {"lr": 0.1}, [p])
+        optimizer.param_groups[0]["lr"] = 10**400
+        p.grad = torch.ones_like(p)
+        with pytest.raises(OverflowError) as error:
+            optimizer.step()
+        texts.add(str(error.value))
+        assert p.tolist() == [1.0] * 3
+        model = nn.Linear(2, 1)
+        before = model.weight.tolist()
+        optimizer = optimizer_of(module, name, {"lr": 0.1}, list(model.parameters()))
+        optimizer.param_groups[0]["lr"] = 10**400
+        step = fastmlp.TrainStep(model, nn.MSELoss(), optimizer)
+        with pytest.raises(OverflowError) as error:
+            step(torch.ones(3, 2), torch.zeros(3, 1))
+        texts.add(str(error.value))
+        assert model.weight.tolist() == before
+    assert len(texts) == 1
+
+
 # Inference mode.
 
 

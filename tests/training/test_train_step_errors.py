@@ -324,10 +324,10 @@ def test_state_that_lacks_a_key() -> None:
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ((2, 3), "a group of the optimizer's param_groups is a int, expected a dictionary"),
-        ([None], "a group of the optimizer's param_groups is a NoneType, expected a dictionary"),
-        ("groups", "must be lists or tuples, got a str"),
-        ([{"params": 5}], "must be lists or tuples, got a int"),
+        ((2, 3), "a group of the optimizer's param_groups is of type int, expected a dictionary"),
+        ([None], "a group of the optimizer's param_groups is of type NoneType, expected a dictionary"),
+        ("groups", "must be lists or tuples, got str"),
+        ([{"params": 5}], "must be lists or tuples, got int"),
     ],
 )
 def test_groups_that_are_none(groups: Any, message: str) -> None:

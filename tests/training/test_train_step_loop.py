@@ -569,10 +569,10 @@ def numbers(loss_fn: Any, name: str, value: Any) -> Any:
 
 
 OPTIONS: dict[str, tuple[Callable[[], Any], str, list[Any]]] = {
-    "delta": (nn.HuberLoss, "delta", [-1, 0, 0.0, float("nan"), -math.inf, "1", None]),
-    "beta": (nn.SmoothL1Loss, "beta", [-1, -1e-300, float("nan"), -math.inf, "1", None]),
-    "label_smoothing": (nn.CrossEntropyLoss, "label_smoothing", [1.5, -0.1, math.nan, None]),
-    "ignore_index": (nn.CrossEntropyLoss, "ignore_index", [1.0, 2**63, None]),
+    "delta": (nn.HuberLoss, "delta", [-1, 0, 0.0, float("nan"), -math.inf, 10**400, "1", None]),
+    "beta": (nn.SmoothL1Loss, "beta", [-1, -1e-300, float("nan"), -math.inf, 10**5000, "1", None]),
+    "label_smoothing": (nn.CrossEntropyLoss, "label_smoothing", [1.5, -0.1, math.nan, 10**400, None]),
+    "ignore_index": (nn.CrossEntropyLoss, "ignore_index", [1.0, 2**63, -(10**5000), None]),
 }
 
 
@@ -588,7 +588,7 @@ def test_options_of_losses_that_torch_refuses(case: str) -> None:
     before = getattr(loss_fn, name)
     for value in values:
         if value not in (-0.1, math.nan):  # which torch takes for no smoothing
-            with pytest.raises((TypeError, RuntimeError, ValueError)):
+            with pytest.raises((TypeError, RuntimeError, ValueError, OverflowError)):
                 numbers(kind(), name, value)(model(x), target)
         refused(model, numbers(kind(), name, value), optimizer, name)
         setattr(loss_fn, name, value)
