@@ -121,6 +121,7 @@ class Tape {
   };
 
   const at::Tensor& found(const External& external) const;
+  // Whether it is as it was, gradients aside.
   bool fits(const External& external) const;
   void run(Step& step);
   void call(Step& step);

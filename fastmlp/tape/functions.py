@@ -67,6 +67,8 @@ class Functions(TorchFunctionMode):
             )
 
     def _check(self, name: str, args: tuple[Any, ...]) -> None:
+        if name == "requires_grad_" and args[0].requires_grad == (args[1] if len(args) > 1 else True):
+            return
         if name in _CHANGES and not self._recorder.is_made(args[0]):
             self._recorder.refuse(
                 f"Tensor.{name}() changes a tensor that was there before, which would happen only once: do it outside "

@@ -119,7 +119,7 @@ class Lowered:
                 self._steps += 1
             else:
                 self._optimizer(event)
-        results = [self._result(value) for value in trace.results]
+        results = [self._result(value, requires_grad) for value, requires_grad in trace.results]
         self.tape.finish(
             [(first, max(first, last)) if last >= 0 else (0, 0) for first, last in self._lifetimes], results
         )
@@ -132,7 +132,7 @@ class Lowered:
             for event in trace.events
             if isinstance(event, Operation) and event.func._schema.name in _FACTORIES and event.outputs[0] is not None
         }
-        returned = {trace.values[value].memory for value in trace.results}
+        returned = {trace.values[value].memory for value, _ in trace.results}
         for i, memory in enumerate(trace.memories):
             if memory.source == ("constant",):
                 self._owners.append("tape")
@@ -358,14 +358,14 @@ class Lowered:
         self.tape.add_stop()
         self._steps += 1
 
-    def _result(self, value: int) -> tuple[int, int, bool]:
+    def _result(self, value: int, requires_grad: bool) -> tuple[int, int, bool]:
         """The tape's tensor of a result, the external that it is or views, and whether it requires a gradient."""
         one = self.trace.values[value]
         owner = self._owners[one.memory]
         if owner == "outside":
             external = self._externals[one.memory]
             first = next(i for i, other in enumerate(self.trace.values) if other.memory == one.memory)
-            return (-1 if first == value else self._tensor(value)), external, one.requires_grad
+            return (-1 if first == value else self._tensor(value)), external, requires_grad
         if owner == "tape":
             # The caller keeps what it gets, and the tape writes here again.
             copy = self.tape.add_memory("result", max(self.trace.memories[one.memory].bytes, 1))
@@ -374,8 +374,8 @@ class Lowered:
             content = self.tape.tensor(self._tensor(value))
             self._add_call("aten::copy_", "", (self.tape.tensor(target), content), {}, [], "a result")
             self._steps += 1
-            return target, -1, one.requires_grad
-        return self._tensor(value), -1, one.requires_grad
+            return target, -1, requires_grad
+        return self._tensor(value), -1, requires_grad
 
 
 def _generator(kwargs: dict[str, Any]) -> dict[str, Any]:

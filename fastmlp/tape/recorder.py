@@ -304,7 +304,7 @@ class Recorder(TorchDispatchMode):
 
     def _add_value(self, tensor: Tensor, memory: int, offset: int) -> int:
         shape = tuple(tensor.shape), tensor.stride()
-        self.trace.values.append(Value(memory, tensor.dtype, *shape, offset, tensor.requires_grad))
+        self.trace.values.append(Value(memory, tensor.dtype, *shape, offset))
         number = len(self.trace.values) - 1
         self._known[id(tensor)] = (weakref.ref(tensor), number)
         return number
@@ -398,7 +398,7 @@ class Recorder(TorchDispatchMode):
             return
         with self._apart():
             self.gradients.sync("the end of the function")
-            self.trace.results = [self.value_of(tensor, "its return") for tensor in results]
+            self.trace.results = [(self.value_of(tensor, "its return"), tensor.requires_grad) for tensor in results]
             self.trace.returned = returned
 
 

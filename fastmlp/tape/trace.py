@@ -69,7 +69,6 @@ class Value:
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int
-    requires_grad: bool
 
 
 @dataclass(slots=True)
@@ -121,7 +120,7 @@ class Trace:
             it became a tensor.
         cleared: leaves whose `.grad` the function set to None before anything else happened to it. That is no event,
             because `zero_grad()` passes over what is None already, as in a first call.
-        results: values of the tensors that were returned, in order.
+        results: values of the tensors that were returned, in order, and whether each requires a gradient.
         returned: what was returned.
     """
 
@@ -130,7 +129,7 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     starts_without_grad: set[int] = field(default_factory=set)
     cleared: list[Tensor] = field(default_factory=list)
-    results: list[int] = field(default_factory=list)
+    results: list[tuple[int, bool]] = field(default_factory=list)
     returned: Any = None
 
     def state(self) -> tuple[Any, ...]:

@@ -1,0 +1,275 @@
+"""What `capture` promises of arguments, results, memory, gradients and objects."""
+
+import copy
+import pickle
+import threading
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastmlp
+from fastmlp.tape.trace import CaptureError
+
+Pair = namedtuple("Pair", ["mean", "scaled"])
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def training_step(model: nn.Module, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def batch(seed: int, rows: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 4, generator=generator), torch.randn(rows, 2, generator=generator)
+
+
+def test_two_calls_are_recorded_and_the_third_is_a_replay() -> None:
+    step = fastmlp.capture(training_step(network()))
+    counts = []
+    for i in range(4):
+        step(*batch(i))
+        counts.append((step.calls, step.replays))
+    assert counts == [(1, 0), (2, 0), (3, 1), (4, 2)]
+
+
+def test_results_are_new_tensors() -> None:
+    model = network()
+    call = fastmlp.capture(lambda x: (model(x), model(x).sum()))
+    with torch.no_grad():
+        kept = [call(batch(i)[0]) for i in range(6)]
+        for i, (output, total) in enumerate(kept):
+            expected = model(batch(i)[0])
+            assert torch.equal(output, expected)
+            assert torch.equal(total, expected.sum())
+    assert call.replays == 4
+
+
+def test_containers_come_back_as_they_were() -> None:
+    def function(data: dict[str, Any], *, scale: float) -> dict[str, Any]:
+        x, (y, z) = data["x"], data["rest"]
+        return {"pair": Pair((x + y).mean(), x * scale), "list": [z, None, (x - y, "text", 3)], "z": z}
+
+    captured = fastmlp.capture(function)
+    for i in range(5):
+        x, y = torch.randn(3) + i, torch.randn(3)
+        data = {"x": x, "rest": [y, torch.ones(2) * i]}
+        expected, found = function(data, scale=2.0), captured(data, scale=2.0)
+        assert type(found["pair"]) is Pair
+        assert torch.equal(found["pair"].mean, expected["pair"].mean)
+        assert torch.equal(found["pair"].scaled, expected["pair"].scaled)
+        assert found["list"][0] is data["rest"][1]
+        assert found["z"] is found["list"][0]
+        assert torch.equal(found["list"][2][0], x - y)
+        assert found["list"][1:2] + list(found["list"][2][1:]) == [None, "text", 3]
+    assert captured.replays == 3
+
+
+def test_each_shape_and_each_value_has_a_tape() -> None:
+    model = network()
+    call = fastmlp.capture(lambda x, scale=1.0: model(x) * scale)
+    with torch.no_grad():
+        for i in range(4):
+            for rows in (2, 5):
+                for scale in (1.0, -1.0):
+                    x, _ = batch(i, rows)
+                    assert torch.equal(call(x, scale=scale), model(x) * scale)
+    assert len(call.report().tapes) == 4
+    assert call.replays == 8
+
+
+@pytest.mark.parametrize("context", ["grad", "no_grad", "inference_mode", "autocast"])
+def test_modes_of_torch(context: str) -> None:
+    model = network()
+    contexts: dict[str, Callable[[], Any]] = {
+        "grad": torch.enable_grad,
+        "no_grad": torch.no_grad,
+        "inference_mode": torch.inference_mode,
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    }
+    call = fastmlp.capture(model)
+    with contexts[context]():
+        for i in range(5):
+            expected, found = model(batch(i)[0]), call(batch(i)[0])
+            assert torch.equal(found, expected)
+            assert found.dtype == expected.dtype
+            assert found.requires_grad == expected.requires_grad
+            assert found.is_inference() == expected.is_inference()
+        with torch.no_grad():
+            call(batch(0)[0])
+    assert call.replays == 3 + (context in ("no_grad", "inference_mode"))
+
+
+def test_backward_of_a_result_says_where_its_graph_ends() -> None:
+    model = network()
+    call = fastmlp.capture(model)
+    for i in range(3):
+        output = call(batch(i)[0])
+    with pytest.raises(RuntimeError, match="fastmlp: capture: backward.. reached a result of a captured function"):
+        output.sum().backward()
+
+
+def test_gradients_that_add_up() -> None:
+    """Without zero_grad(): the first call finds none, later ones add."""
+    eager, twin = network(), network()
+
+    def backward(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        return loss.detach()
+
+    captured = fastmlp.capture(lambda x, y: backward(twin, x, y))
+    for i in range(20):
+        assert torch.equal(captured(*batch(i)), backward(eager, *batch(i)))
+        for a, b in zip(eager.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
+        if i % 5 == 4:
+            # Then a call begins with none again, which is another recording.
+            eager.zero_grad()
+            twin.zero_grad()
+    assert captured.replays > 8
+    assert len(captured.report().tapes) == 2
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("inside", [True, False])
+def test_zero_grad(to_none: bool, inside: bool) -> None:
+    def run(capture: bool) -> list[Tensor]:
+        model = network()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+        def step(x: Tensor, y: Tensor) -> Tensor:
+            if inside:
+                optimizer.zero_grad(set_to_none=to_none)
+            loss = F.mse_loss(model(x), y)
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        function = fastmlp.capture(step, fuse=False) if capture else step
+        losses = []
+        for i in range(8):
+            if not inside:
+                optimizer.zero_grad(set_to_none=to_none)
+            losses.append(function(*batch(i)).detach())
+        if isinstance(function, fastmlp.Captured):
+            assert function.replays >= 5
+        return [*losses, *(p.detach() for p in model.parameters()), *(p.grad for p in model.parameters())]  # type: ignore[list-item]
+
+    assert all(map(torch.equal, run(False), run(True)))
+
+
+def test_methods_have_recordings_of_their_own() -> None:
+    class Scaled:
+        def __init__(self, factor: float) -> None:
+            self.factor = factor
+
+        @fastmlp.capture
+        def __call__(self, x: Tensor) -> Tensor:
+            return x * self.factor
+
+        @fastmlp.capture(fuse=False)
+        def shifted(self, x: Tensor) -> Tensor:
+            return x + self.factor
+
+    two, three = Scaled(2.0), Scaled(3.0)
+    x = torch.ones(3)
+    for _ in range(4):
+        assert torch.equal(two.shifted(x), x + 2)
+        assert torch.equal(three.shifted(x), x + 3)
+    assert (two.shifted.replays, three.shifted.replays) == (2, 2)
+    two.factor = 5.0
+    assert torch.equal(two.shifted(x), x + 5)
+
+
+def test_a_captured_function_within_another_is_part_of_it() -> None:
+    inner = fastmlp.capture(lambda x: x * 2)
+    outer = fastmlp.capture(lambda x: inner(x) + 1)
+    for i in range(4):
+        assert torch.equal(outer(torch.full((2,), float(i))), torch.full((2,), 2.0 * i + 1))
+    assert (outer.replays, inner.replays) == (2, 0)
+
+
+def test_copies_and_pickles_have_no_recordings() -> None:
+    call = fastmlp.capture(F.relu)
+    for _ in range(3):
+        call(torch.ones(2))
+    assert copy.deepcopy(call).calls == 0
+    assert pickle.loads(pickle.dumps(call)).calls == 0
+    call.reset()
+    assert (call.calls, call.replays, call.report().tapes) == (0, 0, [])
+    assert repr(call) == "captured(relu): 0 tapes, 0 of 0 calls replayed"
+
+
+def test_threads_replay_one_function_one_after_the_other() -> None:
+    model = network()
+    call = fastmlp.capture(model)
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        with torch.no_grad():
+            for i in range(200):
+                x, _ = batch(seed * 1000 + i)
+                if not torch.equal(call(x), model(x)):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert call.replays > 700
+
+
+def test_otherwise_eager_warns_once_and_does_the_work_once() -> None:
+    counter = torch.zeros(())
+
+    def function(x: Tensor) -> float:
+        counter.add_(1)
+        return x.sum().item()
+
+    call = fastmlp.capture(function, otherwise="eager")
+    with pytest.warns(RuntimeWarning, match="an element of a tensor is read by Python"):
+        assert call(torch.ones(3)) == 3.0
+    for i in range(4):
+        assert call(torch.full((3,), float(i))) == 3.0 * i
+    assert counter.item() == 5
+    assert call.replays == 0
+
+
+def test_a_report_names_operations_and_memory() -> None:
+    step = fastmlp.capture(training_step(network()))
+    for i in range(3):
+        step(*batch(i))
+    (tape,) = step.report().tapes
+    assert tape.operations["aten::addmm"] == 2
+    assert tape.optimizers == [("SGD", "fastmlp")]
+    assert tape.arena_bytes > 0
+    assert "SGD.step() by fastmlp" in str(step.report())
+    assert "addmm 2" in str(step.report())
+
+
+def test_arguments_of_capture() -> None:
+    with pytest.raises(TypeError, match="fastmlp: capture: function must be callable, got int 3"):
+        fastmlp.capture(3)  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="fastmlp: capture: otherwise must be None or 'eager', got str 'raise'"):
+        fastmlp.capture(F.relu, otherwise="raise")
+    assert issubclass(CaptureError, RuntimeError)
