@@ -120,8 +120,6 @@ def hyperparameter(draft: Draft, call: int) -> bool:
     for name, net in draft.nets.items():
         for part in net.kinds.get("dropout", []) + net.kinds.get("alpha dropout", []):
             found.append(f"{name}.{part}.p = {draft.case.choice(['0.0', '0.5', '0.1'])}")
-        for part in net.kinds.get("functional dropout", []):
-            found.append(f"{name}.{part} = {draft.case.choice(['0.0', '0.5'])}")
         for part in net.kinds.get("batch norm", []) + net.kinds.get("batch norm of options", []):
             found += [f"{name}.{part}.momentum = 0.5", f"{name}.{part}.eps = 1e-2", f"{name}.{part}.eval()"]
         for part in net.kinds.get("layer norm", []):
@@ -129,6 +127,36 @@ def hyperparameter(draft: Draft, call: int) -> bool:
     if not found:
         return False
     draft.change(call, draft.case.choice(found))
+    return True
+
+
+def attribute(draft: Draft, call: int) -> bool:
+    """A number or a flag that a module of the user's own reads."""
+    found = []
+    for name, net in draft.nets.items():
+        found += [f"{name}.{part} = 0.5" for part in net.kinds.get("functional dropout", [])]
+        found += [f"{name}.{part} = not {name}.{part}" for part in net.kinds.get("flagged", [])]
+    if not found:
+        return False
+    draft.change(call, draft.case.choice(found))
+    return True
+
+
+def another_object(draft: Draft, call: int) -> bool:
+    """A name that the function reads stands for something else."""
+    name = draft.case.choice([*draft.nets, ""])
+    if not name or (draft.form == "method" and name == "net"):
+        return False
+    copied = "copy.deepcopy(net)" if name == "target" else f"copy.deepcopy({name})"
+    draft.globals.add(name)
+    draft.change(call, f"{name} = {copied}")
+    return True
+
+
+def generator(draft: Draft, call: int) -> bool:
+    if not any(line.startswith("generator = ") for line in draft.setup):
+        return False
+    draft.change(call, draft.case.choice(["generator.manual_seed(7)", "generator.set_state(data.get_state())"]))
     return True
 
 
@@ -248,6 +276,9 @@ CHANGES: dict[str, Change] = {
     ),
     "short batch": Change(short_batch),
     "hyperparameter": Change(hyperparameter),
+    "attribute": Change(attribute, "a number of Python's own"),
+    "another object": Change(another_object, "another object"),
+    "generator": Change(generator),
     "another number": Change(another_number, "a number of Python's own"),
     "hook": Change(
         lines(

@@ -138,6 +138,7 @@ BLOCKS: dict[str, Block] = {
     "constants": Block(
         "", "h = h * torch.tensor([0.5, 1.5], dtype=h.dtype).mean() + torch.linspace(0, 1, {w}, dtype=h.dtype)"
     ),
+    "flagged": Block("self.{n} = True", "h = torch.tanh(h) if self.{n} else h"),
     "by mode": Block("", "h = h * 2 if self.training else h"),
     "by rows": Block("", "h = torch.tanh(h) if h.shape[0] > 4 else h"),
     "a function of its own": Block("", "h = Cube.apply(h)"),

@@ -40,6 +40,24 @@ def modules(draft: Draft, name: str, heads: int = 1, odd: bool = False, like: st
     return net
 
 
+#: How the function takes its data, besides as two tensors.
+HOW = [
+    *(
+        "nested",
+        "keyword",
+        "default",
+        "in place",
+        "in place",
+        "one memory",
+        "flag",
+        "numbers",
+        "many numbers",
+        "weighted",
+    ),
+    *("module", "leaf"),
+]
+
+
 def batches(draft: Draft, net: NetText, classes: bool) -> None:
     """The data: drawn afresh before each call, or written in place, and how the function takes it."""
     case, dtype = draft.case, draft.dtype
@@ -55,7 +73,7 @@ def batches(draft: Draft, net: NetText, classes: bool) -> None:
         if classes
         else f"torch.randn(rows, {net.classes}, generator=data, dtype={dtype})"
     )
-    how = case.choice(["plain"] * 5 + ["nested", "keyword", "default", "in place", "in place", "one memory", "flag"])
+    how = case.choice(["plain"] * 5 + HOW)
     case.act(f"arguments: {how}")
     if how == "one memory" and net.features and not classes:
         width = net.features + net.classes
@@ -83,6 +101,19 @@ def batches(draft: Draft, net: NetText, classes: bool) -> None:
         draft.parameters, draft.arguments = "x, y, *rest, **options", "x, y, 1, name='a'"
     elif how == "flag":
         draft.parameters, draft.arguments = "x, y, flag", "x, y, call % 3 == 1"
+    elif how == "numbers":
+        draft.parameters, draft.arguments = "x, y, weight=1.0", "x, y, 0.5 if call % 2 else 1.0"
+    elif how == "many numbers":
+        draft.parameters, draft.arguments = "x, y, weight=1.0", "x, y, 1 - call / 20"
+        draft.reasons.append("numbers that are others each time")
+    elif how == "weighted":
+        draft.parameters, draft.arguments = "x, y, weight", f"x, y, torch.tensor(1 - call / 20, dtype={dtype})"
+    elif how == "module":
+        draft.parameters, draft.arguments = "x, y, model", "x, y, net"
+        draft.reasons.append("a module as an argument")
+    elif how == "leaf" and net.features:
+        draft.before.append("x.requires_grad_()")
+        draft.reasons.append("a gradient of an argument")
 
 
 # The function.
@@ -136,6 +167,9 @@ def train(draft: Draft) -> None:
                 draft.body.append("inner.step()")
                 draft.reasons.append("a scheduler inside")
     averaged(draft)
+    if draft.dtype == "torch.float32" and case.chance(0.05):
+        draft.around.append("torch.autocast('cpu', torch.bfloat16)")
+        case.act("autocast around")
     draft.returned = case.choice(RETURNED)
     if heads == 2 and case.chance(0.3):
         draft.returned = "{'loss': loss.detach(), 'values': (out, value.detach())}"
@@ -213,6 +247,8 @@ def forward(draft: Draft, net: NetText, classes: bool) -> list[str]:
     if "other" in draft.nets:
         lines.append("loss = loss + (other(x) - out.detach()).pow(2).mean()")
     lines += [case.choice(ADDED)] if case.chance(0.3) else []
+    if "weight" in draft.parameters:
+        lines.append("loss = loss * weight")
     if slope:
         case.act("create_graph")
         lines += ["(slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)"]
