@@ -24,15 +24,16 @@ def draw(draft: Draft) -> None:
     case = draft.case
     if case.chance(0.25):
         return
-    for _ in range(case.choice([1, 1, 2, 3, 4])):
+    wanted = case.choice([1, 1, 2, 3, 4])
+    for _ in range(4 * wanted):
         name = case.choice(list(CHANGES))
         change = CHANGES[name]
-        if change.reason and draft.fuse:
+        if (change.reason and (draft.fuse or case.chance(0.5))) or wanted == 0:
             continue
         if change.draw(draft, case.random.randrange(1, CALLS - 4)):
+            wanted -= 1
             case.act(f"between: {name}")
-            if change.reason:
-                draft.reasons.append(change.reason)
+            draft.reasons += [change.reason] if change.reason else []
 
 
 def later(case: Case, call: int) -> int:

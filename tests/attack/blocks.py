@@ -149,6 +149,9 @@ BLOCKS: dict[str, Block] = {
     ),
 }
 
+#: Parts that have something that changes between calls.
+FREQUENT = ("dropout", "functional dropout", "batch norm", "batch norm of options", "layer norm", "flagged")
+
 #: What a tape may say that it cannot follow.
 ODD_BLOCKS: dict[str, Block] = {
     "checkpoint": Block(
@@ -259,7 +262,7 @@ def network(case: Case, name: str, features: int, classes: int, heads: int = 1, 
     else:
         net.forward.append("h = x")
     odds = {odd: ODD_BLOCKS[odd]} if odd in ODD_BLOCKS else {"counted for nothing": COUNTED_FOR_NOTHING} if odd else {}
-    kinds = [case.choice(["dense", "dense", *BLOCKS]) for _ in range(case.choice([1, 2, 2, 3, 4]))]
+    kinds = [case.choice(["dense", "dense", *FREQUENT, *BLOCKS]) for _ in range(case.choice([1, 2, 2, 3, 4]))]
     for kind in odds:
         kinds.insert(case.random.randrange(len(kinds) + 1), kind)
     for kind in ["dense", *kinds]:

@@ -45,14 +45,19 @@ def play(case: Case) -> None:
     fuse = case.chance(0.2)
     draft = functions.draw(case, fuse)
     between.draw(draft)
+    draft.otherwise = "eager" if draft.reasons and case.chance(0.25) else None
     source = draft.source()
-    case.act("fuse=True" if fuse else "fuse=False")
+    case.act(f"fuse={fuse}, otherwise={draft.otherwise}")
     case.note(f"may be refused: {', '.join(draft.reasons) or 'no'}")
     for line in source.splitlines():
         case.note(line)
-    verdict = judged(source, case.seed, fuse, bool(draft.reasons))
+
+    def judge(text: str) -> Verdict:
+        return judged(text, case.seed, fuse, bool(draft.reasons), draft.otherwise)
+
+    verdict = judge(source)
     if verdict.failure:
-        short = shortest(source, lambda text: same(verdict, judged(text, case.seed, fuse, bool(draft.reasons))))
+        short = shortest(source, lambda text: same(verdict, judge(text)))
         raise Disagreement(f"{verdict.failure}\nThe shortest program that was found:\n\n{short}")
     case.note(f"{verdict.calls} calls agree, {verdict.replays} of them are replays")
     if verdict.calls:
@@ -78,7 +83,7 @@ def reason_of(error: Exception) -> str:
     return " ".join(re.sub(r"[\"'`(].*", "", text).split()[:8])
 
 
-def judged(source: str, seed: int, fuse: bool, refusable: bool) -> Verdict:
+def judged(source: str, seed: int, fuse: bool, refusable: bool, otherwise: str | None = None) -> Verdict:
     """Runs a program captured and by PyTorch alone, and compares both after each call.
 
     Args:
@@ -87,6 +92,7 @@ def judged(source: str, seed: int, fuse: bool, refusable: bool) -> Verdict:
         fuse: as `fastmlp.capture` has it. Then the other side is run some times more, with results that are moved as
             far as rounding may move them, and the two may differ as far as those.
         refusable: whether the program has something that a tape may say that it cannot follow.
+        otherwise: as `fastmlp.capture` has it. With "eager" nothing may be raised that PyTorch does not raise.
     """
     outside = generators()
     random.seed(seed)
@@ -95,7 +101,7 @@ def judged(source: str, seed: int, fuse: bool, refusable: bool) -> Verdict:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"capture_{seed}.py"
             path.write_text(source)
-            return Trial(source, path, fuse, refusable).verdict()
+            return Trial(source, path, fuse, refusable, otherwise).verdict()
     finally:
         set_generators(outside)
 
@@ -103,15 +109,15 @@ def judged(source: str, seed: int, fuse: bool, refusable: bool) -> Verdict:
 class Trial:
     """A captured program and its twins."""
 
-    def __init__(self, source: str, path: Path, fuse: bool, refusable: bool) -> None:
-        self.path, self.refusable = path, refusable
+    def __init__(self, source: str, path: Path, fuse: bool, refusable: bool, otherwise: str | None) -> None:
+        self.path, self.refusable, self.options = path, refusable, {"fuse": fuse, "otherwise": otherwise}
         self.captures: list[Any] = []
-        self.ours = Twin(source, path, lambda function: self.capture(function, fuse))
+        self.ours = Twin(source, path, self.capture)
         self.theirs = Twin(source, path, plain)
         self.moved = [Twin(source, path, moving(probe)) for probe in range(PROBES)] if fuse else []
 
-    def capture(self, function: Callable[..., Any], fuse: bool) -> Any:
-        made = fastmlp.capture(function, fuse=fuse)
+    def capture(self, function: Callable[..., Any]) -> Any:
+        made = fastmlp.capture(function, **self.options)
         self.captures.append(made)
         return made
 
@@ -151,7 +157,7 @@ class Trial:
     def refusal(self, error: Exception, calls: int) -> Verdict:
         """What an error is that only the captured program raises."""
         text = f"{type(error).__name__}: {error}"
-        if not isinstance(error, fastmlp.CaptureError):
+        if not isinstance(error, fastmlp.CaptureError) or self.options["otherwise"] == "eager":
             return Verdict(f"raised: call {calls}, PyTorch does not raise: {text}")
         if not str(error).startswith(PREFIX):
             return Verdict(f"unnamed: the error does not begin with {PREFIX!r}: {text}")

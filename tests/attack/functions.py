@@ -257,7 +257,7 @@ def forward(draft: Draft, net: NetText, classes: bool) -> list[str]:
         case.act("create_graph of parameters")
         lines += ["inside = torch.autograd.grad(loss, list(net.parameters()), create_graph=True, allow_unused=True)"]
         lines += ["loss = loss + 0.01 * sum((g ** 2).sum() for g in inside if g is not None)"]
-    if case.chance(0.2):
+    if case.chance(0.35):
         draft.scale = {"method": "trainer.scale = {}", "closure": "rescale({})"}.get(draft.form, "scale = {}")
         if draft.form in ("function", "rebound"):
             draft.setup.append("scale = 1.0")

@@ -14,7 +14,7 @@ from tests.attack.cases import Case
 CALLS = 20
 
 #: The line by which a program that is pasted has what it needs; the attack puts another one in its place.
-HEADER = "captured = functools.partial(fastmlp.capture, fuse={fuse})"
+HEADER = "captured = functools.partial(fastmlp.capture, fuse={fuse}, otherwise={otherwise!r})"
 
 CUBE = """
 class Cube(torch.autograd.Function):
@@ -46,7 +46,7 @@ class Draft:
 
     Attributes:
         case: that draws.
-        fuse: as `fastmlp.capture` has it.
+        fuse: as `fastmlp.capture` has it; `otherwise` too.
         dtype: "torch.float32" or "torch.float64".
         form: "function", "rebound", "method" or "closure": how the function that is captured is written.
         nets: by the names of the variables.
@@ -91,6 +91,7 @@ class Draft:
     trains: bool = True
     side_thread: bool = False
     elsewhere: set[int] = field(default_factory=set)
+    otherwise: str | None = None
 
     def change(self, call: int, *lines: str) -> None:
         self.changes.setdefault(call, []).extend(lines)
@@ -111,7 +112,7 @@ class Draft:
             "",
             "import fastmlp",
             "",
-            HEADER.format(fuse=self.fuse),
+            HEADER.format(fuse=self.fuse, otherwise=self.otherwise),
             f"torch.manual_seed({self.case.seed})",
             "data = torch.Generator().manual_seed(1)",
         ]

@@ -169,7 +169,7 @@ WRONG: list[tuple[str, Callable[[Fake, Any], Any]]] = [
 @pytest.fixture
 def faked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Fake, Any], Any]], None]:
     def put(wrong: Callable[[Fake, Any], Any]) -> None:
-        monkeypatch.setattr(fastmlp, "capture", lambda function, fuse: Fake(function, wrong))
+        monkeypatch.setattr(fastmlp, "capture", lambda function, **options: Fake(function, wrong))
 
     return put
 
@@ -207,6 +207,7 @@ def test_a_refusal_by_name_ends_a_program_that_may_be_refused(
     verdict = judged(SOURCE, 3, False, True)
     assert verdict.refused is error
     assert (verdict.calls, verdict.failure) == (2, "")
+    assert judged(SOURCE, 3, False, True, "eager").failure.startswith("raised: call 2")
 
 
 def test_silence_where_torch_raises_is_found(faked: Callable[[Callable[[Fake, Any], Any]], None]) -> None:
