@@ -183,6 +183,7 @@ ODD_BLOCKS: dict[str, Block] = {
     "tolist": Block("", "h = h * len([a for a in h.detach()[0].tolist() if a > 0])", reason="reads a number"),
     "random number": Block("", "h = h * random.random()", reason="a number of Python's own"),
     "random branch": Block("", "h = torch.tanh(h) if random.random() < 0.5 else h", reason="a branch of Python's own"),
+    "counted for nothing": Block("self.count = 0", "self.count += 1", reason="a counter"),
     "counted": Block("self.count = 0", "self.count += 1\nh = h / self.count", reason="a counter"),
     "counted branch": Block("self.count = 0", "self.count += 1\nh = h if self.count % 4 else -h", reason="a counter"),
     "counted later": Block("self.count = 0", "self.count += 1\nh = h if self.count < 8 else -h", reason="a counter"),
@@ -194,9 +195,6 @@ ODD_BLOCKS: dict[str, Block] = {
         "", "with torch.inference_mode():\n    mean = h.mean()\nh = h + mean.clone()", reason="inference"
     ),
 }
-
-#: A counter that nothing reads, which is Python's own effect: it happens while a step is recorded, and not later.
-COUNTED_FOR_NOTHING = Block("self.count = 0", "self.count += 1")
 
 
 @dataclass
@@ -261,13 +259,11 @@ def network(case: Case, name: str, features: int, classes: int, heads: int = 1, 
         width = embedded(case, net)
     else:
         net.forward.append("h = x")
-    odds = {odd: ODD_BLOCKS[odd]} if odd in ODD_BLOCKS else {"counted for nothing": COUNTED_FOR_NOTHING} if odd else {}
     kinds = [case.choice(["dense", "dense", *FREQUENT, *BLOCKS]) for _ in range(case.choice([1, 2, 2, 3, 4]))]
-    for kind in odds:
-        kinds.insert(case.random.randrange(len(kinds) + 1), kind)
+    if odd:
+        kinds.insert(case.random.randrange(len(kinds) + 1), odd)
     for kind in ["dense", *kinds]:
-        block = DENSE if kind == "dense" else BLOCKS[kind] if kind in BLOCKS else odds[kind]
-        width = net.add(case, kind, block, width)
+        width = net.add(case, kind, DENSE if kind == "dense" else (BLOCKS | ODD_BLOCKS)[kind], width)
     for head in range(heads):
         net.init.append(f"self.out{head} = nn.Linear({width}, {classes})")
     outputs = [f"self.out{head}(h)" for head in range(heads)]

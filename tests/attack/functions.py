@@ -31,7 +31,7 @@ def modules(draft: Draft, name: str, heads: int = 1, odd: bool = False, like: st
         features, classes = draft.nets[like].features, draft.nets[like].classes
     else:
         features, classes = case.choice([0, 3, 5, 5, 8, 17]), case.choice([2, 3, 5])
-    which = case.choice([*ODD_BLOCKS, "counted for nothing"]) if odd else ""
+    which = case.choice(list(ODD_BLOCKS)) if odd else ""
     net = network(case, f"Net{len(draft.nets) or ''}", features, classes, heads, which)
     draft.nets[name] = net
     draft.reasons += net.reasons
@@ -333,6 +333,9 @@ def tensors(draft: Draft) -> None:
     draft.setup.append(f"weight = nn.Parameter(torch.randn(4, 4, generator=data, dtype={draft.dtype}))")
     draft.setup.append("part = weight.detach()[:2]")
     statements = [case.choice(STATEMENTS) for _ in range(case.choice([2, 3, 4, 6]))]
+    if case.chance(0.05):
+        statements.append("a.t_().t_()")
+        draft.reasons.append("a shape changed in place")
     draft.body += ["c = a + b", *split(statements)]
     draft.before.append(f"base = torch.randn(6, 4, generator=data, dtype={draft.dtype})")
     draft.arguments = case.choice(ALIASES)
@@ -356,7 +359,7 @@ STATEMENTS = (
         "a += b",
         "c = a.t() @ b",
     ),
-    *("kept.add_(a.mean())", "c = kept + c", "weight.mul_(0.99)", "part.add_(0.01)", "c = weight @ c", "a.t_().t_()"),
+    *("kept.add_(a.mean())", "c = kept + c", "weight.mul_(0.99)", "part.add_(0.01)", "c = weight @ c"),
     *(
         "c = torch.cat([a, b]).view(2, 4, 4).sum(0)",
         "a.clamp_(-1, 1)",

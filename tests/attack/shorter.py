@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 #: How long it may take, in seconds: less than a case may.
-BUDGET = 40.0
+BUDGET = 20.0
 
 
 def shortest(source: str, fails: Callable[[str], bool], seconds: float = BUDGET) -> str:

@@ -21,7 +21,7 @@ def optimizer(draft: Draft, name: str, of: str) -> None:
         elif more == "fused" and kind != "RMSprop" and not draft.fuse:
             options["fused"] = "True"
         elif case.chance(0.3):
-            options["lr"] = f"torch.tensor({options['lr']})"
+            options["lr"] = f"torch.tensor({options['lr']}, dtype={draft.dtype})"
             options["foreach"] = "False"
     rest = f"[p for n, p in {of}.named_parameters() if not n.startswith('out0')]"
     parameters = f"{of}.parameters()"
