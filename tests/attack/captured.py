@@ -195,10 +195,11 @@ class Trial:
     def changed_later(self) -> str:
         """What was handed out stays what it is, or becomes what PyTorch's becomes, which may share memory."""
         earlier = zip(self.ours.results[:-1], self.theirs.results[:-1], strict=True)
-        for call, ((result, kept), (their_result, _)) in enumerate(earlier):
+        for call, ((result, kept), (their_result, their_kept)) in enumerate(earlier):
             now, theirs = told(result), told(their_result)
             for name, was in kept.items():
-                if now[name] not in (was, theirs[name]):
+                follows = theirs[name] != their_kept[name] and (now[name] == theirs[name] or bool(self.moved))
+                if now[name] != was and not follows:
                     return f"changed: {name} of call {call} has become something else"
         return ""
 

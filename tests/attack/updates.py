@@ -16,7 +16,8 @@ def optimizer(draft: Draft, name: str, of: str) -> None:
     else:
         options = {key: repr(value) for key, value in draw_optimizer(case.random, kind).items()}
         more = case.choice(["", "", "foreach", "foreach", "fused"])
-        if more == "foreach":
+        # With `foreach`, torch's Nesterov momentum writes to gradients, and ours does not.
+        if more == "foreach" and not (draft.fuse and options.get("nesterov") == "True"):
             options["foreach"] = case.choice(["True", "False"])
         elif more == "fused" and kind != "RMSprop" and not draft.fuse:
             options["fused"] = "True"
