@@ -83,7 +83,8 @@ def same(first: Verdict, other: Verdict) -> bool:
 
 def reason_of(error: Exception) -> str:
     """The beginning of an error's text, without names and numbers that the program has drawn."""
-    text = str(error).removeprefix(PREFIX).splitlines()[0]
+    text = str(error).removeprefix(PREFIX).partition(": ")[2].splitlines()[0]
+    text = re.sub(r"^in \S+:\d+: ", "", text)
     return " ".join(re.sub(r"[\"'`(].*", "", text).split()[:8])
 
 
@@ -114,14 +115,14 @@ class Trial:
     """A captured program and its twins."""
 
     def __init__(self, source: str, path: Path, fuse: bool, refusable: bool, otherwise: str | None) -> None:
-        self.path, self.refusable, self.options = path, refusable, {"fuse": fuse, "otherwise": otherwise}
+        self.path, self.refusable, self.fuse, self.otherwise = path, refusable, fuse, otherwise
         self.captures: list[Any] = []
         self.ours = Twin(source, path, self.capture)
         self.theirs = Twin(source, path, plain)
         self.moved = [Twin(source, path, moving(probe)) for probe in range(PROBES)] if fuse else []
 
     def capture(self, function: Callable[..., Any]) -> Any:
-        made = fastmlp.capture(function, **self.options)
+        made = fastmlp.capture(function, fuse=self.fuse, otherwise=self.otherwise)
         self.captures.append(made)
         return made
 
@@ -167,7 +168,7 @@ class Trial:
     def refusal(self, error: Exception, calls: int) -> Verdict:
         """What an error is that only the captured program raises."""
         text = f"{type(error).__name__}: {error}"
-        if not isinstance(error, fastmlp.CaptureError) or self.options["otherwise"] == "eager":
+        if not isinstance(error, fastmlp.CaptureError) or self.otherwise == "eager":
             return Verdict(f"raised: call {calls}, PyTorch does not raise: {text}")
         if not str(error).startswith(PREFIX):
             return Verdict(f"unnamed: the error does not begin with {PREFIX!r}: {text}")
