@@ -335,7 +335,7 @@ CHANGES: dict[str, Change] = {
             "net.requires_grad_(True)",
             "net.to('cpu')",
             "seen = str(net)",
-            "total = sum(p.sum().item() for p in net.parameters())",
+            "total = sum(p.detach().sum() for p in net.parameters())",
             needs="net",
         )
     ),
