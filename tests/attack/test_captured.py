@@ -223,7 +223,10 @@ def test_silence_where_torch_raises_is_found(faked: Callable[[Callable[[Fake, An
     assert judged(source, 3, False, False).failure.startswith("silent: call 4")
 
 
-def test_programs_are_drawn_again_from_their_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_programs_are_drawn_again_from_their_seeds(
+    capsys: pytest.CaptureFixture[str], faked: Callable[[Callable[[Fake, Any], Any]], None]
+) -> None:
+    faked(right)
     assert main(["--surface", "capture", "--seed", "3", "--show"]) == 0
     first = capsys.readouterr().out
     assert main(["--surface", "capture", "--seed", "3", "--show"]) == 0
