@@ -87,13 +87,14 @@ Play = Callable[[Case], None]
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a case; `failure` is empty unless something went wrong."""
+    """What became of a case; `failure` is empty unless something went wrong, `log` is what it consisted of."""
 
     surface: str
     seed: int
     outcomes: Counter[str]
     actions: Counter[str]
     failure: str
+    log: tuple[str, ...] = ()
 
     @property
     def replay(self) -> str:
@@ -117,7 +118,7 @@ def play(surface: str, function: Play, seed: int) -> Result:
     if failure:
         result = Result(surface, seed, case.outcomes, case.actions, "?")
         failure = "\n".join([result.replay, *(f"    {line}" for line in case.log), f"  {failure}"])
-    return Result(surface, seed, case.outcomes, case.actions, failure)
+    return Result(surface, seed, case.outcomes, case.actions, failure, tuple(case.log))
 
 
 #: What torch.fx replaces while it records, for all threads.

@@ -151,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.attack", description="Random programs against PyTorch.")
     parser.add_argument("--surface", action="append", choices=list(SURFACES), help="only this one; may be repeated")
     parser.add_argument("--seed", type=int, help="play this case alone, in this process, and say what it consists of")
+    parser.add_argument("--show", action="store_true", help="with --seed: what the case consists of, if it passes too")
     parser.add_argument("--cases", type=int, default=20_000, help="how many (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of a processor, for each process")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
@@ -160,6 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.seed is not None:
         results = [run(surface, options.seed) for surface in surfaces]
         for result in results:
+            if options.show and not result.failure:
+                print("\n".join(result.log))
             print(result.failure or f"{result.replay}: {listed(result.outcomes)}")
         return int(any(result.failure for result in results))
     totals = attack(surfaces, options.cases, options.seconds, options.processes, options.first)

@@ -1,6 +1,6 @@
 """The parts of the library that are attacked."""
 
-from tests.attack import frozen, optimizers, plain, programs, steps, threads
+from tests.attack import captured, frozen, optimizers, plain, programs, steps, threads
 from tests.attack.cases import Play, Result, play
 
 SURFACES: dict[str, Play] = {
@@ -10,6 +10,7 @@ SURFACES: dict[str, Play] = {
     "programs": programs.play,
     "optim": optimizers.play,
     "threads": threads.play,
+    "capture": captured.play,
 }
 
 

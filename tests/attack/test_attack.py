@@ -16,13 +16,14 @@ import fastmlp
 from tests.attack.cases import Case, Disagreement, play
 from tests.attack.runner import Totals, Worker, attack, main
 from tests.attack.surfaces import SURFACES, run
+from tests.attack.test_captured import Fake, a_number_drawn
 from tests.support.training import OPTIMIZERS
 
 SECONDS = 115.0
 #: So many of each surface are played on the slowest of machines; some hundreds on others.
 LEAST = 40
 #: In so many of the cases something is computed that agrees; in the others all is refused, or PyTorch raises too.
-SHARES = {"plain": 0.9, "frozen": 0.8, "steps": 0.7, "programs": 0.3, "optim": 0.9, "threads": 0.9}
+SHARES = {"plain": 0.9, "frozen": 0.8, "steps": 0.7, "programs": 0.3, "optim": 0.9, "threads": 0.9, "capture": 0.8}
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +138,17 @@ def steps_further(step: Callable[..., Any]) -> Callable[..., Any]:
     return steps
 
 
+def plant_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastmlp, "capture", lambda function, **options: Fake(function, a_number_drawn))
+
+
 PLANTS = {
     "plain": plant_plain,
     "frozen": plant_frozen,
     "steps": plant_steps,
     "programs": plant_programs,
     "optim": plant_optim,
+    "capture": plant_capture,
 }
 
 
