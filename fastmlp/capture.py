@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import threading
 import warnings
 from collections.abc import Callable
@@ -40,11 +41,27 @@ class _Pending:
     kwargs: dict[str, Any]
     traces: list[Trace] = field(default_factory=list)
     seen: Seen | None = None
+    after: Watched | None = None  # how the last one left what the function reads
     unequal: int = 0
 
 
 def _refusal(name: str, reason: str) -> CaptureError:
     return CaptureError(f"fastmlp: capture: {name}: {reason}")
+
+
+def _place_of(function: Any) -> str:
+    """Where a function is written, if it is one of the program."""
+    code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
+    return "" if code is None else f", in {code.co_filename}:{code.co_firstlineno}"
+
+
+def _held(trace: Trace) -> list[Tensor]:
+    """The tensors that a recording uses where it found them."""
+    return [
+        memory.tensor
+        for memory in trace.memories
+        if memory.source[0] in ("unseen", "argument") and memory.tensor is not None
+    ]
 
 
 class Captured(Generic[P, R]):
@@ -177,6 +194,9 @@ class Captured(Generic[P, R]):
 
     def _run(self, pending: _Pending, signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
         lenient = self._otherwise == "eager"
+        if pending.after is not None and pending.after.changed() is not None:
+            # Somebody has changed what the function reads, so that earlier executions are of another program.
+            pending.traces, pending.unequal = [], 0
         leaves = self._leaves | {id(leaf): leaf for leaf in (pending.seen.leaves() if pending.seen else [])}
         before = pending.seen.watch([], with_numbers=True) if pending.seen else None
         recorder = Recorder(self._name, signature.tensors, leaves.values(), lenient)
@@ -205,13 +225,13 @@ class Captured(Generic[P, R]):
         trace = recorder.trace
         if before is not None and (name := before.changed()) is not None:
             return (
-                f"fastmlp: capture: {self._name}: {name} changes within the captured function, and a replay does not "
-                "run "
-                "Python: change it outside of the function"
+                f"{name} changes within the captured function, and a replay does not run Python: change it outside of "
+                f"the function{_place_of(self._function)}"
             )
         same_state = [other for other in pending.traces if other.state() == trace.state()]
         pending.traces = [*pending.traces[-3:], trace]
         seen, pending.seen = pending.seen, recorder.seen
+        pending.after = recorder.seen.watch(_held(trace), with_numbers=False)
         if not same_state or seen is None:
             return None
         why = difference(same_state[-1], trace) or self._results_part(same_state[-1], trace)
@@ -230,7 +250,7 @@ class Captured(Generic[P, R]):
         return (
             f"it returned {described(other)}, and {described(result)} in the call before: return tensors, and numbers "
             "that "
-            "stay as they are, in tuples, lists or dictionaries"
+            f"stay as they are, in tuples, lists or dictionaries{_place_of(self._function)}"
         )
 
     def _add_tape(self, trace: Trace, seen: Seen, call: tuple[Any, ...]) -> None:

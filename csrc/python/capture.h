@@ -8,6 +8,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -66,6 +67,8 @@ class Surroundings {
   void add_item(const py::dict& dict, const py::str& key, int mode);
   void add_sequence(const py::object& list_or_tuple, const std::vector<int>& modes);
   void add_cell(const py::object& cell, int mode);
+  // The hooks that autograd runs for a tensor.
+  void add_hooks(const py::object& tensor);
 
   // The number of the first thing added that is not what it was, or -1.
   int changed() const;
@@ -77,10 +80,11 @@ class Surroundings {
     bool is(PyObject* now) const;
   };
   struct Watched {
-    enum Kind { dict, item, sequence, cell } kind;
+    enum Kind { dict, item, sequence, cell, hooks } kind;
     PyObject* holder;
     PyObject* key = nullptr;
     std::vector<Entry> entries;
+    std::array<Py_ssize_t, 2> counts = {};  // of hooks
     bool unchanged() const;
   };
 

@@ -12,6 +12,11 @@ namespace {
 
 bool is_named_tuple(PyObject* object) { return PyTuple_Check(object) && PyObject_HasAttrString(object, "_fields"); }
 
+// What operators of torch return that have several results.
+bool is_structure(PyObject* object) {
+  return PyTuple_Check(object) && PyObject_HasAttrString(object, "n_sequence_fields");
+}
+
 // Values that cannot change, which are compared as such.
 bool is_plain_value(PyObject* object) {
   return object == Py_None || PyBool_Check(object) || PyLong_CheckExact(object) || PyFloat_CheckExact(object) ||
@@ -50,7 +55,8 @@ Form::Form(PyObject* object, std::vector<at::Tensor>& tensors) : type_(Py_TYPE(o
     tensors.push_back(tensor);
   } else if (is_plain_value(object)) {
     kind_ = Kind::plain;
-  } else if (PyTuple_CheckExact(object) || PyList_CheckExact(object) || is_named_tuple(object)) {
+  } else if (PyTuple_CheckExact(object) || PyList_CheckExact(object) || is_named_tuple(object) ||
+             is_structure(object)) {
     kind_ = PyList_CheckExact(object) ? Kind::list : Kind::tuple;
     for (PyObject* child : items_of(object)) children_.emplace_back(child, tensors);
   } else if (PyDict_Check(object)) {
@@ -127,7 +133,8 @@ py::object Form::build(const std::vector<at::Tensor>& tensors, size_t& next) con
       py::tuple made(children_.size());
       for (size_t i = 0; i < children_.size(); i++) made[i] = children_[i].build(tensors, next);
       if (type_ == &PyTuple_Type) return made;
-      return py::handle(reinterpret_cast<PyObject*>(type_)).attr("_make")(made);
+      const py::handle type(reinterpret_cast<PyObject*>(type_));
+      return py::hasattr(type, "_make") ? type.attr("_make")(made) : type(made);
     }
     case Kind::dict: {
       const py::object made = py::handle(reinterpret_cast<PyObject*>(type_))();

@@ -1,9 +1,24 @@
 // What a captured function reads besides its arguments: see Surroundings in capture.h. Asked at each replay, some
 // nanoseconds an entry.
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <array>
+
 #include "capture.h"
 #include "objects.h"
 
 namespace fastmlp {
+
+namespace {
+
+// How many hooks run when the gradient of a tensor is computed, and how many when it has been accumulated.
+std::array<Py_ssize_t, 2> hooks_of(PyObject* tensor) {
+  const auto count = [](PyObject* dict) { return dict && PyDict_Check(dict) ? PyDict_GET_SIZE(dict) : 0; };
+  const THPVariable* const variable = reinterpret_cast<THPVariable*>(tensor);
+  return {count(variable->backward_hooks), count(variable->post_accumulate_grad_hooks)};
+}
+
+}  // namespace
 
 bool Surroundings::Entry::is(PyObject* now) const {
   switch (mode) {
@@ -39,6 +54,8 @@ bool Surroundings::Watched::unchanged() const {
     }
     case cell:
       return entries[0].is(PyCell_GET(holder));
+    case hooks:
+      return hooks_of(holder) == counts;
   }
   return false;
 }
@@ -65,6 +82,10 @@ void Surroundings::add_sequence(const py::object& list_or_tuple, const std::vect
 
 void Surroundings::add_cell(const py::object& cell, int mode) {
   all_.push_back({Watched::cell, cell.ptr(), nullptr, {{PyCell_GET(cell.ptr()), mode}}});
+}
+
+void Surroundings::add_hooks(const py::object& tensor) {
+  all_.push_back({Watched::hooks, tensor.ptr(), nullptr, {}, hooks_of(tensor.ptr())});
 }
 
 int Surroundings::changed() const {

@@ -5,6 +5,7 @@ returns new tensors is called by its variant that writes into given ones, where 
 numbers are drawn in place. Everything else is called as it was.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from fastmlp import optim
 from fastmlp._load import _C
 from fastmlp.tape.trace import Check, GradSet, Operation, OptimizerStep, Ref, Trace, Value, refs
 
-__all__ = ["Lowered", "lower"]
+__all__ = ["PRIMS", "Lowered", "lower"]
 
 #: Operations whose results have memory, but nothing in it yet.
 _EMPTY = frozenset(
@@ -52,6 +53,8 @@ _AS_OTHERS: dict[str, tuple[str, str, Callable[..., tuple[Any, ...]]]] = {
     "aten::rsub.Tensor": ("aten::sub", "out", lambda x, y: (y, x)),
     "aten::stack.": ("aten::stack", "out", lambda tensors, dim=0: (tensors, dim)),
 }
+#: Elementwise operators that torch computes in Python, where one of its tensors of zeros has no memory.
+PRIMS = {f"prims::{name}": (f"aten::{name}", "out") for name in ("add", "sub", "mul", "div")}
 #: Operators on lists that torch's kernels for the CPU apply to one tensor after the other: the operator of one tensor,
 #: its overload, and what stands behind the tensor.
 _ONE_BY_ONE: dict[str, tuple[str, str, Callable[..., tuple[Any, ...]]]] = {
@@ -65,6 +68,8 @@ _ONE_BY_ONE: dict[str, tuple[str, str, Callable[..., tuple[Any, ...]]]] = {
 #: Losses whose variant with `out` would take it for the losses of single elements too. They are computed in two steps,
 #: as torch's kernels do: elements, then their mean (1) or sum (2).
 _LOSSES = frozenset({"aten::mse_loss", "aten::smooth_l1_loss", "aten::huber_loss"})
+#: What `Lowered._keeps_shapes` has found out.
+_KEEP_SHAPES: dict[tuple[Any, ...], bool] = {}
 #: Arguments that say what a new tensor is like, which a given one knows.
 _OPTIONS = frozenset({"dtype", "layout", "device", "pin_memory", "memory_format"})
 
@@ -300,9 +305,11 @@ class Lowered:
             self._loss(event, args, self._bound(Ref(outputs[0])))
         elif name in _COPIES:
             self._add_call("aten::copy_", "", (targets[0], args[0]), {}, [], event.place)
+        elif name in PRIMS:
+            self._add_call(*PRIMS[name], args, {"out": targets[0]}, [], event.place)
         elif other := _AS_OTHERS.get(f"{name}.{overload}"):
             self._add_call(other[0], other[1], other[2](*args), dict(kwargs, out=targets[0]), [], event.place)
-        elif None not in event.outputs and (found := out_variant(event.func)) is not None:
+        elif None not in event.outputs and self._keeps_shapes(event) and (found := out_variant(event.func)) is not None:
             overload, names = found
             kept = {key: value for key, value in kwargs.items() if key not in _OPTIONS or key in names}
             schema = torch._C._get_schema(name, overload)
@@ -344,6 +351,39 @@ class Lowered:
         self._lifetimes.append((self._steps, self._steps + 1))
         return self.tape.tensor(self.tape.add_tensor(memory, torch.empty(0, dtype=dtype), shape, like.stride(), 0))
 
+    def _keeps_shapes(self, event: Operation) -> bool:
+        """Whether the operator's variant with `out` leaves what it is given its shape: some take it for scratch memory.
+
+        It is tried once, on zeros.
+        """
+        if torch.Tag.nondeterministic_seeded in event.func.tags:
+            return False
+        found = out_variant(event.func)
+        key = (str(event.func), *(value for value in event.args if isinstance(value, (int, str))))
+        if found is None or key in _KEEP_SHAPES:
+            return _KEEP_SHAPES.get(key, False)
+        overload, names = found
+
+        def zeros(argument: Any) -> Any:
+            if isinstance(argument, Ref):
+                value = self.trace.values[argument.value]
+                return torch.empty_strided(value.sizes, value.strides, dtype=value.dtype).zero_()
+            return type(argument)(map(zeros, argument)) if isinstance(argument, (tuple, list)) else argument
+
+        outs = {n: zeros(Ref(o)) for n, o in zip(names, event.outputs, strict=True) if o is not None}
+        other = getattr(event.func.overloadpacket, overload)
+        known = {argument.name for argument in other._schema.arguments}
+        kwargs = {key: zeros(value) for key, value in event.kwargs.items() if key in known}
+        memory = [(out.data_ptr(), out.shape, out.stride()) for out in outs.values()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                other(*map(zeros, event.args), **kwargs, **outs)
+            except RuntimeError:
+                return False  # what zeros are no input for is called as it was
+        _KEEP_SHAPES[key] = memory == [(out.data_ptr(), out.shape, out.stride()) for out in outs.values()]
+        return _KEEP_SHAPES[key]
+
     def _new_results(self, event: Operation) -> list[int]:
         return [-1 if output is None else self._tensor(output) for output in event.outputs]
 
@@ -352,7 +392,9 @@ class Lowered:
         kind = type(optimizer)
         ours = getattr(optim, kind.__name__, None)
         known = kind is ours or (self._fuse and kind is getattr(torch.optim, kind.__name__, None))
-        rule = optim.RULES[kind.__name__][0] if known and kind.__name__ in optim.RULES else -1
+        # Torch's step of several tensors at once leaves the momentum of Nesterov's in `.grad`.
+        writes = any(group.get("nesterov") and group.get("foreach") for group in optimizer.param_groups)
+        rule = optim.RULES[kind.__name__][0] if known and not writes and kind.__name__ in optim.RULES else -1
         self.counts["optimizers"] += 1
         self.stops.append((optimizer, kind.step, rule))
         self.tape.add_stop()

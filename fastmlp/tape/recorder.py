@@ -22,6 +22,7 @@ from fastmlp import optim
 from fastmlp.tape import functions
 from fastmlp.tape.functions import Functions
 from fastmlp.tape.gradients import Gradients
+from fastmlp.tape.lower import PRIMS
 from fastmlp.tape.seen import Seen
 from fastmlp.tape.trace import CaptureError, Check, Memory, Operation, OptimizerStep, Ref, Trace, Value
 from fastmlp.trace.outside import is_library
@@ -226,7 +227,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.is_passive() or getattr(func, "namespace", "") == "profiler":
+        if self.is_passive() or getattr(func, "namespace", "") == "profiler" or _only_of_shapes(args, kwargs):
             return func(*args, **kwargs)
         place, inner = _place(sys._getframe(1))
         with self._apart():
@@ -242,6 +243,8 @@ class Recorder(TorchDispatchMode):
     def _check_operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not isinstance(func, torch._ops.OpOverload):
             self.refuse(f"{func} runs code of Python")
+        elif func.namespace == "prims" and func._schema.name not in PRIMS:
+            self.refuse(f"{func} is computed by code of Python")
         elif torch.Tag.dynamic_output_shape in func.tags:
             if func is not aten.index.Tensor or any(
                 index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
@@ -328,6 +331,12 @@ class Recorder(TorchDispatchMode):
         if name in _HARMLESS:
             return
         outputs = list(output) if isinstance(output, (tuple, list)) else [output]
+        if isinstance(output, Tensor) and output._is_zerotensor():
+            # It has no memory, and torch takes it for zero whatever it is multiplied with.
+            kwargs = {"dtype": output.dtype}
+            zeros = Operation(aten.zeros.default, (list(output.shape),), kwargs, [self._new(output, place)], place)
+            self.trace.events.append(zeros)
+            return
         if not all(one is None or isinstance(one, Tensor) for one in outputs):
             self.refuse(f"{func} returns {type(output).__name__} to Python, and a replay does not run Python")
             return
@@ -354,7 +363,11 @@ class Recorder(TorchDispatchMode):
         for like in inputs:
             if like.untyped_storage()._cdata == storage._cdata:
                 return self._view(tensor, like, place)
-        self.trace.memories.append(Memory(("new",), storage.nbytes(), None, place))
+        return self._new(tensor, place)
+
+    def _new(self, tensor: Tensor, place: str) -> int:
+        bytes = tensor.nbytes if tensor._is_zerotensor() else tensor.untyped_storage().nbytes()
+        self.trace.memories.append(Memory(("new",), bytes, None, place))
         return self._add_value(tensor, len(self.trace.memories) - 1, int(tensor.storage_offset()))
 
     def _view(self, tensor: Tensor, like: Tensor, place: str) -> int | None:
@@ -365,7 +378,7 @@ class Recorder(TorchDispatchMode):
         if offset < 0 or rest:
             self.refuse("a view begins before the tensor that the function was given: pass the whole tensor")
             return None
-        if tensor is like and self.trace.memories[value.memory].source != ("new",):
+        if tensor is like and self.trace.memories[value.memory].source not in (("new",), ("constant",)):
             self.refuse("a tensor of the outside gets another shape in place: make a view of it instead")
             return None
         return self._add_value(tensor, value.memory, offset)
@@ -415,6 +428,19 @@ def _tensors(value: Any) -> Iterable[Tensor]:
             yield from _tensors(item)
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
+
+
+def _only_of_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether torch's own code works out a shape with tensors that have no data."""
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type == "meta":
+        return True
+    found = False
+    for tensor in _tensors((args, kwargs)):
+        if not tensor.is_meta:
+            return False
+        found = True
+    return found
 
 
 def _refs(value: Any) -> Iterable[int]:

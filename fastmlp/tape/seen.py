@@ -78,6 +78,13 @@ class Watched:
             self.watch.add_item(holder, key, mode)
             self._names.append(name)
 
+    def hooks(self, tensor: Tensor, name: str) -> None:
+        """Watches which hooks autograd runs for a tensor."""
+        if self._is_new("hooks", id(tensor)):
+            self.alive.append(tensor)
+            self.watch.add_hooks(tensor)
+            self._names.append(name)
+
     def sequence(self, holder: list[Any] | tuple[Any, ...], modes: list[int], name: str) -> None:
         """Watches the items of a list."""
         if self._is_new("sequence", id(holder)):
@@ -162,17 +169,18 @@ class Seen:
             with_numbers: whether numbers of optimizers are watched too, which a step reads anew each time.
         """
         watched = Watched()
-        _Walk(self, watched, {id(tensor) for tensor in held}, with_numbers).all()
+        _Walk(self, watched, list(held), with_numbers).all()
         return watched
 
 
 class _Walk:
     """Goes through what was seen and adds it to a `Watched`."""
 
-    def __init__(self, seen: Seen, watched: Watched, held: set[int], with_numbers: bool) -> None:
+    def __init__(self, seen: Seen, watched: Watched, held: list[Tensor], with_numbers: bool) -> None:
         self._seen = seen
         self._watched = watched
-        self._held = held
+        self._tensors = held
+        self._held = {id(tensor) for tensor in held}
         self._with_numbers = with_numbers
         self._names = {name for code in seen._codes for name in _names(code)}
         self._walked: set[tuple[int, int]] = set()
@@ -180,6 +188,8 @@ class _Walk:
     def all(self) -> None:
         """Adds everything."""
         seen = self._seen
+        for tensor in self._tensors:
+            self._watched.hooks(tensor, f"a hook of a tensor of shape {tuple(tensor.shape)}")
         for hooks in GLOBAL_HOOKS:
             self._watched.mapping(hooks, _SAME, "a hook of all modules")
         for module in list(seen._modules.values()):
@@ -214,10 +224,6 @@ class _Walk:
                 self._variable(own, key, value, f"{name}.{key}", 1)
         if "forward" in own:
             self._watched.item(own, "forward", _SAME, f"{name}.forward")
-        for parameter in own.get("_parameters", {}).values():
-            hooks = None if parameter is None else parameter._backward_hooks
-            if hooks:
-                self._watched.mapping(hooks, _SAME, "a hook of a parameter")
 
     def _variable(self, holder: dict[str, Any], key: str, value: Any, name: str, depth: int) -> None:
         mode = self._mode(value)
@@ -263,9 +269,9 @@ class _Walk:
             return
         self._walked.add((id(value), depth))
         if isinstance(value, nn.Module):
-            if id(value) in self._seen._modules:
-                return
-            self._watched.item(vars(value), "training", _EQUAL, f"{name}.training")
+            for module in value.modules():
+                if id(module) not in self._seen._modules:
+                    self._module(module)
         elif isinstance(value, torch.optim.Optimizer):
             self._optimizer(value)
         elif isinstance(value, FunctionType):
