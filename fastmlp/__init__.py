@@ -3,6 +3,7 @@
 from fastmlp import _moved as _moved  # so that pickles of an earlier version find their names
 from fastmlp import functional, optim, reference
 from fastmlp.activations import Activation
+from fastmlp.capture import Captured, CaptureError, capture
 from fastmlp.config import get_isa, set_isa, show_config
 from fastmlp.convert import convert, revert
 from fastmlp.explain import Route, explain, fusion_report
@@ -18,6 +19,8 @@ __version__ = "0.1.0"
 __all__ = [
     "MLP",
     "Activation",
+    "CaptureError",
+    "Captured",
     "FrozenMLP",
     "Linear",
     "Route",
@@ -26,6 +29,7 @@ __all__ = [
     "TrainStep",
     "__version__",
     "autotune",
+    "capture",
     "convert",
     "explain",
     "freeze",

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "autograd.h"
+#include "capture.h"
 #include "../contract/training_info.h"
 #include "../tensors/borrowed.h"
 #include "../tensors/checks.h"
@@ -198,6 +199,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           [](const py::object& self, int64_t waiting) { initialised(self).waiting = waiting; });
   m.def("has_hooks", &has_hooks);
   add_frozen(m);
+  add_capture(m);
   m.def("activations", &activations);
   m.def("instruction_sets", &instruction_sets);
   m.def("dtypes", [] { return std::vector<std::string>{"float32", "float64", "bfloat16", "float16"}; });

@@ -173,6 +173,21 @@ void write_counter(const at::Tensor& counter, double value) {
   }
 }
 
+// The variables that functions of torch's schedulers see. Held for the life of the process.
+PyObject* variables_of_schedulers() {
+  static PyObject* const all =
+      py::module_::import("torch.optim.lr_scheduler").attr("__dict__").cast<py::object>().release().ptr();
+  return all;
+}
+
+// Whether a function is what a scheduler of torch puts in the place of an optimizer's step, to know that it was called,
+// around this very step. Others may have copied its attributes.
+bool is_of_scheduler(PyObject* function, PyObject* step) {
+  if (!PyFunction_Check(function) || PyFunction_GET_GLOBALS(function) != variables_of_schedulers()) return false;
+  const py::object attributes = attributes_of(function);
+  return item(attributes.ptr(), names().marked) && item(attributes.ptr(), names().wrapped) == step;
+}
+
 }  // namespace
 
 // The numbers that the parameters of a group share.
@@ -402,6 +417,18 @@ bool is_step_watched(const py::handle& optimizer) {
   return std::any_of(names().step_hooks.begin(), names().step_hooks.end(),
                      [&](PyObject* name) { return filled(item(attributes.ptr(), name)); }) ||
          std::any_of(names().scaler.begin(), names().scaler.end(), has);
+}
+
+bool steps_itself(const py::handle& optimizer, PyObject* step) {
+  if (is_step_watched(optimizer) || _PyType_Lookup(Py_TYPE(optimizer.ptr()), names().step) != step) return false;
+  PyObject* const own = item(attributes_of(optimizer.ptr()).ptr(), names().step);
+  return !own || is_of_scheduler(own, step);
+}
+
+void tell_scheduler(const py::handle& optimizer) {
+  const py::object attributes = attributes_of(optimizer.ptr());
+  if (item(attributes.ptr(), names().step) && PyObject_SetAttr(optimizer.ptr(), names().called, Py_True) < 0)
+    throw py::error_already_set();
 }
 
 void register_optimizer_hooks(const py::tuple& hooks) {

@@ -83,6 +83,12 @@ void drop_grads(const py::handle& optimizer);
 // gradients, or a mode of torch.
 bool is_step_watched(const py::handle& optimizer);
 
+// Whether a call of optimizer.step() would be nothing but the arithmetic of `step`, the function of its class.
+bool steps_itself(const py::handle& optimizer, PyObject* step);
+
+// Tells the schedulers of an optimizer that it has stepped.
+void tell_scheduler(const py::handle& optimizer);
+
 // Dictionaries of hooks on all optimizers. Held for the life of the process.
 void register_optimizer_hooks(const py::tuple& hooks);
 

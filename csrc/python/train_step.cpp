@@ -23,21 +23,6 @@
 namespace fastmlp {
 namespace {
 
-// The variables that functions of torch's schedulers see. Held for the life of the process.
-PyObject* variables_of_schedulers() {
-  static PyObject* const all =
-      py::module_::import("torch.optim.lr_scheduler").attr("__dict__").cast<py::object>().release().ptr();
-  return all;
-}
-
-// Whether a function is what a scheduler of torch puts in the place of an optimizer's step, to know that it was called,
-// around this very step. Others may have copied its attributes.
-bool is_of_scheduler(PyObject* function, PyObject* step) {
-  if (!PyFunction_Check(function) || PyFunction_GET_GLOBALS(function) != variables_of_schedulers()) return false;
-  const py::object attributes = attributes_of(function);
-  return item(attributes.ptr(), names().marked) && item(attributes.ptr(), names().wrapped) == step;
-}
-
 // Whether nobody but the parameter sees a gradient's memory, so that it may be written again where the loop would take
 // new memory.
 bool is_private(const at::Tensor& grad, const at::Tensor& parameter) {
@@ -132,7 +117,7 @@ void TrainStep::place_grads(bool keep) {
 
 // Reads the optimizer's step as an operation of ours; none if torch's own step has to be called.
 void TrainStep::read_step(std::optional<OptimizerStep>& step) {
-  if (!steps_itself()) return;
+  if (!steps_itself(optimizer_, originals_.step.ptr())) return;
   size_t next = 0;
   step.emplace(optimizer_, rule_, [&](PyObject* parameter) {
     const Slot* const slot = slot_of(parameter, next);
@@ -180,21 +165,6 @@ void TrainStep::clip() const {
     const at::Tensor norm = at::linalg_vector_norm(at::stack(at::_foreach_norm(grads)), 2);
     at::_foreach_mul_(grads, at::clamp_max(*options_.max_norm / (norm + 1e-6), 1.0));
   }
-}
-
-// Whether a step of the optimizer is nothing but its arithmetic.
-bool TrainStep::steps_itself() const {
-  PyObject* const step = originals_.step.ptr();
-  if (is_step_watched(optimizer_) || _PyType_Lookup(Py_TYPE(optimizer_.ptr()), names().step) != step) return false;
-  PyObject* const own = item(attributes_of(optimizer_.ptr()).ptr(), names().step);
-  return !own || is_of_scheduler(own, step);
-}
-
-// That its optimizer has stepped.
-void TrainStep::tell_scheduler() const {
-  const py::object attributes = attributes_of(optimizer_.ptr());
-  if (item(attributes.ptr(), names().step) && PyObject_SetAttr(optimizer_.ptr(), names().called, Py_True) < 0)
-    throw py::error_already_set();
 }
 
 // Everything that a call needs to know before it writes; false if explain() has to say why it cannot run.
@@ -254,7 +224,7 @@ void TrainStep::hold_all(Call& call) const {
 void TrainStep::take_step(std::optional<OptimizerStep>& step) {
   clip();
   if (step) {
-    tell_scheduler();
+    tell_scheduler(optimizer_);
     step->apply();
   } else {
     optimizer_.attr("step")();

@@ -107,8 +107,6 @@ class TrainStep {
   void finish_grads(bool keep);
   void clip() const;
   void take_step(std::optional<OptimizerStep>& step);
-  bool steps_itself() const;
-  void tell_scheduler() const;
 
   py::tuple links_;
   py::dict holders_;

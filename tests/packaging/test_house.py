@@ -15,7 +15,8 @@ MAY_INCLUDE: dict[str, tuple[str, ...]] = {
     "tensors": ("contract",),
     "cpu": ("contract",),
     "cuda": ("contract",),
-    "python": ("contract", "tensors"),
+    "capture": ("contract", "tensors"),
+    "python": ("contract", "tensors", "capture"),
 }
 #: The files of a device that turn tensors into pointers: they may know tensors and torch.
 REGISTER_FILES = ("cpu/register.cpp", "cuda/register.cpp", "cuda/library.h", "cuda/absent.cpp")
@@ -42,7 +43,7 @@ def wrong_includes(file: str, text: str) -> list[str]:
             if folder != "python":
                 found.append(f"{file} includes {name}, and {folder} knows no Python")
         elif _TORCH.match(name):
-            if folder not in ("tensors", "python") and not registers:
+            if folder not in ("tensors", "capture", "python") and not registers:
                 found.append(f"{file} includes {name}, and {folder} knows no torch")
         elif quote == '"':
             target = (CSRC / file).parent.joinpath(name).resolve()
@@ -93,8 +94,16 @@ def test_quoted_includes_are_of_files_that_exist() -> None:
         ("cpu/register.cpp", "#include <torch/extension.h>\n", "knows no Python"),
         ("cuda/dtypes/planted.cu", '#include "../../cpu/gemm.h"\n', "cuda may include contract, cuda"),
         ("cuda/planted.cuh", "#include <ATen/cuda/CUDAContext.h>\n", "knows no torch"),
-        ("python/planted.cpp", '#include "../cuda/network.h"\n', "python may include contract, python, tensors"),
-        ("python/planted.cpp", '#include "../cpu/frozen.h"\n', "python may include contract, python, tensors"),
+        ("capture/planted.cpp", '#include "../cpu/frozen.h"\n', "capture may include capture, contract, tensors"),
+        ("capture/planted.cpp", '#include "../python/gil.h"\n', "capture may include capture, contract, tensors"),
+        ("capture/planted.cpp", "#include <torch/csrc/utils/pybind.h>\n", "knows no Python"),
+        ("tensors/planted.cpp", '#include "../capture/tape.h"\n', "tensors may include contract, tensors"),
+        (
+            "python/planted.cpp",
+            '#include "../cuda/network.h"\n',
+            "python may include capture, contract,",
+        ),
+        ("python/planted.cpp", '#include "../cpu/frozen.h"\n', "python may include capture, contract,"),
     ],
 )
 def test_an_arrow_that_goes_the_wrong_way_is_found(file: str, text: str, word: str) -> None:
@@ -121,8 +130,10 @@ def test_an_arrow_that_goes_the_right_way_is_not(file: str, text: str) -> None:
 #: Files outside of a device's folder that name one, and why they must.
 NAME_DEVICES = {
     "csrc/tensors/devices.cpp": "the host, which reads an optimizer's numbers, is what torch calls the CPU",
+    "csrc/capture/direct.cpp": "torch's kernels of the host bear its name",
     "fastmlp/__main__.py": "--device of the benchmark",
     "fastmlp/bench.py": "its networks and batches are chosen for each device",
+    "fastmlp/tape/recorder.py": "what it records is replayed on the host",
     "fastmlp/trace/recording.py": "it records what torch says of tensors and of autocast, by torch's names",
     "fastmlp/tuning.py": "autotune is of the CUDA kernels alone",
 }

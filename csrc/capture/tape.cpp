@@ -1,0 +1,290 @@
+// How the tape of tape.h is built and replayed. Called by csrc/python/capture_build.cpp and capture_replay.cpp. Below
+// autograd, autocast and views everything here runs: a recording has seen what they made of the step.
+#include "tape.h"
+
+#include <ATen/TensorUtils.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/as_strided.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "../tensors/devices.h"
+#include "plan.h"
+
+namespace fastmlp {
+namespace {
+
+// What TLS excludes while operators of a tape run. They were recorded below all of these.
+class BelowModes {
+ private:
+  at::AutoDispatchBelowADInplaceOrView below_autograd_;
+  c10::impl::ExcludeDispatchKeyGuard below_autocast_{c10::autocast_dispatch_keyset};
+};
+
+// The keys that a tensor of the host has.
+c10::DispatchKeySet host_keys() {
+  static const c10::DispatchKeySet keys = at::empty({0}, host).key_set();
+  return keys;
+}
+
+// Memory of somebody else's, under a storage of ours.
+c10::Storage borrowed_storage(int64_t bytes) {
+  return c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes, c10::DataPtr(nullptr, host),
+                                               nullptr, false);
+}
+
+at::Tensor tensor_on(const c10::Storage& storage, at::ScalarType dtype, at::IntArrayRef sizes, at::IntArrayRef strides,
+                     int64_t offset) {
+  at::Tensor tensor =
+      at::detail::make_tensor<at::TensorImpl>(c10::Storage(storage), host_keys(), at::scalarTypeToTypeMeta(dtype));
+  tensor.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides, offset);
+  return tensor;
+}
+
+double number_in(const at::Tensor& tensor) {
+  const void* const data = tensor.const_data_ptr();
+  switch (tensor.scalar_type()) {
+    case at::kBool:
+      return *static_cast<const bool*>(data);
+    case at::kLong:
+      return double(*static_cast<const int64_t*>(data));
+    case at::kDouble:
+      return *static_cast<const double*>(data);
+    case at::kFloat:
+      return *static_cast<const float*>(data);
+    default:
+      TORCH_CHECK(false, "fastmlp: capture: a check reads ", tensor.scalar_type(), ", expected bool, int64 or a float");
+  }
+}
+
+}  // namespace
+
+int Tape::add_memory(Owner owner, int64_t bytes) {
+  const c10::InferenceMode ordinary(false);
+  c10::Storage storage;
+  if (owner == Owner::tape) {
+    storage = at::empty({bytes}, at::kByte).storage();
+    own_bytes_ += bytes;
+  } else {
+    storage = borrowed_storage(bytes);
+  }
+  memories_.push_back({owner, bytes, std::move(storage)});
+  const int index = int(memories_.size()) - 1;
+  if (owner == Owner::result) fresh_.push_back(index);
+  return index;
+}
+
+int Tape::add_tensor(int memory, at::ScalarType dtype, at::IntArrayRef sizes, at::IntArrayRef strides, int64_t offset) {
+  const c10::InferenceMode ordinary(false);
+  tensors_.push_back({tensor_on(memories_[size_t(memory)].storage, dtype, sizes, strides, offset), memory});
+  return int(tensors_.size()) - 1;
+}
+
+int Tape::add_external(External external) {
+  externals_.push_back(std::move(external));
+  return int(externals_.size()) - 1;
+}
+
+void Tape::add_call(c10::OperatorHandle operation, torch::jit::Stack arguments, std::vector<int> results,
+                    std::string place) {
+  Step step{Step::call};
+  step.operation = operation;
+  step.arguments = std::move(arguments);
+  if (results.empty()) step.direct = direct_call(operation.operator_name());
+  for (const int tensor : results) {
+    const Owner owner = tensor < 0 ? Owner::arena : memories_[size_t(tensors_[size_t(tensor)].memory)].owner;
+    step.returned.push_back({tensor, owner != Owner::arena, {}});
+  }
+  step.text = std::move(place);
+  steps_.push_back(std::move(step));
+}
+
+void Tape::add_grad(int external, int tensor) {
+  Step step{Step::grad};
+  step.external = external;
+  step.tensor = tensor;
+  steps_.push_back(std::move(step));
+}
+
+void Tape::add_check(int tensor, double expected, std::string error) {
+  Step step{Step::check};
+  step.tensor = tensor;
+  step.expected = expected;
+  step.text = std::move(error);
+  steps_.push_back(std::move(step));
+}
+
+void Tape::add_stop() { steps_.push_back(Step{Step::stop}); }
+
+void Tape::finish(const std::vector<std::pair<int, int>>& lifetimes, std::vector<Result> results) {
+  TORCH_CHECK(lifetimes.size() == memories_.size(), "fastmlp: capture: ", lifetimes.size(), " lifetimes of ",
+              memories_.size(), " memories");
+  std::vector<Piece> pieces;
+  std::vector<size_t> members;
+  for (size_t i = 0; i < memories_.size(); i++) {
+    if (memories_[i].owner != Owner::arena) continue;
+    pieces.push_back({memories_[i].bytes, lifetimes[i].first, lifetimes[i].second});
+    members.push_back(i);
+  }
+  const ArenaPlan plan = plan_arena(pieces);
+  const c10::InferenceMode ordinary(false);
+  arena_bytes_ = plan.bytes;
+  arena_ = at::empty({plan.bytes}, at::kByte);
+  for (size_t i = 0; i < members.size(); i++)
+    point(int(members[i]), static_cast<char*>(arena_.mutable_data_ptr()) + plan.offsets[i]);
+  results_ = std::move(results);
+}
+
+size_t Tape::direct_calls() const {
+  return size_t(std::count_if(steps_.begin(), steps_.end(), [](const Step& step) { return step.direct; }));
+}
+
+const at::Tensor& Tape::found(const External& external) const {
+  if (external.argument >= 0) return arguments_[size_t(external.argument)];
+  if (external.grad_of >= 0) return found(externals_[size_t(external.grad_of)]).grad();
+  return external.held;
+}
+
+bool Tape::fits(const External& external) const {
+  const at::Tensor& tensor = found(external);
+  return tensor.defined() && tensor.scalar_type() == external.dtype && tensor.device() == host &&
+         tensor.requires_grad() == external.requires_grad && tensor.sizes() == at::IntArrayRef(external.sizes) &&
+         tensor.strides() == at::IntArrayRef(external.strides) &&
+         !(external.starts_without_grad && tensor.grad().defined());
+}
+
+bool Tape::fits(at::TensorList arguments) const {
+  // The externals are asked for by the functions above.
+  const_cast<Tape*>(this)->arguments_.assign(arguments.begin(), arguments.end());
+  return std::all_of(externals_.begin(), externals_.end(), [&](const External& one) { return fits(one); });
+}
+
+void Tape::point(int memory, void* to) const {
+  memories_[size_t(memory)].storage.set_data_ptr_noswap(c10::DataPtr(to, host));
+}
+
+void Tape::refresh() {
+  for (const External& external : externals_) {
+    const at::Tensor& tensor = found(external);
+    TORCH_CHECK(fits(external),
+                "fastmlp: capture: a tensor of the captured function got another shape, dtype, device or requires_grad "
+                "within the call");
+    void* const data = external.written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+    storages_.push_back(tensor.storage());
+    const c10::Storage& storage = memories_[size_t(external.memory)].storage;
+    if (storage.data() != data) point(external.memory, data);
+  }
+}
+
+void Tape::start(at::TensorList arguments) {
+  arguments_.assign(arguments.begin(), arguments.end());
+  storages_.clear();
+  outputs_.clear();
+  next_ = 0;
+  refresh();
+  for (const int memory : fresh_) {
+    const int64_t bytes = memories_[size_t(memory)].bytes;
+    c10::Allocator* const allocator = c10::GetAllocator(host.type());
+    outputs_.push_back(c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
+                                                             allocator->allocate(size_t(bytes)), allocator, true));
+    point(memory, outputs_.back().mutable_data());
+  }
+}
+
+void Tape::take(Returned& returned, const at::Tensor& result, const Step& step) {
+  if (returned.tensor < 0) return;
+  const at::Tensor& tensor = this->tensor(returned.tensor);
+  TORCH_CHECK(result.defined() && result.sizes() == tensor.sizes() && result.strides() == tensor.strides() &&
+                  result.scalar_type() == tensor.scalar_type(),
+              "fastmlp: capture: ", step.operation->operator_name(), " in ", step.text, " returned ",
+              result.defined() ? "another shape" : "nothing", ", expected a tensor of shape ", tensor.sizes(),
+              " as when it was recorded; call reset() to record again");
+  if (returned.copied) {
+    tensor.copy_(result);
+    return;
+  }
+  const int64_t before = tensor.storage_offset() * int64_t(tensor.itemsize());
+  point(tensors_[size_t(returned.tensor)].memory,
+        static_cast<char*>(const_cast<void*>(result.const_data_ptr())) - before);
+  returned.held = result;
+}
+
+void Tape::call(Step& step) {
+  if (step.direct) return step.direct(step.arguments);
+  stack_ = step.arguments;
+  step.operation->callBoxed(stack_);
+  size_t next = 0;
+  if (step.returned.empty()) return;
+  for (const c10::IValue& value : stack_) {
+    if (value.isTensorList()) {
+      for (const at::Tensor& tensor : value.toTensorVector()) take(step.returned.at(next++), tensor, step);
+    } else {
+      take(step.returned.at(next++), value.isTensor() ? value.toTensor() : at::Tensor(), step);
+    }
+  }
+}
+
+bool Tape::run() {
+  const BelowModes below;
+  while (next_ < steps_.size()) {
+    Step& step = steps_[next_++];
+    switch (step.kind) {
+      case Step::call:
+        call(step);
+        break;
+      case Step::grad: {
+        at::Tensor& grad = found(externals_[size_t(step.external)]).mutable_grad();
+        if (step.tensor < 0) {
+          grad.reset();
+        } else if (!grad.is_same(tensor(step.tensor))) {
+          grad = tensor(step.tensor);
+        }
+        break;
+      }
+      case Step::check:
+        TORCH_CHECK_VALUE(number_in(tensor(step.tensor)) == step.expected, "fastmlp: capture: ", step.text);
+        break;
+      case Step::stop:
+        return true;
+    }
+  }
+  return false;
+}
+
+std::vector<at::Tensor> Tape::results() {
+  std::vector<at::Tensor> all;
+  for (const Result& result : results_) {
+    if (result.tensor < 0) {
+      all.push_back(found(externals_[size_t(result.external)]));
+      continue;
+    }
+    const Member& member = tensors_[size_t(result.tensor)];
+    const at::Tensor& like = member.tensor;
+    if (result.external >= 0) {
+      const at::Tensor whole = found(externals_[size_t(result.external)]).detach();
+      all.push_back(whole.as_strided(like.sizes(), like.strides(), whole.storage_offset() + like.storage_offset()));
+    } else {
+      const size_t index = size_t(std::find(fresh_.begin(), fresh_.end(), member.memory) - fresh_.begin());
+      all.push_back(
+          tensor_on(outputs_.at(index), like.scalar_type(), like.sizes(), like.strides(), like.storage_offset()));
+    }
+  }
+  return all;
+}
+
+void Tape::end() {
+  for (const External& external : externals_) {
+    if (!external.written) continue;
+    const at::Tensor& tensor = found(external);
+    if (tensor.defined() && !tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  }
+  arguments_.clear();
+  storages_.clear();
+  outputs_.clear();
+}
+
+}  // namespace fastmlp

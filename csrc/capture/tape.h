@@ -1,0 +1,136 @@
+// A recorded step: operators of torch with their arguments bound, on tensors whose shapes never change and whose memory
+// is planned. csrc/python/capture_build.cpp fills a tape, capture_replay.cpp runs it. Knows nothing of Python: where
+// code of Python has to run, the tape stops and its caller goes on. A tape runs on one thread at a time.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "direct.h"
+
+namespace fastmlp {
+
+// Whose a piece of memory is.
+enum class Owner {
+  arena,    // the tape's, shared with other pieces that live at other times
+  tape,     // the tape's own, such as that of constants and of gradients, which callers see until the next replay
+  outside,  // somebody else's, found anew at each replay
+  result,   // new at each replay, for the caller to keep
+};
+
+// A tensor that the tape does not make. It is found anew at each replay; of another shape, dtype or device it does not
+// fit.
+struct External {
+  int memory = -1;
+  int argument = -1;     // the index among the tensors of the call, or -1
+  int grad_of = -1;      // the index of the external whose .grad it is, or -1
+  at::Tensor held;       // the tensor itself, if it is neither
+  bool written = false;  // by the step
+  at::ScalarType dtype = at::kFloat;
+  std::vector<int64_t> sizes, strides;
+  bool requires_grad = false;
+  bool starts_without_grad = false;  // the step is another one if there is a .grad when it begins
+};
+
+// A tensor that the caller gets.
+struct Result {
+  int tensor = -1;    // one of the tape's, or -1: an external itself
+  int external = -1;  // that it is, or of whose memory it is a view
+  bool requires_grad = false;
+};
+
+class Tape {
+ public:
+  // What building a tape asks for, in this order: memory, tensors and externals; then steps; then finish().
+
+  int add_memory(Owner owner, int64_t bytes);
+  // A tensor of the tape. `offset` is in elements from the beginning of its memory.
+  int add_tensor(int memory, at::ScalarType dtype, at::IntArrayRef sizes, at::IntArrayRef strides, int64_t offset);
+  const at::Tensor& tensor(int index) const { return tensors_[size_t(index)].tensor; }
+  int add_external(External external);
+
+  // results: for an operator that returns new tensors, the tensors of the tape that they become; -1 for an undefined
+  // one. Empty for operators that write where their arguments say.
+  void add_call(c10::OperatorHandle operation, torch::jit::Stack arguments, std::vector<int> results,
+                std::string place);
+  // Puts a tensor of the tape, or none (-1), into the .grad of an external.
+  void add_grad(int external, int tensor);
+  // Raises, with `error`, unless the number in a tensor is still the one that the recording saw.
+  void add_check(int tensor, double expected, std::string error);
+  // The caller runs something of its own before it goes on.
+  void add_stop();
+  // Plans the arena; lifetimes are first and last steps of each memory.
+  void finish(const std::vector<std::pair<int, int>>& lifetimes, std::vector<Result> results);
+
+  // What replaying asks for, in this order: fits(), start(), run() until it says that all is done, results(), end().
+
+  // Whether the externals are as they were. `arguments` are the tensors of the call.
+  bool fits(at::TensorList arguments) const;
+  void start(at::TensorList arguments);
+  // Finds externals again after code of somebody else ran.
+  void refresh();
+  // Runs to the next stop. False if there is none any more.
+  bool run();
+  std::vector<at::Tensor> results();
+  // Whether a result is a new tensor that required a gradient when it was recorded.
+  bool ends_history(size_t result) const { return results_[result].tensor >= 0 && results_[result].requires_grad; }
+  void end();
+
+  int64_t arena_bytes() const { return arena_bytes_; }
+  int64_t own_bytes() const { return own_bytes_; }
+  size_t direct_calls() const;
+
+ private:
+  struct Memory {
+    Owner owner;
+    int64_t bytes;
+    c10::Storage storage;
+  };
+  struct Member {
+    at::Tensor tensor;
+    int memory;
+  };
+  // What an operator returns, and where it goes.
+  struct Returned {
+    int tensor;
+    bool copied;      // its memory belongs to somebody who keeps it
+    at::Tensor held;  // what came last
+  };
+  struct Step {
+    enum Kind { call, grad, check, stop } kind;
+    std::optional<c10::OperatorHandle> operation;
+    torch::jit::Stack arguments;
+    Direct* direct = nullptr;
+    std::vector<Returned> returned;
+    int external = -1, tensor = -1;
+    double expected = 0;
+    std::string text;  // the place in the user's file, or the error of a check
+  };
+
+  const at::Tensor& found(const External& external) const;
+  bool fits(const External& external) const;
+  void call(Step& step);
+  void take(Returned& returned, const at::Tensor& result, const Step& step);
+  void point(int memory, void* to) const;
+
+  std::vector<Memory> memories_;
+  std::vector<Member> tensors_;
+  std::vector<External> externals_;
+  std::vector<Step> steps_;
+  std::vector<Result> results_;
+  std::vector<int> fresh_;              // memories that are new at each replay
+  std::vector<c10::Storage> storages_;  // of the externals of this replay, and of its fresh memories
+  std::vector<c10::Storage> outputs_;
+  at::Tensor arena_;
+  int64_t arena_bytes_ = 0, own_bytes_ = 0;
+  std::vector<at::Tensor> arguments_;
+  torch::jit::Stack stack_;
+  size_t next_ = 0;
+};
+
+}  // namespace fastmlp

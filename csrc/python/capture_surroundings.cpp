@@ -1,0 +1,77 @@
+// What a captured function reads besides its arguments: see Surroundings in capture.h. Asked at each replay, some
+// nanoseconds an entry.
+#include "capture.h"
+#include "objects.h"
+
+namespace fastmlp {
+
+bool Surroundings::Entry::is(PyObject* now) const {
+  switch (mode) {
+    case ignored:
+      return true;
+    case same:
+      return now == value;
+    default:
+      return now == value || (now && value && equal_plain_values(now, value));
+  }
+}
+
+bool Surroundings::Watched::unchanged() const {
+  switch (kind) {
+    case dict: {
+      if (size_t(PyDict_GET_SIZE(holder)) != entries.size()) return false;
+      PyObject *key = nullptr, *value = nullptr;
+      size_t i = 0;
+      for (Py_ssize_t at = 0; PyDict_Next(holder, &at, &key, &value); i++) {
+        if (!entries[i].is(value)) return false;
+      }
+      return true;
+    }
+    case item:
+      return entries[0].is(fastmlp::item(holder, key));
+    case sequence: {
+      const auto items = items_of(holder);
+      if (items.size() != entries.size()) return false;
+      for (size_t i = 0; i < items.size(); i++) {
+        if (!entries[i].is(items[i])) return false;
+      }
+      return true;
+    }
+    case cell:
+      return entries[0].is(PyCell_GET(holder));
+  }
+  return false;
+}
+
+void Surroundings::add_dict(const py::dict& dict, const std::vector<int>& modes) {
+  Watched watched{Watched::dict, dict.ptr()};
+  PyObject *key = nullptr, *value = nullptr;
+  size_t i = 0;
+  for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value); i++)
+    watched.entries.push_back({value, modes.at(i)});
+  all_.push_back(std::move(watched));
+}
+
+void Surroundings::add_item(const py::dict& dict, const py::str& key, int mode) {
+  all_.push_back({Watched::item, dict.ptr(), key.ptr(), {{item(dict.ptr(), key.ptr()), mode}}});
+}
+
+void Surroundings::add_sequence(const py::object& list_or_tuple, const std::vector<int>& modes) {
+  Watched watched{Watched::sequence, list_or_tuple.ptr()};
+  size_t i = 0;
+  for (PyObject* value : items_of(list_or_tuple.ptr())) watched.entries.push_back({value, modes.at(i++)});
+  all_.push_back(std::move(watched));
+}
+
+void Surroundings::add_cell(const py::object& cell, int mode) {
+  all_.push_back({Watched::cell, cell.ptr(), nullptr, {{PyCell_GET(cell.ptr()), mode}}});
+}
+
+int Surroundings::changed() const {
+  for (size_t i = 0; i < all_.size(); i++) {
+    if (!all_[i].unchanged()) return int(i);
+  }
+  return -1;
+}
+
+}  // namespace fastmlp

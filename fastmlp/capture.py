@@ -1,0 +1,321 @@
+"""Any training step, recorded once and replayed in C++: `capture`."""
+
+import copy
+import functools
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, Generic, ParamSpec, TypeVar, overload
+
+from torch import Tensor
+
+from fastmlp._errors import described
+from fastmlp._load import _C
+from fastmlp.tape.lower import Lowered, lower
+from fastmlp.tape.recorder import Recorder, is_recording
+from fastmlp.tape.report import Report, TapeReport
+from fastmlp.tape.seen import Seen, Watched
+from fastmlp.tape.trace import CaptureError, Trace, difference
+
+__all__ = ["CaptureError", "Captured", "capture"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_NOTHING = object()
+#: Signatures that are remembered without a tape: more than there are tapes, and few enough to look through.
+_PENDING = 16
+#: Recordings in a row without a replay after which something changes at every call.
+_RECORDINGS = 32
+
+
+@dataclass
+class _Pending:
+    """A signature that has no tape yet: its executions so far, the last one last."""
+
+    signature: Any
+    args: tuple[Any, ...]  # alive, because the signature borrows what is in them
+    kwargs: dict[str, Any]
+    traces: list[Trace] = field(default_factory=list)
+    seen: Seen | None = None
+    unequal: int = 0
+
+
+def _refusal(name: str, reason: str) -> CaptureError:
+    return CaptureError(f"fastmlp: capture: {name}: {reason}")
+
+
+class Captured(Generic[P, R]):
+    """What `capture` returns: call it as the function.
+
+    Attributes:
+        calls: how often it was called.
+        replays: how many of these calls were replays.
+    """
+
+    def __init__(self, function: Callable[P, R], fuse: bool, otherwise: str | None) -> None:
+        functools.update_wrapper(self, function, updated=())
+        self._function = function
+        self._fuse = fuse
+        self._otherwise = otherwise
+        self._name = getattr(function, "__qualname__", type(function).__name__)
+        self._lock = threading.RLock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all recordings: the next two calls are recorded again."""
+        with self._lock:
+            self._recordings = _C.Recordings()
+            self._pending: list[_Pending] = []
+            self._eager: list[Any] = []
+            self._tapes: list[tuple[Lowered, Any]] = []
+            self._alive: list[Any] = []
+            self._leaves: dict[int, Tensor] = {}
+            self._recorded = 0
+            self._unreplayed = 0
+            self._replays_then = 0
+
+    @property
+    def calls(self) -> int:
+        """How often the function was called."""
+        return self._recorded + self._recordings.replays
+
+    @property
+    def replays(self) -> int:
+        """How many of the calls were replays."""
+        return self._recordings.replays
+
+    def report(self) -> Report:
+        """What was recorded: for each tape its operations, what became of them, and memory in bytes."""
+        tapes = [TapeReport.of(lowered) for lowered, _ in self._tapes]
+        return Report(self._name, self.calls, self.replays, tapes)
+
+    def __repr__(self) -> str:
+        tapes = len(self._recordings)
+        return (
+            f"captured({self._name}): {tapes} tape{'s' * (tapes != 1)}, {self.replays} of {self.calls} calls replayed"
+        )
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """As the function."""
+        result = self._recordings.replay(args, kwargs, _NOTHING)
+        return self._record(args, kwargs) if result is _NOTHING else result
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Any:
+        """As a method: each object has recordings of its own."""
+        if owner is None:
+            return self
+        name = f"_captured_{self._function.__name__}"
+        own = vars(owner).get(name)
+        if own is None:
+            method = MethodType(self._function, owner)
+            own = vars(owner)[name] = Captured(method, self._fuse, self._otherwise)
+        return own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Captured[P, R]":
+        return Captured(copy.deepcopy(self._function, memo), self._fuse, self._otherwise)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Captured, (self._function, self._fuse, self._otherwise)
+
+    # Recording.
+
+    def _record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+        if is_recording():
+            # Within another captured function it is a part of that one.
+            return self._function(*args, **kwargs)
+        with self._lock:
+            self._recorded += 1
+            signature = _C.Signature(args, kwargs)
+            if any(eager.matches(args, kwargs) for eager, *_ in self._eager):
+                return self._function(*args, **kwargs)
+            self._check_arguments(signature)
+            pending = next((one for one in self._pending if one.signature.matches(args, kwargs)), None)
+            if pending is None:
+                pending = _Pending(signature, args, kwargs)
+                self._pending = [pending, *self._pending[: _PENDING - 1]]
+            self._count_unreplayed()
+            return self._run(pending, signature, args, kwargs)
+
+    def _count_unreplayed(self) -> None:
+        """Raises where recordings never become replays."""
+        if self._recordings.replays != self._replays_then:
+            self._replays_then, self._unreplayed = self._recordings.replays, 0
+        self._unreplayed += 1
+        if self._unreplayed > _RECORDINGS:
+            raise _refusal(
+                self._name,
+                f"the last {_RECORDINGS} calls were recorded and none could be replayed, because each one has "
+                "arguments "
+                "that no other has, or finds something changed: give numbers that change as tensors, and call reset() "
+                "after changing the model",
+            )
+
+    def _check_arguments(self, signature: Any) -> None:
+        if not _C.no_mode_is_active():
+            raise _refusal(
+                self._name,
+                "it was called within a mode or transform of torch (torch.func, a dispatch mode, a tracer), which "
+                "would "
+                "not see its operations: call the function itself there",
+            )
+        for tensor in signature.tensors:
+            if tensor.requires_grad and tensor.grad_fn is not None:
+                raise _refusal(
+                    self._name,
+                    f"an argument, {described(tensor)}, was computed outside and requires a gradient, which would end "
+                    "at "
+                    "the captured function: pass argument.detach(), or compute it inside",
+                )
+        for value in signature.objects:
+            if type(value).__module__.partition(".")[0] == "numpy":
+                raise _refusal(
+                    self._name, f"an argument is {described(value)} of NumPy: pass torch.from_numpy(argument)"
+                )
+
+    def _run(self, pending: _Pending, signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+        lenient = self._otherwise == "eager"
+        leaves = self._leaves | {id(leaf): leaf for leaf in (pending.seen.leaves() if pending.seen else [])}
+        before = pending.seen.watch([], with_numbers=True) if pending.seen else None
+        recorder = Recorder(self._name, signature.tensors, leaves.values(), lenient)
+        with recorder:
+            result = self._function(*args, **kwargs)
+        returned = _C.Signature((result,), {})
+        recorder.finish(returned.tensors, (returned, result))
+        recorder.seen.function(self._function)
+        why = recorder.refused
+        if why is None:
+            why = self._take(pending, recorder, before, (signature, args, kwargs))
+        if why is not None:
+            self._give_up(why, signature, args, kwargs)
+        self._leaves |= {id(leaf): leaf for leaf in recorder.gradients.leaves()}
+        return result
+
+    def _give_up(self, why: str, signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._otherwise is None:
+            raise _refusal(self._name, why)
+        if not self._eager:
+            warnings.warn(f"{_refusal(self._name, why)}. It runs as it is, not captured", RuntimeWarning, stacklevel=5)
+        self._eager.append((signature, args, kwargs))
+
+    def _take(self, pending: _Pending, recorder: Recorder, before: Watched | None, call: tuple[Any, ...]) -> str | None:
+        """Makes a tape if this execution is as the last one; returns why none can be made."""
+        trace = recorder.trace
+        if before is not None and (name := before.changed()) is not None:
+            return (
+                f"fastmlp: capture: {self._name}: {name} changes within the captured function, and a replay does not "
+                "run "
+                "Python: change it outside of the function"
+            )
+        same_state = [other for other in pending.traces if other.state() == trace.state()]
+        pending.traces = [*pending.traces[-3:], trace]
+        seen, pending.seen = pending.seen, recorder.seen
+        if not same_state or seen is None:
+            return None
+        why = difference(same_state[-1], trace) or self._results_part(same_state[-1], trace)
+        if why is not None:
+            pending.unequal += 1
+            # The first call may have made state that all later ones find.
+            return why if pending.unequal > 1 else None
+        self._add_tape(trace, recorder.seen.both(seen), call)
+        self._pending.remove(pending)
+        return None
+
+    def _results_part(self, before: Trace, now: Trace) -> str | None:
+        (form, result), (_, other) = before.returned, now.returned
+        if form.matches((other,), {}):
+            return None
+        return (
+            f"it returned {described(other)}, and {described(result)} in the call before: return tensors, and numbers "
+            "that "
+            "stay as they are, in tuples, lists or dictionaries"
+        )
+
+    def _add_tape(self, trace: Trace, seen: Seen, call: tuple[Any, ...]) -> None:
+        signature, args, kwargs = call
+        lowered = lower(trace, self._fuse)
+        held = [
+            memory.tensor for memory in trace.memories if memory.source == ("unseen",) and memory.tensor is not None
+        ]
+        watched = seen.watch(held, with_numbers=False)
+        _, result = trace.returned
+        self._alive.append((watched, signature, args, kwargs, result))
+        self._recordings.add(lowered.tape, signature, result, watched.watch, lowered.stops)
+        self._tapes.append((lowered, watched))
+
+
+@overload
+def capture(function: Callable[P, R], *, fuse: bool = True, otherwise: str | None = None) -> Captured[P, R]: ...
+@overload
+def capture(
+    function: None = None, *, fuse: bool = True, otherwise: str | None = None
+) -> Callable[[Callable[P, R]], Captured[P, R]]: ...
+def capture(function: Any = None, *, fuse: bool = True, otherwise: str | None = None) -> Any:
+    """Records a training step, or any function of tensors, once, and replays it in C++ from then on.
+
+    The first two calls with arguments of the same shapes run as they are and are recorded: forward, backward, in-place
+    updates. If both did the same, later calls replay the recording, without Python, autograd or allocations between the
+    operations. Each call does its work exactly once, so a loop computes what it computes without `capture`: with
+    `fuse=False` the same bits, with `fuse=True` within rounding. Random numbers come from the same generators in the
+    same order, schedulers that step outside work, and `optimizer.state` and checkpoints are the same.
+
+    **What a replay does not do, and does not notice.** It does not run Python: counters, prints, lists that grow and
+    whatever else the function does besides operations on tensors happens while it is recorded only. It notices before
+    it runs, and records again, when there are other shapes, dtypes or plain values among the arguments, other modes of
+    torch (grad mode, autocast), other flags, numbers, parameters, children or hooks of modules, other members of
+    optimizers, other memory of tensors, other numbers among the variables and attributes that the program's own
+    functions name. It does not notice a change within what it cannot see through: lists of more than 64 items, objects
+    of other packages, files, the clock. What such a thing decides has to be an argument.
+
+    **What cannot be recorded raises** `CaptureError` with the line of the program: reading elements (`item()`, an `if`
+    on a tensor, NumPy), shapes that depend on data, two recordings that differ, as by a branch or a number that
+    changes. Seeding generators and stepping schedulers belong outside.
+
+    Gradients are left in `.grad`, as by the function, in memory that the next call writes again. Results are new
+    tensors; one that required a gradient does so again, but its graph ends there with an error. Two threads may replay
+    two captured functions at once; of one function they replay one after the other.
+
+    Args:
+        function: what to record. It gets tensors on the CPU and plain values, in nested tuples, lists and dictionaries,
+            and returns such. It may use any modules, losses and optimizers. With a method, each object has recordings
+            of its own.
+        fuse: whether the steps of `torch.optim.SGD`, `Adam`, `AdamW` and `RMSprop` are computed by the kernels of
+            `fastmlp.optim`, which read groups and states at each call. Otherwise, and for all other optimizers,
+            `optimizer.step()` itself is called.
+        otherwise: "eager" to run a function that cannot be recorded as it is, with one RuntimeWarning, instead of
+            raising.
+
+    Returns:
+        A `Captured`, to be called as the function. Without `function`, a decorator.
+
+    Raises:
+        TypeError: `function` is not callable.
+        ValueError: `otherwise` is something else.
+        CaptureError: by a call, for what cannot be recorded.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> @capture
+        ... def step(input, target):
+        ...     optimizer.zero_grad()
+        ...     loss = (model(input) - target).abs().mean()
+        ...     loss.backward()
+        ...     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        ...     optimizer.step()
+        ...     return loss
+        >>> for _ in range(10):
+        ...     loss = step(torch.ones(8, 3), torch.zeros(8, 1))
+        >>> step
+        captured(step): 1 tape, 8 of 10 calls replayed
+    """
+    if otherwise not in (None, "eager"):
+        raise ValueError(f"fastmlp: capture: otherwise must be None or 'eager', got {described(otherwise)}")
+    if function is None:
+        return functools.partial(capture, fuse=fuse, otherwise=otherwise)
+    if not callable(function):
+        raise TypeError(f"fastmlp: capture: function must be callable, got {described(function)}")
+    return Captured(function, fuse, otherwise)

@@ -1,0 +1,1 @@
+"""The parts of `fastmlp.capture`: what is recorded, and how it becomes a tape."""

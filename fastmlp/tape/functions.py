@@ -1,0 +1,87 @@
+"""Sees functions of torch that are no operations: what reads tensors for Python, and what sets `.grad`."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Functions"]
+
+#: What these read of a tensor goes to Python, which a replay does not run.
+_READS = {
+    "numpy": "NumPy's arrays",
+    "__array__": "NumPy's arrays",
+    "tolist": "lists",
+    "__repr__": "text: print what the function returns instead",
+    "__format__": "text: print what the function returns instead",
+    "data_ptr": "addresses",
+    "untyped_storage": "storages",
+    "storage": "storages",
+    "_typed_storage": "storages",
+    "__dlpack__": "DLPack",
+    "__deepcopy__": "copies of objects: use clone()",
+    "__reduce_ex__": "files",
+    "apply_": "functions of Python",
+    "map_": "functions of Python",
+    "share_memory_": "other processes",
+}
+#: What these change of a tensor outlives the call, unless the tensor was made in it.
+_CHANGES = frozenset({"register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "retain_grad"})
+#: Longer lists of numbers are data, which may change, rather than constants of a formula.
+_CONSTANTS = 32
+
+
+class Functions(TorchFunctionMode):
+    """A mode beside a recorder's.
+
+    Args:
+        recorder: which is told.
+    """
+
+    def __init__(self, recorder: Any) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self._recorder.is_passive():
+            return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__set__" else ""
+        if attribute:
+            self._before_set(attribute, args[0])
+        else:
+            self._check(name, args)
+        output = func(*args, **(kwargs or {}))
+        if attribute == "grad":
+            self._recorder.grad_was_set(args[0])
+        return output
+
+    def _before_set(self, attribute: str, tensor: Tensor) -> None:
+        if attribute == "grad":
+            self._recorder.gradients.add(tensor)
+        elif attribute == "data" or (attribute == "requires_grad" and not self._recorder.is_made(tensor)):
+            self._recorder.refuse(
+                f"tensor.{attribute} = ... within the captured function: do it outside, or write with copy_()"
+            )
+
+    def _check(self, name: str, args: tuple[Any, ...]) -> None:
+        if name in _CHANGES and not self._recorder.is_made(args[0]):
+            self._recorder.refuse(
+                f"Tensor.{name}() changes a tensor that was there before, which would happen only once: do it outside "
+                "of "
+                "the function"
+            )
+        elif name in _READS:
+            self._recorder.refuse(f"Tensor.{name}() leaves the tensors of a tape for {_READS[name]}")
+        elif name in ("tensor", "as_tensor") and args:
+            data = args[0]
+            if type(data).__module__.partition(".")[0] == "numpy" and getattr(data, "ndim", 0) > 0:
+                self._recorder.refuse(
+                    "a tensor is made from an array of NumPy, whose numbers may change: pass a tensor as an argument"
+                )
+            elif isinstance(data, (list, tuple)) and len(data) > _CONSTANTS:
+                self._recorder.refuse(
+                    "a tensor is made from a long list, whose numbers may change: pass a tensor as an argument"
+                )

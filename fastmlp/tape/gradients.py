@@ -1,0 +1,80 @@
+"""The `.grad` of leaves during a recording: autograd puts gradients there without an operation that says so."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from fastmlp.tape.trace import GradSet, Trace
+
+__all__ = ["Gradients"]
+
+
+class Gradients:
+    """Compares the `.grad` of leaves with what a trace tells of it.
+
+    Args:
+        trace: which is told what changed.
+        recorder: which knows the values of tensors.
+        leaves: whose gradients may change.
+    """
+
+    def __init__(self, trace: Trace, recorder: Any, leaves: Iterable[Tensor]) -> None:
+        self._trace = trace
+        self._recorder = recorder
+        self._leaves: dict[int, Tensor] = {}
+        self._start: dict[int, Tensor | None] = {}  # what each leaf had when the call began
+        self._now: dict[int, Tensor | None] = {}  # what it has, as far as the trace tells
+        self._cleared: set[int] = set()  # leaves of trace.cleared
+        self._set: set[int] = set()  # leaves that an event is of
+        for leaf in leaves:
+            self.add(leaf)
+
+    def add(self, leaf: Tensor) -> None:
+        """Takes note of a leaf whose `.grad` nothing has changed yet."""
+        if id(leaf) not in self._leaves:
+            self._leaves[id(leaf)] = leaf
+            self._start[id(leaf)] = self._now[id(leaf)] = leaf.grad
+
+    def leaves(self) -> list[Tensor]:
+        """All leaves."""
+        return list(self._leaves.values())
+
+    def leaf_of(self, grad: Tensor) -> Tensor | None:
+        """The leaf whose `.grad` a tensor was when the call began."""
+        for key, start in self._start.items():
+            if start is grad:
+                if key in self._cleared:
+                    self._recorder.refuse("the gradient of before the call is used after zero_grad(): use it before")
+                return self._leaves[key]
+        return None
+
+    def was_set(self, leaf: Tensor, place: str) -> None:
+        """The program has set the `.grad` of a leaf that add() knows."""
+        if leaf.grad is None and not self._is_touched(leaf):
+            self._trace.cleared.append(leaf)
+            self._cleared.add(id(leaf))
+            self._now[id(leaf)] = None
+        elif leaf.grad is None or leaf.grad is not self._now[id(leaf)]:
+            self._note(leaf, place)
+
+    def sync(self, place: str) -> None:
+        """Notes gradients that autograd has put into leaves since the last time."""
+        for key, leaf in list(self._leaves.items()):
+            if leaf.grad is self._now[key]:
+                continue
+            if self._start[key] is None and key not in self._cleared | self._set:
+                self._trace.starts_without_grad.add(self._trace.values[self._recorder.value_of(leaf, place)].memory)
+            self._note(leaf, place)
+
+    def _is_touched(self, leaf: Tensor) -> bool:
+        """Whether the trace tells of the leaf's gradient already."""
+        start = self._start[id(leaf)]
+        read = start is not None and self._recorder.known_value(start) is not None
+        return read or id(leaf) in self._cleared | self._set
+
+    def _note(self, leaf: Tensor, place: str) -> None:
+        grad = self._now[id(leaf)] = leaf.grad
+        self._set.add(id(leaf))
+        value = None if grad is None else self._recorder.value_of(grad, place)
+        self._trace.events.append(GradSet(self._recorder.value_of(leaf, place), value, place))

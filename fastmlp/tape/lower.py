@@ -1,0 +1,386 @@
+"""Makes a tape of a trace: decides for each recorded operation how a replay does it, and whose each memory is.
+
+Views and empty tensors vanish, because memory is static. What depends on no data is computed once. An operation that
+returns new tensors is called by its variant that writes into given ones, where the CPU has a kernel for that. Random
+numbers are drawn in place. Everything else is called as it was.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmlp import optim
+from fastmlp._load import _C
+from fastmlp.tape.trace import Check, GradSet, Operation, OptimizerStep, Ref, Trace, Value, refs
+
+__all__ = ["Lowered", "lower"]
+
+#: Operations whose results have memory, but nothing in it yet.
+_EMPTY = frozenset(
+    f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+)
+#: Operations whose results depend on no data.
+_FACTORIES = frozenset(
+    f"aten::{name}"
+    for name in (
+        "arange", "eye", "full", "full_like", "linspace", "new_full", "new_ones", "new_zeros", "ones", "ones_like",
+        "scalar_tensor", "zeros", "zeros_like",
+    )
+)  # fmt: skip
+#: Copies: what they return is their first argument, perhaps of another dtype.
+_COPIES = frozenset({"aten::clone", "aten::_to_copy", "aten::contiguous"})
+#: Operations that draw new tensors: the operation that draws in place, and its arguments.
+_DRAWN: dict[str, Callable[[Operation], tuple[str, str, tuple[Any, ...]]]] = {
+    "aten::rand": lambda op: ("aten::uniform_", "", (0.0, 1.0)),
+    "aten::rand_like": lambda op: ("aten::uniform_", "", (0.0, 1.0)),
+    "aten::randn": lambda op: ("aten::normal_", "", (0.0, 1.0)),
+    "aten::randn_like": lambda op: ("aten::normal_", "", (0.0, 1.0)),
+}
+#: Functions whose variant with `out` is another one's: the name, the overload, and the arguments.
+_OUT: dict[str, Callable[[Operation], tuple[str, str, tuple[Any, ...], dict[str, Any]]]] = {
+    "aten::sum": lambda op: ("aten::sum", "IntList_out", (op.args[0], [], False), dict(op.kwargs)),
+    "aten::mean": lambda op: ("aten::mean", "out", (op.args[0], [], False), dict(op.kwargs)),
+}
+#: Losses whose variant with `out` would take it for the losses of single elements too. They are computed in two steps,
+#: as torch's kernels do: elements, then their mean (1) or sum (2).
+_LOSSES = frozenset({"aten::mse_loss", "aten::smooth_l1_loss", "aten::huber_loss"})
+#: Arguments that say what a new tensor is like, which a given one knows.
+_OPTIONS = frozenset({"dtype", "layout", "device", "pin_memory", "memory_format"})
+
+
+class Lowered:
+    """A tape, and what Python has to know of it.
+
+    Attributes:
+        stops: of each stop of the tape the optimizer, its class's `step`, and the number of our rule or -1.
+        alive: objects that the tape only borrows.
+        counts: how many operations became what.
+    """
+
+    def __init__(self, trace: Trace, fuse: bool) -> None:
+        self.tape = _C.Tape()
+        self.trace = trace
+        self.stops: list[tuple[torch.optim.Optimizer, Any, int]] = []
+        self.counts = dict.fromkeys(("views", "constants", "calls", "optimizers", "drawn", "returned"), 0)
+        self.operations: dict[str, int] = {}
+        self._fuse = fuse
+        self._steps = 0
+        self._owners: list[str] = []
+        self._numbers: dict[int, int] = {}  # of the tape's tensors, by those of values
+        self._externals: dict[int, int] = {}  # by memory
+        self._lifetimes: list[tuple[int, int]] = []
+        self._results: dict[int, int] = {}  # memories that are copied for the caller
+
+    def build(self) -> None:
+        """Makes the tape."""
+        trace = self.trace
+        self._find_owners()
+        for owner, memory in zip(self._owners, trace.memories, strict=True):
+            self.tape.add_memory(owner, max(memory.bytes, 1))
+        self._lifetimes = [(1 << 30, -1)] * len(trace.memories)
+        self._add_externals()
+        self._clear_grads()
+        for event in trace.events:
+            if isinstance(event, Operation):
+                self._operation(event)
+            elif isinstance(event, GradSet):
+                self._use(*trace.refs(event))
+                grad = -1 if event.value is None else self._tensor(event.value)
+                self.tape.add_grad(self._externals[trace.values[event.leaf].memory], grad)
+                self._steps += 1
+            elif isinstance(event, Check):
+                self._use(event.value)
+                error = (
+                    f"a check of torch's, called in {event.place}, came out otherwise than when the "
+                    "function was recorded: call the function itself with these arguments to see its error"
+                )
+                self.tape.add_check(self._tensor(event.value), event.expected, error)
+                self._steps += 1
+            else:
+                self._optimizer(event)
+        results = [self._result(value) for value in trace.results]
+        self.tape.finish(
+            [(first, max(first, last)) if last >= 0 else (0, 0) for first, last in self._lifetimes], results
+        )
+
+    def _find_owners(self) -> None:
+        trace = self.trace
+        grads = {trace.values[e.value].memory for e in trace.events if isinstance(e, GradSet) and e.value is not None}
+        made = {
+            trace.values[event.outputs[0]].memory
+            for event in trace.events
+            if isinstance(event, Operation) and event.func._schema.name in _FACTORIES and event.outputs[0] is not None
+        }
+        returned = {trace.values[value].memory for value in trace.results}
+        for i, memory in enumerate(trace.memories):
+            if memory.source == ("constant",):
+                self._owners.append("tape")
+            elif memory.source != ("new",):
+                self._owners.append("outside")
+            elif i in grads or (i in made and not memory.written):
+                self._owners.append("tape")
+            else:
+                self._owners.append("result" if i in returned else "arena")
+
+    def _add_externals(self) -> None:
+        values = self.trace.values
+        for i, memory in enumerate(self.trace.memories):
+            if self._owners[i] != "outside":
+                continue
+            assert memory.tensor is not None
+            kind = memory.source[0]
+            argument = memory.source[1] if kind == "argument" else -1
+            grad_of = self._externals[values[memory.source[1]].memory] if kind == "grad" else -1
+            self._externals[i] = self.tape.add_external(
+                memory=i,
+                like=memory.tensor,
+                argument=argument,
+                grad_of=grad_of,
+                held=kind == "unseen",
+                written=memory.written,
+                starts_without_grad=i in self.trace.starts_without_grad,
+            )
+
+    def _clear_grads(self) -> None:
+        """What `zero_grad()` does, where nothing puts another gradient there before somebody may look."""
+        values = self.trace.values
+        of_tensors = {id(memory.tensor): i for i, memory in enumerate(self.trace.memories) if i in self._externals}
+        soon = set()
+        for event in self.trace.events:
+            if isinstance(event, OptimizerStep):
+                break
+            if isinstance(event, GradSet) and event.value is not None:
+                soon.add(values[event.leaf].memory)
+        for leaf in self.trace.cleared:
+            memory = of_tensors.get(id(leaf))
+            if memory is None:
+                memory = self.tape.add_memory("outside", 1)
+                self._lifetimes.append((0, 0))
+                self._externals[memory] = self.tape.add_external(
+                    memory=memory,
+                    like=leaf,
+                    argument=-1,
+                    grad_of=-1,
+                    held=True,
+                    written=False,
+                    starts_without_grad=False,
+                )
+            if memory not in soon:
+                self.tape.add_grad(self._externals[memory], -1)
+                self._steps += 1
+
+    # Tensors.
+
+    def _tensor(self, value: int) -> int:
+        if value not in self._numbers:
+            one = self.trace.values[value]
+            self._numbers[value] = self._add(one, one.memory)
+        return self._numbers[value]
+
+    def _add(self, value: Value, memory: int) -> int:
+        like = torch.empty(0, dtype=value.dtype)
+        return self.tape.add_tensor(memory, like, value.sizes, value.strides, value.offset)
+
+    def _bound(self, argument: Any) -> Any:
+        """A recorded argument with the tape's tensors in it."""
+        if isinstance(argument, Ref):
+            return self.tape.tensor(self._tensor(argument.value))
+        if isinstance(argument, (tuple, list)):
+            return type(argument)(self._bound(item) for item in argument)
+        if isinstance(argument, dict):
+            return {key: self._bound(item) for key, item in argument.items()}
+        return argument
+
+    def _use(self, *values: int) -> None:
+        """Notes that the next step uses these."""
+        for value in values:
+            memory = self.trace.values[value].memory
+            first, last = self._lifetimes[memory]
+            self._lifetimes[memory] = min(first, self._steps), max(last, self._steps)
+
+    # Events.
+
+    def _operation(self, event: Operation) -> None:
+        trace, name = self.trace, event.func._schema.name
+        outputs = [output for output in event.outputs if output is not None]
+        new = self._made(event)
+        if torch.Tag.inplace_view in event.func.tags or (not new and not event.func._schema.is_mutable):
+            self.counts["views"] += 1
+            self._lift(event)
+        elif name in _EMPTY:
+            self.counts["views"] += 1
+        elif name in _FACTORIES:
+            self._factory(event, outputs[0])
+        else:
+            self.operations[name] = self.operations.get(name, 0) + 1
+            self._use(*trace.refs(event))
+            self._call(event, new)
+            self._steps += 1
+
+    def _made(self, event: Operation) -> bool:
+        """Whether the operation makes new memory."""
+        used = {self.trace.values[value].memory for value in refs((event.args, event.kwargs))}
+        return any(o is not None and self.trace.values[o].memory not in used for o in event.outputs)
+
+    def _lift(self, event: Operation) -> None:
+        """Numbers of Python: copied at each replay if the step writes to them, else kept."""
+        if event.func._schema.name != "aten::lift_fresh":
+            return
+        (value,) = refs(event.args)
+        memory = self.trace.memories[self.trace.values[value].memory]
+        if memory.source == ("constant",):
+            self._fill(value, memory.tensor, memory.written)
+
+    def _factory(self, event: Operation, output: int) -> None:
+        made = event.func(*self._bound(event.args), **self._bound(event.kwargs))
+        written = (
+            self._owners[self.trace.values[output].memory] != "tape"
+            or self.trace.memories[self.trace.values[output].memory].written
+        )
+        self._fill(output, made, written)
+
+    def _fill(self, value: int, content: Any, each_time: bool) -> None:
+        """Gives a tensor of the tape its content, once or at each replay."""
+        self.counts["constants"] += 1
+        target = self.tape.tensor(self._tensor(value))
+        if not each_time:
+            target.copy_(content)
+            return
+        self._use(value)
+        self._add_call("aten::copy_", "", (target, content), {}, [], "a constant")
+        self._steps += 1
+
+    def _add_call(
+        self, name: str, overload: str, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[int], place: str
+    ) -> None:
+        schema = torch._C._get_schema(name, overload)
+        args = tuple(_as_tensor(argument, entry) for argument, entry in zip(args, schema.arguments, strict=False))
+        self.tape.add_call(name, overload, args, kwargs, results, place)
+
+    def _call(self, event: Operation, new: bool) -> None:
+        self.counts["calls"] += 1
+        schema = event.func._schema
+        name, overload = schema.name, schema.overload_name
+        args, kwargs = self._bound(event.args), self._bound(event.kwargs)
+        if not new or schema.is_mutable:
+            results = self._new_results(event) if new else []
+            self._add_call(name, overload, args, kwargs, results, event.place)
+            return
+        outputs = [output for output in event.outputs if output is not None]
+        targets = [self.tape.tensor(self._tensor(output)) for output in outputs]
+        if name in _DRAWN and overload in ("", "generator"):
+            self.counts["drawn"] += 1
+            drawn, overload, numbers = _DRAWN[name](event)
+            self._add_call(drawn, overload, (targets[0], *numbers), _generator(kwargs), [], event.place)
+        elif name in _LOSSES:
+            self._loss(event, args, self._bound(Ref(outputs[0])))
+        elif name in _COPIES:
+            self._add_call("aten::copy_", "", (targets[0], args[0]), {}, [], event.place)
+        elif name in _OUT and overload == "":
+            other, overload, _, _ = _OUT[name](event)
+            first, *rest = _OUT[name](event)[2]
+            out = dict(kwargs, out=targets[0])
+            self._add_call(other, overload, (self._bound(first), *rest), out, [], event.place)
+        elif None not in event.outputs and (found := out_variant(event.func)) is not None:
+            overload, names = found
+            kept = {key: value for key, value in kwargs.items() if key not in _OPTIONS or key in names}
+            schema = torch._C._get_schema(name, overload)
+            known = {argument.name for argument in schema.arguments}
+            kept = {key: value for key, value in kwargs.items() if key in known}
+            kept |= dict(zip(names, targets, strict=True))
+            self._add_call(name, overload, args, kept, [], event.place)
+        else:
+            self.counts["returned"] += 1
+            self._add_call(name, overload, args, kwargs, self._new_results(event), event.place)
+
+    def _loss(self, event: Operation, args: tuple[Any, ...], target: Tensor) -> None:
+        name, place = event.func._schema.name, event.place
+        reduction = args[2] if len(args) > 2 else 1
+        rest = args[3:]
+        if reduction == 0:
+            self._add_call(name, "out", (*args[:2], 0, *rest), {"out": target}, [], place)
+            return
+        like = torch.broadcast_tensors(args[0], args[1])[0]
+        shape, dtype = tuple(like.shape), torch.promote_types(args[0].dtype, args[1].dtype)
+        elements = self._scratch(shape, dtype)
+        self._add_call(name, "out", (*args[:2], 0, *rest), {"out": elements}, [], place)
+        self._steps += 1
+        self._use(*self.trace.refs(event))
+        reduced = ("aten::mean", "out") if reduction == 1 else ("aten::sum", "IntList_out")
+        self._add_call(*reduced, (elements, [], False), {"out": target}, [], place)
+
+    def _scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor that lives for this step and the next one."""
+        like = torch.empty(shape, dtype=dtype, device="meta")
+        memory = self.tape.add_memory("arena", max(like.nbytes, 1))
+        self._lifetimes.append((self._steps, self._steps + 1))
+        return self.tape.tensor(self.tape.add_tensor(memory, torch.empty(0, dtype=dtype), shape, like.stride(), 0))
+
+    def _new_results(self, event: Operation) -> list[int]:
+        return [-1 if output is None else self._tensor(output) for output in event.outputs]
+
+    def _optimizer(self, event: OptimizerStep) -> None:
+        optimizer = event.optimizer
+        kind = type(optimizer)
+        ours = getattr(optim, kind.__name__, None)
+        known = kind is ours or (self._fuse and kind is getattr(torch.optim, kind.__name__, None))
+        rule = optim.RULES[kind.__name__][0] if known and kind.__name__ in optim.RULES else -1
+        self.counts["optimizers"] += 1
+        self.stops.append((optimizer, kind.step, rule))
+        self.tape.add_stop()
+        self._steps += 1
+
+    def _result(self, value: int) -> tuple[int, int, bool]:
+        """The tape's tensor of a result, the external that it is or views, and whether it requires a gradient."""
+        one = self.trace.values[value]
+        owner = self._owners[one.memory]
+        if owner == "outside":
+            external = self._externals[one.memory]
+            first = next(i for i, other in enumerate(self.trace.values) if other.memory == one.memory)
+            return (-1 if first == value else self._tensor(value)), external, one.requires_grad
+        if owner == "tape":
+            # The caller keeps what it gets, and the tape writes here again.
+            copy = self.tape.add_memory("result", max(self.trace.memories[one.memory].bytes, 1))
+            self._lifetimes.append((self._steps, self._steps))
+            target = self._add(one, copy)
+            content = self.tape.tensor(self._tensor(value))
+            self._add_call("aten::copy_", "", (self.tape.tensor(target), content), {}, [], "a result")
+            self._steps += 1
+            return target, -1, one.requires_grad
+        return self._tensor(value), -1, one.requires_grad
+
+
+def _generator(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {"generator": kwargs["generator"]} if "generator" in kwargs else {}
+
+
+def _as_tensor(argument: Any, entry: Any) -> Any:
+    """A number where an operator takes a tensor, as the dispatcher would have it."""
+    number = isinstance(argument, (bool, int, float)) and str(entry.type) in ("Tensor", "Optional[Tensor]")
+    return _C.wrapped_number(argument) if number else argument
+
+
+def out_variant(func: Any) -> tuple[str, list[str]] | None:
+    """The overload of an operator that writes into given tensors by a kernel of the CPU, and what it calls these."""
+    schema = func._schema
+    wanted = [(argument.name, str(argument.type)) for argument in schema.arguments]
+    bare = [entry for entry in wanted if entry[0] not in _OPTIONS]
+    for overload in func.overloadpacket.overloads():
+        other = getattr(func.overloadpacket, overload)._schema
+        outs = [argument.name for argument in other.arguments if argument.is_out]
+        rest = [(argument.name, str(argument.type)) for argument in other.arguments if not argument.is_out]
+        if not outs or rest not in (wanted, bare) or len(outs) != len(schema.returns):
+            continue
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{other.name}.{other.overload_name}", "CPU"):
+            return overload, outs
+    return None
+
+
+def lower(trace: Trace, fuse: bool) -> Lowered:
+    """The tape of a trace."""
+    with torch.no_grad():
+        lowered = Lowered(trace, fuse)
+        lowered.build()
+    return lowered

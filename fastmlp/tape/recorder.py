@@ -1,0 +1,425 @@
+"""Records one eager execution of a function: every operation of torch, its backward included, as it is dispatched.
+
+`Recorder` is a dispatch mode, which sees operations below autograd, and installs two more observers for as long as it
+records: a function mode, which sees reads of tensors that are no operations (`numpy`, `tolist`, `.grad`), and a profile
+function of this thread, which sees calls of Python and C (optimizers' steps, modules, generators that are seeded). What
+a tape could not repeat is refused here, where the user's line is known.
+"""
+
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _python_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastmlp import optim
+from fastmlp.tape import functions
+from fastmlp.tape.functions import Functions
+from fastmlp.tape.gradients import Gradients
+from fastmlp.tape.seen import Seen
+from fastmlp.tape.trace import CaptureError, Check, Memory, Operation, OptimizerStep, Ref, Trace, Value
+from fastmlp.trace.outside import is_library
+
+__all__ = ["Recorder", "is_recording"]
+
+aten = torch.ops.aten
+
+#: Operations that return something else than tensors, but nothing of their elements.
+_HARMLESS = frozenset({"aten::is_same_size", "aten::sym_size", "aten::sym_numel", "aten::sym_stride"})
+#: Operations that write to arguments without saying so in their schemas, and those arguments.
+_WRITES_UNSAID = {"aten::native_batch_norm": (3, 4)}
+#: Parts of torch that look at tensors only to raise an error for wrong ones.
+_CHECKERS = tuple(
+    f"{folder}/{part}" for folder in torch.__path__ for part in ("distributions/", "nn/utils/clip_grad.py")
+)
+_STEP_OF_TORCH = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
+_STEPS = frozenset({_STEP_OF_TORCH, optim.SGD.step.__code__})
+_MODULE_CALL = nn.Module._call_impl.__code__
+_OWN_FILE = __file__
+
+
+def is_recording() -> bool:
+    """Whether this thread records a captured function now."""
+    return any(isinstance(mode, Recorder) for mode in _python_dispatch._get_current_dispatch_mode_stack())
+
+
+def _place(frame: FrameType | None) -> tuple[str, FrameType | None]:
+    """The innermost line that is not of a library, and the library's frame that it called."""
+    inner = None
+    while frame is not None and is_library(frame.f_code.co_filename):
+        if frame.f_code.co_filename != _OWN_FILE:
+            inner = inner or frame
+        frame = frame.f_back
+    if frame is None:
+        return "the program", inner
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}", inner
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to its last."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.itemsize
+
+
+class Recorder(TorchDispatchMode):
+    """A context in which one call is recorded.
+
+    Args:
+        name: of the function, for errors.
+        arguments: the tensors of the call, in the order in which replays will find them.
+        leaves: tensors whose gradients a call before this one has set.
+        lenient: whether what cannot be recorded ends the recording instead of raising.
+
+    Attributes:
+        trace: what was recorded.
+        seen: what Python objects the function used.
+        gradients: what leaves have in `.grad`.
+        refused: why the recording ended, if it did.
+    """
+
+    def __init__(self, name: str, arguments: Sequence[Tensor], leaves: Iterable[Tensor], lenient: bool) -> None:
+        super().__init__()
+        self.name = name
+        self.trace = Trace()
+        self.seen = Seen()
+        self.refused: str | None = None
+        self._lenient = lenient
+        # Values by the identity of their tensors. Tensors are not kept alive, because autograd asks who else has them.
+        self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._arguments = {id(tensor): (tensor, i) for i, tensor in reversed(list(enumerate(arguments)))}
+        self.gradients = Gradients(self.trace, self, leaves)
+        self._functions = Functions(self)
+        self._stepping: FrameType | None = None  # the frame of an optimizer's step
+        self._busy = False
+        self._profile: Any = None
+
+    def __enter__(self) -> Self:
+        # What autocast has cast outside of the call would be missing in a replay.
+        torch.clear_autocast_cache()
+        self._functions.__enter__()
+        super().__enter__()
+        self._profile = sys.getprofile()
+        sys.setprofile(self._called)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        sys.setprofile(self._profile)
+        super().__exit__(kind, error, trace)
+        self._functions.__exit__(kind, error, trace)
+        torch.clear_autocast_cache()
+
+    def refuse(self, reason: str, frame: FrameType | None = None) -> None:
+        """Ends the recording: raises, or lets the call go on unrecorded."""
+        if self.refused is not None:
+            return
+        place, _ = _place(frame or sys._getframe(1))
+        self.refused = f"{reason}, in {place}"
+        if not self._lenient:
+            raise CaptureError(f"fastmlp: capture: {self.name}: {self.refused}")
+
+    # Calls of Python and C.
+
+    def _called(self, frame: FrameType, event: str, argument: Any) -> None:
+        if self._stepping is not None:
+            if event == "return" and frame is self._stepping:
+                self._stepping = None
+                self._functions.__enter__()
+                super().__enter__()
+            return
+        if self.is_passive():
+            return
+        if event == "call":
+            self._called_python(frame)
+        elif event == "c_call":
+            owner = getattr(argument, "__self__", None)
+            if isinstance(owner, torch.Generator) and argument.__name__ in ("manual_seed", "seed", "set_state"):
+                self.refuse(
+                    f"Generator.{argument.__name__}() is called within the captured function, and replays would not "
+                    "call "
+                    "it: seed outside of the function",
+                    frame,
+                )
+
+    def _called_python(self, frame: FrameType) -> None:
+        code = frame.f_code
+        if code in _STEPS:
+            variables = frame.f_locals
+            arguments = variables["args"] if "args" in variables else (variables["self"], variables["closure"])
+            if (len(arguments) > 1 and arguments[1] is not None) or variables.get("kwargs"):
+                self.refuse(
+                    "optimizer.step(closure) calls the closure as often as it likes: call step() without one", frame
+                )
+                return
+            self._step(arguments[0], frame)
+        elif code is _MODULE_CALL:
+            self.seen.module(frame.f_locals["self"])
+        elif not is_library(code.co_filename):
+            self.seen.frame(frame)
+        elif code.co_name in ("step", "update", "unscale_"):
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, (torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)):
+                self.refuse(
+                    f"{type(owner).__name__}.{code.co_name}() counts in Python, which a replay does not: call it "
+                    "outside of "
+                    "the captured function",
+                    frame,
+                )
+
+    def _step(self, optimizer: torch.optim.Optimizer, frame: FrameType) -> None:
+        place, _ = _place(frame)
+        self._sync_gradients(place)
+        self.trace.events.append(OptimizerStep(optimizer, place))
+        self.seen.optimizer(optimizer)
+        if self.refused is None:
+            self._stepping = frame
+            super().__exit__(None, None, None)
+            self._functions.__exit__(None, None, None)
+
+    # What the other observers ask and tell.
+
+    def is_passive(self) -> bool:
+        """Whether what happens now is the recorder's own doing, or is no longer recorded."""
+        return self._busy or self.refused is not None
+
+    def known_value(self, tensor: Tensor) -> int | None:
+        """The number of a tensor's value, if the trace has it."""
+        known = self._known.get(id(tensor))
+        return known[1] if known is not None and known[0]() is tensor else None
+
+    def is_made(self, tensor: Tensor) -> bool:
+        """Whether the function made the tensor itself."""
+        known = self.known_value(tensor)
+        return known is not None and self.trace.memories[self.trace.values[known].memory].tensor is not tensor
+
+    def grad_was_set(self, leaf: Tensor) -> None:
+        """The program has set the `.grad` of a leaf."""
+        place, _ = _place(sys._getframe(2))
+        with self._apart():
+            self.gradients.was_set(leaf, place)
+
+    def _sync_gradients(self, place: str) -> None:
+        with self._apart():
+            self.gradients.sync(place)
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """A context in which nothing is recorded."""
+        busy, self._busy = self._busy, True
+        try:
+            yield
+        finally:
+            self._busy = busy
+
+    # Operations.
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.is_passive() or getattr(func, "namespace", "") == "profiler":
+            return func(*args, **kwargs)
+        place, inner = _place(sys._getframe(1))
+        with self._apart():
+            self._check_operation(func, args, kwargs)
+            recorded = self._recorded(args, place), self._recorded(kwargs, place)
+        output = func(*args, **kwargs)
+        if self.refused is not None:
+            return output
+        with self._apart():
+            self._record(func, args, kwargs, recorded, output, place, inner)
+        return output
+
+    def _check_operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not isinstance(func, torch._ops.OpOverload):
+            self.refuse(f"{func} runs code of Python")
+        elif torch.Tag.dynamic_output_shape in func.tags:
+            if func is not aten.index.Tensor or any(
+                index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+            ):
+                self.refuse(
+                    f"{func} returns as many elements as the data say: use torch.where, or multiply by the mask, which "
+                    "keep the shape"
+                )
+        elif func._schema.name in ("aten::resize_", "aten::resize_as_", "aten::set_", "aten::as_strided_"):
+            self.refuse(f"{func} puts other memory into a tensor: make a new tensor")
+
+    def _recorded(self, value: Any, place: str) -> Any:
+        if isinstance(value, Tensor):
+            return Ref(self.value_of(value, place))
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._recorded(item, place) for item in value)
+        if isinstance(value, dict):
+            return {key: self._recorded(item, place) for key, item in value.items()}
+        return value
+
+    def _plain(self, tensor: Tensor) -> bool:
+        """Whether a tape can hold the tensor; refuses it otherwise."""
+        why = None
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+            why = f"it is a {type(tensor).__name__}"
+        elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+            why = f"it is {tensor.layout}, quantized or nested"
+        elif tensor.device.type != "cpu":
+            why = f"it is on {tensor.device}"
+        elif tensor.is_conj() or tensor.is_neg():
+            why = "it is a lazy conjugate: call resolve_conj()"
+        if why is not None:
+            self.refuse(f"a tensor of shape {tuple(tensor.shape)} cannot be on a tape: {why}")
+        return why is None
+
+    def value_of(self, tensor: Tensor, place: str) -> int:
+        """The number of a tensor's value, which is new if nothing is known of the tensor."""
+        known = self.known_value(tensor)
+        if known is not None:
+            return known
+        self._plain(tensor)
+        source: tuple[Any, ...] = ("unseen",)
+        if id(tensor) in self._arguments:
+            source = ("argument", self._arguments[id(tensor)][1])
+        else:
+            leaf = self.gradients.leaf_of(tensor)
+            if leaf is not None:
+                source = ("grad", self.value_of(leaf, place))
+        if tensor.requires_grad and tensor.grad_fn is not None and source[0] != "grad":
+            self.refuse(
+                f"a tensor of shape {tuple(tensor.shape)} was computed outside of the captured function, and requires "
+                "a "
+                "gradient: pass it with detach(), or compute it inside"
+            )
+        self.trace.memories.append(Memory(source, _extent(tensor), tensor, place))
+        number = self._add_value(tensor, len(self.trace.memories) - 1, 0)
+        if tensor.requires_grad and tensor.is_leaf:
+            self.gradients.add(tensor)
+        return number
+
+    def _add_value(self, tensor: Tensor, memory: int, offset: int) -> int:
+        shape = tuple(tensor.shape), tensor.stride()
+        self.trace.values.append(Value(memory, tensor.dtype, *shape, offset, tensor.requires_grad))
+        number = len(self.trace.values) - 1
+        self._known[id(tensor)] = (weakref.ref(tensor), number)
+        return number
+
+    def _record(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        recorded: tuple[Any, Any],
+        output: Any,
+        place: str,
+        inner: FrameType | None,
+    ) -> None:
+        name = func._schema.name
+        if func is aten._local_scalar_dense.default:
+            self._read_number(recorded[0][0].value, output, place, inner)
+            return
+        if func is aten.lift_fresh.default:
+            self._make_constant(args[0], recorded[0][0].value)
+        if name in _HARMLESS:
+            return
+        outputs = list(output) if isinstance(output, (tuple, list)) else [output]
+        if not all(one is None or isinstance(one, Tensor) for one in outputs):
+            self.refuse(f"{func} returns {type(output).__name__} to Python, and a replay does not run Python")
+            return
+        inputs = list(_tensors((args, kwargs)))
+        self._mark_written(func, recorded)
+        numbers = [None if one is None else self._output(one, inputs, func, place) for one in outputs]
+        self.trace.events.append(Operation(func, *recorded, numbers, place))
+
+    def _mark_written(self, func: Any, recorded: tuple[Any, Any]) -> None:
+        args, kwargs = recorded
+        for i, argument in enumerate(func._schema.arguments):
+            said = argument.alias_info is not None and argument.alias_info.is_write
+            if said or i in _WRITES_UNSAID.get(func._schema.name, ()):
+                for value in _refs(args[i] if i < len(args) else kwargs.get(argument.name)):
+                    self.trace.memories[self.trace.values[value].memory].written = True
+
+    def _output(self, tensor: Tensor, inputs: list[Tensor], func: Any, place: str) -> int | None:
+        if not self._plain(tensor):
+            return None
+        known = self.known_value(tensor)
+        if known is not None and torch.Tag.inplace_view not in func.tags:
+            return known
+        storage = tensor.untyped_storage()
+        for like in inputs:
+            if like.untyped_storage()._cdata == storage._cdata:
+                return self._view(tensor, like, place)
+        self.trace.memories.append(Memory(("new",), storage.nbytes(), None, place))
+        return self._add_value(tensor, len(self.trace.memories) - 1, int(tensor.storage_offset()))
+
+    def _view(self, tensor: Tensor, like: Tensor, place: str) -> int | None:
+        value = self.trace.values[self.value_of(like, place)]
+        # Where the memory of the tape begins in the storage, in bytes.
+        begin = (int(like.storage_offset()) - value.offset) * like.itemsize
+        offset, rest = divmod(int(tensor.storage_offset()) * tensor.itemsize - begin, tensor.itemsize)
+        if offset < 0 or rest:
+            self.refuse("a view begins before the tensor that the function was given: pass the whole tensor")
+            return None
+        if tensor is like and self.trace.memories[value.memory].source != ("new",):
+            self.refuse("a tensor of the outside gets another shape in place: make a view of it instead")
+            return None
+        return self._add_value(tensor, value.memory, offset)
+
+    def _make_constant(self, tensor: Tensor, value: int) -> None:
+        memory = self.trace.memories[self.trace.values[value].memory]
+        if memory.source != ("unseen",):
+            return
+        if not tensor.untyped_storage().resizable():
+            self.refuse(
+                "a tensor is made from an array of NumPy, whose numbers may change: pass a tensor as an argument"
+            )
+        memory.source, memory.tensor = ("constant",), tensor.clone()
+
+    def _read_number(self, value: int, number: Any, place: str, inner: FrameType | None) -> None:
+        while inner is not None and inner.f_code.co_filename in _PASSED_OVER:
+            inner = inner.f_back
+        if inner is not None and inner.f_code.co_filename.startswith(_CHECKERS):
+            self.trace.events.append(Check(value, float(number), place))
+            return
+        self.refuse(
+            "an element of a tensor is read by Python (item(), float(), bool(), an if, a print), and a replay does not "
+            "run "
+            "Python: use torch.where for a choice, and return what is to be looked at"
+        )
+
+    def finish(self, results: Sequence[Tensor], returned: Any) -> None:
+        """Notes what the function leaves and returns."""
+        if self.refused is not None:
+            return
+        with self._apart():
+            self.gradients.sync("the end of the function")
+            self.trace.results = [self.value_of(tensor, "its return") for tensor in results]
+            self.trace.returned = returned
+
+
+_PASSED_OVER = frozenset(
+    {_OWN_FILE, functions.__file__, torch.overrides.__file__, torch._tensor.__file__, torch._ops.__file__}
+)
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _refs(value: Any) -> Iterable[int]:
+    if isinstance(value, Ref):
+        yield value.value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _refs(item)

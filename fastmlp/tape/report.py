@@ -1,0 +1,78 @@
+"""What `Captured.report` returns: what was recorded, and what became of it."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from fastmlp.tape.lower import Lowered
+
+__all__ = ["Report", "TapeReport"]
+
+
+@dataclass(frozen=True)
+class TapeReport:
+    """One tape.
+
+    Attributes:
+        operations: how often the tape calls each operator of torch.
+        calls: how many operators a replay calls.
+        direct_calls: how many of them without torch's dispatcher.
+        views: how many recorded operations cost nothing, because memory is static.
+        constants: how many were computed once.
+        optimizers: for each optimizer's step its class, and "fastmlp" or "torch" for who computes it.
+        arena_bytes: memory of intermediate results, shared by those that live at other times.
+        own_bytes: memory of constants and gradients.
+    """
+
+    operations: dict[str, int]
+    calls: int
+    direct_calls: int
+    views: int
+    constants: int
+    optimizers: list[tuple[str, str]]
+    arena_bytes: int
+    own_bytes: int
+
+    @classmethod
+    def of(cls, lowered: Lowered) -> Self:
+        """The report of a tape."""
+        steps = [(type(optimizer).__name__, "torch" if rule < 0 else "fastmlp") for optimizer, _, rule in lowered.stops]
+        counts, tape = lowered.counts, lowered.tape
+        return cls(
+            dict(sorted(lowered.operations.items(), key=lambda item: -item[1])),
+            counts["calls"],
+            tape.direct_calls,
+            counts["views"],
+            counts["constants"],
+            steps,
+            tape.arena_bytes,
+            tape.own_bytes,
+        )
+
+    def __str__(self) -> str:
+        steps = ", ".join(f"{name}.step() by {who}" for name, who in self.optimizers) or "none"
+        lines = [
+            f"{self.calls} operations are called, {self.direct_calls} of them directly; {self.views} views cost "
+            "nothing, "
+            f"{self.constants} constants",
+            f"optimizers: {steps}",
+            f"memory: {self.arena_bytes:,} bytes of intermediate results, {self.own_bytes:,} of gradients and "
+            "constants",
+            "operations: " + ", ".join(f"{name.removeprefix('aten::')} {n}" for name, n in self.operations.items()),
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All tapes of a captured function."""
+
+    name: str
+    calls: int
+    replays: int
+    tapes: list[TapeReport]
+
+    def __str__(self) -> str:
+        lines = [f"captured({self.name}): {self.replays} of {self.calls} calls replayed, {len(self.tapes)} tapes"]
+        for i, tape in enumerate(self.tapes):
+            lines += [f"tape {i}:", *(f"  {line}" for line in str(tape).splitlines())]
+        return "\n".join(lines)

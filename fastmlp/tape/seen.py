@@ -1,0 +1,314 @@
+"""What a function reads of Python besides its arguments, so that a change of it is noticed before a replay.
+
+A recorder tells which modules were called, which functions of the program ran, and which optimizers stepped. Of these,
+`Seen.watch` makes a `_C.Surroundings`: flags and numbers of modules, their parameters, children and hooks; numbers,
+modules and tensors among the variables and attributes that the functions name; membership of optimizers. What can
+change without a new object, such as elements of long lists, is not looked at: `fastmlp.capture` says so.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmlp._load import _C
+from fastmlp.hooks import GLOBAL_HOOKS, HOOKS
+from fastmlp.trace.outside import is_library
+
+__all__ = ["Seen", "Watched"]
+
+_IGNORED, _SAME, _EQUAL = range(3)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+#: Attributes of torch's modules that no forward reads.
+_INERT = frozenset(
+    {
+        "in_features",
+        "out_features",
+        "num_features",
+        "num_embeddings",
+        "embedding_dim",
+        "call_super_init",
+        "dump_patches",
+    }
+)
+#: Longer containers are not looked into.
+_ITEMS = 64
+#: How far objects are followed from the function.
+_DEPTH = 4
+
+
+class Watched:
+    """A `_C.Surroundings`, and what each of its entries is called in the program.
+
+    Attributes:
+        watch: what replays ask.
+        alive: all objects that `watch` only borrows.
+    """
+
+    def __init__(self) -> None:
+        self.watch = _C.Surroundings()
+        self.alive: list[Any] = []
+        self._names: list[str] = []
+        self._done: set[tuple[Any, ...]] = set()
+
+    def changed(self) -> str | None:
+        """The name of the first thing that is not what it was, or None."""
+        index = self.watch.changed()
+        return None if index < 0 else self._names[index]
+
+    def _is_new(self, *key: Any) -> bool:
+        new = key not in self._done
+        self._done.add(key)
+        return new
+
+    def mapping(self, holder: dict[Any, Any], mode: int, name: str) -> None:
+        """Watches all entries of a dictionary."""
+        if self._is_new("dict", id(holder)):
+            self.alive += [holder, *holder.values()]
+            self.watch.add_dict(holder, [mode] * len(holder))
+            self._names.append(name)
+
+    def item(self, holder: dict[str, Any], key: str, mode: int, name: str) -> None:
+        """Watches one entry of a dictionary."""
+        if self._is_new("item", id(holder), key):
+            self.alive += [holder, key, holder.get(key)]
+            self.watch.add_item(holder, key, mode)
+            self._names.append(name)
+
+    def sequence(self, holder: list[Any] | tuple[Any, ...], modes: list[int], name: str) -> None:
+        """Watches the items of a list."""
+        if self._is_new("sequence", id(holder)):
+            self.alive += [holder, *holder]
+            self.watch.add_sequence(holder, modes)
+            self._names.append(name)
+
+    def cell(self, cell: Any, mode: int, name: str) -> None:
+        """Watches a variable of a closure."""
+        if self._is_new("cell", id(cell)):
+            self.alive += [cell, cell.cell_contents]
+            self.watch.add_cell(cell, mode)
+            self._names.append(name)
+
+
+class Seen:
+    """What was seen during one recording, or several."""
+
+    def __init__(self) -> None:
+        self._modules: dict[int, nn.Module] = {}
+        self._optimizers: dict[int, torch.optim.Optimizer] = {}
+        self._functions: dict[int, FunctionType] = {}
+        self._codes: dict[CodeType, dict[str, Any]] = {}
+        self._objects: dict[int, Any] = {}
+
+    def module(self, module: nn.Module) -> None:
+        """A module was called."""
+        if id(module) not in self._modules:
+            for each in module.modules():
+                self._modules[id(each)] = each
+
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer stepped."""
+        self._optimizers[id(optimizer)] = optimizer
+
+    def frame(self, frame: FrameType) -> None:
+        """A function of the program was called."""
+        code = frame.f_code
+        self._codes[code] = frame.f_globals
+        if code.co_argcount and code.co_varnames[0] == "self":
+            owner = frame.f_locals.get("self")
+            if owner is not None and not isinstance(owner, (nn.Module, Tensor)):
+                self._objects[id(owner)] = owner
+
+    def function(self, function: Callable[..., Any]) -> None:
+        """The captured function itself."""
+        if isinstance(function, MethodType):
+            self._objects[id(function.__self__)] = function.__self__
+            self.function(function.__func__)
+        elif isinstance(function, partial):
+            self.function(function.func)
+            for value in (*function.args, *function.keywords.values()):
+                self._objects[id(value)] = value
+        elif isinstance(function, nn.Module):
+            self.module(function)
+        elif isinstance(function, FunctionType):
+            self._functions[id(function)] = function
+            self._codes[function.__code__] = function.__globals__
+        elif hasattr(function, "__dict__"):
+            self._objects[id(function)] = function
+
+    def both(self, other: "Seen") -> "Seen":
+        """What is in this one and in another one: an object that is made anew at each call is only in one."""
+        common = Seen()
+        for name in vars(self):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            setattr(common, name, {key: value for key, value in mine.items() if key in theirs})
+        return common
+
+    def leaves(self) -> list[Tensor]:
+        """Parameters of modules and optimizers."""
+        found = {id(p): p for module in self._modules.values() for p in module._parameters.values() if p is not None}
+        for optimizer in self._optimizers.values():
+            found |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        return list(found.values())
+
+    def watch(self, held: Iterable[Tensor], with_numbers: bool) -> Watched:
+        """Watches all of it, as it is now.
+
+        Args:
+            held: tensors that the recording uses where it found them.
+            with_numbers: whether numbers of optimizers are watched too, which a step reads anew each time.
+        """
+        watched = Watched()
+        _Walk(self, watched, {id(tensor) for tensor in held}, with_numbers).all()
+        return watched
+
+
+class _Walk:
+    """Goes through what was seen and adds it to a `Watched`."""
+
+    def __init__(self, seen: Seen, watched: Watched, held: set[int], with_numbers: bool) -> None:
+        self._seen = seen
+        self._watched = watched
+        self._held = held
+        self._with_numbers = with_numbers
+        self._names = {name for code in seen._codes for name in _names(code)}
+        self._walked: set[tuple[int, int]] = set()
+
+    def all(self) -> None:
+        """Adds everything."""
+        seen = self._seen
+        for hooks in GLOBAL_HOOKS:
+            self._watched.mapping(hooks, _SAME, "a hook of all modules")
+        for module in list(seen._modules.values()):
+            self._module(module)
+        for optimizer in list(seen._optimizers.values()):
+            self._optimizer(optimizer)
+        for function in list(seen._functions.values()):
+            self._function(function, 0)
+        for code, variables in list(seen._codes.items()):
+            self._globals(code, variables, 0)
+        for owner in list(seen._objects.values()):
+            self._object(owner, type(owner).__name__, 0)
+
+    def _mode(self, value: Any) -> int:
+        """How a variable is compared: numbers by value; what the recording depends on by identity."""
+        if isinstance(value, _PLAIN):
+            return _EQUAL
+        if isinstance(value, Tensor):
+            return _SAME if id(value) in self._held else _IGNORED
+        kinds = (nn.Module, torch.optim.Optimizer, FunctionType, torch.Generator)
+        return _SAME if isinstance(value, kinds) or type(value) in (torch.dtype, torch.device, torch.Size) else _IGNORED
+
+    def _module(self, module: nn.Module) -> None:
+        own = vars(module)
+        name = type(module).__name__
+        for part in ("_parameters", "_buffers", "_modules", *HOOKS):
+            if part in own:
+                self._watched.mapping(own[part], _SAME, f"{part[1:]} of {name}")
+        standard = type(module).__module__.partition(".")[0] in ("torch", "fastmlp")
+        for key, value in list(own.items()):
+            if key == "training" or (key not in _INERT and (standard or key in self._names)):
+                self._variable(own, key, value, f"{name}.{key}", 1)
+        if "forward" in own:
+            self._watched.item(own, "forward", _SAME, f"{name}.forward")
+        for parameter in own.get("_parameters", {}).values():
+            hooks = None if parameter is None else parameter._backward_hooks
+            if hooks:
+                self._watched.mapping(hooks, _SAME, "a hook of a parameter")
+
+    def _variable(self, holder: dict[str, Any], key: str, value: Any, name: str, depth: int) -> None:
+        mode = self._mode(value)
+        if mode != _IGNORED:
+            self._watched.item(holder, key, mode, name)
+        self._value(value, name, depth)
+
+    def _optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        name = type(optimizer).__name__
+        groups = optimizer.param_groups
+        self._watched.sequence(groups, [_SAME] * len(groups), f"param_groups of {name}")
+        for group in groups:
+            self._watched.sequence(group["params"], [_SAME] * len(group["params"]), f"the parameters of {name}")
+            if self._with_numbers:
+                for key, value in list(group.items()):
+                    if isinstance(value, _PLAIN):
+                        self._watched.item(group, key, _EQUAL, f"{key} in a group of {name}")
+
+    def _function(self, function: FunctionType, depth: int) -> None:
+        if is_library(function.__code__.co_filename):
+            return
+        self._globals(function.__code__, function.__globals__, depth)
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                value = cell.cell_contents
+            except ValueError:
+                continue
+            mode = self._mode(value)
+            if mode != _IGNORED:
+                self._watched.cell(cell, mode, name)
+            self._value(value, name, depth + 1)
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self._value(value, f"a default of {function.__name__}", depth + 1)
+
+    def _globals(self, code: CodeType, variables: dict[str, Any], depth: int) -> None:
+        for name in _names(code):
+            if name in variables:
+                self._variable(variables, name, variables[name], name, depth + 1)
+
+    def _value(self, value: Any, name: str, depth: int) -> None:
+        """Goes on to what a value holds."""
+        if depth > _DEPTH or isinstance(value, (*_PLAIN, Tensor, type)) or (id(value), depth) in self._walked:
+            return
+        self._walked.add((id(value), depth))
+        if isinstance(value, nn.Module):
+            if id(value) in self._seen._modules:
+                return
+            self._watched.item(vars(value), "training", _EQUAL, f"{name}.training")
+        elif isinstance(value, torch.optim.Optimizer):
+            self._optimizer(value)
+        elif isinstance(value, FunctionType):
+            self._function(value, depth)
+        elif isinstance(value, MethodType):
+            self._value(value.__func__, name, depth)
+            self._value(value.__self__, name, depth)
+        elif isinstance(value, partial):
+            for each in (value.func, *value.args, *value.keywords.values()):
+                self._value(each, name, depth + 1)
+        elif isinstance(value, dict):
+            if len(value) <= _ITEMS:
+                for key, item in list(value.items()):
+                    self._variable(value, key, item, f"{name}[{key!r}]", depth + 1)
+        elif isinstance(value, (list, tuple)):
+            if len(value) <= _ITEMS:
+                self._sequence(value, name, depth)
+        else:
+            self._object(value, name, depth)
+
+    def _sequence(self, value: Any, name: str, depth: int) -> None:
+        if value and all(isinstance(item, (*_PLAIN, nn.Module)) for item in value):
+            self._watched.sequence(value, [self._mode(item) for item in value], name)
+        for item in list(value):
+            self._value(item, name, depth + 1)
+
+    def _object(self, owner: Any, name: str, depth: int) -> None:
+        """An object of a class of the program, or a module of Python: the attributes that its functions name."""
+        file = getattr(owner, "__file__", None) if isinstance(owner, ModuleType) else None
+        standard = type(owner).__module__.partition(".")[0] in ("torch", "fastmlp", "numpy")
+        if standard or (isinstance(owner, ModuleType) and (file is None or is_library(file))):
+            return
+        own = getattr(owner, "__dict__", None)
+        if not isinstance(own, dict):
+            return
+        for key in list(own):
+            if key in self._names:
+                self._variable(own, key, own[key], f"{name}.{key}", depth + 1)
+
+
+def _names(code: CodeType) -> Iterable[str]:
+    """All names that a function, and the functions in it, look up."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)

@@ -1,0 +1,292 @@
+"""What a recorder writes down: the operations of one execution, and the tensors and pieces of memory that they use.
+
+Two executions of a program that does the same thing have equal traces; `difference` says where they part.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CaptureError",
+    "Check",
+    "GradSet",
+    "Memory",
+    "Operation",
+    "OptimizerStep",
+    "Ref",
+    "Trace",
+    "Value",
+    "difference",
+]
+
+
+class CaptureError(RuntimeError):
+    """What a captured function does cannot be recorded, or is not the same from call to call.
+
+    The message says what, in which line of the program, and what to write instead.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Stands for a tensor among recorded arguments: the number of its value."""
+
+    value: int
+
+
+@dataclass(slots=True)
+class Memory:
+    """A piece of memory.
+
+    Attributes:
+        source: ("new",) if an operation made it; ("argument", i) for a tensor of the call; ("grad", value) for the
+            gradient that a leaf had when the call began; ("constant",) for numbers of Python; ("unseen",) for a tensor
+            that was there before.
+        bytes: its size.
+        tensor: for "unseen" the tensor; for "constant" a copy of it.
+        place: where the program used it first.
+        written: whether an operation writes there.
+    """
+
+    source: tuple[Any, ...]
+    bytes: int
+    tensor: Tensor | None
+    place: str
+    written: bool = False
+
+
+@dataclass(slots=True)
+class Value:
+    """A tensor: how it lies in its memory. `offset` is in elements."""
+
+    memory: int
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    requires_grad: bool
+
+
+@dataclass(slots=True)
+class Operation:
+    """A call of an operator. `outputs` are numbers of values, None for what is undefined."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[int | None]
+    place: str
+
+
+@dataclass(slots=True)
+class GradSet:
+    """From here on the `.grad` of a leaf is another tensor, or none."""
+
+    leaf: int
+    value: int | None
+    place: str
+
+
+@dataclass(slots=True)
+class OptimizerStep:
+    """A call of `optimizer.step()`."""
+
+    optimizer: torch.optim.Optimizer
+    place: str
+
+
+@dataclass(slots=True)
+class Check:
+    """A number that torch's own code looked at, to raise an error unless it is as expected."""
+
+    value: int
+    expected: float
+    place: str
+
+
+Event = Operation | GradSet | OptimizerStep | Check
+
+
+@dataclass(slots=True)
+class Trace:
+    """One execution of a function.
+
+    Attributes:
+        starts_without_grad: memories of leaves whose `.grad` was None, and was not set to None by the function before
+            it became a tensor.
+        cleared: leaves whose `.grad` the function set to None before anything else happened to it. That is no event,
+            because `zero_grad()` passes over what is None already, as in a first call.
+        results: values of the tensors that were returned, in order.
+        returned: what was returned.
+    """
+
+    memories: list[Memory] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    starts_without_grad: set[int] = field(default_factory=set)
+    cleared: list[Tensor] = field(default_factory=list)
+    results: list[int] = field(default_factory=list)
+    returned: Any = None
+
+    def state(self) -> tuple[Any, ...]:
+        """What has to be so when the call begins, and decides between several traces of one signature."""
+        grads = sorted(memory.source[1] for memory in self.memories if memory.source[0] == "grad")
+        cleared = {id(leaf) for leaf in self.cleared}
+        none = {i for i, memory in enumerate(self.memories) if id(memory.tensor) in cleared}
+        return tuple(sorted(self.starts_without_grad | none)), tuple(grads)
+
+    def refs(self, event: Event) -> Iterator[int]:
+        """The numbers of all values that an event reads, writes or makes."""
+        if isinstance(event, Operation):
+            yield from refs((event.args, event.kwargs))
+            yield from (output for output in event.outputs if output is not None)
+        elif isinstance(event, GradSet):
+            yield event.leaf
+            if event.value is not None:
+                yield event.value
+        elif isinstance(event, Check):
+            yield event.value
+
+
+def refs(value: Any) -> Iterator[int]:
+    """The numbers of the values among recorded arguments."""
+    if isinstance(value, Ref):
+        yield value.value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from refs(item)
+    elif isinstance(value, dict):
+        yield from refs(list(value.values()))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, float):
+        return (a == b and math.copysign(1, a) == math.copysign(1, b)) or (a != a and b != b)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(map(_equal, a.values(), b.values()))
+    if isinstance(a, torch.Generator):
+        return a._cdata == b._cdata  # type: ignore[attr-defined]
+    if isinstance(a, Tensor):
+        return False
+    return bool(a == b)
+
+
+def _name(event: Event) -> str:
+    if isinstance(event, Operation):
+        return str(event.func)
+    if isinstance(event, GradSet):
+        return "a change of .grad"
+    if isinstance(event, OptimizerStep):
+        return f"{type(event.optimizer).__name__}.step()"
+    return "a check"
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:60]
+
+
+def _operations_part(a: Operation, b: Operation) -> str | None:
+    arguments = [schema.name for schema in a.func._schema.arguments]
+    pairs = list(zip(a.args, b.args, strict=False)) + [(v, b.kwargs.get(k)) for k, v in a.kwargs.items()]
+    names = arguments[: len(a.args)] + list(a.kwargs)
+    for name, (x, y) in zip(names, pairs, strict=True):
+        if _equal(x, y):
+            continue
+        if any(True for _ in refs(x)) or any(True for _ in refs(y)):
+            return f"its argument {name} is another tensor than in the call before"
+        return (
+            f"its argument {name} is {_shown(y)}, and was {_shown(x)} in the call before. A number that changes from "
+            "call "
+            "to call has to be an argument of the captured function that is a tensor"
+        )
+    if len(a.args) != len(b.args) or a.outputs != b.outputs:
+        return "it has other arguments or results than in the call before"
+    return None
+
+
+def _memories_part(a: Memory, b: Memory) -> str | None:
+    if a.source != b.source or a.bytes != b.bytes:
+        return "a tensor comes from elsewhere, or has another size, than in the call before"
+    if a.source == ("unseen",) and a.tensor is not b.tensor:
+        return (
+            "a tensor that the function did not get as an argument is a new one at each call. It was made where a "
+            "recorder "
+            "does not see it (from NumPy, in another thread, in the call before): pass it as an argument"
+        )
+    if a.source == ("constant",):
+        assert a.tensor is not None
+        assert b.tensor is not None
+        same = a.tensor.dtype == b.tensor.dtype and a.tensor.shape == b.tensor.shape
+        if not same or not torch.equal(_bytes(a.tensor), _bytes(b.tensor)):
+            return (
+                f"a tensor that is made of numbers of Python is {_shown(b.tensor.tolist())}, and was "
+                f"{_shown(a.tensor.tolist())} in the call before: pass it as an argument that is a tensor"
+            )
+    return None
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def difference(a: Trace, b: Trace) -> str | None:
+    """Where two executions part, in words for the author of the program; None if they are the same.
+
+    Args:
+        a: the execution before.
+        b: the execution now.
+    """
+    for x, y in zip(a.events, b.events, strict=False):
+        if type(x) is not type(y) or (isinstance(x, Operation) and isinstance(y, Operation) and x.func != y.func):
+            return f"{_name(y)} in {y.place} came where the call before had {_name(x)} in {x.place}{_BRANCH}"
+        why = _events_part(x, y)
+        if why is not None:
+            return f"{_name(y)} in {y.place}: {why}"
+    if len(a.events) != len(b.events):
+        longer, other = (
+            (b.events, "only in this call") if len(b.events) > len(a.events) else (a.events, "not this time")
+        )
+        event = longer[min(len(a.events), len(b.events))]
+        return f"{_name(event)} in {event.place} came {other}{_BRANCH}"
+    for m, n in zip(a.memories, b.memories, strict=False):
+        why = _memories_part(m, n)
+        if why is not None:
+            return f"in {n.place}: {why}"
+    if a.values != b.values or a.results != b.results or len(a.memories) != len(b.memories):
+        return "shapes, dtypes or strides of tensors are others than in the call before"
+    return None
+
+
+_BRANCH = (
+    ". The function takes another branch, or does another number of steps, than in the call before: give what it "
+    "depends "
+    "on to the function as an argument (a bool, an int, a str), so that each case is recorded for itself"
+)
+
+
+def _events_part(x: Event, y: Event) -> str | None:
+    if isinstance(x, Operation) and isinstance(y, Operation):
+        return _operations_part(x, y)
+    if isinstance(x, OptimizerStep) and isinstance(y, OptimizerStep):
+        return None if x.optimizer is y.optimizer else "it is another optimizer than in the call before"
+    if isinstance(x, GradSet) and isinstance(y, GradSet):
+        return None if (x.leaf, x.value) == (y.leaf, y.value) else "it is another tensor's than in the call before"
+    if isinstance(x, Check) and isinstance(y, Check):
+        return None if (x.value, x.expected) == (y.value, y.expected) else "it came out otherwise"
+    return None
+
+
+def places(frames: Sequence[str]) -> str:
+    """Joins places of a program for an error."""
+    return ", called from ".join(frames)
