@@ -96,20 +96,13 @@ class Captured(Trainer):
     ours = True
     fuse: ClassVar[bool] = True
 
-    @classmethod
-    def missing(cls) -> list[str]:
-        """Until this checkout has it."""
-        return [] if hasattr(fastmlp, "capture") else ["fastmlp.capture"]
-
     def prepare(self, program: Program) -> Callable[..., Any]:
-        library: Any = fastmlp
-        return library.capture(program.step, fuse=self.fuse)
+        return fastmlp.capture(program.step, fuse=self.fuse)
 
     def _attempt(self) -> Any:
-        library: Any = fastmlp
         try:
             return self.call()
-        except library.CaptureError as error:
+        except fastmlp.CaptureError as error:
             raise Refused(str(error)) from error
 
 
