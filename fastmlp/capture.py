@@ -52,7 +52,7 @@ def _refusal(name: str, reason: str) -> CaptureError:
 def _place_of(function: Any) -> str:
     """Where a function is written, if it is one of the program."""
     code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
-    return "" if code is None else f", in {code.co_filename}:{code.co_firstlineno}"
+    return "the program" if code is None else f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def _held(trace: Trace) -> list[Tensor]:
@@ -87,6 +87,8 @@ class Captured(Generic[P, R]):
             self._recordings = _C.Recordings()
             self._pending: list[_Pending] = []
             self._eager: list[Any] = []
+            self._is_eager = False
+            self._warned = False
             self._tapes: list[tuple[Lowered, Any]] = []
             self._alive: list[Any] = []
             self._leaves: dict[int, Tensor] = {}
@@ -146,51 +148,49 @@ class Captured(Generic[P, R]):
         with self._lock:
             self._recorded += 1
             signature = _C.Signature(args, kwargs)
-            if any(eager.matches(args, kwargs) for eager, *_ in self._eager):
+            if self._is_eager or any(eager.matches(args, kwargs) for eager, *_ in self._eager):
                 return self._function(*args, **kwargs)
-            self._check_arguments(signature)
+            why = self._arguments_forbid(signature) or self._recordings_forbid()
+            if why is not None:
+                self._give_up(why)
+                return self._function(*args, **kwargs)
             pending = next((one for one in self._pending if one.signature.matches(args, kwargs)), None)
             if pending is None:
                 pending = _Pending(signature, args, kwargs)
                 self._pending = [pending, *self._pending[: _PENDING - 1]]
-            self._count_unreplayed()
             return self._run(pending, signature, args, kwargs)
 
-    def _count_unreplayed(self) -> None:
-        """Raises where recordings never become replays."""
+    def _recordings_forbid(self) -> str | None:
+        """Why nothing is recorded any more, where recordings never become replays."""
         if self._recordings.replays != self._replays_then:
             self._replays_then, self._unreplayed = self._recordings.replays, 0
         self._unreplayed += 1
-        if self._unreplayed > _RECORDINGS:
-            raise _refusal(
-                self._name,
-                f"the last {_RECORDINGS} calls were recorded and none could be replayed, because each one has "
-                "arguments "
-                "that no other has, or finds something changed: give numbers that change as tensors, and call reset() "
-                "after changing the model",
-            )
+        if self._unreplayed <= _RECORDINGS:
+            return None
+        self._is_eager = self._otherwise == "eager"
+        return (
+            f"the last {_RECORDINGS} calls were recorded and none could be replayed, because each one has arguments "
+            "that no other has, or finds something changed: give numbers that change as tensors, and call reset() "
+            "after changing the model"
+        )
 
-    def _check_arguments(self, signature: Any) -> None:
+    def _arguments_forbid(self, signature: Any) -> str | None:
+        """Why a call with these arguments, or from where it comes, is not recorded."""
         if not _C.no_mode_is_active():
-            raise _refusal(
-                self._name,
+            return (
                 "it was called within a mode or transform of torch (torch.func, a dispatch mode, a tracer), which "
-                "would "
-                "not see its operations: call the function itself there",
+                "would not see its operations: call the function itself there"
             )
         for tensor in signature.tensors:
             if tensor.requires_grad and tensor.grad_fn is not None:
-                raise _refusal(
-                    self._name,
+                return (
                     f"an argument, {described(tensor)}, was computed outside and requires a gradient, which would end "
-                    "at "
-                    "the captured function: pass argument.detach(), or compute it inside",
+                    "at the captured function: pass argument.detach(), or compute it inside"
                 )
         for value in signature.objects:
             if type(value).__module__.partition(".")[0] == "numpy":
-                raise _refusal(
-                    self._name, f"an argument is {described(value)} of NumPy: pass torch.from_numpy(argument)"
-                )
+                return f"an argument is {described(value)} of NumPy: pass torch.from_numpy(argument)"
+        return None
 
     def _run(self, pending: _Pending, signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
         lenient = self._otherwise == "eager"
@@ -203,22 +203,25 @@ class Captured(Generic[P, R]):
         with recorder:
             result = self._function(*args, **kwargs)
         returned = _C.Signature((result,), {})
-        recorder.finish(returned.tensors, (returned, result))
+        recorder.finish(returned.tensors, (returned, result), _place_of(self._function))
         recorder.seen.function(self._function)
         why = recorder.refused
         if why is None:
             why = self._take(pending, recorder, before, (signature, args, kwargs))
         if why is not None:
-            self._give_up(why, signature, args, kwargs)
+            self._give_up(why, 5)
+            self._eager = [(signature, args, kwargs), *self._eager[: _PENDING - 1]]
         self._leaves |= {id(leaf): leaf for leaf in recorder.gradients.leaves()}
         return result
 
-    def _give_up(self, why: str, signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _give_up(self, why: str, depth: int = 4) -> None:
+        """Raises, or warns once where the caller's frame is `depth` frames above this one's `warn`."""
         if self._otherwise is None:
             raise _refusal(self._name, why)
-        if not self._eager:
-            warnings.warn(f"{_refusal(self._name, why)}. It runs as it is, not captured", RuntimeWarning, stacklevel=5)
-        self._eager.append((signature, args, kwargs))
+        if not self._warned:
+            self._warned = True
+            text = f"{_refusal(self._name, why)}. It runs as it is, not captured"
+            warnings.warn(text, RuntimeWarning, stacklevel=depth)
 
     def _take(self, pending: _Pending, recorder: Recorder, before: Watched | None, call: tuple[Any, ...]) -> str | None:
         """Makes a tape if this execution is as the last one; returns why none can be made."""
@@ -226,7 +229,7 @@ class Captured(Generic[P, R]):
         if before is not None and (name := before.changed()) is not None:
             return (
                 f"{name} changes within the captured function, and a replay does not run Python: change it outside of "
-                f"the function{_place_of(self._function)}"
+                f"the function, in {_place_of(self._function)}"
             )
         same_state = [other for other in pending.traces if other.state() == trace.state()]
         pending.traces = [*pending.traces[-3:], trace]
@@ -249,8 +252,7 @@ class Captured(Generic[P, R]):
             return None
         return (
             f"it returned {described(other)}, and {described(result)} in the call before: return tensors, and numbers "
-            "that "
-            f"stay as they are, in tuples, lists or dictionaries{_place_of(self._function)}"
+            f"that stay as they are, in tuples, lists or dictionaries, in {_place_of(self._function)}"
         )
 
     def _add_tape(self, trace: Trace, seen: Seen, call: tuple[Any, ...]) -> None:
