@@ -198,7 +198,7 @@ class Captured(Generic[P, R]):
             # Somebody has changed what the function reads, so that earlier executions are of another program.
             pending.traces, pending.unequal = [], 0
         leaves = self._leaves | {id(leaf): leaf for leaf in (pending.seen.leaves() if pending.seen else [])}
-        before = pending.seen.watch([], with_numbers=True) if pending.seen else None
+        before = pending.seen.watch([], within=True) if pending.seen else None
         recorder = Recorder(self._name, signature.tensors, leaves.values(), lenient)
         with recorder:
             result = self._function(*args, **kwargs)
@@ -234,7 +234,7 @@ class Captured(Generic[P, R]):
         same_state = [other for other in pending.traces if other.state() == trace.state()]
         pending.traces = [*pending.traces[-3:], trace]
         seen, pending.seen = pending.seen, recorder.seen
-        pending.after = recorder.seen.watch(_held(trace), with_numbers=False)
+        pending.after = recorder.seen.watch(_held(trace), within=False)
         if not same_state or seen is None:
             return None
         why = difference(same_state[-1], trace) or self._results_part(same_state[-1], trace)
@@ -261,7 +261,7 @@ class Captured(Generic[P, R]):
         held = [
             memory.tensor for memory in trace.memories if memory.source == ("unseen",) and memory.tensor is not None
         ]
-        watched = seen.watch(held, with_numbers=False)
+        watched = seen.watch(held, within=False)
         _, result = trace.returned
         self._alive.append((watched, signature, args, kwargs, result))
         self._recordings.add(lowered.tape, signature, result, watched.watch, lowered.stops)
