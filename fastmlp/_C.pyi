@@ -207,8 +207,11 @@ class Signature:
     def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any], /) -> bool: ...
     @property
     def tensors(self) -> list[Tensor]: ...
+    def forget_tensors(self) -> None: ...
     @property
     def objects(self) -> list[Any]: ...
+    @property
+    def borrowed(self) -> list[Any]: ...
 
 class Recordings:
     def replay(self, args: tuple[Any, ...], kwargs: dict[str, Any], otherwise: Any, /) -> Any: ...
@@ -216,7 +219,7 @@ class Recordings:
         self,
         tape: Tape,
         call: Signature,
-        results: Any,
+        returned: Signature,
         surroundings: Surroundings,
         stops: Sequence[tuple[Optimizer, Any, int]],
         /,

@@ -44,6 +44,11 @@ class _Pending:
     after: Watched | None = None  # how the last one left what the function reads
     unequal: int = 0
 
+    def last(self, trace: Trace) -> Trace | None:
+        """The last execution that began in the same state as this one."""
+        same = [other for other in self.traces if other is not trace and other.state() == trace.state()]
+        return same[-1] if same else None
+
 
 def _refusal(name: str, reason: str) -> CaptureError:
     return CaptureError(f"fastmlp: capture: {name}: {reason}")
@@ -87,7 +92,7 @@ class Captured(Generic[P, R]):
             self._recordings = _C.Recordings()
             self._pending: list[_Pending] = []
             self._eager: list[Any] = []
-            self._tapes: list[tuple[Lowered, Any]] = []
+            self._tapes: list[Lowered] = []
             self._alive: list[Any] = []
             self._leaves: dict[int, Tensor] = {}
             self._recorded = 0
@@ -106,7 +111,7 @@ class Captured(Generic[P, R]):
 
     def report(self) -> Report:
         """What was recorded: for each tape its operations, what became of them, and memory in bytes."""
-        tapes = [TapeReport.of(lowered) for lowered, _ in self._tapes]
+        tapes = [TapeReport.of(lowered) for lowered in self._tapes]
         return Report(self._name, self.calls, self.replays, tapes)
 
     def __repr__(self) -> str:
@@ -146,7 +151,7 @@ class Captured(Generic[P, R]):
         with self._lock:
             self._recorded += 1
             signature = _C.Signature(args, kwargs)
-            if any(eager.matches(args, kwargs) for eager, *_ in self._eager):
+            if any(eager.matches(args, kwargs) for eager, _ in self._eager):
                 return self._function(*args, **kwargs)
             self._check_arguments(signature)
             pending = next((one for one in self._pending if one.signature.matches(args, kwargs)), None)
@@ -193,77 +198,75 @@ class Captured(Generic[P, R]):
                 )
 
     def _run(self, pending: _Pending, signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
-        lenient = self._otherwise == "eager"
         if pending.after is not None and pending.after.changed() is not None:
             # Somebody has changed what the function reads, so that earlier executions are of another program.
             pending.traces, pending.unequal = [], 0
         leaves = self._leaves | {id(leaf): leaf for leaf in (pending.seen.leaves() if pending.seen else [])}
         before = pending.seen.watch([], with_numbers=True) if pending.seen else None
-        recorder = Recorder(self._name, signature.tensors, leaves.values(), lenient)
+        recorder = Recorder(self._name, signature.tensors, leaves.values(), self._otherwise == "eager")
         with recorder:
             result = self._function(*args, **kwargs)
         returned = _C.Signature((result,), {})
-        recorder.finish(returned.tensors, (returned, result))
+        recorder.finish(returned.tensors, returned)
+        # They would keep the memory of this call.
+        for each in (signature, returned):
+            each.forget_tensors()
         recorder.seen.function(self._function)
-        why = recorder.refused
+        why = recorder.refused or self._part(pending, recorder, before, result)
         if why is None:
-            why = self._take(pending, recorder, before, (signature, args, kwargs))
-        if why is not None:
-            self._give_up(why, signature, args, kwargs)
+            self._take(pending, recorder, signature)
         self._leaves |= {id(leaf): leaf for leaf in recorder.gradients.leaves()}
+        if why is not None:
+            self._give_up(why, signature)
         return result
 
-    def _give_up(self, why: str, signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _give_up(self, why: str, signature: Any) -> None:
         if self._otherwise is None:
             raise _refusal(self._name, why)
         if not self._eager:
             warnings.warn(f"{_refusal(self._name, why)}. It runs as it is, not captured", RuntimeWarning, stacklevel=5)
-        self._eager.append((signature, args, kwargs))
+        self._eager.append((signature, signature.borrowed))
 
-    def _take(self, pending: _Pending, recorder: Recorder, before: Watched | None, call: tuple[Any, ...]) -> str | None:
-        """Makes a tape if this execution is as the last one; returns why none can be made."""
+    def _part(self, pending: _Pending, recorder: Recorder, before: Watched | None, result: Any) -> str | None:
+        """Why this execution is of a program that no replay can be of; None if nothing is known against it."""
         trace = recorder.trace
         if before is not None and (name := before.changed()) is not None:
             return (
                 f"{name} changes within the captured function, and a replay does not run Python: change it outside of "
-                f"the function{_place_of(self._function)}"
+                "the "
+                f"function{_place_of(self._function)}"
             )
-        same_state = [other for other in pending.traces if other.state() == trace.state()]
-        pending.traces = [*pending.traces[-3:], trace]
+        last = pending.last(trace)
+        if last is None:
+            return None
+        why = difference(last, trace)
+        if why is None and not last.returned.matches((result,), {}):
+            why = (
+                f"it returned another form or other numbers than in the call before, now {described(result)}: return "
+                "tensors, and numbers that stay as they are, in tuples, lists or dictionaries"
+                f"{_place_of(self._function)}"
+            )
+        if why is None:
+            return None
+        pending.unequal += 1
+        # The first call may have made state that all later ones find.
+        return why if pending.unequal > 1 else None
+
+    def _take(self, pending: _Pending, recorder: Recorder, signature: Any) -> None:
+        """Makes a tape if this execution is as the last one, and remembers it otherwise."""
+        trace, last = recorder.trace, pending.last(recorder.trace)
         seen, pending.seen = pending.seen, recorder.seen
+        pending.traces = [*pending.traces[-3:], trace]
         pending.after = recorder.seen.watch(_held(trace), with_numbers=False)
-        if not same_state or seen is None:
-            return None
-        why = difference(same_state[-1], trace) or self._results_part(same_state[-1], trace)
-        if why is not None:
-            pending.unequal += 1
-            # The first call may have made state that all later ones find.
-            return why if pending.unequal > 1 else None
-        self._add_tape(trace, recorder.seen.both(seen), call)
-        self._pending.remove(pending)
-        return None
-
-    def _results_part(self, before: Trace, now: Trace) -> str | None:
-        (form, result), (_, other) = before.returned, now.returned
-        if form.matches((other,), {}):
-            return None
-        return (
-            f"it returned {described(other)}, and {described(result)} in the call before: return tensors, and numbers "
-            "that "
-            f"stay as they are, in tuples, lists or dictionaries{_place_of(self._function)}"
-        )
-
-    def _add_tape(self, trace: Trace, seen: Seen, call: tuple[Any, ...]) -> None:
-        signature, args, kwargs = call
+        if last is None or seen is None or difference(last, trace) is not None:
+            return
         lowered = lower(trace, self._fuse)
-        held = [
-            memory.tensor for memory in trace.memories if memory.source == ("unseen",) and memory.tensor is not None
-        ]
-        watched = seen.watch(held, with_numbers=False)
-        _, result = trace.returned
-        self._alive.append((watched, signature, args, kwargs, result))
-        self._recordings.add(lowered.tape, signature, result, watched.watch, lowered.stops)
-        self._tapes.append((lowered, watched))
+        watched = recorder.seen.both(seen).watch(_held(trace), with_numbers=False)
+        self._alive.append((watched, signature.borrowed, trace.returned.borrowed, lowered.stops))
+        self._recordings.add(lowered.tape, signature, trace.returned, watched.watch, lowered.stops)
+        self._tapes.append(lowered)
+        lowered.forget()
+        self._pending.remove(pending)
 
 
 @overload

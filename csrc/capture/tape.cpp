@@ -302,6 +302,9 @@ void Tape::end() {
     const at::Tensor& tensor = found(external);
     if (tensor.defined() && !tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
   }
+  for (Step& step : steps_) {
+    for (Returned& returned : step.returned) returned.held.reset();
+  }
   arguments_.clear();
   storages_.clear();
   outputs_.clear();

@@ -129,6 +129,11 @@ class Lowered:
             [(first, max(first, last)) if last >= 0 else (0, 0) for first, last in self._lifetimes], results
         )
 
+    def forget(self) -> None:
+        """Lets go of the tensors of the recorded call, which the tape does not need."""
+        self.trace = Trace()
+        self._numbers, self._externals = {}, {}
+
     def _find_owners(self) -> None:
         trace = self.trace
         grads = {trace.values[e.value].memory for e in trace.events if isinstance(e, GradSet) and e.value is not None}

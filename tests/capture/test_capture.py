@@ -70,7 +70,7 @@ def test_containers_come_back_as_they_were() -> None:
     captured = fastmlp.capture(function)
     for i in range(5):
         x, y = torch.randn(3) + i, torch.randn(3)
-        data = {"x": x, "rest": [y, torch.ones(2) * i]}
+        data: dict[str, Any] = {"x": x, "rest": [y, torch.ones(2) * i]}
         expected: Any = function(data, scale=2.0)
         found: Any = captured(data, scale=2.0)
         assert type(found["pair"]) is Pair
