@@ -7,6 +7,7 @@ numbers are drawn in place. Everything else is called as it was.
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,7 +69,9 @@ _ONE_BY_ONE: dict[str, tuple[str, str, Callable[..., tuple[Any, ...]]]] = {
 #: Losses whose variant with `out` would take it for the losses of single elements too. They are computed in two steps,
 #: as torch's kernels do: elements, then their mean (1) or sum (2).
 _LOSSES = frozenset({"aten::mse_loss", "aten::smooth_l1_loss", "aten::huber_loss"})
-#: What `Lowered._keeps_shapes` has found out.
+#: Operators whose variant with `out` takes what it is given for scratch memory of another shape.
+_RESIZING = frozenset({"aten::binary_cross_entropy"})
+#: What `Lowered._keeps_shapes` has found out of others.
 _KEEP_SHAPES: dict[tuple[Any, ...], bool] = {}
 #: Arguments that say what a new tensor is like, which a given one knows.
 _OPTIONS = frozenset({"dtype", "layout", "device", "pin_memory", "memory_format"})
@@ -101,14 +104,17 @@ class Lowered:
         """Makes the tape."""
         trace = self.trace
         self._find_owners()
-        for owner, memory in zip(self._owners, trace.memories, strict=True):
-            self.tape.add_memory(owner, max(memory.bytes, 1))
+        made = [isinstance(event, Operation) and self._made(event) for event in trace.events]
+        write_in_place(trace, self._owners)
+        used = {value.memory for value in trace.values}
+        for i, (owner, memory) in enumerate(zip(self._owners, trace.memories, strict=True)):
+            self.tape.add_memory(owner, max(memory.bytes, 1) if i in used else 1)
         self._lifetimes = [(1 << 30, -1)] * len(trace.memories)
         self._add_externals()
         self._clear_grads()
-        for event in trace.events:
+        for event, new in zip(trace.events, made, strict=True):
             if isinstance(event, Operation):
-                self._operation(event)
+                self._operation(event, new)
             elif isinstance(event, GradSet):
                 self._use(*trace.refs(event))
                 grad = -1 if event.value is None else self._tensor(event.value)
@@ -231,10 +237,9 @@ class Lowered:
 
     # Events.
 
-    def _operation(self, event: Operation) -> None:
+    def _operation(self, event: Operation, new: bool) -> None:
         trace, name = self.trace, event.func._schema.name
         outputs = [output for output in event.outputs if output is not None]
-        new = self._made(event)
         if torch.Tag.inplace_view in event.func.tags or (not new and not event.func._schema.is_mutable):
             self.counts["views"] += 1
             self._lift(event)
@@ -361,7 +366,7 @@ class Lowered:
 
         It is tried once, on zeros.
         """
-        if torch.Tag.nondeterministic_seeded in event.func.tags:
+        if torch.Tag.nondeterministic_seeded in event.func.tags or event.func._schema.name in _RESIZING:
             return False
         found = out_variant(event.func)
         key = (str(event.func), *(value for value in event.args if isinstance(value, (int, str))))
@@ -433,6 +438,35 @@ def _as_tensor(argument: Any, entry: Any) -> Any:
     """A number where an operator takes a tensor, as the dispatcher would have it."""
     number = isinstance(argument, (bool, int, float)) and str(entry.type) in ("Tensor", "Optional[Tensor]")
     return _C.wrapped_number(argument) if number else argument
+
+
+def write_in_place(trace: Trace, owners: list[str]) -> None:
+    """Lets elementwise operations write over an operand that nothing reads later, as autograd does where it can."""
+    last: dict[int, int] = {}
+    for i, event in enumerate(trace.events):
+        for value in trace.refs(event):
+            last[trace.values[value].memory] = i
+    kept = {trace.values[value].memory for value, _ in trace.results}
+    for i, event in enumerate(trace.events):
+        if not isinstance(event, Operation) or torch.Tag.pointwise not in event.func.tags or len(event.outputs) != 1:
+            continue
+        output = event.outputs[0]
+        operands = list(refs((event.args, event.kwargs)))
+        if output is None or event.func._schema.is_mutable or output in operands:
+            continue
+        made = trace.values[output].memory
+        for operand in operands:
+            over = trace.values[operand].memory
+            same = all(trace.values[v] == trace.values[operand] for v in operands if trace.values[v].memory == over)
+            fits = replace(trace.values[operand], memory=made) == trace.values[output]
+            whole = trace.memories[over].bytes == trace.memories[made].bytes
+            free = owners[over] == owners[made] == "arena" and over not in kept and last[over] == i and over != made
+            if same and fits and whole and free:
+                for other in trace.values:
+                    if other.memory == made:
+                        other.memory = over
+                last[over] = last[made]
+                break
 
 
 def out_variant(func: Any) -> tuple[str, list[str]] | None:
