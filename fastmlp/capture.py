@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fastmlp._errors import described
 from fastmlp._load import _C
+from fastmlp.tape.active import is_recording
 from fastmlp.tape.lower import Lowered, lower
-from fastmlp.tape.recorder import Recorder, is_recording
+from fastmlp.tape.recorder import Recorder
 from fastmlp.tape.report import Report, TapeReport
 from fastmlp.tape.seen import Seen, Watched
 from fastmlp.tape.trace import CaptureError, Trace, difference

@@ -66,7 +66,7 @@ class Surroundings {
   // All entries of a dictionary, and that there are no others.
   void add_dict(const py::dict& dict, const std::vector<int>& modes);
   // One entry of a dictionary; missing is a value too.
-  void add_item(const py::dict& dict, const py::str& key, int mode);
+  void add_item(const py::dict& dict, const py::object& key, int mode);
   void add_sequence(const py::object& list_or_tuple, const std::vector<int>& modes);
   void add_cell(const py::object& cell, int mode);
   // The hooks that autograd runs for a tensor.

@@ -105,7 +105,7 @@ class Lowered:
         trace = self.trace
         self._find_owners()
         made = [isinstance(event, Operation) and self._made(event) for event in trace.events]
-        write_in_place(trace, self._owners)
+        write_in_place(trace, self._owners, self._writes_given)
         used = {value.memory for value in trace.values}
         for i, (owner, memory) in enumerate(zip(self._owners, trace.memories, strict=True)):
             self.tape.add_memory(owner, max(memory.bytes, 1) if i in used else 1)
@@ -361,6 +361,12 @@ class Lowered:
         self._lifetimes.append((self._steps, self._steps + 1))
         return self.tape.tensor(self.tape.add_tensor(memory, torch.empty(0, dtype=dtype), shape, like.stride(), 0))
 
+    def _writes_given(self, event: Operation) -> bool:
+        """Whether a replay of the operation writes into the tensor that it is given for its result."""
+        name = event.func._schema.name
+        other = f"{name}.{event.func._schema.overload_name}" in _AS_OTHERS or name in PRIMS
+        return other or (name not in _LOSSES | _COPIES and self._keeps_shapes(event))
+
     def _keeps_shapes(self, event: Operation) -> bool:
         """Whether the operator's variant with `out` leaves what it is given its shape: some take it for scratch memory.
 
@@ -440,7 +446,7 @@ def _as_tensor(argument: Any, entry: Any) -> Any:
     return _C.wrapped_number(argument) if number else argument
 
 
-def write_in_place(trace: Trace, owners: list[str]) -> None:
+def write_in_place(trace: Trace, owners: list[str], writes_given: Callable[[Operation], bool]) -> None:
     """Lets elementwise operations write over an operand that nothing reads later, as autograd does where it can."""
     last: dict[int, int] = {}
     for i, event in enumerate(trace.events):
@@ -461,7 +467,7 @@ def write_in_place(trace: Trace, owners: list[str]) -> None:
             fits = replace(trace.values[operand], memory=made) == trace.values[output]
             whole = trace.memories[over].bytes == trace.memories[made].bytes
             free = owners[over] == owners[made] == "arena" and over not in kept and last[over] == i and over != made
-            if same and fits and whole and free:
+            if same and fits and whole and free and writes_given(event):
                 for other in trace.values:
                     if other.memory == made:
                         other.memory = over
