@@ -10,21 +10,21 @@ __all__ = ["Functions"]
 
 #: What these read of a tensor goes to Python, which a replay does not run.
 _READS = {
-    "numpy": "NumPy's arrays",
-    "__array__": "NumPy's arrays",
-    "tolist": "lists",
+    "numpy": "NumPy's arrays: return the tensor, and make an array of it outside of the function",
+    "__array__": "NumPy's arrays: return the tensor, and make an array of it outside of the function",
+    "tolist": "lists: return the tensor, and make a list of it outside of the function",
     "__repr__": "text: print what the function returns instead",
     "__format__": "text: print what the function returns instead",
-    "data_ptr": "addresses",
-    "untyped_storage": "storages",
-    "storage": "storages",
-    "_typed_storage": "storages",
-    "__dlpack__": "DLPack",
+    "data_ptr": "addresses: ask for them outside of the function",
+    "untyped_storage": "storages: ask for them outside of the function",
+    "storage": "storages: ask for them outside of the function",
+    "_typed_storage": "storages: ask for them outside of the function",
+    "__dlpack__": "DLPack: exchange tensors outside of the function",
     "__deepcopy__": "copies of objects: use clone()",
-    "__reduce_ex__": "files",
-    "apply_": "functions of Python",
-    "map_": "functions of Python",
-    "share_memory_": "other processes",
+    "__reduce_ex__": "files: save it outside of the function",
+    "apply_": "functions of Python: use operations of torch",
+    "map_": "functions of Python: use operations of torch",
+    "share_memory_": "other processes: call it outside of the function",
 }
 #: What these change of a tensor outlives the call, unless the tensor was made in it.
 _CHANGES = frozenset({"register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "retain_grad"})

@@ -39,6 +39,8 @@ _WRITES_UNSAID = {"aten::native_batch_norm": (3, 4)}
 _CHECKERS = tuple(
     f"{folder}/{part}" for folder in torch.__path__ for part in ("distributions/", "nn/utils/clip_grad.py")
 )
+#: One that draws again, as often as the numbers say.
+_DRAWS_AGAIN = "von_mises.py"
 _STEP_OF_TORCH = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
 _STEPS = frozenset({_STEP_OF_TORCH, optim.SGD.step.__code__})
 _MODULE_CALL = nn.Module._call_impl.__code__
@@ -80,6 +82,9 @@ class Recorder(RecordingMode):
         gradients: what leaves have in `.grad`.
         refused: why the recording ended, if it did.
     """
+
+    # Else torch raises an error of its own where a function such as torch.cond is called.
+    supports_higher_order_operators = True
 
     def __init__(self, name: str, arguments: Sequence[Tensor], leaves: Iterable[Tensor], lenient: bool) -> None:
         super().__init__()
@@ -247,9 +252,9 @@ class Recorder(RecordingMode):
 
     def _check_operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not isinstance(func, torch._ops.OpOverload):
-            self.refuse(f"{func} runs code of Python")
+            self.refuse(f"{func} runs code of Python: use other operations of torch, such as torch.where for a choice")
         elif func.namespace == "prims" and func._schema.name not in PRIMS:
-            self.refuse(f"{func} is computed by code of Python")
+            self.refuse(f"{func} is computed by code of Python: use torch's own function instead, such as torch.sin")
         elif torch.Tag.dynamic_output_shape in func.tags:
             if func is not aten.index.Tensor or any(
                 index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
@@ -274,11 +279,11 @@ class Recorder(RecordingMode):
         """Whether a tape can hold the tensor; refuses it otherwise."""
         why = None
         if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
-            why = f"it is a {type(tensor).__name__}"
+            why = f"it is a {type(tensor).__name__}: call as_subclass(torch.Tensor)"
         elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-            why = f"it is {tensor.layout}, quantized or nested"
+            why = f"it is sparse, quantized or nested ({tensor.layout}): use a dense tensor"
         elif tensor.device.type != "cpu":
-            why = f"it is on {tensor.device}"
+            why = f"it is on {tensor.device}: use tensors of the CPU"
         elif tensor.is_conj() or tensor.is_neg():
             why = "it is a lazy conjugate: call resolve_conj()"
         if why is not None:
@@ -343,7 +348,10 @@ class Recorder(RecordingMode):
             self.trace.events.append(zeros)
             return
         if not all(one is None or isinstance(one, Tensor) for one in outputs):
-            self.refuse(f"{func} returns {type(output).__name__} to Python, and a replay does not run Python")
+            self.refuse(
+                f"{func} returns {type(output).__name__} to Python, and a replay does not run Python: use torch.where "
+                "for a choice, and return what is to be looked at"
+            )
             return
         inputs = list(_tensors((args, kwargs)))
         self._mark_written(func, recorded)
@@ -399,9 +407,10 @@ class Recorder(RecordingMode):
         memory.source, memory.tensor = ("constant",), tensor.clone()
 
     def _read_number(self, value: int, number: Any, place: str, inner: FrameType | None) -> None:
-        while inner is not None and _is_between(inner.f_code.co_filename):
+        while inner is not None and inner.f_code.co_filename in _PASSED_OVER:
             inner = inner.f_back
-        if inner is not None and inner.f_code.co_filename.startswith(_CHECKERS):
+        file = "" if inner is None else inner.f_code.co_filename
+        if file.startswith(_CHECKERS) and not file.endswith(_DRAWS_AGAIN):
             self.trace.events.append(Check(value, float(number), place))
             return
         self.refuse(
@@ -410,26 +419,21 @@ class Recorder(RecordingMode):
             "Python: use torch.where for a choice, and return what is to be looked at"
         )
 
-    def finish(self, results: Sequence[Tensor], returned: Any) -> None:
-        """Notes what the function leaves and returns."""
+    def finish(self, results: Sequence[Tensor], returned: Any, place: str) -> None:
+        """Notes what the function, which is written at `place`, leaves and returns."""
         if self.refused is not None:
             return
         with self._apart():
-            self.gradients.sync("the end of the function")
-            self.trace.results = [(self.value_of(tensor, "its return"), tensor.requires_grad) for tensor in results]
-            self.trace.returned = returned
+            self.gradients.sync(place)
+            self.trace.results = [(self.value_of(tensor, place), tensor.requires_grad) for tensor in results]
+            self.trace.returned, self.trace.end = returned, place
 
 
+#: Between the code that reads a number and `Recorder.__torch_dispatch__`, which torch wraps so as not to compile it.
 _PASSED_OVER = frozenset(
     {_OWN_FILE, functions.__file__, torch.overrides.__file__, torch._tensor.__file__, torch._ops.__file__}
-    | {torch._compile.__file__}
+    | {f"{folder}/{file}" for folder in torch.__path__ for file in ("_compile.py", "_dynamo/eval_frame.py")}
 )
-_DYNAMO = tuple(f"{folder}/_dynamo/" for folder in torch.__path__)
-
-
-def _is_between(file: str) -> bool:
-    """Whether a frame is of what stands between a function of torch and the recorder."""
-    return file in _PASSED_OVER or file.startswith(_DYNAMO)
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:
