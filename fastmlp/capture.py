@@ -301,9 +301,9 @@ def capture(function: Any = None, *, fuse: bool = True, otherwise: str | None = 
     on a tensor, NumPy), shapes that depend on data, two recordings that differ, as by a branch or a number that
     changes. Seeding generators and stepping schedulers belong outside.
 
-    Gradients are left in `.grad`, as by the function, in memory that the next call writes again. Results are new
-    tensors; one that required a gradient does so again, but its graph ends there with an error. Two threads may replay
-    two captured functions at once; of one function they replay one after the other.
+    Gradients are left in `.grad`, as by the function; a replay writes their memory again unless somebody else holds it.
+    Results are new tensors; one that required a gradient does so again, but its graph ends there with an error. Two
+    threads may replay two captured functions at once; of one function they replay one after the other.
 
     Args:
         function: what to record. It gets tensors on the CPU and plain values, in nested tuples, lists and dictionaries,

@@ -16,9 +16,10 @@ namespace {
 Owner owner_of(const std::string& name) {
   if (name == "arena") return Owner::arena;
   if (name == "tape") return Owner::tape;
+  if (name == "grad") return Owner::grad;
   if (name == "outside") return Owner::outside;
   if (name == "result") return Owner::result;
-  TORCH_CHECK_VALUE(false, "fastmlp: owner must be arena, tape, outside or result, got ", name);
+  TORCH_CHECK_VALUE(false, "fastmlp: owner must be arena, tape, grad, outside or result, got ", name);
 }
 
 // A number of Python where an operator takes a tensor: it does not count when dtypes are promoted.

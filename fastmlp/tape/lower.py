@@ -5,7 +5,6 @@ returns new tensors is called by its variant that writes into given ones, where 
 numbers are drawn in place. Everything else is called as it was.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from fastmlp import optim
 from fastmlp._load import _C
 from fastmlp.tape.trace import Check, GradSet, Operation, OptimizerStep, Ref, Trace, Value, refs
+from fastmlp.tape.variants import out_variant, writes_into_given
 
 __all__ = ["PRIMS", "Lowered", "lower"]
 
@@ -69,12 +69,6 @@ _ONE_BY_ONE: dict[str, tuple[str, str, Callable[..., tuple[Any, ...]]]] = {
 #: Losses whose variant with `out` would take it for the losses of single elements too. They are computed in two steps,
 #: as torch's kernels do: elements, then their mean (1) or sum (2).
 _LOSSES = frozenset({"aten::mse_loss", "aten::smooth_l1_loss", "aten::huber_loss"})
-#: Operators whose variant with `out` takes what it is given for scratch memory of another shape.
-_RESIZING = frozenset({"aten::binary_cross_entropy"})
-#: What `Lowered._keeps_shapes` has found out of others.
-_KEEP_SHAPES: dict[tuple[Any, ...], bool] = {}
-#: Arguments that say what a new tensor is like, which a given one knows.
-_OPTIONS = frozenset({"dtype", "layout", "device", "pin_memory", "memory_format"})
 
 
 class Lowered:
@@ -154,7 +148,9 @@ class Lowered:
                 self._owners.append("tape")
             elif memory.source != ("new",):
                 self._owners.append("outside")
-            elif i in grads or (i in made and not memory.written):
+            elif i in grads:
+                self._owners.append("grad")
+            elif i in made and not memory.written:
                 self._owners.append("tape")
             else:
                 self._owners.append("result" if i in returned else "arena")
@@ -319,9 +315,8 @@ class Lowered:
             self._add_call(*PRIMS[name], args, {"out": targets[0]}, [], event.place)
         elif other := _AS_OTHERS.get(f"{name}.{overload}"):
             self._add_call(other[0], other[1], other[2](*args), dict(kwargs, out=targets[0]), [], event.place)
-        elif None not in event.outputs and self._keeps_shapes(event) and (found := out_variant(event.func)) is not None:
-            overload, names = found
-            kept = {key: value for key, value in kwargs.items() if key not in _OPTIONS or key in names}
+        elif writes_into_given(event, self.trace.values):
+            overload, names = out_variant(event.func) or ("", [])
             schema = torch._C._get_schema(name, overload)
             known = {argument.name for argument in schema.arguments}
             kept = {key: value for key, value in kwargs.items() if key in known}
@@ -365,40 +360,7 @@ class Lowered:
         """Whether a replay of the operation writes into the tensor that it is given for its result."""
         name = event.func._schema.name
         other = f"{name}.{event.func._schema.overload_name}" in _AS_OTHERS or name in PRIMS
-        return other or (name not in _LOSSES | _COPIES and self._keeps_shapes(event))
-
-    def _keeps_shapes(self, event: Operation) -> bool:
-        """Whether the operator's variant with `out` leaves what it is given its shape: some take it for scratch memory.
-
-        It is tried once, on zeros.
-        """
-        if torch.Tag.nondeterministic_seeded in event.func.tags or event.func._schema.name in _RESIZING:
-            return False
-        found = out_variant(event.func)
-        key = (str(event.func), *(value for value in event.args if isinstance(value, (int, str))))
-        if found is None or key in _KEEP_SHAPES:
-            return _KEEP_SHAPES.get(key, False)
-        overload, names = found
-
-        def zeros(argument: Any) -> Any:
-            if isinstance(argument, Ref):
-                value = self.trace.values[argument.value]
-                return torch.empty_strided(value.sizes, value.strides, dtype=value.dtype).zero_()
-            return type(argument)(map(zeros, argument)) if isinstance(argument, (tuple, list)) else argument
-
-        outs = {n: zeros(Ref(o)) for n, o in zip(names, event.outputs, strict=True) if o is not None}
-        other = getattr(event.func.overloadpacket, overload)
-        known = {argument.name for argument in other._schema.arguments}
-        kwargs = {key: zeros(value) for key, value in event.kwargs.items() if key in known}
-        memory = [(out.data_ptr(), out.shape, out.stride()) for out in outs.values()]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                other(*map(zeros, event.args), **kwargs, **outs)
-            except RuntimeError:
-                return False  # what zeros are no input for is called as it was
-        _KEEP_SHAPES[key] = memory == [(out.data_ptr(), out.shape, out.stride()) for out in outs.values()]
-        return _KEEP_SHAPES[key]
+        return other or (name not in _LOSSES | _COPIES and writes_into_given(event, self.trace.values))
 
     def _new_results(self, event: Operation) -> list[int]:
         return [-1 if output is None else self._tensor(output) for output in event.outputs]
@@ -420,12 +382,8 @@ class Lowered:
         """The tape's tensor of a result, the external that it is or views, and whether it requires a gradient."""
         one = self.trace.values[value]
         owner = self._owners[one.memory]
-        if owner == "outside":
-            external = self._externals[one.memory]
-            first = next(i for i, other in enumerate(self.trace.values) if other.memory == one.memory)
-            return (-1 if first == value else self._tensor(value)), external, requires_grad
-        if owner == "tape":
-            # The caller keeps what it gets, and the tape writes here again.
+        if owner in ("tape", "grad") or self.trace.memories[one.memory].source[0] == "grad":
+            # The caller keeps what it gets, and a later replay writes here again.
             copy = self.tape.add_memory("result", max(self.trace.memories[one.memory].bytes, 1))
             self._lifetimes.append((self._steps, self._steps))
             target = self._add(one, copy)
@@ -433,6 +391,10 @@ class Lowered:
             self._add_call("aten::copy_", "", (self.tape.tensor(target), content), {}, [], "a result")
             self._steps += 1
             return target, -1, requires_grad
+        if owner == "outside":
+            external = self._externals[one.memory]
+            first = next(i for i, other in enumerate(self.trace.values) if other.memory == one.memory)
+            return (-1 if first == value else self._tensor(value)), external, requires_grad
         return self._tensor(value), -1, requires_grad
 
 
@@ -473,22 +435,6 @@ def write_in_place(trace: Trace, owners: list[str], writes_given: Callable[[Oper
                         other.memory = over
                 last[over] = last[made]
                 break
-
-
-def out_variant(func: Any) -> tuple[str, list[str]] | None:
-    """The overload of an operator that writes into given tensors by a kernel of the CPU, and what it calls these."""
-    schema = func._schema
-    wanted = [(argument.name, str(argument.type)) for argument in schema.arguments]
-    bare = [entry for entry in wanted if entry[0] not in _OPTIONS]
-    for overload in func.overloadpacket.overloads():
-        other = getattr(func.overloadpacket, overload)._schema
-        outs = [argument.name for argument in other.arguments if argument.is_out]
-        rest = [(argument.name, str(argument.type)) for argument in other.arguments if not argument.is_out]
-        if not outs or rest not in (wanted, bare) or len(outs) != len(schema.returns):
-            continue
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{other.name}.{other.overload_name}", "CPU"):
-            return overload, outs
-    return None
 
 
 def lower(trace: Trace, fuse: bool) -> Lowered:
