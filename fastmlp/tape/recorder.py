@@ -6,6 +6,7 @@ function of this thread, which sees calls of Python and C (optimizers' steps, mo
 a tape could not repeat is refused here, where the user's line is known.
 """
 
+import random
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,11 +16,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _python_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmlp import optim
 from fastmlp.tape import functions
+from fastmlp.tape.active import RecordingMode
 from fastmlp.tape.functions import Functions
 from fastmlp.tape.gradients import Gradients
 from fastmlp.tape.lower import PRIMS
@@ -27,7 +27,7 @@ from fastmlp.tape.seen import Seen
 from fastmlp.tape.trace import CaptureError, Check, Memory, Operation, OptimizerStep, Ref, Trace, Value
 from fastmlp.trace.outside import is_library
 
-__all__ = ["Recorder", "is_recording"]
+__all__ = ["Recorder"]
 
 aten = torch.ops.aten
 
@@ -45,11 +45,6 @@ _STEP_OF_TORCH = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
 _STEPS = frozenset({_STEP_OF_TORCH, optim.SGD.step.__code__})
 _MODULE_CALL = nn.Module._call_impl.__code__
 _OWN_FILE = __file__
-
-
-def is_recording() -> bool:
-    """Whether this thread records a captured function now."""
-    return any(isinstance(mode, Recorder) for mode in _python_dispatch._get_current_dispatch_mode_stack())
 
 
 def _place(frame: FrameType | None) -> tuple[str, FrameType | None]:
@@ -72,7 +67,7 @@ def _extent(tensor: Tensor) -> int:
     return (last + 1) * tensor.itemsize
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(RecordingMode):
     """A context in which one call is recorded.
 
     Args:
@@ -148,7 +143,17 @@ class Recorder(TorchDispatchMode):
             self._called_python(frame)
         elif event == "c_call":
             owner = getattr(argument, "__self__", None)
-            if isinstance(owner, torch.Generator) and argument.__name__ in ("manual_seed", "seed", "set_state"):
+            name = getattr(argument, "__name__", "")
+            if (isinstance(owner, random.Random) and name in ("random", "getrandbits")) or (
+                type(owner).__module__.startswith("numpy.random") and not name.startswith("_")
+            ):
+                self.refuse(
+                    f"{type(owner).__name__}.{name}() draws a random number that torch does not know, and a replay "
+                    "would not "
+                    "draw it again: draw with torch, or pass the number as a tensor",
+                    frame,
+                )
+            elif isinstance(owner, torch.Generator) and argument.__name__ in ("manual_seed", "seed", "set_state"):
                 self.refuse(
                     f"Generator.{argument.__name__}() is called within the captured function, and replays would not "
                     "call "
@@ -335,7 +340,7 @@ class Recorder(TorchDispatchMode):
             self._make_constant(args[0], recorded[0][0].value)
         if name in _HARMLESS:
             return
-        outputs = list(output) if isinstance(output, (tuple, list)) else [output]
+        outputs = _flat(output)
         if isinstance(output, Tensor) and output._is_zerotensor():
             # It has no memory, and torch takes it for zero whatever it is multiplied with.
             kwargs = {"dtype": output.dtype}
@@ -452,6 +457,13 @@ def _only_of_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
             return False
         found = True
     return found
+
+
+def _flat(output: Any) -> list[Any]:
+    """What an operator returns, one after the other: tensors, lists of tensors, nothing."""
+    if not isinstance(output, (tuple, list)):
+        return [output]
+    return [each for one in output for each in (one if isinstance(one, (tuple, list)) else [one])]
 
 
 def _refs(value: Any) -> Iterable[int]:

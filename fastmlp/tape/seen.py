@@ -94,7 +94,7 @@ class Watched:
             self.watch.add_dict(holder, modes)
             self._names.append(name)
 
-    def item(self, holder: dict[str, Any], key: str, mode: int, name: str) -> None:
+    def item(self, holder: dict[Any, Any], key: Any, mode: int, name: str) -> None:
         """Watches one entry of a dictionary."""
         if self._is_new("item", id(holder), key):
             self.alive += [holder, key, holder.get(key)]
@@ -258,7 +258,7 @@ class _Walk:
         self._watched.item(own, "forward", _SAME, f"{name}.forward")
         self._class_of(module, own, name, 1)
 
-    def _variable(self, holder: dict[str, Any], key: str, value: Any, name: str, depth: int) -> bool:
+    def _variable(self, holder: dict[Any, Any], key: Any, value: Any, name: str, depth: int) -> bool:
         mode = self._mode(value, name, depth)
         if mode != _IGNORED:
             self._watched.item(holder, key, mode, name)
@@ -340,7 +340,7 @@ class _Walk:
         if self._within:
             # The function itself may add entries.
             for key, mode in zip(value, modes, strict=True):
-                if mode != _IGNORED and isinstance(key, str):
+                if mode != _IGNORED:
                     self._watched.item(value, key, mode, f"{name}[{key!r}]")
         elif any(modes):
             self._watched.mapping(value, modes, name)

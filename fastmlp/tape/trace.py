@@ -121,7 +121,7 @@ class Trace:
         cleared: leaves whose `.grad` the function set to None before anything else happened to it. That is no event,
             because `zero_grad()` passes over what is None already, as in a first call.
         results: values of the tensors that were returned, in order, and whether each requires a gradient.
-        returned: what was returned.
+        returned: the form of what was returned, a `_C.Signature`.
         end: where the function is written.
     """
 
