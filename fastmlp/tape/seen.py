@@ -187,28 +187,30 @@ class Seen:
             found |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
         return list(found.values())
 
-    def watch(self, held: Iterable[Tensor], within: bool) -> Watched:
+    def watch(self, held: Iterable[Tensor], within: bool, steps: bool = False) -> Watched:
         """Watches all of it, as it is now.
 
         Args:
             held: tensors that the recording uses where it found them.
             within: whether this is to find out what the function itself changes. Then numbers of optimizers are watched
                 too, which a step reads anew each time, and not whether lists and objects are still the same ones.
+            steps: whether numbers and states of optimizers are watched because steps are not computed anew.
         """
         watched = Watched()
-        _Walk(self, watched, list(held), within).all()
+        _Walk(self, watched, list(held), within, steps).all()
         return watched
 
 
 class _Walk:
     """Goes through what was seen and adds it to a `Watched`."""
 
-    def __init__(self, seen: Seen, watched: Watched, held: list[Tensor], within: bool) -> None:
+    def __init__(self, seen: Seen, watched: Watched, held: list[Tensor], within: bool, steps: bool) -> None:
         self._seen = seen
         self._watched = watched
         self._tensors = held
         self._held = {id(tensor) for tensor in held}
         self._within = within
+        self._steps = steps
         self._names = {name for code in seen._codes for name in _names(code)}
         self._walked: dict[tuple[int, int], bool] = {}
 
@@ -272,10 +274,13 @@ class _Walk:
         for group in groups:
             self._watched.item(group, "params", _SAME, f"the parameters of {name}")
             self._watched.sequence(group["params"], [_SAME] * len(group["params"]), f"the parameters of {name}")
-            if self._within:
+            if self._within or self._steps:
                 for key, value in list(group.items()):
-                    if isinstance(value, _PLAIN):
+                    if isinstance(value, (*_PLAIN, tuple)):
                         self._watched.item(group, key, _EQUAL, f"{key} in a group of {name}")
+        if self._steps:
+            for state in (optimizer.state, *optimizer.state.values()):
+                self._watched.mapping(state, [_SAME] * len(state), f"the state of {name}")
 
     def _function(self, function: FunctionType, depth: int) -> None:
         if is_library(function.__code__.co_filename):

@@ -51,6 +51,7 @@ class Memory:
         tensor: for "unseen" the tensor; for "constant" a copy of it.
         place: where the program used it first.
         written: whether an operation writes there.
+        device: where it is.
     """
 
     source: tuple[Any, ...]
@@ -58,6 +59,7 @@ class Memory:
     tensor: Tensor | None
     place: str
     written: bool = False
+    device: str = "cpu"
 
 
 @dataclass(slots=True)
