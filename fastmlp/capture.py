@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
+import torch
 from torch import Tensor
 
 from fastmlp._errors import described
@@ -43,6 +44,7 @@ class _Pending:
     signature: Any
     args: tuple[Any, ...]  # alive, because the signature borrows what is in them
     kwargs: dict[str, Any]
+    devices: list[torch.device]  # of its tensors
     traces: list[Trace] = field(default_factory=list)
     seen: Seen | None = None
     after: Watched | None = None  # how the last one left what the function reads
@@ -157,7 +159,8 @@ class Captured(Generic[P, R]):
             return self._function(*args, **kwargs)
         with self._lock:
             signature = _C.Signature(args, kwargs)
-            graph = next((graph for graph in self._graphs if graph.matches(args, kwargs)), None)
+            devices = [tensor.device for tensor in signature.tensors]
+            graph = next((graph for graph in self._graphs if graph.matches(args, kwargs, devices)), None)
             if graph is not None:
                 return self._replay_graph(graph, signature.tensors, args, kwargs)
             self._recorded += 1
@@ -167,9 +170,10 @@ class Captured(Generic[P, R]):
             if why is not None:
                 self._give_up(why)
                 return self._function(*args, **kwargs)
-            pending = next((one for one in self._pending if one.signature.matches(args, kwargs)), None)
+            alike = (one for one in self._pending if one.devices == devices and one.signature.matches(args, kwargs))
+            pending = next(alike, None)
             if pending is None:
-                pending = _Pending(signature, args, kwargs)
+                pending = _Pending(signature, args, kwargs, devices)
                 self._pending = [pending, *self._pending[: _PENDING - 1]]
             return self._run(pending, signature, args, kwargs)
 
@@ -288,7 +292,7 @@ class Captured(Generic[P, R]):
             return
         if graphable.is_of_gpu(trace):
             watched = recorder.seen.both(seen).watch(_held(trace), within=False, steps=True)
-            graph = graphs.Graph(self._function, trace, signature, watched)
+            graph = graphs.Graph(self._function, trace, signature, pending.devices, watched)
             self._alive.append((signature.borrowed, trace.returned.borrowed))
             self._graphs = [graph, *self._graphs[: _GRAPHS - 1]]
             self._pending.remove(pending)

@@ -64,6 +64,7 @@ class Graph:
         function: which was recorded.
         trace: its recording.
         signature: of the call, without tensors.
+        devices: of its tensors.
         watched: what the function reads besides, numbers of optimizers included.
 
     Attributes:
@@ -72,11 +73,14 @@ class Graph:
         report: what it consists of.
     """
 
-    def __init__(self, function: Callable[..., Any], trace: Trace, signature: Any, watched: Watched) -> None:
+    def __init__(
+        self, function: Callable[..., Any], trace: Trace, signature: Any, devices: list[torch.device], watched: Watched
+    ) -> None:
         self.replays = 0
         self.is_captured = False
         self._function = function
         self._signature = signature
+        self._devices = devices
         self._watched = watched
         memories, values = trace.memories, trace.values
         self._held = [m.tensor for m in memories if m.source == ("unseen",) and m.tensor is not None]
@@ -95,10 +99,11 @@ class Graph:
         steps = [(type(optimizer).__name__, "torch") for optimizer in optimizers]
         self.report = TapeReport({name: names.count(name) for name in names}, len(names), 0, 0, 0, steps, 0, 0)
 
-    def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any], devices: list[torch.device]) -> bool:
         """Whether the graph is one of such a call, and nothing that it depends on has changed."""
         return (
-            self._signature.matches(args, kwargs)
+            self._devices == devices
+            and self._signature.matches(args, kwargs)
             and self._watched.changed() is None
             and all(_likeness(tensor) == was for tensor, was in self._likenesses)
             and all(leaf.grad is None for leaf in self._without_grad)

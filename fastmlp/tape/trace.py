@@ -225,7 +225,7 @@ def _by_name(operation: Operation) -> dict[str, Any]:
 
 
 def _memories_part(a: Memory, b: Memory) -> str | None:
-    if a.source != b.source or a.bytes != b.bytes:
+    if a.source != b.source or a.bytes != b.bytes or a.device != b.device:
         return "a tensor comes from elsewhere, or has another size, than in the call before: pass it as an argument"
     if a.source == ("unseen",) and a.tensor is not b.tensor:
         return (

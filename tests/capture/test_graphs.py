@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastmlp
 from fastmlp.tape import graphable, graphs
-from fastmlp.tape.trace import Check, GradSet, Memory, Operation, OptimizerStep, Ref, Trace, Value
+from fastmlp.tape.trace import Check, GradSet, Memory, Operation, OptimizerStep, Ref, Trace, Value, difference
 
 
 class Program:
@@ -297,6 +297,9 @@ def test_devices_are_not_mixed() -> None:
     check_obstacle(of_gpu("cpu"), r"tensors on cuda:0 and cpu are used together, in train.py:3: use one device")
     check_obstacle(of_gpu("cuda:1"), r"tensors on cuda:0 and cuda:1 are used together")
     assert graphable.obstacle(Trace([Memory(("argument", 0), 12, None, "")])) is None
+    why = difference(of_gpu("cuda:0"), of_gpu("cuda:1"))
+    assert why is not None
+    assert why.startswith("in train.py:3: a tensor comes from elsewhere")
 
 
 def test_numbers_of_python_may_be_on_the_cpu_but_not_copied() -> None:
