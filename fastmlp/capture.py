@@ -204,6 +204,11 @@ class Captured(Generic[P, R]):
                     f"an argument, {described(tensor)}, was computed outside and requires a gradient, which would end "
                     "at the captured function: pass argument.detach(), or compute it inside"
                 )
+            if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
+                return (
+                    f"an argument, {described(tensor)}, has hooks, which belong to one tensor and not to all that look "
+                    "alike: do in the function what they do"
+                )
         for value in signature.objects:
             if type(value).__module__.partition(".")[0] == "numpy":
                 return f"an argument is {described(value)} of NumPy: pass torch.from_numpy(argument)"

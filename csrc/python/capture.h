@@ -40,7 +40,7 @@ class Form {
  private:
   enum class Kind { tensor, plain, object, tuple, list, dict };
 
-  bool match_tensor(const at::Tensor& tensor, const std::vector<at::Tensor>& tensors) const;
+  bool match_tensor(PyObject* object, const std::vector<at::Tensor>& tensors) const;
 
   Kind kind_;
   PyTypeObject* type_ = nullptr;  // of a container or a plain value
@@ -57,6 +57,9 @@ class Form {
 // Whether two values of Python that cannot change are equal; false for all others, unless they are one object.
 bool equal_plain_values(PyObject* a, PyObject* b);
 
+// How many hooks run when the gradient of a tensor is computed, and how many when it has been accumulated.
+std::array<Py_ssize_t, 2> hooks_of_tensor(PyObject* tensor);
+
 // What a captured function reads besides its arguments, and what it was when the function was recorded.
 class Surroundings {
  public:
@@ -69,6 +72,8 @@ class Surroundings {
   void add_item(const py::dict& dict, const py::object& key, int mode);
   void add_sequence(const py::object& list_or_tuple, const std::vector<int>& modes);
   void add_cell(const py::object& cell, int mode);
+  // An attribute that is in no dictionary, such as one in a slot; missing is a value too.
+  void add_attribute(const py::object& owner, const py::str& name, int mode);
   // The hooks that autograd runs for a tensor.
   void add_hooks(const py::object& tensor);
 
@@ -82,7 +87,7 @@ class Surroundings {
     bool is(PyObject* now) const;
   };
   struct Watched {
-    enum Kind { dict, item, sequence, cell, hooks } kind;
+    enum Kind { dict, item, sequence, cell, attribute, hooks } kind;
     PyObject* holder;
     PyObject* key = nullptr;
     std::vector<Entry> entries;

@@ -133,6 +133,7 @@ void add_capture(py::module_& m) {
       .def("add_item", &Surroundings::add_item)
       .def("add_sequence", &Surroundings::add_sequence)
       .def("add_cell", &Surroundings::add_cell)
+      .def("add_attribute", &Surroundings::add_attribute)
       .def("add_hooks", &Surroundings::add_hooks)
       .def("changed", &Surroundings::changed);
   py::class_<Call>(m, "Signature")

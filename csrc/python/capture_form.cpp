@@ -71,10 +71,13 @@ Form::Form(PyObject* object, std::vector<at::Tensor>& tensors) : type_(Py_TYPE(o
   }
 }
 
-bool Form::match_tensor(const at::Tensor& tensor, const std::vector<at::Tensor>& tensors) const {
+bool Form::match_tensor(PyObject* object, const std::vector<at::Tensor>& tensors) const {
+  const at::Tensor& tensor = THPVariable_Unpack(object);
   if (tensor.scalar_type() != dtype_ || tensor.sizes() != at::IntArrayRef(sizes_) ||
       tensor.strides() != at::IntArrayRef(strides_) || tensor.requires_grad() != requires_grad_)
     return false;
+  // Hooks belong to one tensor, and a recording is of all that look alike.
+  if (requires_grad_ && hooks_of_tensor(object) != std::array<Py_ssize_t, 2>{}) return false;
   size_t first = 0;
   while (first < tensors.size() && !tensors[first].is_same(tensor)) first++;
   return first == first_;
@@ -83,7 +86,7 @@ bool Form::match_tensor(const at::Tensor& tensor, const std::vector<at::Tensor>&
 bool Form::match(PyObject* object, std::vector<at::Tensor>& tensors) const {
   switch (kind_) {
     case Kind::tensor:
-      if (Py_TYPE(object) != type_ || !match_tensor(THPVariable_Unpack(object), tensors)) return false;
+      if (Py_TYPE(object) != type_ || !match_tensor(object, tensors)) return false;
       tensors.push_back(THPVariable_Unpack(object));
       return true;
     case Kind::plain:

@@ -9,13 +9,22 @@
 
 namespace fastmlp {
 
-namespace {
-
-// How many hooks run when the gradient of a tensor is computed, and how many when it has been accumulated.
-std::array<Py_ssize_t, 2> hooks_of(PyObject* tensor) {
+std::array<Py_ssize_t, 2> hooks_of_tensor(PyObject* tensor) {
   const auto count = [](PyObject* dict) { return dict && PyDict_Check(dict) ? PyDict_GET_SIZE(dict) : 0; };
   const THPVariable* const variable = reinterpret_cast<THPVariable*>(tensor);
   return {count(variable->backward_hooks), count(variable->post_accumulate_grad_hooks)};
+}
+
+namespace {
+
+// Null if there is none.
+py::object attribute_of(PyObject* owner, PyObject* name) {
+  PyObject* const value = PyObject_GetAttr(owner, name);
+  if (!value) {
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
+    PyErr_Clear();
+  }
+  return py::reinterpret_steal<py::object>(value);
 }
 
 }  // namespace
@@ -54,8 +63,12 @@ bool Surroundings::Watched::unchanged() const {
     }
     case cell:
       return entries[0].is(PyCell_GET(holder));
+    case attribute: {
+      const py::object now = attribute_of(holder, key);
+      return entries[0].is(now.ptr());
+    }
     case hooks:
-      return hooks_of(holder) == counts;
+      return hooks_of_tensor(holder) == counts;
   }
   return false;
 }
@@ -84,8 +97,12 @@ void Surroundings::add_cell(const py::object& cell, int mode) {
   all_.push_back({Watched::cell, cell.ptr(), nullptr, {{PyCell_GET(cell.ptr()), mode}}});
 }
 
+void Surroundings::add_attribute(const py::object& owner, const py::str& name, int mode) {
+  all_.push_back({Watched::attribute, owner.ptr(), name.ptr(), {{attribute_of(owner.ptr(), name.ptr()).ptr(), mode}}});
+}
+
 void Surroundings::add_hooks(const py::object& tensor) {
-  all_.push_back({Watched::hooks, tensor.ptr(), nullptr, {}, hooks_of(tensor.ptr())});
+  all_.push_back({Watched::hooks, tensor.ptr(), nullptr, {}, hooks_of_tensor(tensor.ptr())});
 }
 
 int Surroundings::changed() const {

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from enum import Enum
 from functools import partial
 from numbers import Number
-from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -116,6 +116,13 @@ class Watched:
         if self._is_new("sequence", id(holder)):
             self.alive += [holder, *holder]
             self.watch.add_sequence(holder, modes)
+            self._names.append(name)
+
+    def attribute(self, owner: Any, key: str, mode: int, name: str) -> None:
+        """Watches an attribute that is in no dictionary."""
+        if self._is_new("attribute", id(owner), key):
+            self.alive += [owner, key, getattr(owner, key, None)]
+            self.watch.add_attribute(owner, key, mode)
             self._names.append(name)
 
     def cell(self, cell: Any, mode: int, name: str) -> None:
@@ -294,8 +301,10 @@ class _Walk:
             mode = self._mode(value, name, depth + 1)
             if mode != _IGNORED:
                 self._watched.cell(cell, mode, name)
-        for value in (function.__defaults__, function.__kwdefaults__):
-            self._value(value, f"a default of {function.__name__}", depth + 1)
+        for key in ("__defaults__", "__kwdefaults__"):
+            name = f"a default of {function.__name__}"
+            self._value(getattr(function, key), name, depth + 1)
+            self._watched.attribute(function, key, _SAME, name)
 
     def _globals(self, code: CodeType, variables: dict[str, Any], depth: int) -> None:
         for name in _names(code):
@@ -363,13 +372,25 @@ class _Walk:
         file = getattr(owner, "__file__", None) if isinstance(owner, ModuleType) else None
         if _is_standard(type(owner)) or (isinstance(owner, ModuleType) and (file is None or is_library(file))):
             return False
+        in_slots = self._slots(owner, name, depth)
         own = getattr(owner, "__dict__", None)
         if not isinstance(own, dict):
-            return False
+            return in_slots
         found = [
             self._variable(own, key, own[key], f"{name}.{key}", depth + 1) for key in list(own) if key in self._names
         ]
-        return self._class_of(owner, own, name, depth) or any(found)
+        return self._class_of(owner, own, name, depth) or any(found) or in_slots
+
+    def _slots(self, owner: Any, name: str, depth: int) -> bool:
+        found = False
+        for kind in type(owner).__mro__:
+            for key, descriptor in vars(kind).items():
+                if isinstance(descriptor, MemberDescriptorType) and key in self._names and not _is_standard(kind):
+                    mode = self._mode(getattr(owner, key, None), f"{name}.{key}", depth + 1)
+                    found = found or mode != _IGNORED
+                    if mode != _IGNORED:
+                        self._watched.attribute(owner, key, mode, f"{name}.{key}")
+        return found
 
     def _class_of(self, owner: Any, own: dict[str, Any], name: str, depth: int) -> bool:
         """What an object has from its class, and that it has none of its own instead."""
@@ -391,7 +412,7 @@ class _Walk:
         return any(found)
 
     def _attributes(self, kind: type) -> list[str]:
-        methods = (FunctionType, property, staticmethod, classmethod)
+        methods = (FunctionType, MemberDescriptorType, property, staticmethod, classmethod)
         return [key for key, value in vars(kind).items() if key in self._names and not isinstance(value, methods)]
 
 

@@ -481,6 +481,13 @@ class Config:
         self.scale = scale
 
 
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        self.scale = 2.0
+
+
 class Scaled(nn.Module):
     shift = 1.0
 
@@ -569,7 +576,7 @@ def module_appended_to_a_list(program: SimpleNamespace) -> None:
 
 def closure() -> SimpleNamespace:
     scale, factors, options = 2.0, [2.0, 3.0], {"scale": 2.0, "inner": {"shift": 1.0}}
-    config, function, builtin = Config(), doubled, torch.tanh
+    config, slotted, function, builtin = Config(), Slotted(), doubled, torch.tanh
     kind, dtype, bound = Kind.PLAIN, torch.float32, functools.partial(torch.add, alpha=2)
     weight, weights, named, pair = torch.ones(4), [torch.ones(4)], {"weight": torch.ones(4)}, (2.0, torch.ones(4))
     more: dict[str, float] = {"a": 1.0}
@@ -578,7 +585,7 @@ def closure() -> SimpleNamespace:
         x = x * scale * factors[0] * options["scale"] + options["inner"]["shift"]  # type: ignore[index, operator]
         for factor in factors:
             x = x * factor
-        x = builtin(function(x) * config.scale + config.shift)
+        x = builtin(function(x) * config.scale * slotted.scale + config.shift)
         x = bound(x, x) * weight * weights[0] * named["weight"] * pair[0] * pair[1]
         for value in more.values():
             x = x * value
@@ -594,7 +601,7 @@ def closure() -> SimpleNamespace:
         weight, weights = values.get("weight", weight), values.get("weights", weights)
         named, pair = values.get("named", named), values.get("pair", pair)
 
-    held = {"factors": factors, "options": options, "config": config, "more": more}
+    held = {"factors": factors, "options": options, "config": config, "slotted": slotted, "more": more}
     return SimpleNamespace(step=step, swap=swap, weights=weights, named=named, bound=bound, weight=weight, **held)
 
 
@@ -667,6 +674,11 @@ def attribute(program: SimpleNamespace) -> None:
 
 
 @change(closure)
+def attribute_in_a_slot(program: SimpleNamespace) -> None:
+    program.slotted.scale = 3.0
+
+
+@change(closure)
 def attribute_of_a_class(program: SimpleNamespace) -> Any:
     Config.shift = 2.0
     return lambda: setattr(Config, "shift", 1.0)
@@ -725,6 +737,11 @@ def defaults() -> SimpleNamespace:
         return helper(x) * options["scale"]
 
     return SimpleNamespace(step=step, helper=helper)
+
+
+@change(defaults)
+def default_number(program: SimpleNamespace) -> None:
+    program.helper.__defaults__ = (3.0, [2.0])
 
 
 @change(defaults)
@@ -843,3 +860,28 @@ def test_noticed(name: str) -> None:
         assert captured.replays == CALLS - recorded
     else:
         assert CALLS - recorded > captured.replays >= CALLS - recorded - 3
+
+
+def test_hooks_of_arguments_are_noticed() -> None:
+    """They belong to one tensor, so that a recording of all that look alike cannot have them."""
+
+    def slope(x: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad((x**3).sum(), x)
+        return slope
+
+    captured, twin = fastmlp.capture(slope), fastmlp.capture(slope, otherwise="eager")
+    tensors = [batch(i)[0].requires_grad_() for i in range(6)]
+    for x in tensors[:4]:
+        assert torch.equal(captured(x), slope(x))
+        twin(x)
+    assert captured.replays == 2
+    for x in tensors[4:]:
+        x.register_hook(lambda gradient: gradient * 2)
+    message = r"fastmlp: capture: .*slope: an argument, .*, has hooks, .*: do in the function what they do"
+    with pytest.raises(fastmlp.CaptureError, match=message):
+        captured(tensors[4])
+    with pytest.warns(RuntimeWarning, match="has hooks"):
+        assert torch.equal(twin(tensors[4]), slope(tensors[4]))
+    assert torch.equal(twin(tensors[5]), slope(tensors[5]))
+    assert torch.equal(captured(tensors[0]), slope(tensors[0]))
+    assert (captured.replays, twin.replays) == (3, 2)
