@@ -44,6 +44,7 @@ def seeded() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+CALLABLE: Any = fastmlp.capture
 TEXT = CAPTURE.read_text(encoding="utf-8")
 INTRODUCTION, _, FIVE = TEXT.partition("\n## Five loops")
 PAIRS = sections(FIVE, "###")
@@ -83,7 +84,7 @@ def without_numbers(report: str) -> list[str]:
 def test_after_is_before(name: str, fuse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits without fusion; with it in the first three losses, of which no replay has moved anything."""
     setup, before, after = blocks(PAIRS[name])
-    monkeypatch.setattr(fastmlp, "capture", functools.partial(fastmlp.capture, fuse=fuse))
+    monkeypatch.setattr(fastmlp, "capture", functools.partial(CALLABLE, fuse=fuse))
     found = []
     for loop in (before, after):
         variables: dict[str, Any] = {}
@@ -112,7 +113,7 @@ def called(line: str, times: int) -> tuple[Any, list[Any]]:
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     variables = {"torch": torch, "F": F, "nn": nn, "random": random, "scheduler": scheduler}
     run(f"def function(x, noise, labels):\n    {line}", variables)
-    step = fastmlp.capture(variables["function"])
+    step = CALLABLE(variables["function"])
     data = torch.randn(32, 10), torch.randn(32, 10), torch.randint(10, (32,))
     return step, [step(*data) for _ in range(times)]
 
