@@ -5,6 +5,8 @@ Routes:
 direct: plain tensors of a device with kernels, in eager mode, go straight into the extension, whose autograd node
     (`csrc/python/autograd.cpp`) is a `torch::autograd::Function`: the same in Python costs 6 us more per call.
 captured: under Dynamo, a Function that calls nothing but registered operators.
+recorded: under the recorder of `fastmlp.capture`, a Function of registered operators too, so that a network is one
+    operation of a tape. Its backward under `create_graph` is that of the composite route.
 composite: `fastmlp.reference`, for whatever stands between a tensor and its data: functorch
     transforms, forward mode, batched gradients, subclasses, export, dtypes without kernels. It is
     right for every transform and every order of derivative because PyTorch's own operations are.
@@ -26,7 +28,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fastmlp import ops, reference
@@ -34,6 +37,7 @@ from fastmlp._errors import not_a_tensor
 from fastmlp._load import _C
 from fastmlp.activations import HAS_GRADIENT_FROM_OUTPUT, IDENTITY, KEEPS_OUTPUT, Activation
 from fastmlp.ops import Stack
+from fastmlp.tape.active import is_recording
 
 Gradients = Sequence[Tensor | None]
 
@@ -64,7 +68,7 @@ def run(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...], names: Name
     if torch.compiler.is_compiling():
         return _captured(stack, input, parameters)
     output = _C.try_run(stack.native, input, parameters)
-    return _composite(stack, input, parameters, names) if output is None else output
+    return _indirect(stack, input, parameters, names) if output is None else output
 
 
 def why_not_direct(input: Tensor, parameters: tuple[Tensor, ...]) -> str | None:
@@ -99,7 +103,24 @@ def composed_forward(
     stack = ops.stack_from(has_bias, activations, scalars)
     if torch.compiler.is_compiling():
         return _captured(stack, input, parameters)
-    return _composite(stack, input, parameters, names)
+    return _indirect(stack, input, parameters, names)
+
+
+def _indirect(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...], names: Names) -> Tensor:
+    return (_recorded if is_recording() else _composite)(stack, input, parameters, names)
+
+
+def _recorded(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...], names: Names) -> Tensor:
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in (input, *parameters))
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if not plain or transformed or input.dtype not in ops.DTYPES or not _has_kernels(input.device):
+        return _composite(stack, input, parameters, names)
+    input, *rest = autocast(input, *parameters)
+    parameters = tuple(rest)
+    _C.check_forward(stack.native, input, parameters, True, names)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (input, *parameters)):
+        return _Recorded.apply(stack, input, *parameters)
+    return ops.infer(stack, input, parameters)
 
 
 def _captured(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
@@ -287,3 +308,14 @@ class _Captured(torch.autograd.Function):
         count = ctx.count
         found = iter(ops.backward(stack, grad, tensors[0], tensors[count:], tensors[1:count], needs))
         return None, *[next(found) if need else None for need in needs]
+
+
+class _Recorded(_Captured):
+    """The same under a recorder, where a graph of the gradients may be asked for."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return _Captured.backward(ctx, grad)
+        input, *parameters = ctx.saved_tensors[: ctx.count]
+        return None, *_vjp(ctx.stack, ctx.needs_input_grad[1:], grad, input, tuple(parameters))

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fastmlp._errors import described
 from fastmlp._load import _C
+from fastmlp.tape.active import is_recording
 from fastmlp.tape.lower import Lowered, lower
-from fastmlp.tape.recorder import Recorder, is_recording
+from fastmlp.tape.recorder import Recorder
 from fastmlp.tape.report import Report, TapeReport
 from fastmlp.tape.seen import Seen, Watched
 from fastmlp.tape.trace import CaptureError, Trace, difference
@@ -44,6 +45,11 @@ class _Pending:
     after: Watched | None = None  # how the last one left what the function reads
     unequal: int = 0
 
+    def last(self, trace: Trace) -> Trace | None:
+        """The last execution that began in the same state as this one."""
+        same = [other for other in self.traces if other is not trace and other.state() == trace.state()]
+        return same[-1] if same else None
+
 
 def _refusal(name: str, reason: str) -> CaptureError:
     return CaptureError(f"fastmlp: capture: {name}: {reason}")
@@ -52,7 +58,7 @@ def _refusal(name: str, reason: str) -> CaptureError:
 def _place_of(function: Any) -> str:
     """Where a function is written, if it is one of the program."""
     code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
-    return "" if code is None else f", in {code.co_filename}:{code.co_firstlineno}"
+    return "the program" if code is None else f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def _held(trace: Trace) -> list[Tensor]:
@@ -87,7 +93,9 @@ class Captured(Generic[P, R]):
             self._recordings = _C.Recordings()
             self._pending: list[_Pending] = []
             self._eager: list[Any] = []
-            self._tapes: list[tuple[Lowered, Any]] = []
+            self._is_eager = False
+            self._warned = False
+            self._tapes: list[Lowered] = []
             self._alive: list[Any] = []
             self._leaves: dict[int, Tensor] = {}
             self._recorded = 0
@@ -106,7 +114,7 @@ class Captured(Generic[P, R]):
 
     def report(self) -> Report:
         """What was recorded: for each tape its operations, what became of them, and memory in bytes."""
-        tapes = [TapeReport.of(lowered) for lowered, _ in self._tapes]
+        tapes = [TapeReport.of(lowered) for lowered in self._tapes]
         return Report(self._name, self.calls, self.replays, tapes)
 
     def __repr__(self) -> str:
@@ -146,124 +154,124 @@ class Captured(Generic[P, R]):
         with self._lock:
             self._recorded += 1
             signature = _C.Signature(args, kwargs)
-            if any(eager.matches(args, kwargs) for eager, *_ in self._eager):
+            if self._is_eager or any(eager.matches(args, kwargs) for eager, _ in self._eager):
                 return self._function(*args, **kwargs)
-            self._check_arguments(signature)
+            why = self._arguments_forbid(signature) or self._recordings_forbid()
+            if why is not None:
+                self._give_up(why)
+                return self._function(*args, **kwargs)
             pending = next((one for one in self._pending if one.signature.matches(args, kwargs)), None)
             if pending is None:
                 pending = _Pending(signature, args, kwargs)
                 self._pending = [pending, *self._pending[: _PENDING - 1]]
-            self._count_unreplayed()
             return self._run(pending, signature, args, kwargs)
 
-    def _count_unreplayed(self) -> None:
-        """Raises where recordings never become replays."""
+    def _recordings_forbid(self) -> str | None:
+        """Why nothing is recorded any more, where recordings never become replays."""
         if self._recordings.replays != self._replays_then:
             self._replays_then, self._unreplayed = self._recordings.replays, 0
         self._unreplayed += 1
-        if self._unreplayed > _RECORDINGS:
-            raise _refusal(
-                self._name,
-                f"the last {_RECORDINGS} calls were recorded and none could be replayed, because each one has "
-                "arguments "
-                "that no other has, or finds something changed: give numbers that change as tensors, and call reset() "
-                "after changing the model",
-            )
+        if self._unreplayed <= _RECORDINGS:
+            return None
+        self._is_eager = self._otherwise == "eager"
+        return (
+            f"the last {_RECORDINGS} calls were recorded and none could be replayed, because each one has arguments "
+            "that no other has, or finds something changed: give numbers that change as tensors, and call reset() "
+            "after changing the model"
+        )
 
-    def _check_arguments(self, signature: Any) -> None:
+    def _arguments_forbid(self, signature: Any) -> str | None:
+        """Why a call with these arguments, or from where it comes, is not recorded."""
         if not _C.no_mode_is_active():
-            raise _refusal(
-                self._name,
+            return (
                 "it was called within a mode or transform of torch (torch.func, a dispatch mode, a tracer), which "
-                "would "
-                "not see its operations: call the function itself there",
+                "would not see its operations: call the function itself there"
             )
         for tensor in signature.tensors:
             if tensor.requires_grad and tensor.grad_fn is not None:
-                raise _refusal(
-                    self._name,
+                return (
                     f"an argument, {described(tensor)}, was computed outside and requires a gradient, which would end "
-                    "at "
-                    "the captured function: pass argument.detach(), or compute it inside",
+                    "at the captured function: pass argument.detach(), or compute it inside"
                 )
         for value in signature.objects:
             if type(value).__module__.partition(".")[0] == "numpy":
-                raise _refusal(
-                    self._name, f"an argument is {described(value)} of NumPy: pass torch.from_numpy(argument)"
-                )
+                return f"an argument is {described(value)} of NumPy: pass torch.from_numpy(argument)"
+        return None
 
     def _run(self, pending: _Pending, signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
-        lenient = self._otherwise == "eager"
         if pending.after is not None and pending.after.changed() is not None:
             # Somebody has changed what the function reads, so that earlier executions are of another program.
             pending.traces, pending.unequal = [], 0
         leaves = self._leaves | {id(leaf): leaf for leaf in (pending.seen.leaves() if pending.seen else [])}
         before = pending.seen.watch([], with_numbers=True) if pending.seen else None
-        recorder = Recorder(self._name, signature.tensors, leaves.values(), lenient)
+        recorder = Recorder(self._name, signature.tensors, leaves.values(), self._otherwise == "eager")
         with recorder:
             result = self._function(*args, **kwargs)
         returned = _C.Signature((result,), {})
-        recorder.finish(returned.tensors, (returned, result))
+        recorder.finish(returned.tensors, returned, _place_of(self._function))
+        # They would keep the memory of this call.
+        for each in (signature, returned):
+            each.forget_tensors()
         recorder.seen.function(self._function)
-        why = recorder.refused
+        why = recorder.refused or self._changed_within(before)
         if why is None:
-            why = self._take(pending, recorder, before, (signature, args, kwargs))
-        if why is not None:
-            self._give_up(why, signature, args, kwargs)
+            last = pending.last(recorder.trace)
+            unlike = None if last is None else self._unlike(last, recorder.trace, result)
+            # The first call may have made state that all later ones find.
+            why = unlike if pending.unequal else None
+            pending.unequal += unlike is not None
+        if why is None:
+            self._take(pending, recorder, signature, last is not None and unlike is None)
         self._leaves |= {id(leaf): leaf for leaf in recorder.gradients.leaves()}
+        if why is not None:
+            self._give_up(why, 5)
+            self._eager = [(signature, signature.borrowed), *self._eager[: _PENDING - 1]]
         return result
 
-    def _give_up(self, why: str, signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _give_up(self, why: str, depth: int = 4) -> None:
+        """Raises, or warns once where the caller's frame is `depth` frames above this one's `warn`."""
         if self._otherwise is None:
             raise _refusal(self._name, why)
-        if not self._eager:
-            warnings.warn(f"{_refusal(self._name, why)}. It runs as it is, not captured", RuntimeWarning, stacklevel=5)
-        self._eager.append((signature, args, kwargs))
+        if not self._warned:
+            self._warned = True
+            text = f"{_refusal(self._name, why)}. It runs as it is, not captured"
+            warnings.warn(text, RuntimeWarning, stacklevel=depth)
 
-    def _take(self, pending: _Pending, recorder: Recorder, before: Watched | None, call: tuple[Any, ...]) -> str | None:
-        """Makes a tape if this execution is as the last one; returns why none can be made."""
-        trace = recorder.trace
-        if before is not None and (name := before.changed()) is not None:
-            return (
-                f"{name} changes within the captured function, and a replay does not run Python: change it outside of "
-                f"the function{_place_of(self._function)}"
-            )
-        same_state = [other for other in pending.traces if other.state() == trace.state()]
-        pending.traces = [*pending.traces[-3:], trace]
-        seen, pending.seen = pending.seen, recorder.seen
-        pending.after = recorder.seen.watch(_held(trace), with_numbers=False)
-        if not same_state or seen is None:
-            return None
-        why = difference(same_state[-1], trace) or self._results_part(same_state[-1], trace)
-        if why is not None:
-            pending.unequal += 1
-            # The first call may have made state that all later ones find.
-            return why if pending.unequal > 1 else None
-        self._add_tape(trace, recorder.seen.both(seen), call)
-        self._pending.remove(pending)
-        return None
-
-    def _results_part(self, before: Trace, now: Trace) -> str | None:
-        (form, result), (_, other) = before.returned, now.returned
-        if form.matches((other,), {}):
+    def _changed_within(self, before: Watched | None) -> str | None:
+        """Why the call cannot be replayed, if it changed variables of Python that it reads."""
+        name = None if before is None else before.changed()
+        if name is None:
             return None
         return (
-            f"it returned {described(other)}, and {described(result)} in the call before: return tensors, and numbers "
-            "that "
-            f"stay as they are, in tuples, lists or dictionaries{_place_of(self._function)}"
+            f"{name} changes within the captured function, and a replay does not run Python: change it outside of the "
+            f"function, in {_place_of(self._function)}"
         )
 
-    def _add_tape(self, trace: Trace, seen: Seen, call: tuple[Any, ...]) -> None:
-        signature, args, kwargs = call
+    def _unlike(self, last: Trace, trace: Trace, result: Any) -> str | None:
+        """What this execution did otherwise than the last one, or None."""
+        if last.returned.matches((result,), {}):
+            return difference(last, trace)
+        return difference(last, trace) or (
+            f"it returned another form or other numbers than in the call before, now {described(result)}: return "
+            "tensors, "
+            f"and numbers that stay as they are, in tuples, lists or dictionaries, in {_place_of(self._function)}"
+        )
+
+    def _take(self, pending: _Pending, recorder: Recorder, signature: Any, same: bool) -> None:
+        """Makes a tape if this execution is as the last one, and remembers it otherwise."""
+        trace = recorder.trace
+        seen, pending.seen = pending.seen, recorder.seen
+        pending.traces = [*pending.traces[-3:], trace]
+        pending.after = recorder.seen.watch(_held(trace), with_numbers=False)
+        if not same or seen is None:
+            return
         lowered = lower(trace, self._fuse)
-        held = [
-            memory.tensor for memory in trace.memories if memory.source == ("unseen",) and memory.tensor is not None
-        ]
-        watched = seen.watch(held, with_numbers=False)
-        _, result = trace.returned
-        self._alive.append((watched, signature, args, kwargs, result))
-        self._recordings.add(lowered.tape, signature, result, watched.watch, lowered.stops)
-        self._tapes.append((lowered, watched))
+        watched = recorder.seen.both(seen).watch(_held(trace), with_numbers=False)
+        self._alive.append((watched, signature.borrowed, trace.returned.borrowed, lowered.stops))
+        self._recordings.add(lowered.tape, signature, trace.returned, watched.watch, lowered.stops)
+        self._tapes.append(lowered)
+        lowered.forget()
+        self._pending.remove(pending)
 
 
 @overload
@@ -293,9 +301,9 @@ def capture(function: Any = None, *, fuse: bool = True, otherwise: str | None = 
     on a tensor, NumPy), shapes that depend on data, two recordings that differ, as by a branch or a number that
     changes. Seeding generators and stepping schedulers belong outside.
 
-    Gradients are left in `.grad`, as by the function, in memory that the next call writes again. Results are new
-    tensors; one that required a gradient does so again, but its graph ends there with an error. Two threads may replay
-    two captured functions at once; of one function they replay one after the other.
+    Gradients are left in `.grad`, as by the function; a replay writes their memory again unless somebody else holds it.
+    Results are new tensors; one that required a gradient does so again, but its graph ends there with an error. Two
+    threads may replay two captured functions at once; of one function they replay one after the other.
 
     Args:
         function: what to record. It gets tensors on the CPU and plain values, in nested tuples, lists and dictionaries,

@@ -73,9 +73,13 @@ int Tape::add_memory(Owner owner, int64_t bytes) {
   } else {
     storage = borrowed_storage(bytes);
   }
-  memories_.push_back({owner, bytes, std::move(storage)});
+  memories_.push_back({owner, bytes, std::move(storage), {}});
   const int index = int(memories_.size()) - 1;
   if (owner == Owner::result) fresh_.push_back(index);
+  if (owner == Owner::grad) {
+    own_bytes_ += bytes;
+    renew(index);
+  }
   return index;
 }
 
@@ -107,7 +111,11 @@ void Tape::add_call(c10::OperatorHandle operation, torch::jit::Stack arguments, 
 void Tape::add_grad(int external, int tensor) {
   Step step{Step::grad};
   step.external = external;
-  step.tensor = tensor;
+  if (tensor >= 0) {
+    step.set = int(grads_.size());
+    grads_.push_back({external, tensor, {}});
+    renew(tensors_[size_t(tensor)].memory);
+  }
   steps_.push_back(std::move(step));
 }
 
@@ -169,6 +177,32 @@ void Tape::point(int memory, void* to) const {
   memories_[size_t(memory)].storage.set_data_ptr_noswap(c10::DataPtr(to, host));
 }
 
+void Tape::renew(int memory) {
+  const c10::InferenceMode ordinary(false);
+  Memory& renewed = memories_[size_t(memory)];
+  renewed.own = at::empty({renewed.bytes}, at::kByte).storage();
+  point(memory, renewed.own.mutable_data());
+  for (Grad& grad : grads_) {
+    const Member& member = tensors_[size_t(grad.tensor)];
+    if (member.memory != memory) continue;
+    const at::Tensor& like = member.tensor;
+    grad.seen = tensor_on(renewed.own, like.scalar_type(), like.sizes(), like.strides(), like.storage_offset());
+  }
+}
+
+// Whether somebody else than its leaf has a gradient, or a view of it.
+bool Tape::is_held(int memory) const {
+  size_t known = 1;  // the tape itself
+  for (const Grad& grad : grads_) {
+    if (tensors_[size_t(grad.tensor)].memory != memory) continue;
+    known++;
+    const at::Tensor& leaf = found(externals_[size_t(grad.external)]);
+    const bool in_place = leaf.defined() && leaf.grad().is_same(grad.seen);
+    if (grad.seen.use_count() > 1 + in_place) return true;
+  }
+  return memories_[size_t(memory)].own.use_count() > known;
+}
+
 void Tape::refresh() {
   for (const External& external : externals_) {
     const at::Tensor& tensor = found(external);
@@ -188,6 +222,9 @@ void Tape::start(at::TensorList arguments) {
   outputs_.clear();
   next_ = 0;
   refresh();
+  for (size_t i = 0; i < memories_.size(); i++) {
+    if (memories_[i].owner == Owner::grad && is_held(int(i))) renew(int(i));
+  }
   for (const int memory : fresh_) {
     const int64_t bytes = memories_[size_t(memory)].bytes;
     c10::Allocator* const allocator = c10::GetAllocator(host.type());
@@ -236,10 +273,10 @@ void Tape::run(Step& step) {
       return call(step);
     case Step::grad: {
       at::Tensor& grad = found(externals_[size_t(step.external)]).mutable_grad();
-      if (step.tensor < 0) {
+      if (step.set < 0) {
         grad.reset();
-      } else if (!grad.is_same(tensor(step.tensor))) {
-        grad = tensor(step.tensor);
+      } else if (const at::Tensor& seen = grads_[size_t(step.set)].seen; !grad.is_same(seen)) {
+        grad = seen;
       }
       return;
     }
@@ -301,6 +338,9 @@ void Tape::end() {
     if (!external.written) continue;
     const at::Tensor& tensor = found(external);
     if (tensor.defined() && !tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  }
+  for (Step& step : steps_) {
+    for (Returned& returned : step.returned) returned.held.reset();
   }
   arguments_.clear();
   storages_.clear();

@@ -19,7 +19,8 @@ namespace fastmlp {
 // Whose a piece of memory is.
 enum class Owner {
   arena,    // the tape's, shared with other pieces that live at other times
-  tape,     // the tape's own, such as that of constants and of gradients, which callers see until the next replay
+  tape,     // the tape's own, such as that of constants
+  grad,     // a gradient's, which the next replay writes again unless somebody else than the leaf holds it
   outside,  // somebody else's, found anew at each replay
   result,   // new at each replay, for the caller to keep
 };
@@ -97,6 +98,12 @@ class Tape {
     Owner owner;
     int64_t bytes;
     c10::Storage storage;
+    c10::Storage own = {};  // of a gradient: what callers see
+  };
+  // A gradient as its leaf has it.
+  struct Grad {
+    int external, tensor;
+    at::Tensor seen;
   };
   struct Member {
     at::Tensor tensor;
@@ -114,7 +121,7 @@ class Tape {
     torch::jit::Stack arguments;
     Direct* direct = nullptr;
     std::vector<Returned> returned;
-    int external = -1, tensor = -1;
+    int set = -1, external = -1, tensor = -1;  // set: of the gradient that a leaf gets
     double expected = 0;
     int64_t nanoseconds = 0;
     std::string text;  // the place in the user's file, or the error of a check
@@ -126,6 +133,9 @@ class Tape {
   void run(Step& step);
   void call(Step& step);
   void take(Returned& returned, const at::Tensor& result, const Step& step);
+  // New memory for a gradient, which the tape has written and somebody holds.
+  void renew(int memory);
+  bool is_held(int memory) const;
   void point(int memory, void* to) const;
 
   std::vector<Memory> memories_;
@@ -133,6 +143,7 @@ class Tape {
   std::vector<External> externals_;
   std::vector<Step> steps_;
   std::vector<Result> results_;
+  std::vector<Grad> grads_;
   std::vector<int> fresh_;              // memories that are new at each replay
   std::vector<c10::Storage> storages_;  // of the externals of this replay, and of its fresh memories
   std::vector<c10::Storage> outputs_;

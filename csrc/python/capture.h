@@ -32,8 +32,10 @@ class Form {
   bool match(PyObject* object, std::vector<at::Tensor>& tensors) const;
   // An object of this form with these tensors, from `next` on. A new reference.
   py::object build(const std::vector<at::Tensor>& tensors, size_t& next) const;
-  // Objects that are told apart by identity, for the caller to look at and to keep alive.
+  // Objects that are told apart by identity, for the caller to look at.
   void objects(py::list& all) const;
+  // All that is only borrowed, for the caller to keep alive.
+  void borrowed(py::list& all) const;
 
  private:
   enum class Kind { tensor, plain, object, tuple, list, dict };
@@ -64,7 +66,7 @@ class Surroundings {
   // All entries of a dictionary, and that there are no others.
   void add_dict(const py::dict& dict, const std::vector<int>& modes);
   // One entry of a dictionary; missing is a value too.
-  void add_item(const py::dict& dict, const py::str& key, int mode);
+  void add_item(const py::dict& dict, const py::object& key, int mode);
   void add_sequence(const py::object& list_or_tuple, const std::vector<int>& modes);
   void add_cell(const py::object& cell, int mode);
   // The hooks that autograd runs for a tensor.
@@ -121,7 +123,7 @@ struct Stop {
 // One recording that can be replayed.
 struct Recording {
   Signature signature;
-  Form results;
+  Form results;  // a tuple with what was returned
   Surroundings watch;
   std::shared_ptr<Tape> tape;
   std::vector<Stop> stops;

@@ -16,9 +16,10 @@ namespace {
 Owner owner_of(const std::string& name) {
   if (name == "arena") return Owner::arena;
   if (name == "tape") return Owner::tape;
+  if (name == "grad") return Owner::grad;
   if (name == "outside") return Owner::outside;
   if (name == "result") return Owner::result;
-  TORCH_CHECK_VALUE(false, "fastmlp: owner must be arena, tape, outside or result, got ", name);
+  TORCH_CHECK_VALUE(false, "fastmlp: owner must be arena, tape, grad, outside or result, got ", name);
 }
 
 // A number of Python where an operator takes a tensor: it does not count when dtypes are promoted.
@@ -86,11 +87,18 @@ py::list objects_of(const Call& call) {
   return objects;
 }
 
-void add_recording(Recordings& all, const std::shared_ptr<Tape>& tape, const Call& call, const py::object& results,
-                   const Surroundings& watch, const std::vector<std::tuple<py::object, py::object, int>>& stops) {
-  std::vector<at::Tensor> returned;
+py::list borrowed_by(const Call& call) {
+  py::list objects;
+  call.signature.args.borrowed(objects);
+  call.signature.kwargs.borrowed(objects);
+  return objects;
+}
+
+void add_recording(Recordings& all, const std::shared_ptr<Tape>& tape, const Call& call, const Call& returned,
+                   const Surroundings& surroundings,
+                   const std::vector<std::tuple<py::object, py::object, int>>& stops) {
   auto recording =
-      std::make_unique<Recording>(Recording{call.signature, Form(results.ptr(), returned), watch, tape, {}});
+      std::make_unique<Recording>(Recording{call.signature, returned.signature.args, surroundings, tape, {}});
   for (const auto& [optimizer, step, rule] : stops) recording->stops.push_back({optimizer.ptr(), step.ptr(), rule});
   all.add(std::move(recording));
 }
@@ -135,6 +143,8 @@ void add_capture(py::module_& m) {
              return call.signature.match(TorchModes::now(), args, kwargs, tensors);
            })
       .def_readonly("tensors", &Call::tensors)
+      .def("forget_tensors", [](Call& call) { call.tensors.clear(); })
+      .def_property_readonly("borrowed", &borrowed_by)
       .def_property_readonly("objects", &objects_of);
   py::class_<Recordings>(m, "Recordings")
       .def(py::init<>())

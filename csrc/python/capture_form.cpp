@@ -150,4 +150,11 @@ void Form::objects(py::list& all) const {
   for (const Form& child : children_) child.objects(all);
 }
 
+void Form::borrowed(py::list& all) const {
+  if (kind_ == Kind::object || kind_ == Kind::plain) all.append(py::reinterpret_borrow<py::object>(object_));
+  all.append(py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(type_)));
+  for (PyObject* key : keys_) all.append(py::reinterpret_borrow<py::object>(key));
+  for (const Form& child : children_) child.borrowed(all);
+}
+
 }  // namespace fastmlp

@@ -155,7 +155,7 @@ py::object Recordings::run(Recording& recording, const std::vector<at::Tensor>& 
     if (tape.ends_history(i)) torch::autograd::create_gradient_edge(results[i], new_node<Pointer, EndOfHistory>());
   }
   size_t next = 0;
-  return recording.results.build(results, next);
+  return recording.results.build(results, next)[py::int_(0)];
 }
 
 }  // namespace fastmlp

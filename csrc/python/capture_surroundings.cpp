@@ -69,7 +69,7 @@ void Surroundings::add_dict(const py::dict& dict, const std::vector<int>& modes)
   all_.push_back(std::move(watched));
 }
 
-void Surroundings::add_item(const py::dict& dict, const py::str& key, int mode) {
+void Surroundings::add_item(const py::dict& dict, const py::object& key, int mode) {
   all_.push_back({Watched::item, dict.ptr(), key.ptr(), {{item(dict.ptr(), key.ptr()), mode}}});
 }
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -9,21 +10,21 @@ __all__ = ["Functions"]
 
 #: What these read of a tensor goes to Python, which a replay does not run.
 _READS = {
-    "numpy": "NumPy's arrays",
-    "__array__": "NumPy's arrays",
-    "tolist": "lists",
+    "numpy": "NumPy's arrays: return the tensor, and make an array of it outside of the function",
+    "__array__": "NumPy's arrays: return the tensor, and make an array of it outside of the function",
+    "tolist": "lists: return the tensor, and make a list of it outside of the function",
     "__repr__": "text: print what the function returns instead",
     "__format__": "text: print what the function returns instead",
-    "data_ptr": "addresses",
-    "untyped_storage": "storages",
-    "storage": "storages",
-    "_typed_storage": "storages",
-    "__dlpack__": "DLPack",
+    "data_ptr": "addresses: ask for them outside of the function",
+    "untyped_storage": "storages: ask for them outside of the function",
+    "storage": "storages: ask for them outside of the function",
+    "_typed_storage": "storages: ask for them outside of the function",
+    "__dlpack__": "DLPack: exchange tensors outside of the function",
     "__deepcopy__": "copies of objects: use clone()",
-    "__reduce_ex__": "files",
-    "apply_": "functions of Python",
-    "map_": "functions of Python",
-    "share_memory_": "other processes",
+    "__reduce_ex__": "files: save it outside of the function",
+    "apply_": "functions of Python: use operations of torch",
+    "map_": "functions of Python: use operations of torch",
+    "share_memory_": "other processes: call it outside of the function",
 }
 #: What these change of a tensor outlives the call, unless the tensor was made in it.
 _CHANGES = frozenset({"register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "retain_grad"})
@@ -53,6 +54,8 @@ class Functions(TorchFunctionMode):
             self._before_set(attribute, args[0])
         else:
             self._check(name, args)
+        if func is torch._C._nn.one_hot and _classes(args, kwargs) > 0:
+            return _one_hot(args[0], _classes(args, kwargs))
         output = func(*args, **(kwargs or {}))
         if attribute == "grad":
             self._recorder.grad_was_set(args[0])
@@ -67,6 +70,8 @@ class Functions(TorchFunctionMode):
             )
 
     def _check(self, name: str, args: tuple[Any, ...]) -> None:
+        if torch._C._functorch.is_functorch_wrapped_tensor(args[0]) if args and isinstance(args[0], Tensor) else False:
+            return
         if name == "requires_grad_" and args[0].requires_grad == (args[1] if len(args) > 1 else True):
             return
         if name in _CHANGES and not self._recorder.is_made(args[0]):
@@ -87,3 +92,13 @@ class Functions(TorchFunctionMode):
                 self._recorder.refuse(
                     "a tensor is made from a long list, whose numbers may change: pass a tensor as an argument"
                 )
+
+
+def _classes(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> int:
+    return args[1] if len(args) > 1 else (kwargs or {}).get("num_classes", -1)
+
+
+def _one_hot(index: Tensor, classes: int) -> Tensor:
+    """As torch's, which looks at the smallest and the largest index first; scatter raises for a wrong one too."""
+    zeros = torch.zeros(*index.shape, classes, dtype=torch.int64, device=index.device)
+    return zeros.scatter_(-1, index.unsqueeze(-1), 1)

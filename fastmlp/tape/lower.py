@@ -5,8 +5,8 @@ returns new tensors is called by its variant that writes into given ones, where 
 numbers are drawn in place. Everything else is called as it was.
 """
 
-import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from fastmlp import optim
 from fastmlp._load import _C
 from fastmlp.tape.trace import Check, GradSet, Operation, OptimizerStep, Ref, Trace, Value, refs
+from fastmlp.tape.variants import out_variant, writes_into_given
 
 __all__ = ["PRIMS", "Lowered", "lower"]
 
@@ -68,10 +69,6 @@ _ONE_BY_ONE: dict[str, tuple[str, str, Callable[..., tuple[Any, ...]]]] = {
 #: Losses whose variant with `out` would take it for the losses of single elements too. They are computed in two steps,
 #: as torch's kernels do: elements, then their mean (1) or sum (2).
 _LOSSES = frozenset({"aten::mse_loss", "aten::smooth_l1_loss", "aten::huber_loss"})
-#: What `Lowered._keeps_shapes` has found out.
-_KEEP_SHAPES: dict[tuple[Any, ...], bool] = {}
-#: Arguments that say what a new tensor is like, which a given one knows.
-_OPTIONS = frozenset({"dtype", "layout", "device", "pin_memory", "memory_format"})
 
 
 class Lowered:
@@ -101,14 +98,17 @@ class Lowered:
         """Makes the tape."""
         trace = self.trace
         self._find_owners()
-        for owner, memory in zip(self._owners, trace.memories, strict=True):
-            self.tape.add_memory(owner, max(memory.bytes, 1))
+        made = [isinstance(event, Operation) and self._made(event) for event in trace.events]
+        write_in_place(trace, self._owners, self._writes_given)
+        used = {value.memory for value in trace.values}
+        for i, (owner, memory) in enumerate(zip(self._owners, trace.memories, strict=True)):
+            self.tape.add_memory(owner, max(memory.bytes, 1) if i in used else 1)
         self._lifetimes = [(1 << 30, -1)] * len(trace.memories)
         self._add_externals()
         self._clear_grads()
-        for event in trace.events:
+        for event, new in zip(trace.events, made, strict=True):
             if isinstance(event, Operation):
-                self._operation(event)
+                self._operation(event, new)
             elif isinstance(event, GradSet):
                 self._use(*trace.refs(event))
                 grad = -1 if event.value is None else self._tensor(event.value)
@@ -129,6 +129,11 @@ class Lowered:
             [(first, max(first, last)) if last >= 0 else (0, 0) for first, last in self._lifetimes], results
         )
 
+    def forget(self) -> None:
+        """Lets go of the tensors of the recorded call, which the tape does not need."""
+        self.trace = Trace()
+        self._numbers, self._externals = {}, {}
+
     def _find_owners(self) -> None:
         trace = self.trace
         grads = {trace.values[e.value].memory for e in trace.events if isinstance(e, GradSet) and e.value is not None}
@@ -143,7 +148,9 @@ class Lowered:
                 self._owners.append("tape")
             elif memory.source != ("new",):
                 self._owners.append("outside")
-            elif i in grads or (i in made and not memory.written):
+            elif i in grads:
+                self._owners.append("grad")
+            elif i in made and not memory.written:
                 self._owners.append("tape")
             else:
                 self._owners.append("result" if i in returned else "arena")
@@ -226,10 +233,9 @@ class Lowered:
 
     # Events.
 
-    def _operation(self, event: Operation) -> None:
+    def _operation(self, event: Operation, new: bool) -> None:
         trace, name = self.trace, event.func._schema.name
         outputs = [output for output in event.outputs if output is not None]
-        new = self._made(event)
         if torch.Tag.inplace_view in event.func.tags or (not new and not event.func._schema.is_mutable):
             self.counts["views"] += 1
             self._lift(event)
@@ -309,9 +315,8 @@ class Lowered:
             self._add_call(*PRIMS[name], args, {"out": targets[0]}, [], event.place)
         elif other := _AS_OTHERS.get(f"{name}.{overload}"):
             self._add_call(other[0], other[1], other[2](*args), dict(kwargs, out=targets[0]), [], event.place)
-        elif None not in event.outputs and self._keeps_shapes(event) and (found := out_variant(event.func)) is not None:
-            overload, names = found
-            kept = {key: value for key, value in kwargs.items() if key not in _OPTIONS or key in names}
+        elif writes_into_given(event, self.trace.values):
+            overload, names = out_variant(event.func) or ("", [])
             schema = torch._C._get_schema(name, overload)
             known = {argument.name for argument in schema.arguments}
             kept = {key: value for key, value in kwargs.items() if key in known}
@@ -351,38 +356,11 @@ class Lowered:
         self._lifetimes.append((self._steps, self._steps + 1))
         return self.tape.tensor(self.tape.add_tensor(memory, torch.empty(0, dtype=dtype), shape, like.stride(), 0))
 
-    def _keeps_shapes(self, event: Operation) -> bool:
-        """Whether the operator's variant with `out` leaves what it is given its shape: some take it for scratch memory.
-
-        It is tried once, on zeros.
-        """
-        if torch.Tag.nondeterministic_seeded in event.func.tags:
-            return False
-        found = out_variant(event.func)
-        key = (str(event.func), *(value for value in event.args if isinstance(value, (int, str))))
-        if found is None or key in _KEEP_SHAPES:
-            return _KEEP_SHAPES.get(key, False)
-        overload, names = found
-
-        def zeros(argument: Any) -> Any:
-            if isinstance(argument, Ref):
-                value = self.trace.values[argument.value]
-                return torch.empty_strided(value.sizes, value.strides, dtype=value.dtype).zero_()
-            return type(argument)(map(zeros, argument)) if isinstance(argument, (tuple, list)) else argument
-
-        outs = {n: zeros(Ref(o)) for n, o in zip(names, event.outputs, strict=True) if o is not None}
-        other = getattr(event.func.overloadpacket, overload)
-        known = {argument.name for argument in other._schema.arguments}
-        kwargs = {key: zeros(value) for key, value in event.kwargs.items() if key in known}
-        memory = [(out.data_ptr(), out.shape, out.stride()) for out in outs.values()]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                other(*map(zeros, event.args), **kwargs, **outs)
-            except RuntimeError:
-                return False  # what zeros are no input for is called as it was
-        _KEEP_SHAPES[key] = memory == [(out.data_ptr(), out.shape, out.stride()) for out in outs.values()]
-        return _KEEP_SHAPES[key]
+    def _writes_given(self, event: Operation) -> bool:
+        """Whether a replay of the operation writes into the tensor that it is given for its result."""
+        name = event.func._schema.name
+        other = f"{name}.{event.func._schema.overload_name}" in _AS_OTHERS or name in PRIMS
+        return other or (name not in _LOSSES | _COPIES and writes_into_given(event, self.trace.values))
 
     def _new_results(self, event: Operation) -> list[int]:
         return [-1 if output is None else self._tensor(output) for output in event.outputs]
@@ -404,12 +382,8 @@ class Lowered:
         """The tape's tensor of a result, the external that it is or views, and whether it requires a gradient."""
         one = self.trace.values[value]
         owner = self._owners[one.memory]
-        if owner == "outside":
-            external = self._externals[one.memory]
-            first = next(i for i, other in enumerate(self.trace.values) if other.memory == one.memory)
-            return (-1 if first == value else self._tensor(value)), external, requires_grad
-        if owner == "tape":
-            # The caller keeps what it gets, and the tape writes here again.
+        if owner in ("tape", "grad") or self.trace.memories[one.memory].source[0] == "grad":
+            # The caller keeps what it gets, and a later replay writes here again.
             copy = self.tape.add_memory("result", max(self.trace.memories[one.memory].bytes, 1))
             self._lifetimes.append((self._steps, self._steps))
             target = self._add(one, copy)
@@ -417,6 +391,10 @@ class Lowered:
             self._add_call("aten::copy_", "", (self.tape.tensor(target), content), {}, [], "a result")
             self._steps += 1
             return target, -1, requires_grad
+        if owner == "outside":
+            external = self._externals[one.memory]
+            first = next(i for i, other in enumerate(self.trace.values) if other.memory == one.memory)
+            return (-1 if first == value else self._tensor(value)), external, requires_grad
         return self._tensor(value), -1, requires_grad
 
 
@@ -430,20 +408,33 @@ def _as_tensor(argument: Any, entry: Any) -> Any:
     return _C.wrapped_number(argument) if number else argument
 
 
-def out_variant(func: Any) -> tuple[str, list[str]] | None:
-    """The overload of an operator that writes into given tensors by a kernel of the CPU, and what it calls these."""
-    schema = func._schema
-    wanted = [(argument.name, str(argument.type)) for argument in schema.arguments]
-    bare = [entry for entry in wanted if entry[0] not in _OPTIONS]
-    for overload in func.overloadpacket.overloads():
-        other = getattr(func.overloadpacket, overload)._schema
-        outs = [argument.name for argument in other.arguments if argument.is_out]
-        rest = [(argument.name, str(argument.type)) for argument in other.arguments if not argument.is_out]
-        if not outs or rest not in (wanted, bare) or len(outs) != len(schema.returns):
+def write_in_place(trace: Trace, owners: list[str], writes_given: Callable[[Operation], bool]) -> None:
+    """Lets elementwise operations write over an operand that nothing reads later, as autograd does where it can."""
+    last: dict[int, int] = {}
+    for i, event in enumerate(trace.events):
+        for value in trace.refs(event):
+            last[trace.values[value].memory] = i
+    kept = {trace.values[value].memory for value, _ in trace.results}
+    for i, event in enumerate(trace.events):
+        if not isinstance(event, Operation) or torch.Tag.pointwise not in event.func.tags or len(event.outputs) != 1:
             continue
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{other.name}.{other.overload_name}", "CPU"):
-            return overload, outs
-    return None
+        output = event.outputs[0]
+        operands = list(refs((event.args, event.kwargs)))
+        if output is None or event.func._schema.is_mutable or output in operands:
+            continue
+        made = trace.values[output].memory
+        for operand in operands:
+            over = trace.values[operand].memory
+            same = all(trace.values[v] == trace.values[operand] for v in operands if trace.values[v].memory == over)
+            fits = replace(trace.values[operand], memory=made) == trace.values[output]
+            whole = trace.memories[over].bytes == trace.memories[made].bytes
+            free = owners[over] == owners[made] == "arena" and over not in kept and last[over] == i and over != made
+            if same and fits and whole and free and writes_given(event):
+                for other in trace.values:
+                    if other.memory == made:
+                        other.memory = over
+                last[over] = last[made]
+                break
 
 
 def lower(trace: Trace, fuse: bool) -> Lowered:

@@ -6,6 +6,7 @@ function of this thread, which sees calls of Python and C (optimizers' steps, mo
 a tape could not repeat is refused here, where the user's line is known.
 """
 
+import random
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,11 +16,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _python_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmlp import optim
 from fastmlp.tape import functions
+from fastmlp.tape.active import RecordingMode
 from fastmlp.tape.functions import Functions
 from fastmlp.tape.gradients import Gradients
 from fastmlp.tape.lower import PRIMS
@@ -27,7 +27,7 @@ from fastmlp.tape.seen import Seen
 from fastmlp.tape.trace import CaptureError, Check, Memory, Operation, OptimizerStep, Ref, Trace, Value
 from fastmlp.trace.outside import is_library
 
-__all__ = ["Recorder", "is_recording"]
+__all__ = ["Recorder"]
 
 aten = torch.ops.aten
 
@@ -39,15 +39,12 @@ _WRITES_UNSAID = {"aten::native_batch_norm": (3, 4)}
 _CHECKERS = tuple(
     f"{folder}/{part}" for folder in torch.__path__ for part in ("distributions/", "nn/utils/clip_grad.py")
 )
+#: One that draws again, as often as the numbers say.
+_DRAWS_AGAIN = "von_mises.py"
 _STEP_OF_TORCH = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
 _STEPS = frozenset({_STEP_OF_TORCH, optim.SGD.step.__code__})
 _MODULE_CALL = nn.Module._call_impl.__code__
 _OWN_FILE = __file__
-
-
-def is_recording() -> bool:
-    """Whether this thread records a captured function now."""
-    return any(isinstance(mode, Recorder) for mode in _python_dispatch._get_current_dispatch_mode_stack())
 
 
 def _place(frame: FrameType | None) -> tuple[str, FrameType | None]:
@@ -70,7 +67,7 @@ def _extent(tensor: Tensor) -> int:
     return (last + 1) * tensor.itemsize
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(RecordingMode):
     """A context in which one call is recorded.
 
     Args:
@@ -85,6 +82,9 @@ class Recorder(TorchDispatchMode):
         gradients: what leaves have in `.grad`.
         refused: why the recording ended, if it did.
     """
+
+    # Else torch raises an error of its own where a function such as torch.cond is called.
+    supports_higher_order_operators = True
 
     def __init__(self, name: str, arguments: Sequence[Tensor], leaves: Iterable[Tensor], lenient: bool) -> None:
         super().__init__()
@@ -143,7 +143,17 @@ class Recorder(TorchDispatchMode):
             self._called_python(frame)
         elif event == "c_call":
             owner = getattr(argument, "__self__", None)
-            if isinstance(owner, torch.Generator) and argument.__name__ in ("manual_seed", "seed", "set_state"):
+            name = getattr(argument, "__name__", "")
+            if (isinstance(owner, random.Random) and name in ("random", "getrandbits")) or (
+                type(owner).__module__.startswith("numpy.random") and not name.startswith("_")
+            ):
+                self.refuse(
+                    f"{type(owner).__name__}.{name}() draws a random number that torch does not know, and a replay "
+                    "would not "
+                    "draw it again: draw with torch, or pass the number as a tensor",
+                    frame,
+                )
+            elif isinstance(owner, torch.Generator) and argument.__name__ in ("manual_seed", "seed", "set_state"):
                 self.refuse(
                     f"Generator.{argument.__name__}() is called within the captured function, and replays would not "
                     "call "
@@ -242,9 +252,9 @@ class Recorder(TorchDispatchMode):
 
     def _check_operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not isinstance(func, torch._ops.OpOverload):
-            self.refuse(f"{func} runs code of Python")
+            self.refuse(f"{func} runs code of Python: use other operations of torch, such as torch.where for a choice")
         elif func.namespace == "prims" and func._schema.name not in PRIMS:
-            self.refuse(f"{func} is computed by code of Python")
+            self.refuse(f"{func} is computed by code of Python: use torch's own function instead, such as torch.sin")
         elif torch.Tag.dynamic_output_shape in func.tags:
             if func is not aten.index.Tensor or any(
                 index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
@@ -269,11 +279,11 @@ class Recorder(TorchDispatchMode):
         """Whether a tape can hold the tensor; refuses it otherwise."""
         why = None
         if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
-            why = f"it is a {type(tensor).__name__}"
+            why = f"it is a {type(tensor).__name__}: call as_subclass(torch.Tensor)"
         elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-            why = f"it is {tensor.layout}, quantized or nested"
+            why = f"it is sparse, quantized or nested ({tensor.layout}): use a dense tensor"
         elif tensor.device.type != "cpu":
-            why = f"it is on {tensor.device}"
+            why = f"it is on {tensor.device}: use tensors of the CPU"
         elif tensor.is_conj() or tensor.is_neg():
             why = "it is a lazy conjugate: call resolve_conj()"
         if why is not None:
@@ -330,7 +340,7 @@ class Recorder(TorchDispatchMode):
             self._make_constant(args[0], recorded[0][0].value)
         if name in _HARMLESS:
             return
-        outputs = list(output) if isinstance(output, (tuple, list)) else [output]
+        outputs = _flat(output)
         if isinstance(output, Tensor) and output._is_zerotensor():
             # It has no memory, and torch takes it for zero whatever it is multiplied with.
             kwargs = {"dtype": output.dtype}
@@ -338,7 +348,10 @@ class Recorder(TorchDispatchMode):
             self.trace.events.append(zeros)
             return
         if not all(one is None or isinstance(one, Tensor) for one in outputs):
-            self.refuse(f"{func} returns {type(output).__name__} to Python, and a replay does not run Python")
+            self.refuse(
+                f"{func} returns {type(output).__name__} to Python, and a replay does not run Python: use torch.where "
+                "for a choice, and return what is to be looked at"
+            )
             return
         inputs = list(_tensors((args, kwargs)))
         self._mark_written(func, recorded)
@@ -396,7 +409,8 @@ class Recorder(TorchDispatchMode):
     def _read_number(self, value: int, number: Any, place: str, inner: FrameType | None) -> None:
         while inner is not None and inner.f_code.co_filename in _PASSED_OVER:
             inner = inner.f_back
-        if inner is not None and inner.f_code.co_filename.startswith(_CHECKERS):
+        file = "" if inner is None else inner.f_code.co_filename
+        if file.startswith(_CHECKERS) and not file.endswith(_DRAWS_AGAIN):
             self.trace.events.append(Check(value, float(number), place))
             return
         self.refuse(
@@ -405,18 +419,20 @@ class Recorder(TorchDispatchMode):
             "Python: use torch.where for a choice, and return what is to be looked at"
         )
 
-    def finish(self, results: Sequence[Tensor], returned: Any) -> None:
-        """Notes what the function leaves and returns."""
+    def finish(self, results: Sequence[Tensor], returned: Any, place: str) -> None:
+        """Notes what the function, which is written at `place`, leaves and returns."""
         if self.refused is not None:
             return
         with self._apart():
-            self.gradients.sync("the end of the function")
-            self.trace.results = [(self.value_of(tensor, "its return"), tensor.requires_grad) for tensor in results]
-            self.trace.returned = returned
+            self.gradients.sync(place)
+            self.trace.results = [(self.value_of(tensor, place), tensor.requires_grad) for tensor in results]
+            self.trace.returned, self.trace.end = returned, place
 
 
+#: Between the code that reads a number and `Recorder.__torch_dispatch__`, which torch wraps so as not to compile it.
 _PASSED_OVER = frozenset(
     {_OWN_FILE, functions.__file__, torch.overrides.__file__, torch._tensor.__file__, torch._ops.__file__}
+    | {f"{folder}/{file}" for folder in torch.__path__ for file in ("_compile.py", "_dynamo/eval_frame.py")}
 )
 
 
@@ -441,6 +457,13 @@ def _only_of_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
             return False
         found = True
     return found
+
+
+def _flat(output: Any) -> list[Any]:
+    """What an operator returns, one after the other: tensors, lists of tensors, nothing."""
+    if not isinstance(output, (tuple, list)):
+        return [output]
+    return [each for one in output for each in (one if isinstance(one, (tuple, list)) else [one])]
 
 
 def _refs(value: Any) -> Iterable[int]:

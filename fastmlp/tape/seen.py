@@ -71,7 +71,7 @@ class Watched:
             self.watch.add_dict(holder, [mode] * len(holder))
             self._names.append(name)
 
-    def item(self, holder: dict[str, Any], key: str, mode: int, name: str) -> None:
+    def item(self, holder: dict[Any, Any], key: Any, mode: int, name: str) -> None:
         """Watches one entry of a dictionary."""
         if self._is_new("item", id(holder), key):
             self.alive += [holder, key, holder.get(key)]
@@ -225,7 +225,7 @@ class _Walk:
         if "forward" in own:
             self._watched.item(own, "forward", _SAME, f"{name}.forward")
 
-    def _variable(self, holder: dict[str, Any], key: str, value: Any, name: str, depth: int) -> None:
+    def _variable(self, holder: dict[Any, Any], key: Any, value: Any, name: str, depth: int) -> None:
         mode = self._mode(value)
         if mode != _IGNORED:
             self._watched.item(holder, key, mode, name)

@@ -4,7 +4,7 @@ Two executions of a program that does the same thing have equal traces; `differe
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,7 +121,8 @@ class Trace:
         cleared: leaves whose `.grad` the function set to None before anything else happened to it. That is no event,
             because `zero_grad()` passes over what is None already, as in a first call.
         results: values of the tensors that were returned, in order, and whether each requires a gradient.
-        returned: what was returned.
+        returned: the form of what was returned, a `_C.Signature`.
+        end: where the function is written.
     """
 
     memories: list[Memory] = field(default_factory=list)
@@ -131,6 +132,7 @@ class Trace:
     cleared: list[Tensor] = field(default_factory=list)
     results: list[tuple[int, bool]] = field(default_factory=list)
     returned: Any = None
+    end: str = ""
 
     def state(self) -> tuple[Any, ...]:
         """What has to be so when the call begins, and decides between several traces of one signature."""
@@ -196,27 +198,33 @@ def _shown(value: Any) -> str:
 
 
 def _operations_part(a: Operation, b: Operation) -> str | None:
-    arguments = [schema.name for schema in a.func._schema.arguments]
-    pairs = list(zip(a.args, b.args, strict=False)) + [(v, b.kwargs.get(k)) for k, v in a.kwargs.items()]
-    names = arguments[: len(a.args)] + list(a.kwargs)
-    for name, (x, y) in zip(names, pairs, strict=True):
+    before, now = _by_name(a), _by_name(b)
+    for name, y in now.items():
+        x = before[name]
         if _equal(x, y):
             continue
         if any(True for _ in refs(x)) or any(True for _ in refs(y)):
-            return f"its argument {name} is another tensor than in the call before"
+            return f"its argument {name} is another tensor than in the call before: {_DEPENDS}"
         return (
             f"its argument {name} is {_shown(y)}, and was {_shown(x)} in the call before. A number that changes from "
-            "call "
-            "to call has to be an argument of the captured function that is a tensor"
+            "call to call has to be an argument of the captured function that is a tensor"
         )
-    if len(a.args) != len(b.args) or a.outputs != b.outputs:
-        return "it has other arguments or results than in the call before"
+    if a.outputs != b.outputs:
+        return f"it has other results than in the call before: {_DEPENDS}"
     return None
+
+
+def _by_name(operation: Operation) -> dict[str, Any]:
+    """All arguments of an operation, also those that torch leaves out because they have their default values."""
+    names = operation.func._schema.arguments
+    given = {argument.name: value for argument, value in zip(names, operation.args, strict=False)}
+    defaults = {argument.name: argument.default_value for argument in names}
+    return defaults | given | operation.kwargs
 
 
 def _memories_part(a: Memory, b: Memory) -> str | None:
     if a.source != b.source or a.bytes != b.bytes:
-        return "a tensor comes from elsewhere, or has another size, than in the call before"
+        return "a tensor comes from elsewhere, or has another size, than in the call before: pass it as an argument"
     if a.source == ("unseen",) and a.tensor is not b.tensor:
         return (
             "a tensor that the function did not get as an argument is a new one at each call. It was made where a "
@@ -237,6 +245,17 @@ def _memories_part(a: Memory, b: Memory) -> str | None:
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+_DEPENDS = (
+    "give what it depends on to the function as an argument (a bool, an int, a str), so that each case is recorded for "
+    "itself"
+)
+_OTHERWISE = (
+    "a number that torch looks at is another one than in the call before: call this part outside of the captured "
+    "function, and pass what it makes as an argument"
+)
+_BRANCH = f". The function takes another branch, or does another number of steps, than in the call before: {_DEPENDS}"
 
 
 def difference(a: Trace, b: Trace) -> str | None:
@@ -262,30 +281,25 @@ def difference(a: Trace, b: Trace) -> str | None:
         why = _memories_part(m, n)
         if why is not None:
             return f"in {n.place}: {why}"
-    if a.values != b.values or a.results != b.results or len(a.memories) != len(b.memories):
-        return "shapes, dtypes or strides of tensors are others than in the call before"
+    for v, w in zip(a.values, b.values, strict=False):
+        if v != w:
+            return (
+                f"in {b.memories[w.memory].place}: a tensor has another shape or dtype, or other strides, than in the "
+                f"call before: {_DEPENDS}"
+            )
+    if a.results != b.results or len(a.values) != len(b.values):
+        return f"it returned other tensors than in the call before: {_DEPENDS}, in {b.end}"
     return None
-
-
-_BRANCH = (
-    ". The function takes another branch, or does another number of steps, than in the call before: give what it "
-    "depends "
-    "on to the function as an argument (a bool, an int, a str), so that each case is recorded for itself"
-)
 
 
 def _events_part(x: Event, y: Event) -> str | None:
     if isinstance(x, Operation) and isinstance(y, Operation):
         return _operations_part(x, y)
     if isinstance(x, OptimizerStep) and isinstance(y, OptimizerStep):
-        return None if x.optimizer is y.optimizer else "it is another optimizer than in the call before"
+        return None if x.optimizer is y.optimizer else f"it is another optimizer than in the call before: {_DEPENDS}"
     if isinstance(x, GradSet) and isinstance(y, GradSet):
-        return None if (x.leaf, x.value) == (y.leaf, y.value) else "it is another tensor's than in the call before"
+        same = (x.leaf, x.value) == (y.leaf, y.value)
+        return None if same else f"it is another tensor's than in the call before: {_DEPENDS}"
     if isinstance(x, Check) and isinstance(y, Check):
-        return None if (x.value, x.expected) == (y.value, y.expected) else "it came out otherwise"
+        return None if (x.value, x.expected) == (y.value, y.expected) else _OTHERWISE
     return None
-
-
-def places(frames: Sequence[str]) -> str:
-    """Joins places of a program for an error."""
-    return ", called from ".join(frames)

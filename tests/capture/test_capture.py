@@ -70,7 +70,7 @@ def test_containers_come_back_as_they_were() -> None:
     captured = fastmlp.capture(function)
     for i in range(5):
         x, y = torch.randn(3) + i, torch.randn(3)
-        data = {"x": x, "rest": [y, torch.ones(2) * i]}
+        data: dict[str, Any] = {"x": x, "rest": [y, torch.ones(2) * i]}
         expected: Any = function(data, scale=2.0)
         found: Any = captured(data, scale=2.0)
         assert type(found["pair"]) is Pair
@@ -274,3 +274,49 @@ def test_arguments_of_capture() -> None:
     with pytest.raises(ValueError, match="fastmlp: capture: otherwise must be None or 'eager', got str 'raise'"):
         fastmlp.capture(F.relu, otherwise="raise")
     assert issubclass(CaptureError, RuntimeError)
+
+
+def test_nothing_that_somebody_holds_is_written_again() -> None:
+    """Neither results, nor gradients, nor views of gradients."""
+    model = network()
+    step = fastmlp.capture(training_step(model))
+    kept: list[tuple[Tensor, Tensor]] = []
+    for i in range(8):
+        loss = step(*batch(i))
+        first, last = model[0].weight.grad, model[2].bias.grad[:1]  # type: ignore[index]
+        kept += [(held, held.detach().clone()) for held in (loss, first, last)]
+    assert all(torch.equal(held, copied) for held, copied in kept)
+    assert step.replays == 6
+
+
+def test_layers_of_ours_are_one_operation_with_their_own_bits() -> None:
+    eager, twin = network(), network()
+    layers = [fastmlp.convert(model) for model in (eager, twin)]
+    steps = [training_step(layer) for layer in layers]
+    captured = fastmlp.capture(steps[1], fuse=False)
+    for i in range(6):
+        assert torch.equal(steps[0](*batch(i)), captured(*batch(i)))
+    (tape,) = captured.report().tapes
+    assert {name for name in tape.operations if name.startswith("fastmlp::")} == {
+        "fastmlp::forward",
+        "fastmlp::backward",
+    }
+
+
+def test_a_variant_that_is_wrong_is_not_called() -> None:
+    """PyTorch 2.13's `native_batch_norm.out` is, for an input that is transposed."""
+    call = fastmlp.capture(lambda x: F.batch_norm(x.t().contiguous().t(), None, None, training=True))
+    for i in range(4):
+        x = batch(i)[0].double()
+        assert torch.equal(call(x), F.batch_norm(x.t().contiguous().t(), None, None, training=True))
+
+
+def test_checks_of_distributions_are_made_at_replays() -> None:
+    call = fastmlp.capture(lambda mean, scale: torch.distributions.Normal(mean, scale).rsample())
+    for i in range(4):
+        torch.manual_seed(i)
+        found = call(torch.zeros(3), torch.ones(3))
+        torch.manual_seed(i)
+        assert torch.equal(found, torch.distributions.Normal(torch.zeros(3), torch.ones(3)).rsample())
+    with pytest.raises(ValueError, match=r"fastmlp: capture: a check of torch.s, called in .*test_capture\.py"):
+        call(torch.zeros(3), -torch.ones(3))

@@ -1,0 +1,14 @@
+"""Whether this thread records a captured function: what layers and networks ask, which a recorder itself depends on."""
+
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+__all__ = ["RecordingMode", "is_recording"]
+
+
+class RecordingMode(TorchDispatchMode):
+    """The base class of recorders."""
+
+
+def is_recording() -> bool:
+    """Whether a recorder sees what this thread does."""
+    return any(isinstance(mode, RecordingMode) for mode in _get_current_dispatch_mode_stack())
