@@ -92,13 +92,10 @@ def explain(model: nn.Module, loss_fn: nn.Module, optimizer: torch.optim.Optimiz
     of_model, of_optimizer = _model_problems(model), _optimizer_problems(optimizer)
     together = [] if of_model or of_optimizer else _ownership_problems(model, optimizer)
     found = [*of_model, *_loss_problems(loss_fn), *of_optimizer, *together]
-    if found and all(isinstance(problem, _Beyond) for problem in found) and _is_on_the_cpu(model):
+    beyond = all(isinstance(problem, _Beyond) for problem in found)
+    if found and beyond and all(parameter.device.type in _DEVICES for parameter in model.parameters()):
         found.append(_CAPTURE)
     return tuple(map(str, found))
-
-
-def _is_on_the_cpu(model: nn.Module) -> bool:
-    return all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
 def _model_problems(model: nn.Module) -> list[str]:
