@@ -95,8 +95,8 @@ class Captured(Generic[P, R]):
             self._eager: list[Any] = []
             self._is_eager = False
             self._warned = False
-            self._tapes: list[Lowered] = []
-            self._alive: list[Any] = []
+            self._recordings.alive = {}
+            self._tapes: dict[int, Lowered] = {}
             self._leaves: dict[int, Tensor] = {}
             self._recorded = 0
             self._unreplayed = 0
@@ -114,7 +114,7 @@ class Captured(Generic[P, R]):
 
     def report(self) -> Report:
         """What was recorded: for each tape its operations, what became of them, and memory in bytes."""
-        tapes = [TapeReport.of(lowered) for lowered in self._tapes]
+        tapes = [TapeReport.of(lowered) for lowered in self._tapes.values()]
         return Report(self._name, self.calls, self.replays, tapes)
 
     def __repr__(self) -> str:
@@ -267,9 +267,11 @@ class Captured(Generic[P, R]):
             return
         lowered = lower(trace, self._fuse)
         watched = recorder.seen.both(seen).watch(_held(trace), with_numbers=False)
-        self._alive.append((watched, signature.borrowed, trace.returned.borrowed, lowered.stops))
-        self._recordings.add(lowered.tape, signature, trace.returned, watched.watch, lowered.stops)
-        self._tapes.append(lowered)
+        number = self._recordings.add(lowered.tape, signature, trace.returned, watched.watch, lowered.stops)
+        alive = watched, signature.borrowed, trace.returned.borrowed, lowered.stops
+        kept = self._recordings.ids()
+        self._recordings.alive = {i: one for i, one in {**self._recordings.alive, number: alive}.items() if i in kept}
+        self._tapes = {i: one for i, one in {**self._tapes, number: lowered}.items() if i in kept}
         lowered.forget()
         self._pending.remove(pending)
 

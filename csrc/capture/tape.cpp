@@ -165,9 +165,8 @@ bool Tape::fits(const External& external) const {
          tensor.strides() == at::IntArrayRef(external.strides);
 }
 
-bool Tape::fits(at::TensorList arguments) const {
-  // The externals are asked for by the functions above.
-  const_cast<Tape*>(this)->arguments_.assign(arguments.begin(), arguments.end());
+bool Tape::fits(at::TensorList arguments) {
+  arguments_.assign(arguments.begin(), arguments.end());
   return std::all_of(externals_.begin(), externals_.end(), [&](const External& one) {
     return fits(one) && !(one.starts_without_grad && found(one).grad().defined());
   });

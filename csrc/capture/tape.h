@@ -72,7 +72,7 @@ class Tape {
   // What replaying asks for, in this order: fits(), start(), run() until it says that all is done, results(), end().
 
   // Whether the externals are as they were. `arguments` are the tensors of the call.
-  bool fits(at::TensorList arguments) const;
+  bool fits(at::TensorList arguments);
   void start(at::TensorList arguments);
   // Finds externals again after code of somebody else ran.
   void refresh();

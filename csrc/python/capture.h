@@ -127,7 +127,7 @@ struct Recording {
   Surroundings watch;
   std::shared_ptr<Tape> tape;
   std::vector<Stop> stops;
-  int64_t replays = 0;
+  int64_t id = 0;
 };
 
 // The recordings of one function.
@@ -135,8 +135,9 @@ class Recordings {
  public:
   // The result of a replay; none if no recording is of these arguments.
   std::optional<py::object> replay(const py::tuple& args, const py::dict& kwargs);
-  void add(std::unique_ptr<Recording> recording);
-  void clear() { all_.clear(); }
+  // Its number. Of many, those are dropped that were not replayed for longest; ids() are the numbers of the others.
+  int64_t add(std::unique_ptr<Recording> recording);
+  std::vector<int64_t> ids() const;
   int64_t replays() const { return replays_; }
   size_t size() const { return all_.size(); }
 
@@ -148,7 +149,7 @@ class Recordings {
   void run_stop(const Stop& stop);
 
   std::vector<std::shared_ptr<Recording>> all_;  // the one that was replayed last comes first
-  int64_t replays_ = 0;
+  int64_t replays_ = 0, added_ = 0;
   std::mutex mutex_;
   std::condition_variable free_;
   std::thread::id running_;  // default: none
