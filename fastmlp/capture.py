@@ -213,6 +213,8 @@ class Captured(Generic[P, R]):
         for each in (signature, returned):
             each.forget_tensors()
         recorder.seen.function(self._function)
+        for value in signature.objects:
+            recorder.seen.argument(value)
         why = recorder.refused or self._changed_within(before)
         if why is None:
             last = pending.last(recorder.trace)

@@ -44,6 +44,7 @@ struct Result {
   int tensor = -1;    // one of the tape's, or -1: an external itself
   int external = -1;  // that it is, or of whose memory it is a view
   bool requires_grad = false;
+  bool inference = false;  // as torch calls what was made under inference_mode
 };
 
 class Tape {

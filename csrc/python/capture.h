@@ -69,6 +69,8 @@ class Surroundings {
   void add_item(const py::dict& dict, const py::object& key, int mode);
   void add_sequence(const py::object& list_or_tuple, const std::vector<int>& modes);
   void add_cell(const py::object& cell, int mode);
+  // An attribute that is in no dictionary.
+  void add_attribute(const py::object& owner, const py::str& name, int mode);
   // The hooks that autograd runs for a tensor.
   void add_hooks(const py::object& tensor);
 
@@ -82,7 +84,7 @@ class Surroundings {
     bool is(PyObject* now) const;
   };
   struct Watched {
-    enum Kind { dict, item, sequence, cell, hooks } kind;
+    enum Kind { dict, item, sequence, cell, attribute, hooks } kind;
     PyObject* holder;
     PyObject* key = nullptr;
     std::vector<Entry> entries;

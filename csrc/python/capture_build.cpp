@@ -62,9 +62,10 @@ int add_external(Tape& tape, int memory, const at::Tensor& like, int argument, i
 }
 
 void finish(Tape& tape, const std::vector<std::pair<int, int>>& lifetimes,
-            const std::vector<std::tuple<int, int, bool>>& results) {
+            const std::vector<std::tuple<int, int, bool, bool>>& results) {
   std::vector<Result> all;
-  for (const auto& [tensor, external, requires_grad] : results) all.push_back({tensor, external, requires_grad});
+  for (const auto& [tensor, external, requires_grad, inference] : results)
+    all.push_back({tensor, external, requires_grad, inference});
   tape.finish(lifetimes, std::move(all));
 }
 
@@ -133,6 +134,7 @@ void add_capture(py::module_& m) {
       .def("add_item", &Surroundings::add_item)
       .def("add_sequence", &Surroundings::add_sequence)
       .def("add_cell", &Surroundings::add_cell)
+      .def("add_attribute", &Surroundings::add_attribute)
       .def("add_hooks", &Surroundings::add_hooks)
       .def("changed", &Surroundings::changed);
   py::class_<Call>(m, "Signature")

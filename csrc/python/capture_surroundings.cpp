@@ -54,6 +54,10 @@ bool Surroundings::Watched::unchanged() const {
     }
     case cell:
       return entries[0].is(PyCell_GET(holder));
+    case attribute: {
+      const py::object value = py::getattr(holder, key, py::handle());
+      return entries[0].is(value.ptr());
+    }
     case hooks:
       return hooks_of(holder) == counts;
   }
@@ -82,6 +86,11 @@ void Surroundings::add_sequence(const py::object& list_or_tuple, const std::vect
 
 void Surroundings::add_cell(const py::object& cell, int mode) {
   all_.push_back({Watched::cell, cell.ptr(), nullptr, {{PyCell_GET(cell.ptr()), mode}}});
+}
+
+void Surroundings::add_attribute(const py::object& owner, const py::str& name, int mode) {
+  const py::object value = owner.attr(name);
+  all_.push_back({Watched::attribute, owner.ptr(), name.ptr(), {{value.ptr(), mode}}});
 }
 
 void Surroundings::add_hooks(const py::object& tensor) {

@@ -6,6 +6,7 @@ modules and tensors among the variables and attributes that the functions name; 
 change without a new object, such as elements of long lists, is not looked at: `fastmlp.capture` says so.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
@@ -18,7 +19,7 @@ from fastmlp._load import _C
 from fastmlp.hooks import GLOBAL_HOOKS, HOOKS
 from fastmlp.trace.outside import is_library
 
-__all__ = ["Seen", "Watched"]
+__all__ = ["Seen", "Watched", "is_program"]
 
 _IGNORED, _SAME, _EQUAL = range(3)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -36,8 +37,15 @@ _INERT = frozenset(
 )
 #: Longer containers are not looked into.
 _ITEMS = 64
+#: How Python names the file of what was typed, or came by a pipe or from a notebook.
+_TYPED = ("<stdin", "<string", "<input", "<ipython", "<console", "<python-input")
 #: How far objects are followed from the function.
 _DEPTH = 4
+
+
+def is_program(file: str) -> bool:
+    """Whether a function of that file is of the user's program."""
+    return file.startswith(_TYPED) or not is_library(file)
 
 
 class Watched:
@@ -92,6 +100,13 @@ class Watched:
             self.watch.add_sequence(holder, modes)
             self._names.append(name)
 
+    def attribute(self, owner: Any, name: str, mode: int, words: str) -> None:
+        """Watches an attribute that is in no dictionary."""
+        if self._is_new("attribute", id(owner), name):
+            self.alive += [owner, name, getattr(owner, name)]
+            self.watch.add_attribute(owner, name, mode)
+            self._names.append(words)
+
     def cell(self, cell: Any, mode: int, name: str) -> None:
         """Watches a variable of a closure."""
         if self._is_new("cell", id(cell)):
@@ -119,6 +134,10 @@ class Seen:
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer stepped."""
         self._optimizers[id(optimizer)] = optimizer
+
+    def argument(self, value: Any) -> None:
+        """An object that the function got, which is told apart by identity."""
+        self._objects[id(value)] = value
 
     def frame(self, frame: FrameType) -> None:
         """A function of the program was called."""
@@ -209,8 +228,9 @@ class _Walk:
             return _EQUAL
         if isinstance(value, Tensor):
             return _SAME if id(value) in self._held else _IGNORED
-        kinds = (nn.Module, torch.optim.Optimizer, FunctionType, torch.Generator)
-        return _SAME if isinstance(value, kinds) or type(value) in (torch.dtype, torch.device, torch.Size) else _IGNORED
+        kinds = (nn.Module, torch.optim.Optimizer, FunctionType, torch.Generator, list, tuple, dict)
+        plain = type(value) in (torch.dtype, torch.device, torch.Size)
+        return _SAME if plain or isinstance(value, kinds) or _is_of_program(value) else _IGNORED
 
     def _module(self, module: nn.Module) -> None:
         own = vars(module)
@@ -243,7 +263,7 @@ class _Walk:
                         self._watched.item(group, key, _EQUAL, f"{key} in a group of {name}")
 
     def _function(self, function: FunctionType, depth: int) -> None:
-        if is_library(function.__code__.co_filename):
+        if not is_program(function.__code__.co_filename):
             return
         self._globals(function.__code__, function.__globals__, depth)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -293,23 +313,42 @@ class _Walk:
             self._object(value, name, depth)
 
     def _sequence(self, value: Any, name: str, depth: int) -> None:
-        if value and all(isinstance(item, (*_PLAIN, nn.Module)) for item in value):
-            self._watched.sequence(value, [self._mode(item) for item in value], name)
+        self._watched.sequence(value, [self._mode(item) for item in value], name)
         for item in list(value):
             self._value(item, name, depth + 1)
 
     def _object(self, owner: Any, name: str, depth: int) -> None:
         """An object of a class of the program, or a module of Python: the attributes that its functions name."""
         file = getattr(owner, "__file__", None) if isinstance(owner, ModuleType) else None
-        standard = type(owner).__module__.partition(".")[0] in ("torch", "fastmlp", "numpy")
-        if standard or (isinstance(owner, ModuleType) and (file is None or is_library(file))):
+        if isinstance(owner, ModuleType) and (file is None or is_library(file)):
             return
+        if not isinstance(owner, ModuleType) and not _is_of_program(owner):
+            return
+        for slot in _slots(type(owner)):
+            if slot in self._names and hasattr(owner, slot):
+                value = getattr(owner, slot)
+                if self._mode(value) != _IGNORED:
+                    self._watched.attribute(owner, slot, self._mode(value), f"{name}.{slot}")
+                self._value(value, f"{name}.{slot}", depth + 1)
         own = getattr(owner, "__dict__", None)
         if not isinstance(own, dict):
             return
         for key in list(own):
             if key in self._names:
                 self._variable(own, key, own[key], f"{name}.{key}", depth + 1)
+
+
+def _is_of_program(value: Any) -> bool:
+    """Whether an object is of a class that is neither torch's nor ours nor Python's."""
+    module = sys.modules.get(type(value).__module__)
+    file = getattr(module, "__file__", None)
+    return type(value).__module__ == "__main__" or (file is not None and is_program(file))
+
+
+def _slots(kind: type) -> Iterable[str]:
+    for base in kind.__mro__:
+        slots = vars(base).get("__slots__", ())
+        yield from ((slots,) if isinstance(slots, str) else slots)
 
 
 def _names(code: CodeType) -> Iterable[str]:
