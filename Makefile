@@ -139,7 +139,7 @@ gpu-test: build
 	python -c "import sys; from fastmlp import _C; why = _C.device_obstacle('cuda'); sys.exit(why and 'make gpu-test: ' + why)"
 	python -m fastmlp info
 	python -m fastmlp bench --device cuda --output out/gpu.json
-	python -m pytest tests/cuda/test_gpu_kernels.py tests/cuda/test_cuda.py
+	python -m pytest tests/cuda/test_gpu_kernels.py tests/cuda/test_cuda.py tests/cuda/test_cuda_capture.py
 
 # The measurements behind the cache blocks of csrc/cpu/tiles.h: make tiles TILES='avx2 float64'
 build/tune_tiles: tools/tune_tiles.cpp $(SOURCES)

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
+import torch
 from torch import Tensor
 
 from fastmlp._errors import described
 from fastmlp._load import _C
+from fastmlp.tape import graphable, graphs
 from fastmlp.tape.active import is_recording
 from fastmlp.tape.lower import Lowered, lower
 from fastmlp.tape.recorder import Recorder
@@ -29,6 +31,8 @@ R = TypeVar("R")
 _NOTHING = object()
 #: Signatures that are remembered without a tape: more than there are tapes, and few enough to look through.
 _PENDING = 16
+#: Graphs that are kept.
+_GRAPHS = 8
 #: Recordings in a row without a replay after which something changes at every call.
 _RECORDINGS = 32
 
@@ -40,6 +44,7 @@ class _Pending:
     signature: Any
     args: tuple[Any, ...]  # alive, because the signature borrows what is in them
     kwargs: dict[str, Any]
+    devices: list[torch.device]  # of its tensors
     traces: list[Trace] = field(default_factory=list)
     seen: Seen | None = None
     after: Watched | None = None  # how the last one left what the function reads
@@ -97,6 +102,8 @@ class Captured(Generic[P, R]):
             self._warned = False
             self._recordings.alive = {}
             self._tapes: dict[int, Lowered] = {}
+            self._graphs: list[graphs.Graph] = []
+            self._alive: list[Any] = []
             self._leaves: dict[int, Tensor] = {}
             self._recorded = 0
             self._unreplayed = 0
@@ -105,20 +112,20 @@ class Captured(Generic[P, R]):
     @property
     def calls(self) -> int:
         """How often the function was called."""
-        return self._recorded + self._recordings.replays
+        return self._recorded + self.replays
 
     @property
     def replays(self) -> int:
         """How many of the calls were replays."""
-        return self._recordings.replays
+        return self._recordings.replays + sum(graph.replays for graph in self._graphs)
 
     def report(self) -> Report:
         """What was recorded: for each tape its operations, what became of them, and memory in bytes."""
-        tapes = [TapeReport.of(lowered) for lowered in self._tapes.values()]
+        tapes = [TapeReport.of(lowered) for lowered in self._tapes.values()] + [graph.report for graph in self._graphs]
         return Report(self._name, self.calls, self.replays, tapes)
 
     def __repr__(self) -> str:
-        tapes = len(self._recordings)
+        tapes = len(self._recordings) + len(self._graphs)
         return (
             f"captured({self._name}): {tapes} tape{'s' * (tapes != 1)}, {self.replays} of {self.calls} calls replayed"
         )
@@ -152,24 +159,29 @@ class Captured(Generic[P, R]):
             # Within another captured function it is a part of that one.
             return self._function(*args, **kwargs)
         with self._lock:
-            self._recorded += 1
             signature = _C.Signature(args, kwargs)
+            devices = [tensor.device for tensor in signature.tensors]
+            graph = next((graph for graph in self._graphs if graph.matches(args, kwargs, devices)), None)
+            if graph is not None:
+                return self._replay_graph(graph, signature.tensors, args, kwargs)
+            self._recorded += 1
             if self._is_eager or any(eager.matches(args, kwargs) for eager, _ in self._eager):
                 return self._function(*args, **kwargs)
             why = self._arguments_forbid(signature) or self._recordings_forbid()
             if why is not None:
                 self._give_up(why)
                 return self._function(*args, **kwargs)
-            pending = next((one for one in self._pending if one.signature.matches(args, kwargs)), None)
+            alike = (one for one in self._pending if one.devices == devices and one.signature.matches(args, kwargs))
+            pending = next(alike, None)
             if pending is None:
-                pending = _Pending(signature, args, kwargs)
+                pending = _Pending(signature, args, kwargs, devices)
                 self._pending = [pending, *self._pending[: _PENDING - 1]]
             return self._run(pending, signature, args, kwargs)
 
     def _recordings_forbid(self) -> str | None:
         """Why nothing is recorded any more, where recordings never become replays."""
-        if self._recordings.replays != self._replays_then:
-            self._replays_then, self._unreplayed = self._recordings.replays, 0
+        if self.replays != self._replays_then:
+            self._replays_then, self._unreplayed = self.replays, 0
         self._unreplayed += 1
         if self._unreplayed <= _RECORDINGS:
             return None
@@ -203,9 +215,9 @@ class Captured(Generic[P, R]):
             # Somebody has changed what the function reads, so that earlier executions are of another program.
             pending.traces, pending.unequal = [], 0
         leaves = self._leaves | {id(leaf): leaf for leaf in (pending.seen.leaves() if pending.seen else [])}
-        before = pending.seen.watch([], with_numbers=True) if pending.seen else None
+        before = pending.seen.watch([], within=True) if pending.seen else None
         recorder = Recorder(self._name, signature.tensors, leaves.values(), self._otherwise == "eager")
-        with recorder:
+        with graphs.warmup(), recorder:
             result = self._function(*args, **kwargs)
         returned = _C.Signature((result,), {})
         recorder.finish(returned.tensors, returned, _place_of(self._function))
@@ -215,7 +227,7 @@ class Captured(Generic[P, R]):
         recorder.seen.function(self._function)
         for value in signature.objects:
             recorder.seen.argument(value)
-        why = recorder.refused or self._changed_within(before)
+        why = recorder.refused or self._changed_within(before) or graphable.obstacle(recorder.trace)
         if why is None:
             last = pending.last(recorder.trace)
             unlike = None if last is None else self._unlike(last, recorder.trace, result)
@@ -259,16 +271,37 @@ class Captured(Generic[P, R]):
             f"and numbers that stay as they are, in tuples, lists or dictionaries, in {_place_of(self._function)}"
         )
 
+    def _replay_graph(
+        self, graph: graphs.Graph, tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> R:
+        why = None if graph.is_captured else graph.capture(tensors, args, kwargs)
+        if why is None:
+            return graph.replay(tensors)
+        self._graphs.remove(graph)
+        self._recorded += 1
+        signature = _C.Signature(args, kwargs)
+        signature.forget_tensors()
+        self._give_up(why, 5)
+        self._eager = [(signature, signature.borrowed), *self._eager[: _PENDING - 1]]
+        return self._function(*args, **kwargs)
+
     def _take(self, pending: _Pending, recorder: Recorder, signature: Any, same: bool) -> None:
         """Makes a tape if this execution is as the last one, and remembers it otherwise."""
         trace = recorder.trace
         seen, pending.seen = pending.seen, recorder.seen
         pending.traces = [*pending.traces[-3:], trace]
-        pending.after = recorder.seen.watch(_held(trace), with_numbers=False)
+        pending.after = recorder.seen.watch(_held(trace), within=False)
         if not same or seen is None:
             return
+        if graphable.is_of_gpu(trace):
+            watched = recorder.seen.both(seen).watch(_held(trace), within=False, steps=True)
+            graph = graphs.Graph(self._function, trace, signature, pending.devices, watched)
+            self._alive.append((signature.borrowed, trace.returned.borrowed))
+            self._graphs = [graph, *self._graphs[: _GRAPHS - 1]]
+            self._pending.remove(pending)
+            return
         lowered = lower(trace, self._fuse)
-        watched = recorder.seen.both(seen).watch(_held(trace), with_numbers=False)
+        watched = recorder.seen.both(seen).watch(_held(trace), within=False)
         number = self._recordings.add(lowered.tape, signature, trace.returned, watched.watch, lowered.stops)
         alive = watched, signature.borrowed, trace.returned.borrowed, lowered.stops
         kept = self._recordings.ids()
@@ -309,10 +342,15 @@ def capture(function: Any = None, *, fuse: bool = True, otherwise: str | None = 
     Results are new tensors; one that required a gradient does so again, but its graph ends there with an error. Two
     threads may replay two captured functions at once; of one function they replay one after the other.
 
+    **On a GPU** a CUDA graph takes the place of the tape; it is made at the third call. Numbers and states of
+    optimizers are part of it, so that a changed one is another recording. Optimizers other than SGD need
+    `capturable=True`, and a learning rate that changes often has to be a tensor. Gradients stay in the same memory,
+    arguments may not be written, and `fuse` means nothing.
+
     Args:
-        function: what to record. It gets tensors on the CPU and plain values, in nested tuples, lists and dictionaries,
-            and returns such. It may use any modules, losses and optimizers. With a method, each object has recordings
-            of its own.
+        function: what to record. It gets tensors, all on the CPU or all on one GPU, and plain values, in nested tuples,
+            lists and dictionaries, and returns such. It may use any modules, losses and optimizers. With a method, each
+            object has recordings of its own.
         fuse: whether the steps of `torch.optim.SGD`, `Adam`, `AdamW` and `RMSprop` are computed by the kernels of
             `fastmlp.optim`, which read groups and states at each call. Otherwise, and for all other optimizers,
             `optimizer.step()` itself is called.

@@ -287,8 +287,8 @@ class Recorder(RecordingMode):
             why = f"it is a {type(tensor).__name__}: call as_subclass(torch.Tensor)"
         elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
             why = f"it is sparse, quantized or nested ({tensor.layout}): use a dense tensor"
-        elif tensor.device.type != "cpu":
-            why = f"it is on {tensor.device}: use tensors of the CPU"
+        elif tensor.device.type not in ("cpu", "cuda"):
+            why = f"it is on {tensor.device}: use tensors of the CPU, or of a GPU of CUDA"
         elif tensor.is_conj() or tensor.is_neg():
             why = "it is a lazy conjugate: call resolve_conj()"
         if why is not None:
@@ -314,7 +314,7 @@ class Recorder(RecordingMode):
                 "a "
                 "gradient: pass it with detach(), or compute it inside"
             )
-        self.trace.memories.append(Memory(source, _extent(tensor), tensor, place))
+        self.trace.memories.append(Memory(source, _extent(tensor), tensor, place, False, str(tensor.device)))
         number = self._add_value(tensor, len(self.trace.memories) - 1, 0)
         if tensor.requires_grad and tensor.is_leaf:
             self.gradients.add(tensor)
@@ -385,7 +385,7 @@ class Recorder(RecordingMode):
 
     def _new(self, tensor: Tensor, place: str) -> int:
         bytes = tensor.nbytes if tensor._is_zerotensor() else tensor.untyped_storage().nbytes()
-        self.trace.memories.append(Memory(("new",), bytes, None, place))
+        self.trace.memories.append(Memory(("new",), bytes, None, place, False, str(tensor.device)))
         return self._add_value(tensor, len(self.trace.memories) - 1, int(tensor.storage_offset()))
 
     def _view(self, tensor: Tensor, like: Tensor, place: str) -> int | None:

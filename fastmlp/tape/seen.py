@@ -6,10 +6,13 @@ modules and tensors among the variables and attributes that the functions name; 
 change without a new object, such as elements of long lists, is not looked at: `fastmlp.capture` says so.
 """
 
+import gc
 import sys
 from collections.abc import Callable, Iterable
+from enum import Enum
 from functools import partial
-from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
+from numbers import Number
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +26,26 @@ __all__ = ["Seen", "Watched", "is_program"]
 
 _IGNORED, _SAME, _EQUAL = range(3)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
+#: What is another thing only if it is another object.
+_CONSTANT = (
+    nn.Module,
+    torch.optim.Optimizer,
+    torch.Generator,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    FunctionType,
+    BuiltinFunctionType,
+    MethodType,
+    partial,
+    type,
+    Enum,
+    Number,
+    range,
+    slice,
+    frozenset,
+)
+_PARTS = ("_parameters", "_buffers", "_modules")
 #: Attributes of torch's modules that no forward reads.
 _INERT = frozenset(
     {
@@ -72,11 +95,11 @@ class Watched:
         self._done.add(key)
         return new
 
-    def mapping(self, holder: dict[Any, Any], mode: int, name: str) -> None:
-        """Watches all entries of a dictionary."""
+    def mapping(self, holder: dict[Any, Any], modes: list[int], name: str) -> None:
+        """Watches the values of a dictionary, and that there are no others."""
         if self._is_new("dict", id(holder)):
             self.alive += [holder, *holder.values()]
-            self.watch.add_dict(holder, [mode] * len(holder))
+            self.watch.add_dict(holder, modes)
             self._names.append(name)
 
     def item(self, holder: dict[Any, Any], key: Any, mode: int, name: str) -> None:
@@ -92,6 +115,9 @@ class Watched:
             self.alive.append(tensor)
             self.watch.add_hooks(tensor)
             self._names.append(name)
+            for hooks in (tensor._backward_hooks, tensor._post_accumulate_grad_hooks):
+                if hooks:
+                    self.mapping(hooks, [_SAME] * len(hooks), name)
 
     def sequence(self, holder: list[Any] | tuple[Any, ...], modes: list[int], name: str) -> None:
         """Watches the items of a list."""
@@ -180,29 +206,32 @@ class Seen:
             found |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
         return list(found.values())
 
-    def watch(self, held: Iterable[Tensor], with_numbers: bool) -> Watched:
+    def watch(self, held: Iterable[Tensor], within: bool, steps: bool = False) -> Watched:
         """Watches all of it, as it is now.
 
         Args:
             held: tensors that the recording uses where it found them.
-            with_numbers: whether numbers of optimizers are watched too, which a step reads anew each time.
+            within: whether this is to find out what the function itself changes. Then numbers of optimizers are watched
+                too, which a step reads anew each time, and not whether lists and objects are still the same ones.
+            steps: whether numbers and states of optimizers are watched because steps are not computed anew.
         """
         watched = Watched()
-        _Walk(self, watched, list(held), with_numbers).all()
+        _Walk(self, watched, list(held), within, steps).all()
         return watched
 
 
 class _Walk:
     """Goes through what was seen and adds it to a `Watched`."""
 
-    def __init__(self, seen: Seen, watched: Watched, held: list[Tensor], with_numbers: bool) -> None:
+    def __init__(self, seen: Seen, watched: Watched, held: list[Tensor], within: bool, steps: bool) -> None:
         self._seen = seen
         self._watched = watched
         self._tensors = held
         self._held = {id(tensor) for tensor in held}
-        self._with_numbers = with_numbers
+        self._within = within
+        self._steps = steps
         self._names = {name for code in seen._codes for name in _names(code)}
-        self._walked: set[tuple[int, int]] = set()
+        self._walked: dict[tuple[int, int], bool] = {}
 
     def all(self) -> None:
         """Adds everything."""
@@ -210,7 +239,7 @@ class _Walk:
         for tensor in self._tensors:
             self._watched.hooks(tensor, f"a hook of a tensor of shape {tuple(tensor.shape)}")
         for hooks in GLOBAL_HOOKS:
-            self._watched.mapping(hooks, _SAME, "a hook of all modules")
+            self._watched.mapping(hooks, [_SAME] * len(hooks), "a hook of all modules")
         for module in list(seen._modules.values()):
             self._module(module)
         for optimizer in list(seen._optimizers.values()):
@@ -222,45 +251,55 @@ class _Walk:
         for owner in list(seen._objects.values()):
             self._object(owner, type(owner).__name__, 0)
 
-    def _mode(self, value: Any) -> int:
-        """How a variable is compared: numbers by value; what the recording depends on by identity."""
+    def _mode(self, value: Any, name: str, depth: int) -> int:
+        """How a variable is compared, after what it holds has been added.
+
+        Numbers are compared by value; what the recording depends on, and what holds something that is watched, by
+        identity. The function itself may make new lists and objects, with the same in them, at each call.
+        """
+        inside = self._value(value, name, depth)
         if isinstance(value, _PLAIN):
             return _EQUAL
         if isinstance(value, Tensor):
             return _SAME if id(value) in self._held else _IGNORED
-        kinds = (nn.Module, torch.optim.Optimizer, FunctionType, torch.Generator, list, tuple, dict)
-        plain = type(value) in (torch.dtype, torch.device, torch.Size)
-        return _SAME if plain or isinstance(value, kinds) or _is_of_program(value) else _IGNORED
+        return _SAME if isinstance(value, _CONSTANT) or (inside and not self._within) else _IGNORED
 
     def _module(self, module: nn.Module) -> None:
         own = vars(module)
         name = type(module).__name__
-        for part in ("_parameters", "_buffers", "_modules", *HOOKS):
+        for part in (*_PARTS, *HOOKS):
             if part in own:
-                self._watched.mapping(own[part], _SAME, f"{part[1:]} of {name}")
-        standard = type(module).__module__.partition(".")[0] in ("torch", "fastmlp")
+                self._watched.mapping(own[part], [_SAME] * len(own[part]), f"{part[1:]} of {name}")
+        standard = _is_standard(type(module))
         for key, value in list(own.items()):
-            if key == "training" or (key not in _INERT and (standard or key in self._names)):
+            if key in _INERT or key in _PARTS or key in HOOKS:
+                continue
+            if key == "training" or standard or key in self._names:
                 self._variable(own, key, value, f"{name}.{key}", 1)
-        if "forward" in own:
-            self._watched.item(own, "forward", _SAME, f"{name}.forward")
+        self._watched.item(own, "forward", _SAME, f"{name}.forward")
+        self._class_of(module, own, name, 1)
 
-    def _variable(self, holder: dict[Any, Any], key: Any, value: Any, name: str, depth: int) -> None:
-        mode = self._mode(value)
+    def _variable(self, holder: dict[Any, Any], key: Any, value: Any, name: str, depth: int) -> bool:
+        mode = self._mode(value, name, depth)
         if mode != _IGNORED:
             self._watched.item(holder, key, mode, name)
-        self._value(value, name, depth)
+        return mode != _IGNORED
 
     def _optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         name = type(optimizer).__name__
         groups = optimizer.param_groups
+        self._watched.item(vars(optimizer), "param_groups", _SAME, f"param_groups of {name}")
         self._watched.sequence(groups, [_SAME] * len(groups), f"param_groups of {name}")
         for group in groups:
+            self._watched.item(group, "params", _SAME, f"the parameters of {name}")
             self._watched.sequence(group["params"], [_SAME] * len(group["params"]), f"the parameters of {name}")
-            if self._with_numbers:
+            if self._within or self._steps:
                 for key, value in list(group.items()):
-                    if isinstance(value, _PLAIN):
+                    if isinstance(value, (*_PLAIN, tuple)):
                         self._watched.item(group, key, _EQUAL, f"{key} in a group of {name}")
+        if self._steps:
+            for state in (optimizer.state, *optimizer.state.values()):
+                self._watched.mapping(state, [_SAME] * len(state), f"the state of {name}")
 
     def _function(self, function: FunctionType, depth: int) -> None:
         if not is_program(function.__code__.co_filename):
@@ -271,11 +310,10 @@ class _Walk:
                 value = cell.cell_contents
             except ValueError:
                 continue
-            mode = self._mode(value)
+            mode = self._mode(value, name, depth + 1)
             if mode != _IGNORED:
                 self._watched.cell(cell, mode, name)
-            self._value(value, name, depth + 1)
-        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+        for value in (function.__defaults__, function.__kwdefaults__):
             self._value(value, f"a default of {function.__name__}", depth + 1)
 
     def _globals(self, code: CodeType, variables: dict[str, Any], depth: int) -> None:
@@ -283,59 +321,114 @@ class _Walk:
             if name in variables:
                 self._variable(variables, name, variables[name], name, depth + 1)
 
-    def _value(self, value: Any, name: str, depth: int) -> None:
-        """Goes on to what a value holds."""
-        if depth > _DEPTH or isinstance(value, (*_PLAIN, Tensor, type)) or (id(value), depth) in self._walked:
-            return
-        self._walked.add((id(value), depth))
+    def _value(self, value: Any, name: str, depth: int) -> bool:
+        """Goes on to what a value holds; returns whether something in it is watched."""
+        if depth > _DEPTH or isinstance(value, (*_PLAIN, Tensor)):
+            return False
+        key = id(value), depth
+        if key not in self._walked:
+            self._walked[key] = False
+            self._walked[key] = self._inside(value, name, depth)
+        return self._walked[key]
+
+    def _inside(self, value: Any, name: str, depth: int) -> bool:
         if isinstance(value, nn.Module):
             for module in value.modules():
                 if id(module) not in self._seen._modules:
                     self._module(module)
-        elif isinstance(value, torch.optim.Optimizer):
+            return True
+        if isinstance(value, torch.optim.Optimizer):
             self._optimizer(value)
-        elif isinstance(value, FunctionType):
+            return True
+        if isinstance(value, FunctionType):
             self._function(value, depth)
-        elif isinstance(value, MethodType):
-            self._value(value.__func__, name, depth)
-            self._value(value.__self__, name, depth)
-        elif isinstance(value, partial):
-            for each in (value.func, *value.args, *value.keywords.values()):
-                self._value(each, name, depth + 1)
-        elif isinstance(value, dict):
-            if len(value) <= _ITEMS:
-                for key, item in list(value.items()):
-                    self._variable(value, key, item, f"{name}[{key!r}]", depth + 1)
-        elif isinstance(value, (list, tuple)):
-            if len(value) <= _ITEMS:
-                self._sequence(value, name, depth)
-        else:
-            self._object(value, name, depth)
+            return True
+        if isinstance(value, MethodType):
+            return self._each((value.__func__, value.__self__), name, depth)
+        if isinstance(value, partial):
+            return self._each((value.func, value.args, value.keywords), name, depth)
+        if isinstance(value, dict):
+            return len(value) <= _ITEMS and self._dictionary(value, name, depth)
+        if isinstance(value, (list, tuple)):
+            return len(value) <= _ITEMS and self._sequence(value, name, depth)
+        if isinstance(value, type):
+            return self._class(value, value.__name__, depth)
+        return self._object(value, name, depth)
 
-    def _sequence(self, value: Any, name: str, depth: int) -> None:
-        self._watched.sequence(value, [self._mode(item) for item in value], name)
-        for item in list(value):
-            self._value(item, name, depth + 1)
+    def _each(self, values: Iterable[Any], name: str, depth: int) -> bool:
+        found = [self._value(value, name, depth) for value in values]
+        return any(found)
 
-    def _object(self, owner: Any, name: str, depth: int) -> None:
+    def _dictionary(self, value: dict[Any, Any], name: str, depth: int) -> bool:
+        modes = [self._mode(item, f"{name}[{key!r}]", depth + 1) for key, item in list(value.items())]
+        if self._within:
+            # The function itself may add entries.
+            for key, mode in zip(value, modes, strict=True):
+                if mode != _IGNORED:
+                    self._watched.item(value, key, mode, f"{name}[{key!r}]")
+        elif any(modes):
+            self._watched.mapping(value, modes, name)
+        return any(modes)
+
+    def _sequence(self, value: Any, name: str, depth: int) -> bool:
+        modes = [self._mode(item, name, depth + 1) for item in list(value)]
+        # Within the call a list must not grow, because replays would not append to it.
+        if any(modes) or self._within:
+            self._watched.sequence(value, modes, name)
+        return any(modes)
+
+    def _object(self, owner: Any, name: str, depth: int) -> bool:
         """An object of a class of the program, or a module of Python: the attributes that its functions name."""
         file = getattr(owner, "__file__", None) if isinstance(owner, ModuleType) else None
         if isinstance(owner, ModuleType) and (file is None or is_library(file)):
-            return
+            return False
         if not isinstance(owner, ModuleType) and not _is_of_program(owner):
-            return
-        for slot in _slots(type(owner)):
-            if slot in self._names and hasattr(owner, slot):
-                value = getattr(owner, slot)
-                if self._mode(value) != _IGNORED:
-                    self._watched.attribute(owner, slot, self._mode(value), f"{name}.{slot}")
-                self._value(value, f"{name}.{slot}", depth + 1)
+            return False
+        found = [self._slot(owner, slot, f"{name}.{slot}", depth + 1) for slot in _slots(type(owner))]
         own = getattr(owner, "__dict__", None)
         if not isinstance(own, dict):
-            return
-        for key in list(own):
-            if key in self._names:
-                self._variable(own, key, own[key], f"{name}.{key}", depth + 1)
+            return any(found)
+        found += [
+            self._variable(own, key, own[key], f"{name}.{key}", depth + 1) for key in list(own) if key in self._names
+        ]
+        return self._class_of(owner, own, name, depth) or any(found)
+
+    def _slot(self, owner: Any, slot: str, name: str, depth: int) -> bool:
+        if slot not in self._names or not hasattr(owner, slot):
+            return False
+        value = getattr(owner, slot)
+        mode = self._mode(value, name, depth)
+        if mode != _IGNORED:
+            self._watched.attribute(owner, slot, mode, name)
+        return mode != _IGNORED
+
+    def _class_of(self, owner: Any, own: dict[str, Any], name: str, depth: int) -> bool:
+        """What an object has from its class, and that it has none of its own instead."""
+        found = False
+        for kind in type(owner).__mro__:
+            if not _is_standard(kind):
+                for key in self._attributes(kind):
+                    self._watched.item(own, key, _SAME if key not in own else _IGNORED, f"{name}.{key}")
+                found = self._class(kind, kind.__name__, depth) or found
+        return found
+
+    def _class(self, kind: type, name: str, depth: int) -> bool:
+        """The attributes of a class of the program that its functions name, methods aside."""
+        if _is_standard(kind) or issubclass(kind, Enum):
+            return False
+        # What vars() gives only shows the dictionary.
+        (own,) = gc.get_referents(vars(kind))
+        found = [self._variable(own, k, own[k], f"{name}.{k}", depth + 1) for k in self._attributes(kind)]
+        return any(found)
+
+    def _attributes(self, kind: type) -> list[str]:
+        methods = (FunctionType, property, staticmethod, classmethod)
+        return [key for key, value in vars(kind).items() if key in self._names and not isinstance(value, methods)]
+
+
+def _is_standard(kind: type) -> bool:
+    """Whether a class is of a package whose attributes no program changes."""
+    return kind.__module__.partition(".")[0] in ("builtins", "fastmlp", "numpy", "torch")
 
 
 def _is_of_program(value: Any) -> bool:

@@ -51,6 +51,7 @@ class Memory:
         tensor: for "unseen" the tensor; for "constant" a copy of it.
         place: where the program used it first.
         written: whether an operation writes there.
+        device: where it is.
     """
 
     source: tuple[Any, ...]
@@ -58,6 +59,7 @@ class Memory:
     tensor: Tensor | None
     place: str
     written: bool = False
+    device: str = "cpu"
 
 
 @dataclass(slots=True)
@@ -224,7 +226,7 @@ def _by_name(operation: Operation) -> dict[str, Any]:
 
 
 def _memories_part(a: Memory, b: Memory) -> str | None:
-    if a.source != b.source or a.bytes != b.bytes:
+    if a.source != b.source or a.bytes != b.bytes or a.device != b.device:
         return "a tensor comes from elsewhere, or has another size, than in the call before: pass it as an argument"
     if a.source == ("unseen",) and a.tensor is not b.tensor:
         return (

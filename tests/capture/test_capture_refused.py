@@ -335,7 +335,7 @@ def subclass() -> Program:
     return Program(step, inputs())
 
 
-@refused("cannot be on a tape: it is on meta", "use tensors of the CPU")
+@refused("cannot be on a tape: it is on meta", "use tensors of the CPU, or of a GPU of CUDA")
 def on_another_device() -> Program:
     weight = torch.ones(3, 4, device="meta")
 

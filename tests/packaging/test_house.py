@@ -145,7 +145,9 @@ NAME_DEVICES = {
     "csrc/capture/direct.cpp": "torch's kernels of the host bear its name",
     "fastmlp/__main__.py": "--device of the benchmark",
     "fastmlp/bench.py": "its networks and batches are chosen for each device",
-    "fastmlp/tape/recorder.py": "what it records is replayed on the host",
+    "fastmlp/tape/graphable.py": "a CUDA graph is one of CUDA",
+    "fastmlp/tape/recorder.py": "what it records is replayed on the host, or by a CUDA graph",
+    "fastmlp/tape/trace.py": "memory of a recording is on the host where nothing else is said",
     "fastmlp/trace/recording.py": "it records what torch says of tensors and of autocast, by torch's names",
     "fastmlp/tuning.py": "autotune is of the CUDA kernels alone",
 }
