@@ -284,7 +284,7 @@ class Recorder(RecordingMode):
         """Whether a tape can hold the tensor; refuses it otherwise."""
         why = None
         if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
-            why = f"it is a {type(tensor).__name__}: call as_subclass(torch.Tensor)"
+            why = f"it is of type {type(tensor).__name__}: call as_subclass(torch.Tensor)"
         elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
             why = f"it is sparse, quantized or nested ({tensor.layout}): use a dense tensor"
         elif tensor.device.type not in ("cpu", "cuda"):
