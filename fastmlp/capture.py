@@ -100,7 +100,8 @@ class Captured(Generic[P, R]):
             self._eager: list[Any] = []
             self._is_eager = False
             self._warned = False
-            self._tapes: list[Lowered] = []
+            self._recordings.alive = {}
+            self._tapes: dict[int, Lowered] = {}
             self._graphs: list[graphs.Graph] = []
             self._alive: list[Any] = []
             self._leaves: dict[int, Tensor] = {}
@@ -120,7 +121,7 @@ class Captured(Generic[P, R]):
 
     def report(self) -> Report:
         """What was recorded: for each tape its operations, what became of them, and memory in bytes."""
-        tapes = [TapeReport.of(lowered) for lowered in self._tapes] + [graph.report for graph in self._graphs]
+        tapes = [TapeReport.of(lowered) for lowered in self._tapes.values()] + [graph.report for graph in self._graphs]
         return Report(self._name, self.calls, self.replays, tapes)
 
     def __repr__(self) -> str:
@@ -229,6 +230,8 @@ class Captured(Generic[P, R]):
         for each in (signature, returned):
             each.forget_tensors()
         recorder.seen.function(self._function)
+        for value in signature.objects:
+            recorder.seen.argument(value)
         why = recorder.refused or self._changed_within(before) or graphable.obstacle(recorder.trace)
         if why is None:
             last = pending.last(recorder.trace)
@@ -304,9 +307,11 @@ class Captured(Generic[P, R]):
             return
         lowered = lower(trace, self._fuse)
         watched = recorder.seen.both(seen).watch(_held(trace), within=False)
-        self._alive.append((watched, signature.borrowed, trace.returned.borrowed, lowered.stops))
-        self._recordings.add(lowered.tape, signature, trace.returned, watched.watch, lowered.stops)
-        self._tapes.append(lowered)
+        number = self._recordings.add(lowered.tape, signature, trace.returned, watched.watch, lowered.stops)
+        alive = watched, signature.borrowed, trace.returned.borrowed, lowered.stops
+        kept = self._recordings.ids()
+        self._recordings.alive = {i: one for i, one in {**self._recordings.alive, number: alive}.items() if i in kept}
+        self._tapes = {i: one for i, one in {**self._tapes, number: lowered}.items() if i in kept}
         lowered.forget()
         self._pending.remove(pending)
 

@@ -74,11 +74,28 @@ _IN_WORDS = " or ".join(f"the {name.upper()}" for name in _C.training_devices())
 _ELSEWHERE = " (for other devices write the loop's four lines, with a fastmlp.Sequential or MLP and any optimizer)"
 
 
+_CAPTURE = (
+    "fastmlp.capture takes loops of any kind: put these lines into a function, and decorate it with @fastmlp.capture"
+)
+
+
+class _Beyond(str):
+    """An obstacle to a loop that is right as it is, but that no `TrainStep` is made for."""
+
+
+def _beyond(problem: str) -> str:
+    return _Beyond(problem)
+
+
 def explain(model: nn.Module, loss_fn: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """A sentence for each obstacle."""
+    """A sentence for each obstacle, and a last one where `fastmlp.capture` needs no change at all."""
     of_model, of_optimizer = _model_problems(model), _optimizer_problems(optimizer)
     together = [] if of_model or of_optimizer else _ownership_problems(model, optimizer)
-    return (*of_model, *_loss_problems(loss_fn), *of_optimizer, *together)
+    found = [*of_model, *_loss_problems(loss_fn), *of_optimizer, *together]
+    beyond = all(isinstance(problem, _Beyond) for problem in found)
+    if found and beyond and all(parameter.device.type in _DEVICES for parameter in model.parameters()):
+        found.append(_CAPTURE)
+    return tuple(map(str, found))
 
 
 def _model_problems(model: nn.Module) -> list[str]:
@@ -90,9 +107,10 @@ def _model_problems(model: nn.Module) -> list[str]:
         children = model.named_children() if isinstance(model, nn.Module) else ()
         found = [problem for name, module in children for problem in _child_problems(name, module)]
         text = str(error).removeprefix("fastmlp: ")
-        return found if text in found else [text, *found]
+        found = found if text in found else [text, *found]
+        return [_beyond(problem) for problem in found] if isinstance(model, nn.Module) else found
     called = [
-        f"{name or 'model'} ({type(module).__name__}) has a __call__ of its own, which would not be called"
+        _beyond(f"{name or 'model'} ({type(module).__name__}) has a __call__ of its own, which would not be called")
         for name, module in model.named_modules()
         if type(module).__call__ not in CALLS and not isinstance(module, fx.GraphModule)
     ]
@@ -115,7 +133,8 @@ def _chain_problems(chain: Sequence[Link]) -> list[str]:
     for part in parts({str(i): link.module for i, link in enumerate(chain)}):
         if isinstance(part, Alone):
             name, module = chain[int(part.name)]
-            found.append(f"{name or 'model'} ({type(module).__name__}) cannot run with the others: {part.reason}")
+            text = f"{name or 'model'} ({type(module).__name__}) cannot run with the others: {part.reason}"
+            found.append(_beyond(text))
     return found if found or chain else ["model has no layers"]
 
 
@@ -130,7 +149,8 @@ def _parameter_problems(chain: Sequence[Link]) -> list[str]:
                 continue
             first = parameter if first is None else first
             if parameter in seen:
-                found.append(f"{name} is {seen[parameter]} once more, whose gradients would have to be added up")
+                text = f"{name} is {seen[parameter]} once more, whose gradients would have to be added up"
+                found.append(_beyond(text))
             seen.setdefault(parameter, name)
             if _C.has_hooks(parameter):
                 found.append(
@@ -194,11 +214,12 @@ def _loss_problems(loss_fn: nn.Module) -> list[str]:
         return [f"loss_fn is the class {loss_fn.__name__}, expected an instance of it: {loss_fn.__name__}()"]
     if kind not in LOSSES:
         expected = ", ".join(loss.__name__ for loss in LOSSES)
-        return [f"loss_fn is of type {kind.__name__}, expected exactly one of torch.nn's {expected}"]
+        text = f"loss_fn is of type {kind.__name__}, expected exactly one of torch.nn's {expected}"
+        return [_beyond(text) if callable(loss_fn) else text]
     assert isinstance(loss_fn, _Loss)
     found = []
     if kind.forward is not FORWARDS[kind] or "forward" in loss_fn.__dict__:
-        found.append("the forward of loss_fn was replaced")
+        found.append(_beyond("the forward of loss_fn was replaced"))
     if kind.__call__ is not CALLS[0]:
         found.append(f"the __call__ of {kind.__name__}, or of torch.nn.Module, was replaced")
     if loss_fn._compiled_call_impl is not None:
@@ -230,7 +251,8 @@ def _loss_problems(loss_fn: nn.Module) -> list[str]:
         elif (reason := _C.obstacle(buffer.float(), ())) is not None:
             found.append(f"the {name} of loss_fn must be a plain tensor: {reason}")
     if description.unweighted is not None and getattr(loss_fn, description.unweighted) is not None:
-        found.append(f"loss_fn has a {description.unweighted} for each element of a batch, expected None")
+        text = f"loss_fn has a {description.unweighted} for each element of a batch, expected None"
+        found.append(_beyond(text))
     return found
 
 
@@ -241,7 +263,10 @@ def _optimizer_problems(optimizer: torch.optim.Optimizer) -> list[str]:
     if kind not in OPTIMIZERS:
         *names, last = optim.RULES
         expected = f"exactly an {', '.join(names)} or {last} of torch.optim or fastmlp.optim"
-        return [f"optimizer is of type {kind.__name__}, expected {expected}"]
+        text = f"optimizer is of type {kind.__name__}, expected {expected}"
+        # LBFGS steps by a closure only, which a captured function cannot give it.
+        steps = isinstance(optimizer, torch.optim.Optimizer) and not isinstance(optimizer, torch.optim.LBFGS)
+        return [_beyond(text) if steps else text]
     found = [
         f"group {i} of optimizer is {name}"
         for i, group in enumerate(optimizer.param_groups)

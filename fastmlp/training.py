@@ -76,6 +76,7 @@ class TrainStep:
 
     Raises:
         TypeError: if any of the three is not as above; the message says what would have to change, as `explain` does.
+            Loops with other models, losses and optimizers are what `fastmlp.capture` is for.
             Also for options of another type.
         ValueError: for options out of range, or that do not go together.
 
@@ -214,12 +215,16 @@ class TrainStep:
             optimizer: of any class.
 
         Returns:
-            A sentence for each obstacle; none if there is none.
+            A sentence for each obstacle, and a last one where `fastmlp.capture` takes the loop as it is. None if there
+            is no obstacle.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(10, 50), nn.LayerNorm(50))
-            >>> TrainStep.explain(model, nn.MSELoss(), torch.optim.Adam(model.parameters()))
-            ('1 (LayerNorm) cannot be part of a chain of layers: LayerNorm is not a module that is fused',)
+            >>> reason, instead = TrainStep.explain(model, nn.MSELoss(), torch.optim.Adam(model.parameters()))
+            >>> reason
+            '1 (LayerNorm) cannot be part of a chain of layers: LayerNorm is not a module that is fused'
+            >>> instead.partition(":")[0]
+            'fastmlp.capture takes loops of any kind'
         """
         return problems.explain(model, loss_fn, optimizer)
 

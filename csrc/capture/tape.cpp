@@ -26,10 +26,14 @@ class BelowModes {
   c10::impl::ExcludeDispatchKeyGuard below_autocast_{c10::autocast_dispatch_keyset};
 };
 
-// The keys that a tensor of the host has.
+// The keys that a tensor of the host has, which are others under inference_mode.
 c10::DispatchKeySet host_keys() {
-  static const c10::DispatchKeySet keys = at::empty({0}, host).key_set();
-  return keys;
+  static const auto keys_under = [](bool inference) {
+    const c10::InferenceMode mode(inference);
+    return at::empty({0}, host).key_set();
+  };
+  static const c10::DispatchKeySet usual = keys_under(false), inference = keys_under(true);
+  return c10::InferenceMode::is_enabled() ? inference : usual;
 }
 
 // Memory of somebody else's, under a storage of ours.
@@ -165,9 +169,8 @@ bool Tape::fits(const External& external) const {
          tensor.strides() == at::IntArrayRef(external.strides);
 }
 
-bool Tape::fits(at::TensorList arguments) const {
-  // The externals are asked for by the functions above.
-  const_cast<Tape*>(this)->arguments_.assign(arguments.begin(), arguments.end());
+bool Tape::fits(at::TensorList arguments) {
+  arguments_.assign(arguments.begin(), arguments.end());
   return std::all_of(externals_.begin(), externals_.end(), [&](const External& one) {
     return fits(one) && !(one.starts_without_grad && found(one).grad().defined());
   });
@@ -190,17 +193,21 @@ void Tape::renew(int memory) {
   }
 }
 
-// Whether somebody else than its leaf has a gradient, or a view of it.
+// Whether somebody else than its leaf has a gradient, or a view of it, or this replay reads what the last one left.
 bool Tape::is_held(int memory) const {
+  const c10::Storage& own = memories_[size_t(memory)].own;
+  for (const External& external : externals_) {
+    if (found(external).storage().is_alias_of(own)) return true;
+  }
   size_t known = 1;  // the tape itself
   for (const Grad& grad : grads_) {
     if (tensors_[size_t(grad.tensor)].memory != memory) continue;
     known++;
     const at::Tensor& leaf = found(externals_[size_t(grad.external)]);
     const bool in_place = leaf.defined() && leaf.grad().is_same(grad.seen);
-    if (grad.seen.use_count() > 1 + in_place) return true;
+    if (size_t(grad.seen.use_count()) > (in_place ? 2u : 1u)) return true;
   }
-  return memories_[size_t(memory)].own.use_count() > known;
+  return own.use_count() > known;
 }
 
 void Tape::refresh() {
@@ -326,6 +333,7 @@ std::vector<at::Tensor> Tape::results() {
       all.push_back(whole.as_strided(like.sizes(), like.strides(), whole.storage_offset() + like.storage_offset()));
     } else {
       const size_t index = size_t(std::find(fresh_.begin(), fresh_.end(), member.memory) - fresh_.begin());
+      const c10::InferenceMode mode(result.inference);
       all.push_back(
           tensor_on(outputs_.at(index), like.scalar_type(), like.sizes(), like.strides(), like.storage_offset()));
     }

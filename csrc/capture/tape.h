@@ -44,6 +44,7 @@ struct Result {
   int tensor = -1;    // one of the tape's, or -1: an external itself
   int external = -1;  // that it is, or of whose memory it is a view
   bool requires_grad = false;
+  bool inference = false;  // as torch calls what was made under inference_mode
 };
 
 class Tape {
@@ -72,7 +73,7 @@ class Tape {
   // What replaying asks for, in this order: fits(), start(), run() until it says that all is done, results(), end().
 
   // Whether the externals are as they were. `arguments` are the tensors of the call.
-  bool fits(at::TensorList arguments) const;
+  bool fits(at::TensorList arguments);
   void start(at::TensorList arguments);
   // Finds externals again after code of somebody else ran.
   void refresh();

@@ -51,7 +51,8 @@ class Form {
   at::ScalarType dtype_ = at::kFloat;
   std::vector<int64_t> sizes_, strides_;
   bool requires_grad_ = false;
-  size_t first_ = 0;  // the first tensor of the call that is the same one
+  std::array<Py_ssize_t, 2> hooks_ = {};  // arguments with hooks are not recorded
+  size_t first_ = 0;                      // the first tensor of the call that is the same one
 };
 
 // Whether two values of Python that cannot change are equal; false for all others, unless they are one object.
@@ -72,7 +73,7 @@ class Surroundings {
   void add_item(const py::dict& dict, const py::object& key, int mode);
   void add_sequence(const py::object& list_or_tuple, const std::vector<int>& modes);
   void add_cell(const py::object& cell, int mode);
-  // An attribute that is in no dictionary, such as one in a slot; missing is a value too.
+  // An attribute that is in no dictionary.
   void add_attribute(const py::object& owner, const py::str& name, int mode);
   // The hooks that autograd runs for a tensor.
   void add_hooks(const py::object& tensor);
@@ -132,7 +133,7 @@ struct Recording {
   Surroundings watch;
   std::shared_ptr<Tape> tape;
   std::vector<Stop> stops;
-  int64_t replays = 0;
+  int64_t id = 0;
 };
 
 // The recordings of one function.
@@ -140,8 +141,9 @@ class Recordings {
  public:
   // The result of a replay; none if no recording is of these arguments.
   std::optional<py::object> replay(const py::tuple& args, const py::dict& kwargs);
-  void add(std::unique_ptr<Recording> recording);
-  void clear() { all_.clear(); }
+  // Its number. Of many, those are dropped that were not replayed for longest; ids() are the numbers of the others.
+  int64_t add(std::unique_ptr<Recording> recording);
+  std::vector<int64_t> ids() const;
   int64_t replays() const { return replays_; }
   size_t size() const { return all_.size(); }
 
@@ -153,7 +155,7 @@ class Recordings {
   void run_stop(const Stop& stop);
 
   std::vector<std::shared_ptr<Recording>> all_;  // the one that was replayed last comes first
-  int64_t replays_ = 0;
+  int64_t replays_ = 0, added_ = 0;
   std::mutex mutex_;
   std::condition_variable free_;
   std::thread::id running_;  // default: none

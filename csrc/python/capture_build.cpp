@@ -62,9 +62,10 @@ int add_external(Tape& tape, int memory, const at::Tensor& like, int argument, i
 }
 
 void finish(Tape& tape, const std::vector<std::pair<int, int>>& lifetimes,
-            const std::vector<std::tuple<int, int, bool>>& results) {
+            const std::vector<std::tuple<int, int, bool, bool>>& results) {
   std::vector<Result> all;
-  for (const auto& [tensor, external, requires_grad] : results) all.push_back({tensor, external, requires_grad});
+  for (const auto& [tensor, external, requires_grad, inference] : results)
+    all.push_back({tensor, external, requires_grad, inference});
   tape.finish(lifetimes, std::move(all));
 }
 
@@ -94,13 +95,13 @@ py::list borrowed_by(const Call& call) {
   return objects;
 }
 
-void add_recording(Recordings& all, const std::shared_ptr<Tape>& tape, const Call& call, const Call& returned,
-                   const Surroundings& surroundings,
-                   const std::vector<std::tuple<py::object, py::object, int>>& stops) {
+int64_t add_recording(Recordings& all, const std::shared_ptr<Tape>& tape, const Call& call, const Call& returned,
+                      const Surroundings& surroundings,
+                      const std::vector<std::tuple<py::object, py::object, int>>& stops) {
   auto recording =
       std::make_unique<Recording>(Recording{call.signature, returned.signature.args, surroundings, tape, {}});
   for (const auto& [optimizer, step, rule] : stops) recording->stops.push_back({optimizer.ptr(), step.ptr(), rule});
-  all.add(std::move(recording));
+  return all.add(std::move(recording));
 }
 
 }  // namespace
@@ -147,12 +148,13 @@ void add_capture(py::module_& m) {
       .def("forget_tensors", [](Call& call) { call.tensors.clear(); })
       .def_property_readonly("borrowed", &borrowed_by)
       .def_property_readonly("objects", &objects_of);
-  py::class_<Recordings>(m, "Recordings")
+  // With attributes, for what recordings borrow: it lives as long as a call of this object.
+  py::class_<Recordings>(m, "Recordings", py::dynamic_attr())
       .def(py::init<>())
       .def("replay", [](Recordings& all, const py::tuple& args, const py::dict& kwargs,
                         const py::object& otherwise) { return all.replay(args, kwargs).value_or(otherwise); })
       .def("add", &add_recording)
-      .def("clear", &Recordings::clear)
+      .def("ids", &Recordings::ids)
       .def("__len__", &Recordings::size)
       .def_property_readonly("replays", &Recordings::replays);
   m.def("wrapped_number", &wrapped_number);

@@ -51,6 +51,7 @@ Form::Form(PyObject* object, std::vector<at::Tensor>& tensors) : type_(Py_TYPE(o
     sizes_ = tensor.sizes().vec();
     strides_ = tensor.strides().vec();
     requires_grad_ = tensor.requires_grad();
+    hooks_ = hooks_of_tensor(object);
     for (first_ = 0; first_ < tensors.size() && !tensors[first_].is_same(tensor); first_++) continue;
     tensors.push_back(tensor);
   } else if (is_plain_value(object)) {
@@ -76,8 +77,7 @@ bool Form::match_tensor(PyObject* object, const std::vector<at::Tensor>& tensors
   if (tensor.scalar_type() != dtype_ || tensor.sizes() != at::IntArrayRef(sizes_) ||
       tensor.strides() != at::IntArrayRef(strides_) || tensor.requires_grad() != requires_grad_)
     return false;
-  // Hooks belong to one tensor, and a recording is of all that look alike.
-  if (requires_grad_ && hooks_of_tensor(object) != std::array<Py_ssize_t, 2>{}) return false;
+  if (requires_grad_ && hooks_of_tensor(object) != hooks_) return false;
   size_t first = 0;
   while (first < tensors.size() && !tensors[first].is_same(tensor)) first++;
   return first == first_;

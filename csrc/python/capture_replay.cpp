@@ -94,10 +94,20 @@ class Recordings::Turn {
   Recordings& all_;
 };
 
-void Recordings::add(std::unique_ptr<Recording> recording) {
+int64_t Recordings::add(std::unique_ptr<Recording> recording) {
   constexpr size_t kept = 8;
+  // What a dropped recording borrows may end with it.
+  const Turn turn(*this);
+  recording->id = ++added_;
   all_.insert(all_.begin(), std::shared_ptr<Recording>(std::move(recording)));
   if (all_.size() > kept) all_.pop_back();
+  return added_;
+}
+
+std::vector<int64_t> Recordings::ids() const {
+  std::vector<int64_t> ids;
+  for (const auto& recording : all_) ids.push_back(recording->id);
+  return ids;
 }
 
 std::optional<py::object> Recordings::replay(const py::tuple& args, const py::dict& kwargs) {
@@ -147,7 +157,6 @@ py::object Recordings::run(Recording& recording, const std::vector<at::Tensor>& 
     const py::gil_scoped_release released;
     tape.run();
   }
-  recording.replays++;
   replays_++;
   std::vector<at::Tensor> results = tape.results();
   for (size_t i = 0; i < results.size(); i++) {

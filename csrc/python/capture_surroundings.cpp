@@ -15,20 +15,6 @@ std::array<Py_ssize_t, 2> hooks_of_tensor(PyObject* tensor) {
   return {count(variable->backward_hooks), count(variable->post_accumulate_grad_hooks)};
 }
 
-namespace {
-
-// Null if there is none.
-py::object attribute_of(PyObject* owner, PyObject* name) {
-  PyObject* const value = PyObject_GetAttr(owner, name);
-  if (!value) {
-    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
-    PyErr_Clear();
-  }
-  return py::reinterpret_steal<py::object>(value);
-}
-
-}  // namespace
-
 bool Surroundings::Entry::is(PyObject* now) const {
   switch (mode) {
     case ignored:
@@ -64,8 +50,8 @@ bool Surroundings::Watched::unchanged() const {
     case cell:
       return entries[0].is(PyCell_GET(holder));
     case attribute: {
-      const py::object now = attribute_of(holder, key);
-      return entries[0].is(now.ptr());
+      const py::object value = py::getattr(holder, key, py::handle());
+      return entries[0].is(value.ptr());
     }
     case hooks:
       return hooks_of_tensor(holder) == counts;
@@ -98,7 +84,8 @@ void Surroundings::add_cell(const py::object& cell, int mode) {
 }
 
 void Surroundings::add_attribute(const py::object& owner, const py::str& name, int mode) {
-  all_.push_back({Watched::attribute, owner.ptr(), name.ptr(), {{attribute_of(owner.ptr(), name.ptr()).ptr(), mode}}});
+  const py::object value = owner.attr(name);
+  all_.push_back({Watched::attribute, owner.ptr(), name.ptr(), {{value.ptr(), mode}}});
 }
 
 void Surroundings::add_hooks(const py::object& tensor) {

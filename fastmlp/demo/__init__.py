@@ -1,8 +1,8 @@
 """The demo: PyTorch's tutorial with `fastmlp`, beside PyTorch itself, on real data.
 
 Run by `python -m fastmlp demo`. Networks and data are those of tasks.py, trained as training.py says: by PyTorch's
-loop, by the same loop on fastmlp's network, and by `fastmlp.TrainStep`; then served frozen. report.py shows what was
-found out. Two things are asserted, and a `DemoFailure` names what broke:
+loop, by the same loop on fastmlp's network, by `fastmlp.TrainStep`, and by the loop captured; then served frozen.
+report.py shows what was found out. Two things are asserted, and a `DemoFailure` names what broke:
 
 - In float64, at every step, fastmlp and PyTorch start from the same parameters and see the same batch. Their losses
   and every entry of their gradients differ by no more than rounding allows, as do the parameters after a `TrainStep`

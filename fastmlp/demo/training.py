@@ -1,7 +1,8 @@
 """How the demo trains: the contenders, the comparison step by step, and the race.
 
-Called by the demo's `main`. Three contenders start from the same parameters: PyTorch's loop on PyTorch's network, the
-same loop on fastmlp's, and `fastmlp.TrainStep` on PyTorch's. What PyTorch's network has learnt is served frozen, too.
+Called by the demo's `main`. Four contenders start from the same parameters: PyTorch's loop on PyTorch's network, the
+same loop on fastmlp's, and on PyTorch's again `fastmlp.TrainStep` and the loop's lines captured by `fastmlp.capture`.
+The comparison is of the first three; the race is of all. What PyTorch's network has learnt is served frozen.
 """
 
 import copy
@@ -18,11 +19,13 @@ from fastmlp.demo.bounds import output_bounds, rounding_bounds, update_bounds
 from fastmlp.demo.tasks import Batch, Task, cast, shuffled
 
 __all__ = [
+    "CAPTURED",
     "FAST",
     "FROZEN",
     "NATIVE",
     "STEPPED",
     "Agreement",
+    "Captured",
     "Closeness",
     "Contender",
     "DemoFailure",
@@ -33,7 +36,7 @@ __all__ = [
 ]
 
 #: The names of the contenders, which head the columns of the tables.
-NATIVE, FAST, STEPPED, FROZEN = "PyTorch", "fastmlp", "TrainStep", "frozen"
+NATIVE, FAST, STEPPED, CAPTURED, FROZEN = "PyTorch", "fastmlp", "TrainStep", "captured", "frozen"
 
 #: So many rows are predicted one by one, so many times, to be timed.
 PREDICTED, ROUNDS = 100, 15
@@ -124,6 +127,26 @@ class Stepped(Contender):
         """Takes over parameters, learning rate and the optimizer's state."""
         self.model.load_state_dict(other.model.state_dict())
         self.optimizer.load_state_dict(copy.deepcopy(other.optimizer.state_dict()))  # which would be shared otherwise
+
+
+class Captured(Contender):
+    """PyTorch's network, loss and optimizer, with the four lines as a function that is captured."""
+
+    def __init__(self, task: Task, dtype: torch.dtype, epochs: int, seed: int) -> None:
+        super().__init__(task, task.native, dtype, epochs, seed)
+
+        def step(x: Tensor, y: Tensor) -> Tensor:
+            self.optimizer.zero_grad()
+            loss: Tensor = self.task.loss(self.model(x), y)
+            loss.backward()
+            self.optimizer.step()
+            return loss.detach()
+
+        self.step = fastmlp.capture(step)
+
+    def steps(self, batches: list[Batch]) -> list[Tensor]:
+        """One call for each batch."""
+        return [self.step(x, y) for x, y in batches]
 
 
 def contenders(task: Task, dtype: torch.dtype, epochs: int, seed: int) -> tuple[Contender, Contender, Stepped]:
@@ -289,12 +312,15 @@ class Race:
 
 def race(task: Task, epochs: int, seed: int, tick: Callable[[], None]) -> Race:
     """Trains all, epoch by epoch in turn, so that whatever else the machine does meets all; then they predict."""
-    for warm_up in contenders(task, torch.float32, epochs, seed):
+
+    def entrants() -> dict[str, Contender]:
+        names, captured = (NATIVE, FAST, STEPPED), Captured(task, torch.float32, epochs, seed)
+        return {**dict(zip(names, contenders(task, torch.float32, epochs, seed), strict=True)), CAPTURED: captured}
+
+    for warm_up in entrants().values():
         warm_up.train(next(shuffled(task, torch.float32, epochs, seed)))
-    names = NATIVE, FAST, STEPPED
-    run = Race(
-        dict(zip(names, contenders(task, torch.float32, epochs, seed), strict=True)), {name: [] for name in names}
-    )
+    entered = entrants()
+    run = Race(entered, {name: [] for name in entered})
     for batches in shuffled(task, torch.float32, epochs, seed):
         for name, contender in run.contenders.items():
             run.seconds[name].append(contender.train(batches))

@@ -1,4 +1,4 @@
-"""Whether this thread records a captured function: what layers and networks ask, which a recorder itself depends on."""
+"""What layers and networks ask about recorders, which themselves depend on layers and networks."""
 
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 

@@ -63,7 +63,7 @@ class Functions(TorchFunctionMode):
 
     def _before_set(self, attribute: str, tensor: Tensor) -> None:
         if attribute == "grad":
-            self._recorder.gradients.add(tensor)
+            self._recorder.grad_will_be_set(tensor)
         elif attribute == "data" or (attribute == "requires_grad" and not self._recorder.is_made(tensor)):
             self._recorder.refuse(
                 f"tensor.{attribute} = ... within the captured function: do it outside, or write with copy_()"

@@ -58,14 +58,23 @@ class Gradients:
         elif leaf.grad is None or leaf.grad is not self._now[id(leaf)]:
             self._note(leaf, place)
 
+    def will_be_set(self, leaf: Tensor, place: str) -> None:
+        """The program is about to set the `.grad` of a leaf, which autograd may have set before."""
+        self.add(leaf)
+        self._sync(leaf, place)
+
     def sync(self, place: str) -> None:
         """Notes gradients that autograd has put into leaves since the last time."""
-        for key, leaf in list(self._leaves.items()):
-            if leaf.grad is self._now[key]:
-                continue
-            if self._start[key] is None and key not in self._cleared | self._set:
-                self._trace.starts_without_grad.add(self._trace.values[self._recorder.value_of(leaf, place)].memory)
-            self._note(leaf, place)
+        for leaf in self.leaves():
+            self._sync(leaf, place)
+
+    def _sync(self, leaf: Tensor, place: str) -> None:
+        key = id(leaf)
+        if leaf.grad is self._now[key]:
+            return
+        if self._start[key] is None and key not in self._cleared | self._set:
+            self._trace.starts_without_grad.add(self._trace.values[self._recorder.value_of(leaf, place)].memory)
+        self._note(leaf, place)
 
     def _is_touched(self, leaf: Tensor) -> bool:
         """Whether the trace tells of the leaf's gradient already."""

@@ -124,7 +124,9 @@ class Lowered:
                 self._steps += 1
             else:
                 self._optimizer(event)
-        results = [self._result(value, requires_grad) for value, requires_grad in trace.results]
+        results = [
+            (*self._result(value), requires_grad, inference) for value, requires_grad, inference in trace.results
+        ]
         self.tape.finish(
             [(first, max(first, last)) if last >= 0 else (0, 0) for first, last in self._lifetimes], results
         )
@@ -142,7 +144,7 @@ class Lowered:
             for event in trace.events
             if isinstance(event, Operation) and event.func._schema.name in _FACTORIES and event.outputs[0] is not None
         }
-        returned = {trace.values[value].memory for value, _ in trace.results}
+        returned = {trace.values[value].memory for value, *_ in trace.results}
         for i, memory in enumerate(trace.memories):
             if memory.source == ("constant",):
                 self._owners.append("tape")
@@ -378,8 +380,8 @@ class Lowered:
         self.tape.add_stop()
         self._steps += 1
 
-    def _result(self, value: int, requires_grad: bool) -> tuple[int, int, bool]:
-        """The tape's tensor of a result, the external that it is or views, and whether it requires a gradient."""
+    def _result(self, value: int) -> tuple[int, int]:
+        """The tape's tensor of a result, and the external that it is or views."""
         one = self.trace.values[value]
         owner = self._owners[one.memory]
         if owner in ("tape", "grad") or self.trace.memories[one.memory].source[0] == "grad":
@@ -390,12 +392,12 @@ class Lowered:
             content = self.tape.tensor(self._tensor(value))
             self._add_call("aten::copy_", "", (self.tape.tensor(target), content), {}, [], "a result")
             self._steps += 1
-            return target, -1, requires_grad
+            return target, -1
         if owner == "outside":
             external = self._externals[one.memory]
             first = next(i for i, other in enumerate(self.trace.values) if other.memory == one.memory)
-            return (-1 if first == value else self._tensor(value)), external, requires_grad
-        return self._tensor(value), -1, requires_grad
+            return (-1 if first == value else self._tensor(value)), external
+        return self._tensor(value), -1
 
 
 def _generator(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -414,7 +416,7 @@ def write_in_place(trace: Trace, owners: list[str], writes_given: Callable[[Oper
     for i, event in enumerate(trace.events):
         for value in trace.refs(event):
             last[trace.values[value].memory] = i
-    kept = {trace.values[value].memory for value, _ in trace.results}
+    kept = {trace.values[value].memory for value, *_ in trace.results}
     for i, event in enumerate(trace.events):
         if not isinstance(event, Operation) or torch.Tag.pointwise not in event.func.tags or len(event.outputs) != 1:
             continue

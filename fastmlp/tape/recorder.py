@@ -23,9 +23,8 @@ from fastmlp.tape.active import RecordingMode
 from fastmlp.tape.functions import Functions
 from fastmlp.tape.gradients import Gradients
 from fastmlp.tape.lower import PRIMS
-from fastmlp.tape.seen import Seen
+from fastmlp.tape.seen import Seen, is_program
 from fastmlp.tape.trace import CaptureError, Check, Memory, Operation, OptimizerStep, Ref, Trace, Value
-from fastmlp.trace.outside import is_library
 
 __all__ = ["Recorder"]
 
@@ -50,7 +49,7 @@ _OWN_FILE = __file__
 def _place(frame: FrameType | None) -> tuple[str, FrameType | None]:
     """The innermost line that is not of a library, and the library's frame that it called."""
     inner = None
-    while frame is not None and is_library(frame.f_code.co_filename):
+    while frame is not None and not is_program(frame.f_code.co_filename):
         if frame.f_code.co_filename != _OWN_FILE:
             inner = inner or frame
         frame = frame.f_back
@@ -174,7 +173,7 @@ class Recorder(RecordingMode):
             self._step(arguments[0], frame)
         elif code is _MODULE_CALL:
             self.seen.module(frame.f_locals["self"])
-        elif not is_library(code.co_filename):
+        elif is_program(code.co_filename):
             self.seen.frame(frame)
         elif code.co_name in ("step", "update", "unscale_"):
             owner = frame.f_locals.get("self")
@@ -211,6 +210,12 @@ class Recorder(RecordingMode):
         """Whether the function made the tensor itself."""
         known = self.known_value(tensor)
         return known is not None and self.trace.memories[self.trace.values[known].memory].tensor is not tensor
+
+    def grad_will_be_set(self, leaf: Tensor) -> None:
+        """The program is about to set the `.grad` of a leaf."""
+        place, _ = _place(sys._getframe(3))
+        with self._apart():
+            self.gradients.will_be_set(leaf, place)
 
     def grad_was_set(self, leaf: Tensor) -> None:
         """The program has set the `.grad` of a leaf."""
@@ -279,7 +284,7 @@ class Recorder(RecordingMode):
         """Whether a tape can hold the tensor; refuses it otherwise."""
         why = None
         if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
-            why = f"it is a {type(tensor).__name__}: call as_subclass(torch.Tensor)"
+            why = f"it is of type {type(tensor).__name__}: call as_subclass(torch.Tensor)"
         elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
             why = f"it is sparse, quantized or nested ({tensor.layout}): use a dense tensor"
         elif tensor.device.type not in ("cpu", "cuda"):
@@ -425,7 +430,7 @@ class Recorder(RecordingMode):
             return
         with self._apart():
             self.gradients.sync(place)
-            self.trace.results = [(self.value_of(tensor, place), tensor.requires_grad) for tensor in results]
+            self.trace.results = [(self.value_of(t, place), t.requires_grad, t.is_inference()) for t in results]
             self.trace.returned, self.trace.end = returned, place
 
 

@@ -7,11 +7,12 @@ change without a new object, such as elements of long lists, is not looked at: `
 """
 
 import gc
+import sys
 from collections.abc import Callable, Iterable
 from enum import Enum
 from functools import partial
 from numbers import Number
-from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fastmlp._load import _C
 from fastmlp.hooks import GLOBAL_HOOKS, HOOKS
 from fastmlp.trace.outside import is_library
 
-__all__ = ["Seen", "Watched"]
+__all__ = ["Seen", "Watched", "is_program"]
 
 _IGNORED, _SAME, _EQUAL = range(3)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -59,8 +60,15 @@ _INERT = frozenset(
 )
 #: Longer containers are not looked into.
 _ITEMS = 64
+#: How Python names the file of what was typed, or came by a pipe or from a notebook.
+_TYPED = ("<stdin", "<string", "<input", "<ipython", "<console", "<python-input")
 #: How far objects are followed from the function.
 _DEPTH = 4
+
+
+def is_program(file: str) -> bool:
+    """Whether a function of that file is of the user's program."""
+    return file.startswith(_TYPED) or not is_library(file)
 
 
 class Watched:
@@ -118,12 +126,12 @@ class Watched:
             self.watch.add_sequence(holder, modes)
             self._names.append(name)
 
-    def attribute(self, owner: Any, key: str, mode: int, name: str) -> None:
+    def attribute(self, owner: Any, name: str, mode: int, words: str) -> None:
         """Watches an attribute that is in no dictionary."""
-        if self._is_new("attribute", id(owner), key):
-            self.alive += [owner, key, getattr(owner, key, None)]
-            self.watch.add_attribute(owner, key, mode)
-            self._names.append(name)
+        if self._is_new("attribute", id(owner), name):
+            self.alive += [owner, name, getattr(owner, name)]
+            self.watch.add_attribute(owner, name, mode)
+            self._names.append(words)
 
     def cell(self, cell: Any, mode: int, name: str) -> None:
         """Watches a variable of a closure."""
@@ -152,6 +160,10 @@ class Seen:
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer stepped."""
         self._optimizers[id(optimizer)] = optimizer
+
+    def argument(self, value: Any) -> None:
+        """An object that the function got, which is told apart by identity."""
+        self._objects[id(value)] = value
 
     def frame(self, frame: FrameType) -> None:
         """A function of the program was called."""
@@ -290,7 +302,7 @@ class _Walk:
                 self._watched.mapping(state, [_SAME] * len(state), f"the state of {name}")
 
     def _function(self, function: FunctionType, depth: int) -> None:
-        if is_library(function.__code__.co_filename):
+        if not is_program(function.__code__.co_filename):
             return
         self._globals(function.__code__, function.__globals__, depth)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -362,35 +374,35 @@ class _Walk:
 
     def _sequence(self, value: Any, name: str, depth: int) -> bool:
         modes = [self._mode(item, name, depth + 1) for item in list(value)]
-        # The function itself may append what it computes.
-        if any(modes) and (not self._within or all(isinstance(item, (*_PLAIN, nn.Module)) for item in value)):
+        # Within the call a list must not grow, because replays would not append to it.
+        if any(modes) or self._within:
             self._watched.sequence(value, modes, name)
         return any(modes)
 
     def _object(self, owner: Any, name: str, depth: int) -> bool:
         """An object of a class of the program, or a module of Python: the attributes that its functions name."""
         file = getattr(owner, "__file__", None) if isinstance(owner, ModuleType) else None
-        if _is_standard(type(owner)) or (isinstance(owner, ModuleType) and (file is None or is_library(file))):
+        if isinstance(owner, ModuleType) and (file is None or is_library(file)):
             return False
-        in_slots = self._slots(owner, name, depth)
+        if not isinstance(owner, ModuleType) and not _is_of_program(owner):
+            return False
+        found = [self._slot(owner, slot, f"{name}.{slot}", depth + 1) for slot in _slots(type(owner))]
         own = getattr(owner, "__dict__", None)
         if not isinstance(own, dict):
-            return in_slots
-        found = [
+            return any(found)
+        found += [
             self._variable(own, key, own[key], f"{name}.{key}", depth + 1) for key in list(own) if key in self._names
         ]
-        return self._class_of(owner, own, name, depth) or any(found) or in_slots
+        return self._class_of(owner, own, name, depth) or any(found)
 
-    def _slots(self, owner: Any, name: str, depth: int) -> bool:
-        found = False
-        for kind in type(owner).__mro__:
-            for key, descriptor in vars(kind).items():
-                if isinstance(descriptor, MemberDescriptorType) and key in self._names and not _is_standard(kind):
-                    mode = self._mode(getattr(owner, key, None), f"{name}.{key}", depth + 1)
-                    found = found or mode != _IGNORED
-                    if mode != _IGNORED:
-                        self._watched.attribute(owner, key, mode, f"{name}.{key}")
-        return found
+    def _slot(self, owner: Any, slot: str, name: str, depth: int) -> bool:
+        if slot not in self._names or not hasattr(owner, slot):
+            return False
+        value = getattr(owner, slot)
+        mode = self._mode(value, name, depth)
+        if mode != _IGNORED:
+            self._watched.attribute(owner, slot, mode, name)
+        return mode != _IGNORED
 
     def _class_of(self, owner: Any, own: dict[str, Any], name: str, depth: int) -> bool:
         """What an object has from its class, and that it has none of its own instead."""
@@ -412,13 +424,26 @@ class _Walk:
         return any(found)
 
     def _attributes(self, kind: type) -> list[str]:
-        methods = (FunctionType, MemberDescriptorType, property, staticmethod, classmethod)
+        methods = (FunctionType, property, staticmethod, classmethod)
         return [key for key, value in vars(kind).items() if key in self._names and not isinstance(value, methods)]
 
 
 def _is_standard(kind: type) -> bool:
     """Whether a class is of a package whose attributes no program changes."""
     return kind.__module__.partition(".")[0] in ("builtins", "fastmlp", "numpy", "torch")
+
+
+def _is_of_program(value: Any) -> bool:
+    """Whether an object is of a class that is neither torch's nor ours nor Python's."""
+    module = sys.modules.get(type(value).__module__)
+    file = getattr(module, "__file__", None)
+    return type(value).__module__ == "__main__" or (file is not None and is_program(file))
+
+
+def _slots(kind: type) -> Iterable[str]:
+    for base in kind.__mro__:
+        slots = vars(base).get("__slots__", ())
+        yield from ((slots,) if isinstance(slots, str) else slots)
 
 
 def _names(code: CodeType) -> Iterable[str]:

@@ -122,7 +122,8 @@ class Trace:
             it became a tensor.
         cleared: leaves whose `.grad` the function set to None before anything else happened to it. That is no event,
             because `zero_grad()` passes over what is None already, as in a first call.
-        results: values of the tensors that were returned, in order, and whether each requires a gradient.
+        results: values of the tensors that were returned, in order, and of each whether it requires a gradient,
+            and whether it was made under inference_mode.
         returned: the form of what was returned, a `_C.Signature`.
         end: where the function is written.
     """
@@ -132,7 +133,7 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     starts_without_grad: set[int] = field(default_factory=set)
     cleared: list[Tensor] = field(default_factory=list)
-    results: list[tuple[int, bool]] = field(default_factory=list)
+    results: list[tuple[int, bool, bool]] = field(default_factory=list)
     returned: Any = None
     end: str = ""
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import fastmlp
 from tests.attack.cases import Case, Disagreement, play
+from tests.attack.fake import Fake, a_number_drawn
 from tests.attack.runner import Totals, Worker, attack, main
 from tests.attack.surfaces import SURFACES, run
-from tests.attack.test_captured import Fake, a_number_drawn
 from tests.support.training import OPTIMIZERS
 
 SECONDS = 115.0

@@ -1,6 +1,5 @@
 """Whether the attack on `fastmlp.capture` finds what it is there for: captures that go wrong, each in its own way."""
 
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import fastmlp
 from tests.attack.captured import PREFIX, judged
 from tests.attack.cases import Result, play
+from tests.attack.fake import Fake, a_number_drawn
 from tests.attack.runner import main
 from tests.attack.shorter import shortest
 from tests.attack.surfaces import SURFACES
@@ -44,36 +44,6 @@ def calls():
 """
 
 
-class Fake:
-    """A capture that runs the function as it is, and then does `wrong` where it says that it replays."""
-
-    def __init__(self, function: Callable[..., Any], wrong: Callable[["Fake", Any], Any]) -> None:
-        self.function, self.wrong, self.calls, self.replays = function, wrong, 0, 0
-        self.memory: Any = None
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        result = self.function(*args, **options)
-        self.calls += 1
-        if self.calls > 2:
-            self.replays += 1
-            result = self.wrong(self, result)
-        return result
-
-    def __get__(self, owner: Any, kind: Any = None) -> Any:
-        return types.MethodType(self, owner)
-
-    def reset(self) -> None:
-        self.calls = 0
-
-    @property
-    def net(self) -> Any:
-        return self.function.__globals__["net"]
-
-    @property
-    def optimizer(self) -> Any:
-        return self.function.__globals__["optimizer"]
-
-
 def right(fake: Fake, result: Any) -> Any:
     return result
 
@@ -90,11 +60,6 @@ def one_memory(fake: Fake, result: Any) -> Any:
 
 def another_structure(fake: Fake, result: Any) -> Any:
     return list(result)
-
-
-def a_number_drawn(fake: Fake, result: Any) -> Any:
-    torch.rand(1)
-    return result
 
 
 def a_parameter_off(fake: Fake, result: Any) -> Any:

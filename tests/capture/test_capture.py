@@ -320,3 +320,34 @@ def test_checks_of_distributions_are_made_at_replays() -> None:
         assert torch.equal(found, torch.distributions.Normal(torch.zeros(3), torch.ones(3)).rsample())
     with pytest.raises(ValueError, match=r"fastmlp: capture: a check of torch.s, called in .*test_capture\.py"):
         call(torch.zeros(3), -torch.ones(3))
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_gradients_that_the_function_sets_itself(held: bool) -> None:
+    """It reads what autograd has left in `.grad`, which is None in every second call."""
+
+    def run(capture: bool) -> list[Tensor]:
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def backward(x: Tensor, y: Tensor) -> None:
+            F.l1_loss(model(x), y).backward()
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.grad = parameter.grad.flip(0) * 0.5
+
+        function = fastmlp.capture(backward, fuse=False) if capture else backward
+        left = []
+        for i in range(14):
+            if i % 2 == 0:
+                optimizer.zero_grad()
+            function(*batch(i))
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            left += grads if held else [grad.clone() for grad in grads]
+            if i % 2:
+                optimizer.step()
+        if isinstance(function, fastmlp.Captured):
+            assert len(function.report().tapes) == 2
+        return left
+
+    assert all(map(torch.equal, run(False), run(True)))

@@ -885,3 +885,16 @@ def test_hooks_of_arguments_are_noticed() -> None:
     assert torch.equal(twin(tensors[5]), slope(tensors[5]))
     assert torch.equal(captured(tensors[0]), slope(tensors[0]))
     assert (captured.replays, twin.replays) == (3, 2)
+
+
+def test_results_may_have_hooks() -> None:
+    def doubled(x: Tensor) -> Tensor:
+        y = x * weight
+        y.register_hook(lambda gradient: gradient * 2)
+        return y
+
+    weight = nn.Parameter(torch.ones(4))
+    captured = fastmlp.capture(doubled)
+    for i in range(4):
+        assert torch.equal(captured(batch(i)[0]), batch(i)[0])
+    assert captured.replays == 2

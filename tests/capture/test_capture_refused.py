@@ -325,7 +325,7 @@ class Named(Tensor):
     pass
 
 
-@refused("cannot be on a tape: it is a Named", "call as_subclass(torch.Tensor)")
+@refused("cannot be on a tape: it is of type Named", "call as_subclass(torch.Tensor)")
 def subclass() -> Program:
     named = torch.ones(4).as_subclass(Named)
 

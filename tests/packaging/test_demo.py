@@ -63,6 +63,7 @@ def test_demo(tmp_path: Path) -> None:
     done = python("-W", "error", "-m", "fastmlp", "demo", "--output", "made/here", cwd=tmp_path)
     assert (tmp_path / "made/here/demo.png").read_bytes().startswith(PNG)
     assert done.stderr == ""
+    assert done.stdout.count(" captured") >= 5  # columns of both tables, the caption, the last line
     for text in (
         "fc1.weight  (50, 10)",
         "convert: fused  fc1 + relu + fc2",
@@ -82,6 +83,19 @@ def test_the_converted_network_is_plain_and_fused(demo: Any, tasks: "list[Task]"
     model = tasks[2].fast()
     assert [type(layer) for layer in (model.fc1, model.fc2)] == [nn.Linear, nn.Linear]
     assert [(entry.names, entry.reason) for entry in fusion_report(model)] == [(("fc1", "relu", "fc2"), "")]
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_the_captured_loop_is_the_loop(training: Any, tasks: "list[Task]", index: int) -> None:
+    """The same bits in three losses, of which two steps before the first replay decide."""
+    task = tasks[index]
+    plain = training.Contender(task, task.native, torch.float32, 1, 0)
+    captured = training.Captured(task, torch.float32, 1, 0)
+    batches = next(training.shuffled(task, torch.float32, 1, 0))
+    expected, found = (torch.stack(contender.steps(batches)) for contender in (plain, captured))
+    assert torch.equal(found[:3], expected[:3])
+    assert captured.step.replays == len(batches) - 3  # the first two are recorded, and the last, which is shorter
+    assert found.isfinite().all()
 
 
 class Skewed(torch.autograd.Function):

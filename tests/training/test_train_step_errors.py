@@ -142,6 +142,52 @@ def test_every_reason_is_given() -> None:
         assert word in text
 
 
+#: Of the refused models, losses and optimizers those of which the loop is right as it is.
+BEYOND = {
+    *("batch norm in eval mode", "dropout", "layer norm", "own layer", "not a chain", "parametrized"),
+    *("own loss", "another loss", "a function", "weight of BCE", "own optimizer", "Rprop", "NAdam"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BEYOND))
+def test_capture_is_named_and_takes_the_loop(case: str) -> None:
+    def state(captured: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = MODELS[case][0]() if case in MODELS else network()
+        loss_fn = LOSSES[case][0]() if case in LOSSES else nn.MSELoss()
+        optimizer = OPTIMIZERS[case][0](model) if case in OPTIMIZERS else sgd(model)
+        *_, last = explain(model, loss_fn, optimizer)
+        assert last.startswith("fastmlp.capture takes loops of any kind")
+        refused(model, loss_fn, optimizer, r"; fastmlp\.capture takes .* decorate it with @fastmlp\.capture$")
+
+        def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss: torch.Tensor = loss_fn(model(x), y)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        function = fastmlp.capture(step, fuse=False) if captured else step
+        width = 5 if case == "not a chain" else 3
+        found = [function(torch.randn(6, 4), torch.randn(6, width)) for _ in range(5)]
+        if isinstance(function, fastmlp.Captured):
+            assert function.replays == 3
+        return [*found, *(p.detach() for p in model.parameters())]
+
+    assert all(map(torch.equal, state(False), state(True)))
+
+
+@pytest.mark.parametrize("case", sorted({"mixed dtypes", "no layers", "meta", "no reduction", "LBFGS", "no optimizer"}))
+def test_capture_is_not_named_for_mistakes(case: str) -> None:
+    model = MODELS[case][0]() if case in MODELS else network()
+    loss_fn = LOSSES[case][0]() if case in LOSSES else nn.MSELoss()
+    if case in OPTIMIZERS:
+        optimizer = OPTIMIZERS[case][0](model)
+    else:
+        optimizer = torch.optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(1))], lr=0.1)
+    assert "capture" not in " ".join(explain(model, loss_fn, optimizer))
+
+
 def test_nothing_to_explain() -> None:
     for model in (network(), network(nn.Dropout(0.0)), network(nn.Dropout(0.5)).eval(), network(nn.Identity())):
         assert explain(model, nn.MSELoss(), sgd(model)) == ()
