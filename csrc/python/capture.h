@@ -73,7 +73,7 @@ class Surroundings {
   void add_item(const py::dict& dict, const py::object& key, int mode);
   void add_sequence(const py::object& list_or_tuple, const std::vector<int>& modes);
   void add_cell(const py::object& cell, int mode);
-  // An attribute that is in no dictionary.
+  // An attribute that is in no dictionary, such as one in a slot.
   void add_attribute(const py::object& owner, const py::str& name, int mode);
   // The hooks that autograd runs for a tensor.
   void add_hooks(const py::object& tensor);

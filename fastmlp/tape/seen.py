@@ -7,7 +7,6 @@ change without a new object, such as elements of long lists, is not looked at: `
 """
 
 import gc
-import sys
 from collections.abc import Callable, Iterable
 from enum import Enum
 from functools import partial
@@ -382,9 +381,7 @@ class _Walk:
     def _object(self, owner: Any, name: str, depth: int) -> bool:
         """An object of a class of the program, or a module of Python: the attributes that its functions name."""
         file = getattr(owner, "__file__", None) if isinstance(owner, ModuleType) else None
-        if isinstance(owner, ModuleType) and (file is None or is_library(file)):
-            return False
-        if not isinstance(owner, ModuleType) and not _is_of_program(owner):
+        if _is_standard(type(owner)) or (isinstance(owner, ModuleType) and (file is None or is_library(file))):
             return False
         found = [self._slot(owner, slot, f"{name}.{slot}", depth + 1) for slot in _slots(type(owner))]
         own = getattr(owner, "__dict__", None)
@@ -431,13 +428,6 @@ class _Walk:
 def _is_standard(kind: type) -> bool:
     """Whether a class is of a package whose attributes no program changes."""
     return kind.__module__.partition(".")[0] in ("builtins", "fastmlp", "numpy", "torch")
-
-
-def _is_of_program(value: Any) -> bool:
-    """Whether an object is of a class that is neither torch's nor ours nor Python's."""
-    module = sys.modules.get(type(value).__module__)
-    file = getattr(module, "__file__", None)
-    return type(value).__module__ == "__main__" or (file is not None and is_program(file))
 
 
 def _slots(kind: type) -> Iterable[str]:
