@@ -197,7 +197,7 @@ def test_memory_is_what_the_allocator_gave_out() -> None:
 @pytest.mark.parametrize("name", ["ppo b64", "sac critic b256", "vae b128", "burgers b128"])
 def test_a_twin_in_jax_has_the_losses_of_its_program(name: str) -> None:
     """With the same random numbers, over so many steps that optimizers and averages count."""
-    from benchmarks.programs.jax_twins import array
+    from benchmarks.jax_twins import array
 
     trainer, generator = JaxTrainer(training(name)), torch.Generator().manual_seed(0)
     shape, losses = trainer.twin.noise, []

@@ -179,18 +179,18 @@ class JaxTrainer(Trainer):
     @classmethod
     def takes(cls, training: Training) -> bool:
         """Those that are written in JAX."""
-        from benchmarks.programs.jax_twins import TWINS
+        from benchmarks.jax_twins import TWINS
 
         return training.name in TWINS
 
     def prepare(self, program: Program) -> Callable[..., Any]:
-        from benchmarks.programs.jax_twins import TWINS
+        from benchmarks.jax_twins import TWINS
 
         start_jax()
         self.twin = TWINS[self.training.name](program, PROGRAMS[self.training.name].batch)
         return self.twin.step
 
     def batch(self, i: int) -> tuple[Any, ...]:
-        from benchmarks.programs.jax_twins import array
+        from benchmarks.jax_twins import array
 
         return tuple(map(array, super().batch(i)))
