@@ -169,7 +169,7 @@ class Tape:
         grad_of: int,
         held: bool,
         written: bool,
-        starts_without_grad: bool,
+        starts_with_grad: bool | None,
     ) -> int: ...
     def add_call(
         self,

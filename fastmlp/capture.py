@@ -30,11 +30,11 @@ R = TypeVar("R")
 
 _NOTHING = object()
 #: Signatures that are remembered without a tape: more than there are tapes, and few enough to look through.
-_PENDING = 16
+_PENDING = 32
 #: Graphs that are kept.
 _GRAPHS = 8
 #: Recordings in a row without a replay after which something changes at every call.
-_RECORDINGS = 32
+_RECORDINGS = 64
 
 
 @dataclass

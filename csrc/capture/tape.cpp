@@ -172,7 +172,7 @@ bool Tape::fits(const External& external) const {
 bool Tape::fits(at::TensorList arguments) {
   arguments_.assign(arguments.begin(), arguments.end());
   return std::all_of(externals_.begin(), externals_.end(), [&](const External& one) {
-    return fits(one) && !(one.starts_without_grad && found(one).grad().defined());
+    return fits(one) && (!one.starts_with_grad || *one.starts_with_grad == found(one).grad().defined());
   });
 }
 

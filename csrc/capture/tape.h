@@ -36,7 +36,8 @@ struct External {
   at::ScalarType dtype = at::kFloat;
   std::vector<int64_t> sizes, strides;
   bool requires_grad = false;
-  bool starts_without_grad = false;  // the step is another one if there is a .grad when it begins
+  // Whether it has a .grad when the step begins, where the step would be another one otherwise.
+  std::optional<bool> starts_with_grad;
 };
 
 // A tensor that the caller gets.

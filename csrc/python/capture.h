@@ -85,6 +85,7 @@ class Surroundings {
   struct Entry {
     PyObject* value;  // borrowed; null for a missing one
     int mode;
+    PyObject* key = nullptr;  // of a dictionary all of whose entries are watched
     bool is(PyObject* now) const;
   };
   struct Watched {

@@ -5,6 +5,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <limits>
+#include <optional>
 
 #include "capture.h"
 #include "objects.h"
@@ -29,6 +30,9 @@ at::Tensor wrapped_number(const py::object& number) {
     tensor = at::scalar_tensor(number.cast<bool>(), at::kBool);
   } else if (PyLong_Check(number.ptr())) {
     tensor = at::scalar_tensor(number.cast<int64_t>(), at::kLong);
+  } else if (PyComplex_Check(number.ptr())) {
+    const Py_complex value = PyComplex_AsCComplex(number.ptr());
+    tensor = at::scalar_tensor(c10::complex<double>(value.real, value.imag), at::kComplexDouble);
   } else {
     tensor = at::scalar_tensor(number.cast<double>(), at::kDouble);
   }
@@ -46,7 +50,7 @@ void add_call(Tape& tape, const std::string& name, const std::string& overload, 
 }
 
 int add_external(Tape& tape, int memory, const at::Tensor& like, int argument, int grad_of, bool held, bool written,
-                 bool starts_without_grad) {
+                 std::optional<bool> starts_with_grad) {
   External external;
   external.memory = memory;
   external.argument = argument;
@@ -57,7 +61,7 @@ int add_external(Tape& tape, int memory, const at::Tensor& like, int argument, i
   external.sizes = like.sizes().vec();
   external.strides = like.strides().vec();
   external.requires_grad = like.requires_grad();
-  external.starts_without_grad = starts_without_grad;
+  external.starts_with_grad = starts_with_grad;
   return tape.add_external(std::move(external));
 }
 
@@ -117,7 +121,7 @@ void add_capture(py::module_& m) {
               int64_t offset) { return tape.add_tensor(memory, like.scalar_type(), sizes, strides, offset); })
       .def("tensor", [](const Tape& tape, int index) { return tape.tensor(index); })
       .def("add_external", &add_external, py::arg("memory"), py::arg("like"), py::arg("argument"), py::arg("grad_of"),
-           py::arg("held"), py::arg("written"), py::arg("starts_without_grad"))
+           py::arg("held"), py::arg("written"), py::arg("starts_with_grad"))
       .def("add_call", &add_call)
       .def("add_grad", &Tape::add_grad)
       .def("add_check", &Tape::add_check)

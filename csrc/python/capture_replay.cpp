@@ -95,7 +95,7 @@ class Recordings::Turn {
 };
 
 int64_t Recordings::add(std::unique_ptr<Recording> recording) {
-  constexpr size_t kept = 8;
+  constexpr size_t kept = 32;
   // What a dropped recording borrows may end with it.
   const Turn turn(*this);
   recording->id = ++added_;
@@ -111,7 +111,8 @@ std::vector<int64_t> Recordings::ids() const {
 }
 
 std::optional<py::object> Recordings::replay(const py::tuple& args, const py::dict& kwargs) {
-  if (all_.empty()) return std::nullopt;
+  // A recorder has to see what the function does, and other modes cannot.
+  if (all_.empty() || !no_mode_is_active()) return std::nullopt;
   const Turn turn(*this);
   const TorchModes modes = TorchModes::now();
   std::vector<at::Tensor> tensors;

@@ -33,7 +33,7 @@ bool Surroundings::Watched::unchanged() const {
       PyObject *key = nullptr, *value = nullptr;
       size_t i = 0;
       for (Py_ssize_t at = 0; PyDict_Next(holder, &at, &key, &value); i++) {
-        if (!entries[i].is(value)) return false;
+        if (!entries[i].is(value) || (entries[i].key != key && !equal_plain_values(entries[i].key, key))) return false;
       }
       return true;
     }
@@ -64,7 +64,7 @@ void Surroundings::add_dict(const py::dict& dict, const std::vector<int>& modes)
   PyObject *key = nullptr, *value = nullptr;
   size_t i = 0;
   for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value); i++)
-    watched.entries.push_back({value, modes.at(i)});
+    watched.entries.push_back({value, modes.at(i), key});
   all_.push_back(std::move(watched));
 }
 

@@ -59,6 +59,8 @@ class Functions(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         if attribute == "grad":
             self._recorder.grad_was_set(args[0])
+        elif name == "__get__" and getattr(func.__self__, "__name__", "") == "grad":
+            self._recorder.grad_was_looked_at(args[0])
         return output
 
     def _before_set(self, attribute: str, tensor: Tensor) -> None:

@@ -58,6 +58,13 @@ class Gradients:
         elif leaf.grad is None or leaf.grad is not self._now[id(leaf)]:
             self._note(leaf, place)
 
+    def was_looked_at(self, leaf: Tensor) -> None:
+        """The program has looked at the `.grad` of a leaf, and may do one thing or another."""
+        if leaf.is_leaf and leaf.requires_grad:
+            self.add(leaf)
+            if not self._is_touched(leaf) and self._now[id(leaf)] is leaf.grad:
+                self._trace.looked.setdefault(id(leaf), (leaf, leaf.grad is not None))
+
     def will_be_set(self, leaf: Tensor, place: str) -> None:
         """The program is about to set the `.grad` of a leaf, which autograd may have set before."""
         self.add(leaf)

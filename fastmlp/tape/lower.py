@@ -142,7 +142,7 @@ class Lowered:
         made = {
             trace.values[event.outputs[0]].memory
             for event in trace.events
-            if isinstance(event, Operation) and event.func._schema.name in _FACTORIES and event.outputs[0] is not None
+            if isinstance(event, Operation) and _is_factory(event) and event.outputs[0] is not None
         }
         returned = {trace.values[value].memory for value, *_ in trace.results}
         for i, memory in enumerate(trace.memories):
@@ -173,8 +173,17 @@ class Lowered:
                 grad_of=grad_of,
                 held=kind == "unseen",
                 written=memory.written,
-                starts_without_grad=i in self.trace.starts_without_grad,
+                starts_with_grad=self._starts_with_grad(i, memory.tensor),
             )
+
+    def _starts_with_grad(self, memory: int, leaf: Tensor) -> bool | None:
+        """Whether a leaf must have a `.grad` when a replay begins; None if that is all the same."""
+        if memory in self.trace.starts_without_grad:
+            return False
+        if any(leaf is other for other in self.trace.cleared):
+            return None
+        looked = self.trace.looked.get(id(leaf))
+        return None if looked is None else looked[1]
 
     def _clear_grads(self) -> None:
         """What `zero_grad()` does, where nothing puts another gradient there before somebody may look."""
@@ -186,23 +195,29 @@ class Lowered:
                 break
             if isinstance(event, GradSet) and event.value is not None:
                 soon.add(values[event.leaf].memory)
-        for leaf in self.trace.cleared:
+        looked = [leaf for leaf, _ in self.trace.looked.values()]
+        for leaf in {id(leaf): leaf for leaf in (*self.trace.cleared, *looked)}.values():
             memory = of_tensors.get(id(leaf))
             if memory is None:
-                memory = self.tape.add_memory("outside", 1)
-                self._lifetimes.append((0, 0))
-                self._externals[memory] = self.tape.add_external(
-                    memory=memory,
-                    like=leaf,
-                    argument=-1,
-                    grad_of=-1,
-                    held=True,
-                    written=False,
-                    starts_without_grad=False,
-                )
-            if memory not in soon:
+                memory = self._only_grad(leaf)
+            if memory not in soon and any(leaf is other for other in self.trace.cleared):
                 self.tape.add_grad(self._externals[memory], -1)
                 self._steps += 1
+
+    def _only_grad(self, leaf: Tensor) -> int:
+        """The external of a leaf of which nothing but its `.grad` is used."""
+        memory = self.tape.add_memory("outside", 1)
+        self._lifetimes.append((0, 0))
+        self._externals[memory] = self.tape.add_external(
+            memory=memory,
+            like=leaf,
+            argument=-1,
+            grad_of=-1,
+            held=True,
+            written=False,
+            starts_with_grad=self._starts_with_grad(-1, leaf),
+        )
+        return memory
 
     # Tensors.
 
@@ -238,12 +253,12 @@ class Lowered:
     def _operation(self, event: Operation, new: bool) -> None:
         trace, name = self.trace, event.func._schema.name
         outputs = [output for output in event.outputs if output is not None]
-        if torch.Tag.inplace_view in event.func.tags or (not new and not event.func._schema.is_mutable):
+        if torch.Tag.inplace_view in event.func.tags or (outputs and not new and not event.func._schema.is_mutable):
             self.counts["views"] += 1
             self._lift(event)
         elif name in _EMPTY:
             self.counts["views"] += 1
-        elif name in _FACTORIES:
+        elif _is_factory(event):
             self._factory(event, outputs[0])
         else:
             self.operations[name] = self.operations.get(name, 0) + 1
@@ -400,13 +415,21 @@ class Lowered:
         return self._tensor(value), -1
 
 
+def _is_factory(event: Operation) -> bool:
+    """Whether what the operation returns depends on no data: a tensor to be like tells only of its shape."""
+    name = event.func._schema.name
+    like = name.endswith("_like") or name.startswith("aten::new_")
+    used = list(refs((event.args, event.kwargs)))
+    return name in _FACTORIES and len(used) == (1 if like else 0)
+
+
 def _generator(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"generator": kwargs["generator"]} if "generator" in kwargs else {}
 
 
 def _as_tensor(argument: Any, entry: Any) -> Any:
     """A number where an operator takes a tensor, as the dispatcher would have it."""
-    number = isinstance(argument, (bool, int, float)) and str(entry.type) in ("Tensor", "Optional[Tensor]")
+    number = isinstance(argument, (bool, int, float, complex)) and str(entry.type) in ("Tensor", "Optional[Tensor]")
     return _C.wrapped_number(argument) if number else argument
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from fastmlp.tape.functions import Functions
 from fastmlp.tape.gradients import Gradients
 from fastmlp.tape.lower import PRIMS
 from fastmlp.tape.seen import Seen, is_program
-from fastmlp.tape.trace import CaptureError, Check, Memory, Operation, OptimizerStep, Ref, Trace, Value
+from fastmlp.tape.trace import CaptureError, Check, Memory, Operation, OptimizerStep, Ref, Trace, Value, refs
 
 __all__ = ["Recorder"]
 
@@ -100,6 +101,7 @@ class Recorder(RecordingMode):
         self._stepping: FrameType | None = None  # the frame of an optimizer's step
         self._busy = False
         self._profile: Any = None
+        self._numpy = _numpy_state()
 
     def __enter__(self) -> Self:
         # What autocast has cast outside of the call would be missing in a replay.
@@ -123,9 +125,14 @@ class Recorder(RecordingMode):
         if self.refused is not None:
             return
         place, _ = _place(frame or sys._getframe(1))
-        self.refused = f"{reason}, in {place}"
-        if not self._lenient:
-            raise CaptureError(f"fastmlp: capture: {self.name}: {self.refused}")
+        self.refuse_at(reason, place)
+
+    def refuse_at(self, reason: str, place: str) -> None:
+        """As refuse(), where the place is known otherwise."""
+        if self.refused is None:
+            self.refused = f"{reason}, in {place}"
+            if not self._lenient:
+                raise CaptureError(f"fastmlp: capture: {self.name}: {self.refused}")
 
     # Calls of Python and C.
 
@@ -143,9 +150,7 @@ class Recorder(RecordingMode):
         elif event == "c_call":
             owner = getattr(argument, "__self__", None)
             name = getattr(argument, "__name__", "")
-            if (isinstance(owner, random.Random) and name in ("random", "getrandbits")) or (
-                type(owner).__module__.startswith("numpy.random") and not name.startswith("_")
-            ):
+            if isinstance(owner, random.Random) and name in ("random", "getrandbits"):
                 self.refuse(
                     f"{type(owner).__name__}.{name}() draws a random number that torch does not know, and a replay "
                     "would not "
@@ -190,6 +195,9 @@ class Recorder(RecordingMode):
         self._sync_gradients(place)
         self.trace.events.append(OptimizerStep(optimizer, place))
         self.seen.optimizer(optimizer)
+        on_top = torch.overrides._get_current_function_mode() is self._functions
+        if not on_top:
+            self.refuse("optimizer.step() is called within backward(), by a hook: call it after backward()", frame)
         if self.refused is None:
             self._stepping = frame
             super().__exit__(None, None, None)
@@ -217,6 +225,11 @@ class Recorder(RecordingMode):
         with self._apart():
             self.gradients.will_be_set(leaf, place)
 
+    def grad_was_looked_at(self, leaf: Tensor) -> None:
+        """The program has looked at the `.grad` of a tensor."""
+        with self._apart():
+            self.gradients.was_looked_at(leaf)
+
     def grad_was_set(self, leaf: Tensor) -> None:
         """The program has set the `.grad` of a leaf."""
         place, _ = _place(sys._getframe(2))
@@ -224,6 +237,8 @@ class Recorder(RecordingMode):
             self.gradients.was_set(leaf, place)
 
     def _sync_gradients(self, place: str) -> None:
+        if _numpy_state() != self._numpy:
+            self.refuse_at("numpy.random has drawn, and a replay would not draw again: draw with torch", place)
         with self._apart():
             self.gradients.sync(place)
 
@@ -368,7 +383,7 @@ class Recorder(RecordingMode):
         for i, argument in enumerate(func._schema.arguments):
             said = argument.alias_info is not None and argument.alias_info.is_write
             if said or i in _WRITES_UNSAID.get(func._schema.name, ()):
-                for value in _refs(args[i] if i < len(args) else kwargs.get(argument.name)):
+                for value in refs(args[i] if i < len(args) else kwargs.get(argument.name)):
                     self.trace.memories[self.trace.values[value].memory].written = True
 
     def _output(self, tensor: Tensor, inputs: list[Tensor], func: Any, place: str) -> int | None:
@@ -428,8 +443,19 @@ class Recorder(RecordingMode):
         """Notes what the function, which is written at `place`, leaves and returns."""
         if self.refused is not None:
             return
+        if _numpy_state() != self._numpy:
+            self.refuse_at("numpy.random has drawn, and a replay would not draw again: draw with torch", place)
         with self._apart():
             self.gradients.sync(place)
+            for tensor in results:
+                value = self.trace.values[self.value_of(tensor, place)]
+                outside = self.trace.memories[value.memory]
+                if (
+                    outside.tensor is not None
+                    and outside.tensor.dtype != value.dtype
+                    and outside.source != ("constant",)
+                ):
+                    self.refuse_at("a result is a view, in another dtype, of a tensor of the outside: clone it", place)
             self.trace.results = [(self.value_of(t, place), t.requires_grad, t.is_inference()) for t in results]
             self.trace.returned, self.trace.end = returned, place
 
@@ -439,6 +465,12 @@ _PASSED_OVER = frozenset(
     {_OWN_FILE, functions.__file__, torch.overrides.__file__, torch._tensor.__file__, torch._ops.__file__}
     | {f"{folder}/{file}" for folder in torch.__path__ for file in ("_compile.py", "_dynamo/eval_frame.py")}
 )
+
+
+def _numpy_state() -> tuple[bytes, int]:
+    """That of NumPy's global generator, whose functions no profile sees."""
+    _, keys, position, *_ = np.random.get_state()  # noqa: NPY002  (what users draw from)
+    return np.asarray(keys).tobytes(), int(position)
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:
@@ -454,14 +486,9 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 def _only_of_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether torch's own code works out a shape with tensors that have no data."""
     device = kwargs.get("device")
-    if device is not None and torch.device(device).type == "meta":
-        return True
-    found = False
-    for tensor in _tensors((args, kwargs)):
-        if not tensor.is_meta:
-            return False
-        found = True
-    return found
+    tensors = list(_tensors((args, kwargs)))
+    on_meta = device is not None and torch.device(device).type == "meta"
+    return on_meta or (bool(tensors) and all(tensor.is_meta for tensor in tensors))
 
 
 def _flat(output: Any) -> list[Any]:
@@ -469,11 +496,3 @@ def _flat(output: Any) -> list[Any]:
     if not isinstance(output, (tuple, list)):
         return [output]
     return [each for one in output for each in (one if isinstance(one, (tuple, list)) else [one])]
-
-
-def _refs(value: Any) -> Iterable[int]:
-    if isinstance(value, Ref):
-        yield value.value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _refs(item)

@@ -260,14 +260,16 @@ class _Walk:
         if isinstance(value, _PLAIN):
             return _EQUAL
         if isinstance(value, Tensor):
-            return _SAME if id(value) in self._held else _IGNORED
-        return _SAME if isinstance(value, _CONSTANT) or (inside and not self._within) else _IGNORED
+            # Within the call none may take the place of another, because replays would not put it there.
+            return _SAME if id(value) in self._held or self._within else _IGNORED
+        outside = not self._within and (inside or not _is_standard(type(value)))
+        return _SAME if isinstance(value, _CONSTANT) or outside else _IGNORED
 
     def _module(self, module: nn.Module) -> None:
         own = vars(module)
         name = type(module).__name__
         for part in (*_PARTS, *HOOKS):
-            if part in own:
+            if isinstance(own.get(part), dict):
                 self._watched.mapping(own[part], [_SAME] * len(own[part]), f"{part[1:]} of {name}")
         standard = _is_standard(type(module))
         for key, value in list(own.items()):
@@ -367,15 +369,14 @@ class _Walk:
             for key, mode in zip(value, modes, strict=True):
                 if mode != _IGNORED:
                     self._watched.item(value, key, mode, f"{name}[{key!r}]")
-        elif any(modes):
+        else:
             self._watched.mapping(value, modes, name)
         return any(modes)
 
     def _sequence(self, value: Any, name: str, depth: int) -> bool:
         modes = [self._mode(item, name, depth + 1) for item in list(value)]
-        # Within the call a list must not grow, because replays would not append to it.
-        if any(modes) or self._within:
-            self._watched.sequence(value, modes, name)
+        # Its length too: within the call a list must not grow, because replays would not append to it.
+        self._watched.sequence(value, modes, name)
         return any(modes)
 
     def _object(self, owner: Any, name: str, depth: int) -> bool:

@@ -122,6 +122,8 @@ class Trace:
             it became a tensor.
         cleared: leaves whose `.grad` the function set to None before anything else happened to it. That is no event,
             because `zero_grad()` passes over what is None already, as in a first call.
+        looked: by identity, leaves whose `.grad` the program looked at before anything happened to it, and whether they
+            had one.
         results: values of the tensors that were returned, in order, and of each whether it requires a gradient,
             and whether it was made under inference_mode.
         returned: the form of what was returned, a `_C.Signature`.
@@ -133,16 +135,20 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     starts_without_grad: set[int] = field(default_factory=set)
     cleared: list[Tensor] = field(default_factory=list)
+    looked: dict[int, tuple[Tensor, bool]] = field(default_factory=dict)
     results: list[tuple[int, bool, bool]] = field(default_factory=list)
     returned: Any = None
     end: str = ""
 
     def state(self) -> tuple[Any, ...]:
         """What has to be so when the call begins, and decides between several traces of one signature."""
+        tensors = [memory.tensor for memory in self.memories]
+        places = {id(tensor): i for i, tensor in enumerate(tensors) if self.memories[i].source[0] == "argument"}
+        leaves = {id(tensors[i]) for i in self.starts_without_grad} | {id(leaf) for leaf in self.cleared}
+        looked = {key for key, (_, has) in self.looked.items() if has and key not in leaves}
+        leaves |= {key for key, (_, has) in self.looked.items() if not has}
         grads = sorted(memory.source[1] for memory in self.memories if memory.source[0] == "grad")
-        cleared = {id(leaf) for leaf in self.cleared}
-        none = {i for i, memory in enumerate(self.memories) if id(memory.tensor) in cleared}
-        return tuple(sorted(self.starts_without_grad | none)), tuple(grads)
+        return sorted(places.get(key, key) for key in leaves), sorted(places.get(key, key) for key in looked), grads
 
     def refs(self, event: Event) -> Iterator[int]:
         """The numbers of all values that an event reads, writes or makes."""

@@ -7,6 +7,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -351,3 +352,90 @@ def test_gradients_that_the_function_sets_itself(held: bool) -> None:
         return left
 
     assert all(map(torch.equal, run(False), run(True)))
+
+
+def test_zero_grad_reaches_gradients_that_others_have_made() -> None:
+    """Each head gets gradients in its own calls, and `zero_grad()` clears those of both."""
+
+    def run(capture: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        heads = nn.ModuleDict({"a": nn.Linear(4, 1), "b": nn.Linear(4, 1)})
+        optimizer = torch.optim.SGD(heads.parameters(), lr=0.1)
+
+        def step(x: Tensor, task: str) -> None:
+            optimizer.zero_grad()
+            heads[task](x).square().mean().backward()
+            optimizer.step()
+
+        function = fastmlp.capture(step, fuse=False) if capture else step
+        left = []
+        for i in range(24):
+            function(batch(i)[0], "ab"[i // 3 % 2])
+            left += [p.detach().clone() for p in heads.parameters()]
+            left += [torch.tensor(p.grad is None) for p in heads.parameters()]
+        if isinstance(function, fastmlp.Captured):
+            assert function.replays >= 12
+        return left
+
+    assert all(map(torch.equal, run(False), run(True)))
+
+
+@pytest.mark.parametrize(
+    ("function", "good", "bad"),
+    [
+        (lambda x: (torch._assert_async(x.isfinite().all()), x * 2)[1], torch.ones(2), torch.full((2,), torch.nan)),
+        (torch.linalg.cholesky, torch.eye(2), -torch.eye(2)),
+        (torch.linalg.inv, torch.eye(2), torch.zeros(2, 2)),
+    ],
+    ids=["assert", "cholesky", "inverse"],
+)
+def test_errors_of_operators_are_raised_by_replays_too(
+    function: Callable[[Tensor], Tensor], good: Tensor, bad: Tensor
+) -> None:
+    call = fastmlp.capture(function)
+    for _ in range(4):
+        assert torch.equal(call(good), function(good))
+    assert call.replays == 2
+    with pytest.raises(RuntimeError) as expected:
+        function(bad)
+    with pytest.raises(type(expected.value)):
+        call(bad)
+
+
+def test_factories_that_read_tensors_read_them_at_each_call() -> None:
+    call = fastmlp.capture(lambda first, last: torch.linspace(first, last, 5) * (1 + 2j))
+    for i in range(5):
+        first, last = torch.tensor(0.0), torch.tensor(float(i))
+        assert torch.equal(call(first, last), torch.linspace(first, last, 5) * (1 + 2j))
+    assert call.replays == 3
+
+
+def test_a_step_within_backward_is_refused_and_nothing_stays_behind() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hook = model.weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    call = fastmlp.capture(lambda x: model(x).sum().backward())
+    with pytest.raises(CaptureError, match=r"optimizer\.step\(\) is called within backward\(\), by a hook"):
+        call(torch.ones(1, 2))
+    hook.remove()
+    assert torch.ones(()).item() == 1.0
+    for _ in range(4):
+        call(torch.ones(1, 2))
+    assert call.replays > 0
+
+
+def test_a_recording_is_not_replayed_where_another_function_is_recorded() -> None:
+    inner = fastmlp.capture(lambda x: x * 2)
+    for _ in range(4):
+        inner(torch.ones(2))
+    outer = fastmlp.capture(lambda x: inner(x) + 1)
+    for i in range(4):
+        assert torch.equal(outer(torch.full((2,), float(i))), torch.full((2,), 2.0 * i + 1))
+    assert outer.replays == 2
+
+
+def test_views_in_another_dtype_and_draws_of_numpy_are_refused() -> None:
+    with pytest.raises(CaptureError, match="a result is a view, in another dtype"):
+        fastmlp.capture(lambda x: x.view(torch.int32))(torch.ones(2))
+    with pytest.raises(CaptureError, match=r"numpy\.random has drawn"):
+        fastmlp.capture(lambda x: x * 2 if np.random.rand() < 2 else x)(torch.ones(2))  # noqa: NPY002

@@ -3,6 +3,7 @@
 Each program marks the line that its error must name by a comment, `# here`.
 """
 
+import collections
 import copy
 import gc
 import inspect
@@ -415,7 +416,7 @@ def tensor_of_a_long_list() -> Program:
 
 @refused("a tensor that the function did not get as an argument is a new one at each call", "pass it as an argument")
 def tensor_of_the_call_before() -> Program:
-    last = [torch.ones(3, 4)]
+    last = collections.deque([torch.ones(3, 4)])
 
     def step(x: Tensor) -> Any:
         y = x * last.pop()  # here
@@ -808,12 +809,12 @@ def toggled() -> Program:
     return Program(step, inputs())
 
 
-@refused("the last 32 calls were recorded and none could be replayed", "give numbers that change as tensors")
+@refused("the last 64 calls were recorded and none could be replayed", "give numbers that change as tensors")
 def argument_that_changes_each_time() -> Program:
     def step(x: Tensor, factor: float) -> Any:
         return x * factor
 
-    return Program(step, [(x, float(i)) for i, (x,) in enumerate(inputs(40))])
+    return Program(step, [(x, float(i)) for i, (x,) in enumerate(inputs(70))])
 
 
 # Modes of torch around the call.
