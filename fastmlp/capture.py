@@ -331,13 +331,15 @@ def capture(function: Any = None, *, fuse: bool = True, otherwise: str | None = 
     `fuse=False` the same bits, with `fuse=True` within rounding. Random numbers come from the same generators in the
     same order, schedulers that step outside work, and `optimizer.state` and checkpoints are the same.
 
-    **What a replay does not do, and does not notice.** It does not run Python: counters, prints, lists that grow and
-    whatever else the function does besides operations on tensors happens while it is recorded only. It notices before
-    it runs, and records again, when there are other shapes, dtypes or plain values among the arguments, other modes of
-    torch (grad mode, autocast), other flags, numbers, parameters, children or hooks of modules, other members of
-    optimizers, other memory of tensors, other numbers among the variables and attributes that the program's own
-    functions name. It does not notice a change within what it cannot see through: lists of more than 64 items, objects
-    of other packages, files, the clock. What such a thing decides has to be an argument.
+    **What a replay does not do, and does not notice.** It does not run Python: prints, files and whatever else the
+    function does besides operations on tensors happens while it is recorded only; variables and lists that it changes
+    itself are refused. It notices before it runs, and records again, when there are other shapes, dtypes or plain
+    values among the arguments, other modes of torch (grad mode, autocast), other flags, numbers, parameters, children
+    or hooks of modules, other members of optimizers, other memory of tensors, other numbers, lists, objects or tensors
+    among the variables and attributes that the program's own functions name. It does not notice a change within what
+    it cannot see through: containers of more than 64 entries, sets, deques, arrays of NumPy, attributes that are new
+    or whose names are computed, methods replaced on a class, files, the clock. What such a thing decides has to be an
+    argument.
 
     **What cannot be recorded raises** `CaptureError` with the line of the program: reading elements (`item()`, an `if`
     on a tensor, NumPy), shapes that depend on data, two recordings that differ, as by a branch or a number that
