@@ -272,8 +272,8 @@ class Captured(Generic[P, R]):
             return difference(last, trace)
         return difference(last, trace) or (
             f"it returned another form or other numbers than in the call before, now {described(result)}: return "
-            "tensors, "
-            f"and numbers that stay as they are, in tuples, lists or dictionaries, in {_place_of(self._function)}"
+            "tensors, and numbers that stay as they are, in tuples, lists or dictionaries, in "
+            f"{_place_of(self._function)}"
         )
 
     def _replay_graph(
@@ -326,10 +326,11 @@ def capture(function: Any = None, *, fuse: bool = True, otherwise: str | None = 
     """Records a training step, or any function of tensors, once, and replays it in C++ from then on.
 
     The first two calls with arguments of the same shapes run as they are and are recorded: forward, backward, in-place
-    updates. If both did the same, later calls replay the recording, without Python, autograd or allocations between the
-    operations. Each call does its work exactly once, so a loop computes what it computes without `capture`: with
-    `fuse=False` the same bits, with `fuse=True` within rounding. Random numbers come from the same generators in the
-    same order, schedulers that step outside work, and `optimizer.state` and checkpoints are the same.
+    updates. If both did the same, later calls replay the recording, without Python or autograd between the operations,
+    in memory that is planned once. Each call does its work exactly once, so a loop computes what it computes without
+    `capture`: with `fuse=False` the same bits, with `fuse=True` within rounding. Random numbers come from the same
+    generators in the same order, schedulers that step outside work, and `optimizer.state` and checkpoints are the
+    same.
 
     **What a replay does not do, and does not notice.** It does not run Python: prints, files and whatever else the
     function does besides operations on tensors happens while it is recorded only; variables and lists that it changes

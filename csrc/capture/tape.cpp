@@ -2,7 +2,6 @@
 // autograd, autocast and views everything here runs: a recording has seen what they made of the step.
 #include "tape.h"
 
-#include <ATen/TensorUtils.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/as_strided.h>
 #include <ATen/ops/empty.h>

@@ -4,7 +4,6 @@
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <limits>
 #include <optional>
 
 #include "capture.h"

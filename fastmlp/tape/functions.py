@@ -79,8 +79,7 @@ class Functions(TorchFunctionMode):
         if name in _CHANGES and not self._recorder.is_made(args[0]):
             self._recorder.refuse(
                 f"Tensor.{name}() changes a tensor that was there before, which would happen only once: do it outside "
-                "of "
-                "the function"
+                "of the function"
             )
         elif name in _READS:
             self._recorder.refuse(f"Tensor.{name}() leaves the tensors of a tape for {_READS[name]}")

@@ -34,14 +34,14 @@ _FACTORIES = frozenset(
 #: Copies: what they return is their first argument, perhaps of another dtype.
 _COPIES = frozenset({"aten::clone", "aten::_to_copy", "aten::contiguous"})
 #: Operations that draw new tensors: the operation that draws in place, and its arguments.
-_DRAWN: dict[str, Callable[[Operation], tuple[str, str, tuple[Any, ...]]]] = {
-    "aten::rand": lambda op: ("aten::uniform_", "", (0.0, 1.0)),
-    "aten::rand_like": lambda op: ("aten::uniform_", "", (0.0, 1.0)),
-    "aten::randn": lambda op: ("aten::normal_", "", (0.0, 1.0)),
-    "aten::randn_like": lambda op: ("aten::normal_", "", (0.0, 1.0)),
+_DRAWN = {
+    "aten::rand": ("aten::uniform_", (0.0, 1.0)),
+    "aten::rand_like": ("aten::uniform_", (0.0, 1.0)),
+    "aten::randn": ("aten::normal_", (0.0, 1.0)),
+    "aten::randn_like": ("aten::normal_", (0.0, 1.0)),
 }
 #: Operators that torch computes by another one: the other one's name, its overload that writes into a given tensor, and
-#: its arguments.
+#: its arguments. With more arguments, such as alpha, they are called as they were.
 _AS_OTHERS: dict[str, tuple[str, str, Callable[..., tuple[Any, ...]]]] = {
     "aten::sum.": ("aten::sum", "IntList_out", lambda x: (x, [], False)),
     "aten::mean.": ("aten::mean", "out", lambda x: (x, [], False)),
@@ -76,15 +76,15 @@ class Lowered:
 
     Attributes:
         stops: of each stop of the tape the optimizer, its class's `step`, and the number of our rule or -1.
-        alive: objects that the tape only borrows.
-        counts: how many operations became what.
+        counts: how many operations cost nothing, were computed once, and are called.
+        operations: how often each operator is called.
     """
 
     def __init__(self, trace: Trace, fuse: bool) -> None:
         self.tape = _C.Tape()
         self.trace = trace
         self.stops: list[tuple[torch.optim.Optimizer, Any, int]] = []
-        self.counts = dict.fromkeys(("views", "constants", "calls", "optimizers", "drawn", "returned"), 0)
+        self.counts = dict.fromkeys(("views", "constants", "calls"), 0)
         self.operations: dict[str, int] = {}
         self._fuse = fuse
         self._steps = 0
@@ -92,7 +92,6 @@ class Lowered:
         self._numbers: dict[int, int] = {}  # of the tape's tensors, by those of values
         self._externals: dict[int, int] = {}  # by memory
         self._lifetimes: list[tuple[int, int]] = []
-        self._results: dict[int, int] = {}  # memories that are copied for the caller
 
     def build(self) -> None:
         """Makes the tape."""
@@ -321,16 +320,15 @@ class Lowered:
         outputs = [output for output in event.outputs if output is not None]
         targets = [self.tape.tensor(self._tensor(output)) for output in outputs]
         if name in _DRAWN and overload in ("", "generator"):
-            self.counts["drawn"] += 1
-            drawn, overload, numbers = _DRAWN[name](event)
-            self._add_call(drawn, overload, (targets[0], *numbers), _generator(kwargs), [], event.place)
+            drawn, numbers = _DRAWN[name]
+            self._add_call(drawn, "", (targets[0], *numbers), _generator(kwargs), [], event.place)
         elif name in _LOSSES:
             self._loss(event, args, self._bound(Ref(outputs[0])))
         elif name in _COPIES:
             self._add_call("aten::copy_", "", (targets[0], args[0]), {}, [], event.place)
         elif name in PRIMS:
             self._add_call(*PRIMS[name], args, {"out": targets[0]}, [], event.place)
-        elif other := _AS_OTHERS.get(f"{name}.{overload}"):
+        elif other := _as_other(event):
             self._add_call(other[0], other[1], other[2](*args), dict(kwargs, out=targets[0]), [], event.place)
         elif writes_into_given(event, self.trace.values):
             overload, names = out_variant(event.func) or ("", [])
@@ -340,7 +338,6 @@ class Lowered:
             kept |= dict(zip(names, targets, strict=True))
             self._add_call(name, overload, args, kept, [], event.place)
         else:
-            self.counts["returned"] += 1
             self._add_call(name, overload, args, kwargs, self._new_results(event), event.place)
 
     def _one_by_one(self, event: Operation, name: str, overload: str, rest: Callable[..., tuple[Any, ...]]) -> None:
@@ -376,7 +373,7 @@ class Lowered:
     def _writes_given(self, event: Operation) -> bool:
         """Whether a replay of the operation writes into the tensor that it is given for its result."""
         name = event.func._schema.name
-        other = f"{name}.{event.func._schema.overload_name}" in _AS_OTHERS or name in PRIMS
+        other = name in PRIMS or _as_other(event) is not None
         return other or (name not in _LOSSES | _COPIES and writes_into_given(event, self.trace.values))
 
     def _new_results(self, event: Operation) -> list[int]:
@@ -390,7 +387,6 @@ class Lowered:
         # Torch's step of several tensors at once leaves the momentum of Nesterov's in `.grad`.
         writes = any(group.get("nesterov") and group.get("foreach") for group in optimizer.param_groups)
         rule = optim.RULES[kind.__name__][0] if known and not writes and kind.__name__ in optim.RULES else -1
-        self.counts["optimizers"] += 1
         self.stops.append((optimizer, kind.step, rule))
         self.tape.add_stop()
         self._steps += 1
@@ -421,6 +417,12 @@ def _is_factory(event: Operation) -> bool:
     like = name.endswith("_like") or name.startswith("aten::new_")
     used = list(refs((event.args, event.kwargs)))
     return name in _FACTORIES and len(used) == (1 if like else 0)
+
+
+def _as_other(event: Operation) -> tuple[str, str, Callable[..., tuple[Any, ...]]] | None:
+    """The operator by which torch computes this one."""
+    other = _AS_OTHERS.get(f"{event.func._schema.name}.{event.func._schema.overload_name}")
+    return None if other is None or len(event.args) > other[2].__code__.co_argcount else other
 
 
 def _generator(kwargs: dict[str, Any]) -> dict[str, Any]:

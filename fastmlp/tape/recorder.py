@@ -153,15 +153,13 @@ class Recorder(RecordingMode):
             if isinstance(owner, random.Random) and name in ("random", "getrandbits"):
                 self.refuse(
                     f"{type(owner).__name__}.{name}() draws a random number that torch does not know, and a replay "
-                    "would not "
-                    "draw it again: draw with torch, or pass the number as a tensor",
+                    "would not draw it again: draw with torch, or pass the number as a tensor",
                     frame,
                 )
             elif isinstance(owner, torch.Generator) and argument.__name__ in ("manual_seed", "seed", "set_state"):
                 self.refuse(
                     f"Generator.{argument.__name__}() is called within the captured function, and replays would not "
-                    "call "
-                    "it: seed outside of the function",
+                    "call it: seed outside of the function",
                     frame,
                 )
 
@@ -185,8 +183,7 @@ class Recorder(RecordingMode):
             if isinstance(owner, (torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)):
                 self.refuse(
                     f"{type(owner).__name__}.{code.co_name}() counts in Python, which a replay does not: call it "
-                    "outside of "
-                    "the captured function",
+                    "outside of the captured function",
                     frame,
                 )
 
@@ -237,8 +234,6 @@ class Recorder(RecordingMode):
             self.gradients.was_set(leaf, place)
 
     def _sync_gradients(self, place: str) -> None:
-        if _numpy_state() != self._numpy:
-            self.refuse_at("numpy.random has drawn, and a replay would not draw again: draw with torch", place)
         with self._apart():
             self.gradients.sync(place)
 
@@ -326,8 +321,7 @@ class Recorder(RecordingMode):
         if tensor.requires_grad and tensor.grad_fn is not None and source[0] != "grad":
             self.refuse(
                 f"a tensor of shape {tuple(tensor.shape)} was computed outside of the captured function, and requires "
-                "a "
-                "gradient: pass it with detach(), or compute it inside"
+                "a gradient: pass it with detach(), or compute it inside"
             )
         self.trace.memories.append(Memory(source, _extent(tensor), tensor, place, False, str(tensor.device)))
         number = self._add_value(tensor, len(self.trace.memories) - 1, 0)
@@ -434,9 +428,8 @@ class Recorder(RecordingMode):
             self.trace.events.append(Check(value, float(number), place))
             return
         self.refuse(
-            "an element of a tensor is read by Python (item(), float(), bool(), an if, a print), and a replay does not "
-            "run "
-            "Python: use torch.where for a choice, and return what is to be looked at"
+            "an element of a tensor is read by Python (item(), float(), bool(), an if, a print), and a replay does "
+            "not run Python: use torch.where for a choice, and return what is to be looked at"
         )
 
     def finish(self, results: Sequence[Tensor], returned: Any, place: str) -> None:

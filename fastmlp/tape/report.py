@@ -52,8 +52,7 @@ class TapeReport:
         steps = ", ".join(f"{name}.step() by {who}" for name, who in self.optimizers) or "none"
         lines = [
             f"{self.calls} operations are called, {self.direct_calls} of them directly; {self.views} views cost "
-            "nothing, "
-            f"{self.constants} constants",
+            f"nothing, {self.constants} constants",
             f"optimizers: {steps}",
             f"memory: {self.arena_bytes:,} bytes of intermediate results, {self.own_bytes:,} of gradients and "
             "constants",

@@ -237,8 +237,7 @@ def _memories_part(a: Memory, b: Memory) -> str | None:
     if a.source == ("unseen",) and a.tensor is not b.tensor:
         return (
             "a tensor that the function did not get as an argument is a new one at each call. It was made where a "
-            "recorder "
-            "does not see it (from NumPy, in another thread, in the call before): pass it as an argument"
+            "recorder does not see it (from NumPy, in another thread, in the call before): pass it as an argument"
         )
     if a.source == ("constant",):
         assert a.tensor is not None

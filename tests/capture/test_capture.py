@@ -439,3 +439,25 @@ def test_views_in_another_dtype_and_draws_of_numpy_are_refused() -> None:
         fastmlp.capture(lambda x: x.view(torch.int32))(torch.ones(2))
     with pytest.raises(CaptureError, match=r"numpy\.random has drawn"):
         fastmlp.capture(lambda x: x * 2 if np.random.rand() < 2 else x)(torch.ones(2))  # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.rsub(x, 2, alpha=3),
+        lambda x: torch.rsub(x, x * 2, alpha=3),
+        lambda x: torch.ops.aten.add.Scalar(x, 2, 3),
+        lambda x: torch.add(x, 2, alpha=3),
+        lambda x: x.mean(dtype=torch.float64),
+        lambda x: F.huber_loss(x, x * 3, reduction="sum", delta=0.5),
+    ],
+    ids=["rsub scalar", "rsub tensor", "add scalar", "add", "mean of a dtype", "huber"],
+)
+def test_operators_that_torch_computes_by_others(function: Callable[[Tensor], Tensor]) -> None:
+    call = fastmlp.capture(function)
+    for i in range(4):
+        x, _ = batch(i)
+        found, expected = call(x), function(x)
+        assert torch.equal(found, expected)
+        assert found.dtype == expected.dtype
+    assert call.replays == 2
