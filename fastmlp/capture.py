@@ -350,10 +350,10 @@ def capture(function: Any = None, *, fuse: bool = True, otherwise: str | None = 
     Results are new tensors; one that required a gradient does so again, but its graph ends there with an error. Two
     threads may replay two captured functions at once; of one function they replay one after the other.
 
-    **On a GPU** a CUDA graph takes the place of the tape; it is made at the third call. Numbers and states of
-    optimizers are part of it, so that a changed one is another recording. Optimizers other than SGD need
-    `capturable=True`, and a learning rate that changes often has to be a tensor. Gradients stay in the same memory,
-    arguments may not be written, and `fuse` means nothing.
+    **On a GPU**, where this has not been run yet, a CUDA graph takes the place of the tape, made at the third call.
+    Numbers and states of optimizers are part of it, so that a changed one is another recording. Optimizers other than
+    SGD need `capturable=True`, and a learning rate that changes often has to be a tensor. Gradients stay in the same
+    memory, arguments may not be written, and `fuse` means nothing.
 
     Args:
         function: what to record. It gets tensors, all on the CPU or all on one GPU, and plain values, in nested tuples,
