@@ -125,10 +125,7 @@ class Captured(Generic[P, R]):
         return Report(self._name, self.calls, self.replays, tapes)
 
     def __repr__(self) -> str:
-        tapes = len(self._recordings) + len(self._graphs)
-        return (
-            f"captured({self._name}): {tapes} tape{'s' * (tapes != 1)}, {self.replays} of {self.calls} calls replayed"
-        )
+        return self.report().line()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """As the function."""

@@ -151,6 +151,10 @@ void Tape::finish(const std::vector<std::pair<int, int>>& lifetimes, std::vector
   results_ = std::move(results);
 }
 
+size_t Tape::calls() const {
+  return size_t(std::count_if(steps_.begin(), steps_.end(), [](const Step& step) { return step.kind == Step::call; }));
+}
+
 size_t Tape::direct_calls() const {
   return size_t(std::count_if(steps_.begin(), steps_.end(), [](const Step& step) { return step.direct; }));
 }

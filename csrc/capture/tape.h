@@ -93,6 +93,8 @@ class Tape {
 
   int64_t arena_bytes() const { return arena_bytes_; }
   int64_t own_bytes() const { return own_bytes_; }
+  // How many operators a replay calls, and how many of them without the dispatcher.
+  size_t calls() const;
   size_t direct_calls() const;
 
  private:

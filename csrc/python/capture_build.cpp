@@ -130,6 +130,7 @@ void add_capture(py::module_& m) {
       .def("times", &Tape::times)
       .def_property_readonly("arena_bytes", &Tape::arena_bytes)
       .def_property_readonly("own_bytes", &Tape::own_bytes)
+      .def_property_readonly("calls", &Tape::calls)
       .def_property_readonly("direct_calls", &Tape::direct_calls);
   py::class_<Surroundings>(m, "Surroundings")
       .def(py::init<>())

@@ -76,15 +76,15 @@ class Lowered:
 
     Attributes:
         stops: of each stop of the tape the optimizer, its class's `step`, and the number of our rule or -1.
-        counts: how many operations cost nothing, were computed once, and are called.
-        operations: how often each operator is called.
+        counts: how many operations cost nothing, and how many were computed once.
+        operations: how often the function called each of the others.
     """
 
     def __init__(self, trace: Trace, fuse: bool) -> None:
         self.tape = _C.Tape()
         self.trace = trace
         self.stops: list[tuple[torch.optim.Optimizer, Any, int]] = []
-        self.counts = dict.fromkeys(("views", "constants", "calls"), 0)
+        self.counts = dict.fromkeys(("views", "constants"), 0)
         self.operations: dict[str, int] = {}
         self._fuse = fuse
         self._steps = 0
@@ -306,7 +306,6 @@ class Lowered:
         self.tape.add_call(name, overload, args, kwargs, results, place)
 
     def _call(self, event: Operation, new: bool) -> None:
-        self.counts["calls"] += 1
         schema = event.func._schema
         name, overload = schema.name, schema.overload_name
         args, kwargs = self._bound(event.args), self._bound(event.kwargs)

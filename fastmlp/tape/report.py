@@ -13,7 +13,7 @@ class TapeReport:
     """One tape.
 
     Attributes:
-        operations: how often the tape calls each operator of torch.
+        operations: how often the function called each operator of torch that a replay calls, or others for it.
         calls: how many operators a replay calls.
         direct_calls: how many of them without torch's dispatcher.
         views: how many recorded operations cost nothing, because memory is static.
@@ -39,7 +39,7 @@ class TapeReport:
         counts, tape = lowered.counts, lowered.tape
         return cls(
             dict(sorted(lowered.operations.items(), key=lambda item: -item[1])),
-            counts["calls"],
+            tape.calls,
             tape.direct_calls,
             counts["views"],
             counts["constants"],
@@ -54,8 +54,8 @@ class TapeReport:
             f"{self.calls} operations are called, {self.direct_calls} of them directly; {self.views} views cost "
             f"nothing, {self.constants} constants",
             f"optimizers: {steps}",
-            f"memory: {self.arena_bytes:,} bytes of intermediate results, {self.own_bytes:,} of gradients and "
-            "constants",
+            f"memory: {self.arena_bytes:,} bytes of intermediate results, "
+            f"{self.own_bytes:,} of gradients and constants",
             "operations: " + ", ".join(f"{name.removeprefix('aten::')} {n}" for name, n in self.operations.items()),
         ]
         return "\n".join(lines)
@@ -70,8 +70,13 @@ class Report:
     replays: int
     tapes: list[TapeReport]
 
+    def line(self) -> str:
+        """The report in a line."""
+        n = len(self.tapes)
+        return f"captured({self.name}): {n} tape{'s' * (n != 1)}, {self.replays} of {self.calls} calls replayed"
+
     def __str__(self) -> str:
-        lines = [f"captured({self.name}): {self.replays} of {self.calls} calls replayed, {len(self.tapes)} tapes"]
+        lines = [self.line()]
         for i, tape in enumerate(self.tapes):
             lines += [f"tape {i}:", *(f"  {line}" for line in str(tape).splitlines())]
         return "\n".join(lines)

@@ -461,3 +461,15 @@ def test_operators_that_torch_computes_by_others(function: Callable[[Tensor], Te
         assert torch.equal(found, expected)
         assert found.dtype == expected.dtype
     assert call.replays == 2
+
+
+def test_a_report_counts_what_a_replay_calls() -> None:
+    """Of lists of tensors that is an operator for each, of which none is more than the tape has."""
+    step = fastmlp.capture(lambda tensors: torch._foreach_norm(tensors))
+    for i in range(3):
+        step(list(batch(i)))
+    (tape,) = step.report().tapes
+    assert tape.operations == {"aten::_foreach_norm": 1}
+    assert tape.calls == 2
+    assert 0 <= tape.direct_calls <= tape.calls
+    assert str(step.report()).splitlines()[0] == repr(step)
