@@ -72,9 +72,10 @@ class Functions(TorchFunctionMode):
             )
 
     def _check(self, name: str, args: tuple[Any, ...]) -> None:
-        if torch._C._functorch.is_functorch_wrapped_tensor(args[0]) if args and isinstance(args[0], Tensor) else False:
-            return
-        if name == "requires_grad_" and args[0].requires_grad == (args[1] if len(args) > 1 else True):
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        if first is not None and torch._C._functorch.is_functorch_wrapped_tensor(first):
+            return  # a transform's own, which is gone when the call ends
+        if first is not None and name == "requires_grad_" and first.requires_grad == (args[1:2] != (False,)):
             return
         if name in _CHANGES and not self._recorder.is_made(args[0]):
             self._recorder.refuse(
