@@ -111,6 +111,13 @@ void Tape::add_call(c10::OperatorHandle operation, torch::jit::Stack arguments, 
   steps_.push_back(std::move(step));
 }
 
+void Tape::add_node(std::unique_ptr<Node> node, std::string place) {
+  Step step{Step::run_node};
+  step.node = std::move(node);
+  step.text = std::move(place);
+  steps_.push_back(std::move(step));
+}
+
 void Tape::add_grad(int external, int tensor) {
   Step step{Step::grad};
   step.external = external;
@@ -152,11 +159,12 @@ void Tape::finish(const std::vector<std::pair<int, int>>& lifetimes, std::vector
 }
 
 size_t Tape::calls() const {
-  return size_t(std::count_if(steps_.begin(), steps_.end(), [](const Step& step) { return step.kind == Step::call; }));
+  return size_t(
+      std::count_if(steps_.begin(), steps_.end(), [](const Step& step) { return step.operation || step.node; }));
 }
 
 size_t Tape::direct_calls() const {
-  return size_t(std::count_if(steps_.begin(), steps_.end(), [](const Step& step) { return step.direct; }));
+  return size_t(std::count_if(steps_.begin(), steps_.end(), [](const Step& step) { return step.direct || step.node; }));
 }
 
 const at::Tensor& Tape::found(const External& external) const {
@@ -281,6 +289,8 @@ void Tape::run(Step& step) {
   switch (step.kind) {
     case Step::call:
       return call(step);
+    case Step::run_node:
+      return step.node->run();
     case Step::grad: {
       at::Tensor& grad = found(externals_[size_t(step.external)]).mutable_grad();
       if (step.set < 0) {
@@ -315,10 +325,14 @@ bool Tape::run() {
   return false;
 }
 
+std::string Tape::name_of(const Step& step) {
+  if (step.node) return step.node->name();
+  return step.operation ? c10::toString(step.operation->operator_name()) : "";
+}
+
 std::vector<std::tuple<std::string, std::string, int64_t>> Tape::times() const {
   std::vector<std::tuple<std::string, std::string, int64_t>> all;
-  for (const Step& step : steps_)
-    all.emplace_back(step.operation ? c10::toString(step.operation->operator_name()) : "", step.text, step.nanoseconds);
+  for (const Step& step : steps_) all.emplace_back(name_of(step), step.text, step.nanoseconds);
   return all;
 }
 

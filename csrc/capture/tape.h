@@ -7,12 +7,14 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "direct.h"
+#include "node.h"
 
 namespace fastmlp {
 
@@ -62,6 +64,7 @@ class Tape {
   // one. Empty for operators that write where their arguments say.
   void add_call(c10::OperatorHandle operation, torch::jit::Stack arguments, std::vector<int> results,
                 std::string place);
+  void add_node(std::unique_ptr<Node> node, std::string place);
   // Puts a tensor of the tape, or none (-1), into the .grad of an external.
   void add_grad(int external, int tensor);
   // Raises, with `error`, unless the number in a tensor is still the one that the recording saw.
@@ -87,13 +90,13 @@ class Tape {
 
   // Measures each step of later replays, at the cost of looking at a clock twice a step.
   void measure(bool on) { measured_ = on; }
-  // Of each step the operator that it calls, its place in the user's file, and the nanoseconds that it has taken in
-  // all.
+  // Of each step the operator or node that it calls, its place in the user's file, and the nanoseconds that it has
+  // taken in all.
   std::vector<std::tuple<std::string, std::string, int64_t>> times() const;
 
   int64_t arena_bytes() const { return arena_bytes_; }
   int64_t own_bytes() const { return own_bytes_; }
-  // How many operators a replay calls, and how many of them without the dispatcher.
+  // How many operators and nodes a replay calls, and how many of them without the dispatcher.
   size_t calls() const;
   size_t direct_calls() const;
 
@@ -120,7 +123,8 @@ class Tape {
     at::Tensor held;  // what came last
   };
   struct Step {
-    enum Kind { call, grad, check, stop } kind;
+    enum Kind { call, run_node, grad, check, stop } kind;
+    std::unique_ptr<Node> node;
     std::optional<c10::OperatorHandle> operation;
     torch::jit::Stack arguments;
     Direct* direct = nullptr;
@@ -136,6 +140,7 @@ class Tape {
   bool fits(const External& external) const;
   void run(Step& step);
   void call(Step& step);
+  static std::string name_of(const Step& step);
   void take(Returned& returned, const at::Tensor& result, const Step& step);
   // New memory for a gradient, which the tape has written and somebody holds.
   void renew(int memory);
