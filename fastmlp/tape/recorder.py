@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from fastmlp import optim
 from fastmlp.tape import functions
 from fastmlp.tape.active import RecordingMode
+from fastmlp.tape.calls import PRIMS
 from fastmlp.tape.functions import Functions
 from fastmlp.tape.gradients import Gradients
-from fastmlp.tape.lower import PRIMS
 from fastmlp.tape.seen import Seen, is_program
 from fastmlp.tape.trace import CaptureError, Check, Memory, Operation, OptimizerStep, Ref, Trace, Value, refs
 

@@ -18,10 +18,14 @@ __all__ = [
     "Memory",
     "Operation",
     "OptimizerStep",
+    "Output",
     "Ref",
+    "Run",
     "Trace",
     "Value",
     "difference",
+    "refs",
+    "written_arguments",
 ]
 
 
@@ -110,7 +114,40 @@ class Check:
     place: str
 
 
-Event = Operation | GradSet | OptimizerStep | Check
+@dataclass(slots=True)
+class Output:
+    """What a run writes: a register, into a value of so many dimensions of a space, reduced or not."""
+
+    value: int
+    space: tuple[int, ...]
+    register: int
+    how: str
+    reduced: tuple[int, ...]
+    scale: float
+
+
+@dataclass(slots=True)
+class Run:
+    """An event of a trace: several elementwise operations at once.
+
+    Registers are numbered: first inputs, then what each instruction makes.
+
+    Attributes:
+        sizes: of the space, without dimensions of one element.
+        inputs: values, and the spaces that they are broadcast to.
+        instructions: name, registers, scalars.
+        outputs: what is written.
+        place: where the program called the first of them.
+    """
+
+    sizes: tuple[int, ...]
+    inputs: list[tuple[int, tuple[int, ...]]]
+    instructions: list[tuple[str, list[int], list[float]]]
+    outputs: list[Output]
+    place: str
+
+
+Event = Operation | GradSet | OptimizerStep | Check | Run
 
 
 @dataclass(slots=True)
@@ -161,6 +198,9 @@ class Trace:
                 yield event.value
         elif isinstance(event, Check):
             yield event.value
+        elif isinstance(event, Run):
+            yield from (value for value, _ in event.inputs)
+            yield from (output.value for output in event.outputs)
 
 
 def refs(value: Any) -> Iterator[int]:
@@ -172,6 +212,19 @@ def refs(value: Any) -> Iterator[int]:
             yield from refs(item)
     elif isinstance(value, dict):
         yield from refs(list(value.values()))
+
+
+#: Operators that write to arguments without saying so in their schemas, and those arguments.
+_WRITES_UNSAID = {"aten::native_batch_norm": (3, 4)}
+
+
+def written_arguments(operation: Operation) -> Iterator[int]:
+    """The numbers of the values among an operation's arguments that it writes."""
+    schema, args = operation.func._schema, operation.args
+    for i, argument in enumerate(schema.arguments):
+        said = argument.alias_info is not None and argument.alias_info.is_write
+        if said or i in _WRITES_UNSAID.get(schema.name, ()):
+            yield from refs(args[i] if i < len(args) else operation.kwargs.get(argument.name))
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -1,0 +1,198 @@
+"""Elementwise operations in the words of the library's own kernels: instructions, each for every element of a space.
+
+`decompose.py` says operators of torch in these words. `fuse.py` gathers instructions into runs, each of which is one
+node of a tape: one pass over memory, in blocks that stay in a cache.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastmlp.tape.trace import Memory, Ref, Trace, Value
+
+__all__ = ["Element", "Emitter", "Layout", "NotElementwise", "Operand", "layout_of"]
+
+#: What instructions compute in.
+_COMPUTED = (torch.float32, torch.float64)
+#: What they read and take for numbers.
+_READ = (torch.bool, torch.int64)
+
+#: A value, or a number of Python.
+Operand = Ref | float
+
+#: Where a value lies for the elements of a space: memory, dtype, strides in the space's dimensions, offset.
+Layout = tuple[int, torch.dtype, tuple[int, ...], int]
+
+
+class NotElementwise(Exception):
+    """An operation that the kernels of runs do not compute."""
+
+
+@dataclass(slots=True)
+class Element:
+    """One instruction.
+
+    Attributes:
+        name: as `_C.elementwise_operations()` has it; "copy" for an operand as it is.
+        operands: are broadcast to the space.
+        scalars: what the instruction has besides.
+        output: the value that is written, whole.
+        space: sizes of the space.
+        dtype: in which it is computed.
+        how: "store", or how dimensions of the space are reduced: "sum", "max" or "min".
+        reduced: these dimensions.
+        scale: a sum is multiplied by it.
+    """
+
+    name: str
+    operands: tuple[Operand, ...]
+    scalars: tuple[float, ...]
+    output: int
+    space: tuple[int, ...]
+    dtype: torch.dtype
+    how: str = "store"
+    reduced: tuple[int, ...] = ()
+    scale: float = 1.0
+
+
+def layout_of(value: Value, space: Sequence[int], reduced: Sequence[int] = ()) -> Layout:
+    """Where a value lies for the elements of a space that it is broadcast to, or that is reduced to it.
+
+    Dimensions of one element are left out, so that a view with more or fewer of them lies alike.
+    """
+    strides = [0 if size == 1 else stride for size, stride in zip(value.sizes, value.strides, strict=True)]
+    if reduced and len(strides) < len(space):
+        for dim in reduced:
+            strides.insert(dim, 0)
+    strides = [0] * (len(space) - len(strides)) + strides
+    kept = tuple(stride for stride, size in zip(strides, space, strict=True) if size != 1)
+    return value.memory, value.dtype, kept, value.offset
+
+
+#: Instructions with one number, by that of two operands and the place of the number: their names, and the number.
+_WITH_NUMBER: dict[tuple[str, int], tuple[str, Callable[[float], float]]] = {
+    ("add", 0): ("add_scalar", float),
+    ("add", 1): ("add_scalar", float),
+    ("sub", 0): ("rsub_scalar", float),
+    ("sub", 1): ("add_scalar", lambda number: -number),
+    ("mul", 0): ("mul_scalar", float),
+    ("mul", 1): ("mul_scalar", float),
+    ("div", 0): ("rdiv_scalar", float),
+    ("div", 1): ("div_scalar", float),
+    ("maximum", 0): ("clamp_min", float),
+    ("maximum", 1): ("clamp_min", float),
+    ("minimum", 0): ("clamp_max", float),
+    ("minimum", 1): ("clamp_max", float),
+    **{(name, 1): (f"{name}_scalar", float) for name in ("gt", "ge", "lt", "le", "eq", "ne")},
+    **{
+        (name, 0): (f"{turned}_scalar", float)
+        for name, turned in (("gt", "lt"), ("ge", "le"), ("lt", "gt"), ("le", "ge"), ("eq", "eq"), ("ne", "ne"))
+    },
+}
+
+
+class Emitter:
+    """Writes down the instructions of one operation.
+
+    Args:
+        trace: gets the values that lie between instructions.
+        numbers: of memories that hold one number throughout, that number.
+        dtype: in which the operation is computed.
+        place: where the program called the operation.
+
+    Raises:
+        NotElementwise: the kernels do not compute in this dtype; from methods, they do not compute this.
+    """
+
+    def __init__(self, trace: Trace, numbers: dict[int, float], dtype: torch.dtype, place: str) -> None:
+        if dtype not in _COMPUTED:
+            raise NotElementwise
+        self.trace = trace
+        self.dtype = dtype
+        self.elements: list[Element] = []
+        self._numbers = numbers
+        self._place = place
+
+    def operand(self, argument: object) -> Operand:
+        """An argument of an operation, if instructions can read it."""
+        if isinstance(argument, (bool, int, float)):
+            return float(argument)
+        if not isinstance(argument, Ref):
+            raise NotElementwise
+        value = self.trace.values[argument.value]
+        if value.dtype not in (self.dtype, *_READ):
+            raise NotElementwise
+        # Of more than one element the sizes may count.
+        return self._number(argument) if math.prod(value.sizes) == 1 else argument
+
+    def sizes(self, operand: Operand) -> tuple[int, ...]:
+        """The sizes of an operand."""
+        return self.trace.values[operand.value].sizes if isinstance(operand, Ref) else ()
+
+    def emit(self, name: str, *operands: Operand, scalars: Sequence[float] = (), output: int | None = None) -> Operand:
+        """Adds an instruction, and returns what it makes: a new value if none is given."""
+        if output is not None:
+            operands = tuple(map(self._number, operands))
+        numbers = [place for place, operand in enumerate(operands) if not isinstance(operand, Ref)]
+        if len(operands) == 2 and len(numbers) == 1 and (name, numbers[0]) in _WITH_NUMBER:
+            name, number = _WITH_NUMBER[name, numbers[0]]
+            scalars = (number(float(operands[numbers[0]])),)  # type: ignore[arg-type]
+            operands = (operands[1 - numbers[0]],)
+            if name in ("mul_scalar", "div_scalar") and scalars == (1.0,):
+                name, scalars = "copy", ()
+        elif operands and len(numbers) == len(operands) and (name != "copy" or output is None):
+            raise NotElementwise
+        space = torch.broadcast_shapes(*(self.sizes(operand) for operand in operands))
+        if output is None:
+            output = self._new(space)
+        space = self.trace.values[output].sizes
+        self.elements.append(Element(name, operands, tuple(map(float, scalars)), output, space, self.dtype))
+        return Ref(output)
+
+    def part(self, whole: int, dim: int, start: int, stop: int | None) -> int:
+        """A new value: a stretch of a dimension of another one, or an entry of it where there is no `stop`."""
+        value = self.trace.values[whole]
+        sizes, strides = list(value.sizes), list(value.strides)
+        offset = value.offset + start * strides[dim]
+        if stop is None:
+            del sizes[dim], strides[dim]
+        else:
+            sizes[dim] = stop - start
+        self.trace.values.append(Value(value.memory, value.dtype, tuple(sizes), tuple(strides), offset))
+        return len(self.trace.values) - 1
+
+    def new_like(self, value: int) -> int:
+        """A new value of the sizes of another one."""
+        return self._new(self.trace.values[value].sizes)
+
+    def _number(self, operand: Operand) -> Operand:
+        """An operand, or the number that it is throughout."""
+        if not isinstance(operand, Ref):
+            return operand
+        return self._numbers.get(self.trace.values[operand.value].memory, operand)
+
+    def reduce(
+        self, operand: Operand, how: str, dims: Sequence[int] | None, output: int | None = None, scale: float = 1.0
+    ) -> Operand:
+        """Adds a reduction over dimensions, or over all of them where there are none."""
+        if not isinstance(operand, Ref):
+            raise NotElementwise
+        space = self.sizes(operand)
+        reduced = tuple(sorted(dim % len(space) for dim in dims)) if dims and space else tuple(range(len(space)))
+        if output is None:
+            output = self._new(tuple(size for dim, size in enumerate(space) if dim not in reduced))
+        self.elements.append(Element("copy", (operand,), (), output, space, self.dtype, how, reduced, scale))
+        return Ref(output)
+
+    def count(self, operand: Operand, dims: Sequence[int] | None = None) -> int:
+        """How many elements a reduction makes one of."""
+        sizes = self.sizes(operand)
+        return math.prod(sizes[dim] for dim in dims) if dims and sizes else math.prod(sizes)
+
+    def _new(self, sizes: Sequence[int]) -> int:
+        self.trace.memories.append(Memory(("new",), math.prod(sizes) * self.dtype.itemsize, None, self._place))
+        strides = tuple(math.prod(sizes[dim + 1 :]) for dim in range(len(sizes)))
+        self.trace.values.append(Value(len(self.trace.memories) - 1, self.dtype, tuple(sizes), strides, 0))
+        return len(self.trace.values) - 1

@@ -1,0 +1,184 @@
+"""Makes nodes of the operations of a trace: runs of elementwise operations become one pass over memory each.
+
+What may be moved or joined follows from memory alone: an operation comes after the one that wrote what it reads or
+writes, and after those that read what it writes. Whose results nobody reads goes.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from fastmlp.tape.decompose import decompose
+from fastmlp.tape.elements import Element, Layout, layout_of
+from fastmlp.tape.order import Group, Order
+from fastmlp.tape.run import build_run
+from fastmlp.tape.trace import Check, Event, GradSet, Operation, OptimizerStep, Trace, refs, written_arguments
+
+__all__ = ["fuse"]
+
+#: What is no memory, but keeps operations in their order: draws of random numbers, and what a check may forbid.
+_DRAWS, _EFFECTS = -1, -2
+#: That of the `.grad` of a leaf, less the number of the leaf's memory.
+_GRADS = -3
+#: Instructions in a run, whose blocks have to stay in a cache.
+_LONGEST = 64
+
+
+class _Fusion:
+    """Fuses events between two steps of optimizers."""
+
+    def __init__(self, trace: Trace, owners: Sequence[str], numbers: dict[int, float]) -> None:
+        self.trace = trace
+        self.order = Order()
+        self._owners = owners
+        self._numbers = numbers
+        self._events: list[Event | Element] = []
+        self._places: list[str] = []
+        self._runs: dict[int, _Members] = {}  # by their groups
+
+    def add(self, event: Event) -> None:
+        """Adds the next event."""
+        if isinstance(event, Operation):
+            elements = decompose(self.trace, event, self._numbers)
+            if elements is not None:
+                for element in elements:
+                    self._element(element, event.place)
+                return
+        reads, writes = self._touched(event)
+        self._events.append(event)
+        self._places.append(event.place)
+        self.order.add(len(self._events) - 1, reads, writes, self.order.needed(reads, writes), None)
+
+    def _owner(self, memory: int) -> str:
+        return self._owners[memory] if memory < len(self._owners) else "arena"
+
+    def _touched(self, event: Event) -> tuple[set[int], set[int]]:
+        """The memories that an event reads and writes."""
+        memory = [value.memory for value in self.trace.values]
+        used = {memory[value] for value in self.trace.refs(event)}
+        if isinstance(event, GradSet):
+            return used | {_EFFECTS}, {_GRADS - memory[event.leaf]}
+        if isinstance(event, Check):
+            return used, {_EFFECTS}
+        assert isinstance(event, Operation)
+        writes = {memory[output] for output in event.outputs if output is not None}
+        writes |= {memory[value] for value in written_arguments(event)}
+        reads = {memory[value] for value in refs((event.args, event.kwargs))}
+        if any(self._owner(one) in ("outside", "grad") for one in writes):
+            reads.add(_EFFECTS)
+        if torch.Tag.nondeterministic_seeded in event.func.tags or _has_generator(event.func):
+            reads.add(_EFFECTS)
+            writes.add(_DRAWS)
+        return reads, writes
+
+    def _element(self, element: Element, place: str) -> None:
+        values = self.trace.values
+        sizes = tuple(size for size in element.space if size != 1)
+        reads = {values[value].memory for value in refs(element.operands)}
+        output = values[element.output].memory
+        effects = {_EFFECTS} if self._owner(output) in ("outside", "grad") else set()
+        needed = self.order.needed(reads | effects, {output})
+        fits = (
+            group
+            for group in (*needed, *self._beside(reads))
+            if (run := self._runs.get(group.number)) is not None
+            and run.key == (sizes, element.dtype)
+            and run.takes(element)
+            and self.order.can_join(group, needed)
+        )
+        into = next(fits, None)
+        self._events.append(element)
+        self._places.append(place)
+        group = self.order.add(len(self._events) - 1, reads | effects, {output}, needed, into)
+        self._runs.setdefault(group.number, _Members(self.trace, (sizes, element.dtype))).add(element)
+
+    def _beside(self, reads: Iterable[int]) -> list[Group]:
+        """Groups that read the same."""
+        return [group for memory in reads for group in self.order.readers(memory)[-4:]]
+
+    def events(self) -> list[Event]:
+        """What is left: events as they were, and runs."""
+        result: list[Event] = []
+        live: set[int] = set()
+        for group in reversed(self.order.sorted()):
+            run = self._runs.get(group.number)
+            kept = {memory for memory in group.writes if memory < 0 or memory in live or self._owner(memory) != "arena"}
+            if not kept:
+                continue
+            if run is None:
+                (event,) = (self._events[member] for member in group.members)
+                assert not isinstance(event, Element)
+                result.append(event)
+                live |= group.reads
+                continue
+            built = build_run(self.trace, run.elements, kept, self._places[group.members[0]])
+            result.append(built)
+            live |= {self.trace.values[value].memory for value, _ in built.inputs}
+        return result[::-1]
+
+
+class _Members:
+    """The elements of a run, and how they use memory.
+
+    Attributes:
+        key: sizes of the space, dimensions of one element aside, and the dtype.
+    """
+
+    def __init__(self, trace: Trace, key: tuple[tuple[int, ...], torch.dtype]) -> None:
+        self.key = key
+        self.elements: list[Element] = []
+        self._trace = trace
+        self._read: dict[int, set[Layout]] = {}
+        self._written: dict[int, Layout | None] = {}  # None for what is reduced
+
+    def _layouts(self, element: Element) -> tuple[list[Layout], Layout]:
+        values = self._trace.values
+        reads = [layout_of(values[value], element.space) for value in refs(element.operands)]
+        return reads, layout_of(values[element.output], element.space, element.reduced)
+
+    def takes(self, element: Element) -> bool:
+        """Whether an element can follow: all that use a memory that one of them writes use it element by element."""
+        if len(self.elements) >= _LONGEST:
+            return False
+        reads, output = self._layouts(element)
+        for layout in reads:
+            if layout[0] in self._written and self._written[layout[0]] != layout:
+                return False
+        memory = output[0]
+        if memory not in self._written and memory not in self._read:
+            return all(layout[0] != memory or layout == output for layout in reads)
+        if element.how != "store" or self._written.get(memory, output) != output:
+            return False
+        return all(layout == output for layout in self._read.get(memory, ()))
+
+    def add(self, element: Element) -> None:
+        """Adds an element that fits."""
+        reads, output = self._layouts(element)
+        self.elements.append(element)
+        for layout in reads:
+            self._read.setdefault(layout[0], set()).add(layout)
+        self._written[output[0]] = output if element.how == "store" else None
+
+
+def _has_generator(func: Any) -> bool:
+    return any(argument.name == "generator" for argument in func._schema.arguments)
+
+
+def fuse(trace: Trace, owners: Sequence[str], numbers: dict[int, float]) -> list[Event]:
+    """The events of a trace, some of them as nodes.
+
+    Args:
+        trace: without what costs nothing at a replay. Gets new values and memories, which belong to the arena.
+        owners: of each memory, as `_C.Tape.add_memory` takes them.
+        numbers: of memories that hold one number throughout, that number.
+    """
+    events: list[Event] = []
+    fusion = _Fusion(trace, owners, numbers)
+    for event in trace.events:
+        if isinstance(event, OptimizerStep):
+            events += [*fusion.events(), event]
+            fusion = _Fusion(trace, owners, numbers)
+        else:
+            fusion.add(event)
+    return events + fusion.events()
