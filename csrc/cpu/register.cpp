@@ -16,6 +16,7 @@
 #include "../tensors/operations.h"
 #include "dispatch.h"
 #include "frozen.h"
+#include "matrix_product.h"
 #include "network.h"
 #include "step.h"
 #include "workspace.h"
@@ -186,6 +187,7 @@ const RegisterDevice registered(c10::kCPU, [] {
   DeviceOperations all = Cpu::entry();
   all.train_into = &train_into;
   all.update = &update_all;
+  all.multiply = [](const ProductPass& pass) { multiply(pass, threads()); };
   all.freeze = &freeze;
   all.instruction_sets = &instruction_sets;
   return all;

@@ -164,5 +164,7 @@ class Recordings {
 
 // Adds the classes and functions that fastmlp/capture.py needs.
 void add_capture(py::module_& module);
+// Adds the nodes to the class of tapes.
+void add_capture_nodes(py::module_& module, py::class_<Tape, std::shared_ptr<Tape>>& tape);
 
 }  // namespace fastmlp

@@ -110,8 +110,9 @@ int64_t add_recording(Recordings& all, const std::shared_ptr<Tape>& tape, const 
 }  // namespace
 
 void add_capture(py::module_& m) {
-  py::class_<Tape, std::shared_ptr<Tape>>(m, "Tape")
-      .def(py::init<>())
+  py::class_<Tape, std::shared_ptr<Tape>> tape(m, "Tape");
+  add_capture_nodes(m, tape);
+  tape.def(py::init<>())
       .def("add_memory",
            [](Tape& tape, const std::string& owner, int64_t bytes) { return tape.add_memory(owner_of(owner), bytes); })
       .def("add_tensor",

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../contract/loss.h"
+#include "../contract/product.h"
 #include "../contract/update.h"
 #include "stack.h"
 
@@ -45,6 +46,9 @@ using TrainInto = at::Tensor(const Stack& stack, const at::Tensor& input, at::Te
 
 // A step of an optimizer: moves all parameters, whose memory is on the device.
 using UpdateAll = void(const std::vector<Update>& updates, c10::Device device);
+
+// A product by itself, whose memory is on the device.
+using Multiply = void(const ProductPass& pass);
 
 }  // namespace operation
 }  // namespace fastmlp

@@ -428,7 +428,7 @@ def _each(given: dict[str, Any], event: Operation, listed: bool) -> Iterator[tup
     schema = event.func._schema
     if listed:
         lists = {key: value for key, value in given.items() if isinstance(value, (tuple, list))}
-        outputs: list[int | None] = list(event.outputs) if event.outputs else [ref.value for ref in given["self"]]
+        outputs = [ref.value for ref in given["self"]] if schema.is_mutable else event.outputs
         for i, output in enumerate(outputs):
             each = {key: lists[key][i] if key in lists else value for key, value in given.items()}
             if output is None:

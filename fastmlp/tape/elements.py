@@ -93,6 +93,17 @@ _WITH_NUMBER: dict[tuple[str, int], tuple[str, Callable[[float], float]]] = {
 }
 
 
+#: Instructions whose result is known where all operands are numbers.
+_FOLDED: dict[str, Callable[..., torch.Tensor]] = {
+    "copy": torch.clone,
+    "neg": torch.neg,
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+}
+
+
 class Emitter:
     """Writes down the instructions of one operation.
 
@@ -142,8 +153,8 @@ class Emitter:
             operands = (operands[1 - numbers[0]],)
             if name in ("mul_scalar", "div_scalar") and scalars == (1.0,):
                 name, scalars = "copy", ()
-        elif operands and len(numbers) == len(operands) and (name != "copy" or output is None):
-            raise NotElementwise
+        elif operands and len(numbers) == len(operands):
+            operands, name = (self._folded(name, operands, output),), "copy"
         space = torch.broadcast_shapes(*(self.sizes(operand) for operand in operands))
         if output is None:
             output = self._new(space)
@@ -166,6 +177,17 @@ class Emitter:
     def new_like(self, value: int) -> int:
         """A new value of the sizes of another one."""
         return self._new(self.trace.values[value].sizes)
+
+    def _folded(self, name: str, operands: Sequence[Operand], output: int | None) -> float:
+        """The number that numbers make, which the output then holds."""
+        if name not in _FOLDED or output is None:
+            raise NotElementwise
+        number = float(_FOLDED[name](*(torch.tensor(operand, dtype=self.dtype) for operand in operands)).item())
+        value = self.trace.values[output]
+        whole = math.prod(value.sizes) * value.dtype.itemsize == self.trace.memories[value.memory].bytes
+        if whole and value.dtype == self.dtype and not self.trace.memories[value.memory].written:
+            self._numbers[value.memory] = number
+        return number
 
     def _number(self, operand: Operand) -> Operand:
         """An operand, or the number that it is throughout."""

@@ -11,9 +11,20 @@ import torch
 
 from fastmlp.tape.decompose import decompose
 from fastmlp.tape.elements import Element, Layout, layout_of
+from fastmlp.tape.nodes import activated, node_of, without
 from fastmlp.tape.order import Group, Order
 from fastmlp.tape.run import build_run
-from fastmlp.tape.trace import Check, Event, GradSet, Operation, OptimizerStep, Trace, refs, written_arguments
+from fastmlp.tape.trace import (
+    Check,
+    Event,
+    GradSet,
+    Node,
+    Operation,
+    OptimizerStep,
+    Trace,
+    refs,
+    written_arguments,
+)
 
 __all__ = ["fuse"]
 
@@ -45,6 +56,7 @@ class _Fusion:
                 for element in elements:
                     self._element(element, event.place)
                 return
+            event = node_of(self.trace, event) or event
         reads, writes = self._touched(event)
         self._events.append(event)
         self._places.append(event.place)
@@ -55,16 +67,19 @@ class _Fusion:
 
     def _touched(self, event: Event) -> tuple[set[int], set[int]]:
         """The memories that an event reads and writes."""
-        memory = [value.memory for value in self.trace.values]
-        used = {memory[value] for value in self.trace.refs(event)}
+        values = self.trace.values
+        used = {values[value].memory for value in self.trace.refs(event)}
+        if isinstance(event, Node):
+            writes = {values[value].memory for value in event.writes}
+            return used - writes, writes
         if isinstance(event, GradSet):
-            return used | {_EFFECTS}, {_GRADS - memory[event.leaf]}
+            return used | {_EFFECTS}, {_GRADS - values[event.leaf].memory}
         if isinstance(event, Check):
             return used, {_EFFECTS}
         assert isinstance(event, Operation)
-        writes = {memory[output] for output in event.outputs if output is not None}
-        writes |= {memory[value] for value in written_arguments(event)}
-        reads = {memory[value] for value in refs((event.args, event.kwargs))}
+        writes = {values[output].memory for output in event.outputs if output is not None}
+        writes |= {values[value].memory for value in written_arguments(event)}
+        reads = {values[value].memory for value in refs((event.args, event.kwargs))}
         if any(self._owner(one) in ("outside", "grad") for one in writes):
             reads.add(_EFFECTS)
         if torch.Tag.nondeterministic_seeded in event.func.tags or _has_generator(event.func):
@@ -79,6 +94,8 @@ class _Fusion:
         output = values[element.output].memory
         effects = {_EFFECTS} if self._owner(output) in ("outside", "grad") else set()
         needed = self.order.needed(reads | effects, {output})
+        if self._behind_product(element, reads, output, needed):
+            return
         fits = (
             group
             for group in (*needed, *self._beside(reads))
@@ -92,6 +109,20 @@ class _Fusion:
         self._places.append(place)
         group = self.order.add(len(self._events) - 1, reads | effects, {output}, needed, into)
         self._runs.setdefault(group.number, _Members(self.trace, (sizes, element.dtype))).add(element)
+
+    def _behind_product(self, element: Element, reads: set[int], output: int, needed: list[Group]) -> bool:
+        """Lets a product compute the activation of what it makes."""
+        for group in needed:
+            (*_, member) = group.members
+            product = self._events[member]
+            if not isinstance(product, Node) or not self.order.can_join(group, needed):
+                continue
+            node = activated(self.trace, product, element)
+            if node is not None and output not in group.reads:
+                self._events[member] = node
+                self.order.add(member, reads - group.writes, {output}, needed, group)
+                return True
+        return False
 
     def _beside(self, reads: Iterable[int]) -> list[Group]:
         """Groups that read the same."""
@@ -107,15 +138,21 @@ class _Fusion:
             if not kept:
                 continue
             if run is None:
-                (event,) = (self._events[member] for member in group.members)
+                event = self._events[group.members[0]]
                 assert not isinstance(event, Element)
-                result.append(event)
+                result.append(self._without_dead(event, kept))
                 live |= group.reads
                 continue
             built = build_run(self.trace, run.elements, kept, self._places[group.members[0]])
             result.append(built)
             live |= {self.trace.values[value].memory for value, _ in built.inputs}
         return result[::-1]
+
+    def _without_dead(self, event: Event, kept: set[int]) -> Event:
+        """A node without what it makes and nobody reads."""
+        if not isinstance(event, Node):
+            return event
+        return without(event, {value for value in event.writes if self.trace.values[value].memory not in kept})
 
 
 class _Members:

@@ -14,7 +14,7 @@ from fastmlp._load import _C
 from fastmlp.tape.calls import Calls, write_in_place
 from fastmlp.tape.elements import layout_of
 from fastmlp.tape.fuse import fuse
-from fastmlp.tape.trace import Check, Event, GradSet, Operation, OptimizerStep, Ref, Run, Trace, Value, refs
+from fastmlp.tape.trace import Check, Event, GradSet, Node, Operation, OptimizerStep, Ref, Run, Trace, Value, refs
 
 __all__ = ["Lowered", "lower"]
 
@@ -91,6 +91,10 @@ class Lowered:
                 self.advance()
             elif isinstance(event, Run):
                 self._run(event)
+            elif isinstance(event, Node):
+                self.use(*trace.refs(event))
+                getattr(self.tape, event.method)(*self.bound(event.args), event.place)
+                self.advance()
             else:
                 self._optimizer(event)
         results = [

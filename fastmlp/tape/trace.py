@@ -16,6 +16,7 @@ __all__ = [
     "Check",
     "GradSet",
     "Memory",
+    "Node",
     "Operation",
     "OptimizerStep",
     "Output",
@@ -147,7 +148,24 @@ class Run:
     place: str
 
 
-Event = Operation | GradSet | OptimizerStep | Check | Run
+@dataclass(slots=True)
+class Node:
+    """An event of a trace: operations that a kernel of ours does, whole.
+
+    Attributes:
+        method: of `_C.Tape`, which adds it.
+        args: of the method, with values as references.
+        writes: the values that it makes.
+        place: where the program called the first operation.
+    """
+
+    method: str
+    args: tuple[Any, ...]
+    writes: list[int]
+    place: str
+
+
+Event = Operation | GradSet | OptimizerStep | Check | Run | Node
 
 
 @dataclass(slots=True)
@@ -201,6 +219,8 @@ class Trace:
         elif isinstance(event, Run):
             yield from (value for value, _ in event.inputs)
             yield from (output.value for output in event.outputs)
+        elif isinstance(event, Node):
+            yield from refs(event.args)
 
 
 def refs(value: Any) -> Iterator[int]:
