@@ -75,6 +75,20 @@ def _relative_to_the_first(output: Tensor, x: Tensor, *args: Any) -> Tensor:
     return ULPS * torch.finfo(output.dtype).eps * x.abs()
 
 
+def _absolute(output: Tensor, *args: Any) -> Tensor:
+    return ULPS * torch.finfo(output.dtype).eps * torch.ones_like(output)
+
+
+def _normalised(output: Tensor, x: Tensor, sizes: Sequence[int], *args: Any) -> Tensor:
+    """A share of the largest entry too, because the mean is subtracted from each, and that difference is rounded."""
+    dims = list(range(-len(sizes), 0))
+    return gamma(x[(0,) * (x.dim() - len(sizes))].numel() + ULPS, output.dtype) * output.abs().amax(dims, keepdim=True)
+
+
+def _normalised_backward(output: Tensor, grad: Tensor, x: Tensor, sizes: Sequence[int], *args: Any) -> Tensor:
+    return _normalised(output, x, sizes)
+
+
 def _sum(output: Tensor, x: Tensor, *args: Any) -> Tensor:
     return gamma(x.numel() + ULPS, output.dtype) * x.abs().sum()
 
@@ -147,6 +161,13 @@ STEPS: Mapping[Any, Callable[..., Tensor]] = {
     _aten.div.Tensor: _relative,
     _aten.sub.Tensor: _relative,
     _aten.add.Tensor: _relative,
+    # What losses of users are made of.
+    **dict.fromkeys((_aten.add.Scalar, _aten.div.Scalar, _aten.div_.Scalar, _aten.mul.Scalar, _aten.rsub.Scalar, _aten.sub.Scalar, _aten.exp.default, _aten.log.default, _aten.pow.Tensor_Scalar, _aten.reciprocal.default, _aten.rsqrt.default, _aten.softplus_backward.default, _aten.std.correction), _relative),
+    # Kernels reduce the angle, whose rounding is a share of one.
+    _aten.sin.default: _absolute,
+    _aten.cos.default: _absolute,
+    _aten.native_layer_norm.default: _normalised,
+    _aten.native_layer_norm_backward.default: _normalised_backward,
     # Steps of RMSprop too.
     _aten.addcmul.default: _sum_with_product,
     _aten.sqrt.default: _relative,
