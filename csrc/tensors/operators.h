@@ -5,9 +5,11 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <memory>
 #include <tuple>
 #include <vector>
 
+#include "../contract/elementwise.h"
 #include "../contract/loss.h"
 #include "../contract/update.h"
 #include "stack.h"
@@ -45,6 +47,9 @@ using TrainInto = at::Tensor(const Stack& stack, const at::Tensor& input, at::Te
 
 // A step of an optimizer: moves all parameters, whose memory is on the device.
 using UpdateAll = void(const std::vector<Update>& updates, c10::Device device);
+
+// An elementwise program, ready to run. It has been checked.
+using PlanElementwise = std::unique_ptr<ElementwiseRun>(const ElementProgram& program);
 
 }  // namespace operation
 }  // namespace fastmlp
