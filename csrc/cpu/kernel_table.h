@@ -55,6 +55,18 @@ using ElementLoss = double (*)(int64_t n, const S* output, const S* target, cons
 // Moves elements [begin, end) of a parameter.
 using UpdateKernel = void (*)(const Update&, int64_t begin, int64_t end);
 
+// An instruction of an elementwise program on n elements. Operands that it does not have are not read; out may be one
+// of them.
+template <class T> using ElementKernel = void (*)(int64_t n, const T* a, const T* b, const T* c, T* out, Scalars);
+
+// One way to reduce: what a partial result begins with, and how rows or columns of a gapless matrix are added to
+// partial results, one for each.
+template <class T> struct ElementFolds {
+  double start;
+  void (*rows)(int64_t rows, int64_t columns, const T* x, double* into);
+  void (*columns)(int64_t rows, int64_t columns, const T* x, double* into);
+};
+
 constexpr int64_t line_bytes = 64;  // what one prefetch brings
 
 // The products of a panel of A with columns of B, and where they go.
@@ -145,6 +157,10 @@ template <class S> struct Kernels {
   double (*cross_entropy)(int64_t classes, const S* output, int64_t target, const S* weight, double weights,
                           double smoothing, double scale, S* grad);
   const UpdateKernel* updates;
+  // By the numbers of contract/elementwise.h, and sum, max, min. Null for the dtypes that are not computed in
+  // themselves.
+  const ElementKernel<S>* elements;
+  const ElementFolds<S>* element_folds;
 
   int64_t units(int64_t k) const { return (k + k_unit - 1) / k_unit; }
   Microkernel<S> microkernel(int64_t rows, int64_t columns) const {

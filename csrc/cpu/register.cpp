@@ -15,6 +15,7 @@
 #include "../tensors/frozen_network.h"
 #include "../tensors/operations.h"
 #include "dispatch.h"
+#include "elementwise.h"
 #include "frozen.h"
 #include "matrix_product.h"
 #include "network.h"
@@ -72,6 +73,10 @@ at::Tensor train_into(const Stack& stack, const at::Tensor& input, at::TensorLis
 }
 
 void update_all(const std::vector<Update>& updates, c10::Device) { update(updates, threads()); }
+
+std::unique_ptr<ElementwiseRun> plan_elementwise(const ElementProgram& program) {
+  return plan_elements(program, &threads);
+}
 
 // Frozen networks.
 
@@ -188,6 +193,7 @@ const RegisterDevice registered(c10::kCPU, [] {
   all.train_into = &train_into;
   all.update = &update_all;
   all.multiply = [](const ProductPass& pass) { multiply(pass, threads()); };
+  all.elementwise = &plan_elementwise;
   all.freeze = &freeze;
   all.instruction_sets = &instruction_sets;
   return all;

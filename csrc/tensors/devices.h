@@ -28,6 +28,7 @@ struct DeviceOperations {
   operation::TrainInto* train_into = nullptr;
   operation::UpdateAll* update = nullptr;
   operation::Multiply* multiply = nullptr;
+  operation::PlanElementwise* elementwise = nullptr;
   Freeze* freeze = nullptr;
 
   // The keys that a tensor of the device has if nothing stands between it and its data, and that of its autocast.

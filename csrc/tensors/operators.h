@@ -5,9 +5,11 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <memory>
 #include <tuple>
 #include <vector>
 
+#include "../contract/elementwise.h"
 #include "../contract/loss.h"
 #include "../contract/product.h"
 #include "../contract/update.h"
@@ -49,6 +51,8 @@ using UpdateAll = void(const std::vector<Update>& updates, c10::Device device);
 
 // A product by itself, whose memory is on the device.
 using Multiply = void(const ProductPass& pass);
+// An elementwise program, ready to run. It has been checked.
+using PlanElementwise = std::unique_ptr<ElementwiseRun>(const ElementProgram& program);
 
 }  // namespace operation
 }  // namespace fastmlp

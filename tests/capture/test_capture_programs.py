@@ -1,4 +1,4 @@
-"""Whole training steps of many kinds, captured and not: the same bits in all that they leave, or what rounding allows with fusion."""
+"""Whole training steps of many kinds, captured and not: the same bits in all that they leave, or near with fusion."""
 
 from collections.abc import Callable
 from typing import Any

@@ -5,6 +5,7 @@
 #if defined(__x86_64__)
 FASTMLP_TARGET("avx2,fma,f16c")
 #include "../../contract/activation.h"
+#include "../../contract/element_operations.h"
 
 namespace fastmlp::cpu::avx2 {
 

@@ -6,6 +6,7 @@
 #if defined(__x86_64__)
 FASTMLP_TARGET("avx512bf16,avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")
 #include "../../contract/activation.h"
+#include "../../contract/element_operations.h"
 
 namespace fastmlp::cpu {
 

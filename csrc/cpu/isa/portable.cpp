@@ -3,6 +3,7 @@
 #include "target.h"
 
 #include "../../contract/activation.h"
+#include "../../contract/element_operations.h"
 
 namespace fastmlp::cpu::portable {
 

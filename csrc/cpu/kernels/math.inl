@@ -16,6 +16,10 @@ template <> struct Real<float> {
   // pi in parts short enough that their products with n <= 2^13 are exact without FMA.
   static constexpr float pi[4] = {3.140625f, 0x1.fb8p-11f, -0x1.5ep-22f, 0x1.0b4612p-33f};
   static constexpr float reducible = 25000.0f;
+  static constexpr Bits root_half = 0x3f3504f3u;  // of the root of 1/2, rounded
+  // What makes subnormal numbers normal, a power of 2.
+  static constexpr int up_exponent = 25;
+  static constexpr float up = 0x1p25f;
   static constexpr float expm1_tail[] = {0.5f, 0.166665767f, 0.0416665542f, 0.00836323288f, 0.00139262508f};
   static constexpr float atanh_tail[] = {0.333333337f, 0.199998532f, 0.14296179f, 0.108532879f, 0.116121646f};
   static constexpr float sin_tail[] = {-0.166666667f, 0.00833333277f, -0.00019841086f, 2.75364224e-6f, -2.4079237e-8f};
@@ -36,6 +40,9 @@ template <> struct Real<double> {
   static constexpr double exp_low = -746.0, exp_high = 710.0;
   static constexpr double pi[4] = {0x1.921fb58p+1, -0x1.dde974p-26, 0x1.1a62633145c07p-53, 0.0};
   static constexpr double reducible = 2.0e8;
+  static constexpr Bits root_half = 0x3fe6a09e667f3bcdu;
+  static constexpr int up_exponent = 54;
+  static constexpr double up = 0x1p54;
   static constexpr double expm1_tail[] = {0.5,
                                           0.16666666666666671,
                                           0.04166666666666667,
@@ -114,7 +121,7 @@ template <class T> struct Math {
     return p * power_of_2(half - offset / 2) * power_of_2(rest - (offset - offset / 2));
   }
 
-  // e^x - 1 for x <= 0; a zero keeps its sign.
+  // e^x - 1 for x <= 0, and up to 40; a zero keeps its sign.
   static V expm1_of_negative(V x) {
     const V low = fill(-50), zero = x;
     x = x < low ? low : x;
@@ -122,6 +129,30 @@ template <class T> struct Math {
     const V p = expm1_reduced(x, n);
     const V s = power_of_2(exponent(n) - offset);
     return zero == fill(0) ? zero : s * p + (s - fill(1));
+  }
+
+  // e^x - 1 for every x. From 40 on it is e^x in both dtypes.
+  static V expm1(V x) {
+    const V top = fill(40), bounded = x > top ? top : x;
+    const V small = expm1_of_negative(bounded);
+    return x > top ? exp(x) : small;
+  }
+
+  // The natural logarithm: -infinity of 0, NaN of what is negative.
+  static V log(V x) {
+    const V zero = fill(0);
+    const V y = log_of_positive(x);
+    const V beyond = x == zero ? fill(-__builtin_inf()) : fill(__builtin_nan(""));
+    return x < fill(__builtin_inf()) ? (x > zero ? y : beyond) : x;
+  }
+
+  // log(1 + x) for every x: that of the rounded sum, and what the rounding took, by the derivative.
+  static V log1p(V x) {
+    const V one = fill(1), zero = fill(0);
+    const V sum = one + x;
+    const V y = log(sum), lost = (x - (sum - one)) / sum;
+    const V finite = sum < fill(__builtin_inf()) ? y + lost : y;
+    return x == zero ? x : (sum > zero ? finite : y);
   }
 
   // log(1 + x) for 0 <= x <= 1, as 2 atanh(x / (2 + x)).
@@ -202,6 +233,25 @@ template <class T> struct Math {
     n = shifted - fill(R::round);
     const V r = (x - n * fill(R::ln2_high)) - n * fill(R::ln2_low);
     return r + r * r * polynomial(R::expm1_tail, r);
+  }
+
+  // x = 2^k m with m between the root of 1/2 and that of 2, and log m as that of 1 + f: f - f^2 / 2 + s (f^2 / 2 + r),
+  // where s = f / (2 + f) and r = 2 s^2 P(s^2). So the last addition makes most of the error.
+  static V log_of_positive(V x) {
+    constexpr Bits one_bits = R::bias << R::mantissa;
+    constexpr Bits fraction = (Bits(1) << R::mantissa) - 1;
+    const I subnormal = I(x < V(I{} + (Bits(1) << R::mantissa)));
+    const V normal = subnormal ? x * fill(R::up) : x;
+    const I bits = I(normal) + (one_bits - R::root_half);
+    // The exponent as a number: added to the last bits of a large one.
+    const I exponent = (bits >> R::mantissa) - R::bias - (subnormal & Bits(R::up_exponent));
+    const V k = V(I(fill(R::round)) + exponent) - fill(R::round);
+    const V f = V((bits & fraction) + R::root_half) - fill(1);
+    const V half = fill(0.5) * f * f;
+    const V s = f / (fill(2) + f);
+    const V u = s * s;
+    const V r = fill(2) * u * polynomial(R::atanh_tail, u);
+    return k * fill(R::ln2_high) - ((half - (s * (half + r) + k * fill(R::ln2_low))) - f);
   }
 
   // x = (n + shift) pi + r, |r| <= pi / 2: sin x = (-1)^n sin r for shift 0, and

@@ -1,0 +1,44 @@
+// A step of a tape that is a run of elementwise operations, as contract/elementwise.h describes them. Made in
+// csrc/python/capture_build.cpp.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../contract/elementwise.h"
+#include "node.h"
+
+namespace fastmlp {
+
+class ElementwiseNode final : public Node {
+ public:
+  struct Instruction {
+    std::string operation;
+    std::vector<int> operands;  // registers
+    std::vector<double> scalars;
+  };
+  struct Output {
+    at::Tensor tensor;
+    int source;       // a register
+    std::string end;  // "store", "sum", "max" or "min"
+    double scale;
+  };
+
+  // All tensors have the sizes of the space. Raises ValueError or TypeError for what makes no program.
+  ElementwiseNode(const std::vector<at::Tensor>& inputs, const std::vector<Instruction>& instructions,
+                  const std::vector<Output>& outputs);
+
+  void run() override;
+  const char* name() const override { return "elementwise"; }
+
+ private:
+  const size_t inputs_;
+  std::vector<at::Tensor> tensors_;  // inputs, then outputs
+  std::vector<void*> memory_;        // of these
+  std::unique_ptr<ElementwiseRun> run_;
+};
+
+}  // namespace fastmlp

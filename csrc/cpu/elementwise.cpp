@@ -1,0 +1,263 @@
+// Runs what elementwise_plan.h plans: reads inputs, calls the kernels of one instruction after the other, and stores or
+// reduces what they make. Allocates nothing but scratch, which the calling thread keeps.
+#include "elementwise.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "dispatch.h"
+#include "elementwise_plan.h"
+#include "parallel.h"
+#include "workspace.h"
+
+namespace fastmlp::cpu {
+namespace {
+
+// Calls f(i, offset) for each of `rows` rows from `row` on.
+template <class F>
+void for_rows(const ElementGrid& grid, const ElementSteps& steps, int64_t row, int64_t rows, const F& f) {
+  if (grid.outer.empty()) return f(0, 0);
+  const int64_t run = grid.outer.back(), step = steps.outer.back();
+  for (int64_t i = 0; i < rows;) {
+    const int64_t within = (row + i) % run;
+    int64_t offset = within * step, above = (row + i) / run;
+    for (size_t d = grid.outer.size() - 1; d-- > 0; above /= grid.outer[d])
+      offset += above % grid.outer[d] * steps.outer[d];
+    for (const int64_t end = std::min(rows, i + run - within); i < end; i++, offset += step) f(i, offset);
+  }
+}
+
+int64_t row_offset(const ElementGrid& grid, const ElementSteps& steps, int64_t row) {
+  if (grid.outer.size() == 1) return row * steps.outer[0];
+  int64_t found = 0;
+  for_rows(grid, steps, row, 1, [&](int64_t, int64_t offset) { found = offset; });
+  return found;
+}
+
+double fold(ElementEnd end, double a, double b) {
+  if (end == ElementEnd::sum) return a + b;
+  if (std::isnan(a) || std::isnan(b)) return a + b;
+  return end == ElementEnd::max ? std::max(a, b) : std::min(a, b);
+}
+
+// A part of the grid: some rows, or a piece of one.
+struct Block {
+  int64_t row, column, rows, columns;
+  int64_t size() const { return rows * columns; }
+};
+
+template <class T> class Runner final : public ElementwiseRun {
+ public:
+  Runner(const ElementProgram& program, int (*threads)()) : plan_(program, int64_t(sizeof(T))), threads_(threads) {
+    slot_bytes_ = size_t(round_up(int64_t(sizeof(T*)) * plan_.registers, int64_t(cache_line)) +
+                         plan_.buffer_bytes * plan_.buffers);
+    for (const PlannedOutput& output : plan_.outputs) {
+      places_.push_back(partial_bytes_);
+      if (output.end == ElementEnd::store) continue;
+      partial_bytes_ +=
+          size_t(round_up(int64_t(sizeof(double)) * output.partials * output.shares, int64_t(cache_line)));
+    }
+  }
+
+  void run(void* const* memory) override {
+    const KernelTable& table = active();
+    table.mark();
+    const int threads = plan_.chunks > 1 ? useful_threads(plan_.work, threads_()) : 1;
+    const Workspace scratch(partial_bytes_ + slot_bytes_ * size_t(threads));
+    const Pass pass{kernels_of<T>(table), memory, memory + plan_.inputs.size(), scratch.data()};
+    begin_partials(pass);
+    run_tasks(plan_.chunks, threads, [&](int64_t chunk, int slot) {
+      run_chunk(pass, chunk, scratch.data() + partial_bytes_ + slot_bytes_ * size_t(slot));
+    });
+    for (size_t k = 0; k < plan_.outputs.size(); k++) finish(pass, k);
+  }
+
+ private:
+  struct Pass {
+    const Kernels<T>& kernels;
+    void* const* inputs;
+    void* const* outputs;
+    char* partials;
+  };
+
+  double* partials(const Pass& pass, size_t k) const { return reinterpret_cast<double*>(pass.partials + places_[k]); }
+  const ElementFolds<T>& folds(const Pass& pass, ElementEnd end) const {
+    return pass.kernels.element_folds[int(end) - int(ElementEnd::sum)];
+  }
+
+  void begin_partials(const Pass& pass) const {
+    for (size_t k = 0; k < plan_.outputs.size(); k++) {
+      const PlannedOutput& output = plan_.outputs[k];
+      if (output.end == ElementEnd::store) continue;
+      std::fill_n(partials(pass, k), output.partials * output.shares, folds(pass, output.end).start);
+    }
+  }
+
+  Block block_at(int64_t index) const {
+    if (plan_.pieces == 1) {
+      const int64_t row = index * plan_.block_rows;
+      return {row, 0, std::min(plan_.block_rows, plan_.grid.rows - row), plan_.grid.columns};
+    }
+    const int64_t column = index % plan_.pieces * plan_.width;
+    return {index / plan_.pieces, column, 1, std::min(plan_.width, plan_.grid.columns - column)};
+  }
+
+  void run_chunk(const Pass& pass, int64_t chunk, char* slot) const {
+    T** const registers = reinterpret_cast<T**>(slot);
+    T* const buffers =
+        reinterpret_cast<T*>(slot + round_up(int64_t(sizeof(T*)) * plan_.registers, int64_t(cache_line)));
+    const auto buffer = [&](int index) { return buffers + index * (plan_.buffer_bytes / int64_t(sizeof(T))); };
+    const Range range = part_of(plan_.blocks, plan_.chunk_unit, chunk, plan_.chunks);
+    if (range.size() == 0) return;
+    const Block all{0, 0, plan_.block_rows, plan_.width};
+    for (size_t k = 0; k < plan_.inputs.size(); k++) {
+      const PlannedInput& input = plan_.inputs[k];
+      if (input.access != PlannedInput::once) continue;
+      registers[k] = buffer(input.buffer);
+      gather(input, pass.inputs[k], all, registers[k]);
+    }
+    for (const PlannedInstruction& one : plan_.once) {
+      registers[one.result] = buffer(one.buffer);
+      execute(pass, one, all.size(), registers);
+    }
+    for (int64_t index = range.begin; index < range.end; index++) {
+      const Block block = block_at(index);
+      for (size_t k = 0; k < plan_.inputs.size(); k++) {
+        const PlannedInput& input = plan_.inputs[k];
+        if (input.access == PlannedInput::in_place) {
+          registers[k] = in_place(input.steps, pass.inputs[k], block);
+        } else if (input.access == PlannedInput::gathered) {
+          registers[k] = buffer(input.buffer);
+          gather(input, pass.inputs[k], block, registers[k]);
+        }
+      }
+      for (const PlannedInstruction& one : plan_.each) registers[one.result] = buffer(one.buffer);
+      for (size_t k = 0; k < plan_.outputs.size(); k++) {
+        if (is_direct(pass, k))
+          registers[plan_.outputs[k].source] = in_place(plan_.outputs[k].steps, pass.outputs[k], block);
+      }
+      for (const PlannedInstruction& one : plan_.each) execute(pass, one, block.size(), registers);
+      for (size_t k = 0; k < plan_.outputs.size(); k++) end_block(pass, k, block, chunk, registers);
+    }
+  }
+
+  // Whether an output is computed where it is to lie.
+  bool is_direct(const Pass& pass, size_t k) const {
+    const PlannedOutput& output = plan_.outputs[k];
+    return output.direct && std::none_of(output.apart.begin(), output.apart.end(),
+                                         [&](int input) { return pass.inputs[input] == pass.outputs[k]; });
+  }
+
+  void execute(const Pass& pass, const PlannedInstruction& one, int64_t n, T* const* registers) const {
+    pass.kernels.elements[one.operation](n, registers[one.operands[0]], registers[one.operands[1]],
+                                         registers[one.operands[2]], registers[one.result], one.scalars);
+  }
+
+  T* in_place(const ElementSteps& steps, void* data, const Block& block) const {
+    T* const begin = static_cast<T*>(data);
+    if (steps.gapless) return begin + block.row * plan_.grid.columns + block.column;
+    return begin + row_offset(plan_.grid, steps, block.row) + block.column;
+  }
+
+  void gather(const PlannedInput& input, const void* data, const Block& block, T* to) const {
+    switch (input.kind) {
+      case ElementKind::number:
+        return gather_from(input.steps, static_cast<const T*>(data), block, to);
+      case ElementKind::boolean:
+        return gather_from(input.steps, static_cast<const bool*>(data), block, to);
+      case ElementKind::integer:
+        return gather_from(input.steps, static_cast<const int64_t*>(data), block, to);
+    }
+  }
+
+  template <class X> void gather_from(const ElementSteps& steps, const X* data, const Block& block, T* to) const {
+    const int64_t n = block.columns, step = steps.inner;
+    for_rows(plan_.grid, steps, block.row, block.rows, [&](int64_t i, int64_t offset) {
+      const X* const from = data + offset + block.column * step;
+      T* const row = to + i * n;
+      if (step == 0) {
+        std::fill_n(row, n, T(*from));
+      } else if (step == 1) {
+        std::copy_n(from, n, row);
+      } else {
+        for (int64_t j = 0; j < n; j++) row[j] = T(from[j * step]);
+      }
+    });
+  }
+
+  void end_block(const Pass& pass, size_t k, const Block& block, int64_t chunk, T* const* registers) const {
+    const PlannedOutput& output = plan_.outputs[k];
+    const T* const from = registers[output.source];
+    if (output.end != ElementEnd::store) return reduce(pass, k, block, chunk, from);
+    if (output.kind == ElementKind::boolean) {
+      scatter(output.steps, static_cast<bool*>(pass.outputs[k]), block, from);
+    } else if (!is_direct(pass, k)) {
+      scatter(output.steps, static_cast<T*>(pass.outputs[k]), block, from);
+    }
+  }
+
+  template <class X> void scatter(const ElementSteps& steps, X* data, const Block& block, const T* from) const {
+    const int64_t n = block.columns, step = steps.inner;
+    for_rows(plan_.grid, steps, block.row, block.rows, [&](int64_t i, int64_t offset) {
+      X* const to = data + offset + block.column * step;
+      const T* const row = from + i * n;
+      if (to == static_cast<const void*>(row)) return;
+      for (int64_t j = 0; j < n; j++) to[j * step] = X(row[j]);
+    });
+  }
+
+  void reduce(const Pass& pass, size_t k, const Block& block, int64_t chunk, const T* from) const {
+    const PlannedOutput& output = plan_.outputs[k];
+    const ElementFolds<T>& by = folds(pass, output.end);
+    double* const into = partials(pass, k) + (output.shares > 1 ? chunk * output.partials : 0);
+    switch (output.pattern) {
+      case PlannedOutput::all:
+        return by.rows(1, block.size(), from, into);
+      case PlannedOutput::each_row:
+        return by.rows(block.rows, block.columns, from, into + block.row);
+      case PlannedOutput::each_column:
+        return by.columns(block.rows, block.columns, from, into + block.column);
+      case PlannedOutput::mixed:
+        for_rows(plan_.grid, output.partial, block.row, block.rows, [&](int64_t i, int64_t offset) {
+          const T* const row = from + i * block.columns;
+          if (output.partial.inner == 0) {
+            by.rows(1, block.columns, row, into + offset);
+          } else {
+            by.columns(1, block.columns, row, into + offset + block.column);
+          }
+        });
+    }
+  }
+
+  // Adds the partial results of chunks in their order, and writes what they make.
+  void finish(const Pass& pass, size_t k) const {
+    const PlannedOutput& output = plan_.outputs[k];
+    if (output.end == ElementEnd::store || (plan_.elements == 0 && output.end != ElementEnd::sum)) return;
+    double* const first = partials(pass, k);
+    for (int64_t share = 1; share < output.shares; share++) {
+      for (int64_t i = 0; i < output.partials; i++)
+        first[i] = fold(output.end, first[i], first[share * output.partials + i]);
+    }
+    const double scale = output.end == ElementEnd::sum ? output.scale : 1;
+    T* const to = static_cast<T*>(pass.outputs[k]);
+    const int64_t n = output.kept.columns;
+    for_rows(output.kept, output.kept_steps, 0, output.kept.rows, [&](int64_t i, int64_t offset) {
+      for (int64_t j = 0; j < n; j++) to[offset + j * output.kept_steps.inner] = T(first[i * n + j] * scale);
+    });
+  }
+
+  const ElementPlan plan_;
+  int (*const threads_)();
+  size_t slot_bytes_ = 0, partial_bytes_ = 0;
+  std::vector<size_t> places_;  // of the partial results of each output
+};
+
+}  // namespace
+
+std::unique_ptr<ElementwiseRun> plan_elements(const ElementProgram& program, int (*threads)()) {
+  if (program.dtype == DType::float64) return std::make_unique<Runner<double>>(program, threads);
+  return std::make_unique<Runner<float>>(program, threads);
+}
+
+}  // namespace fastmlp::cpu

@@ -1,0 +1,110 @@
+// Elementwise instructions and the reductions at their ends, on runs of elements. Included by kernels.inl inside an
+// ISA's namespace and target region, after storage.inl; must not include anything. The bodies are those of
+// element_operations.h, activation.h and loss.h.
+
+// The bodies of activations and losses in the form of element_operations.h.
+template <class A> struct ValueOf : OperationOf<1> {
+  template <class M> static auto value(const Operands<M>& x, Scalars p) { return A::template value<M>(x.a, p); }
+};
+template <class A> struct GradientOf : OperationOf<2> {
+  template <class M> static auto value(const Operands<M>& x, Scalars p) {
+    return A::template gradient<M>(x.a, x.b, p);
+  }
+};
+template <class L> struct LossOf : OperationOf<2> {
+  template <class M> static auto value(const Operands<M>& x, Scalars p) {
+    return L::template value<M>(x.a, x.b, M::fill(1), p);
+  }
+};
+
+template <class T> struct Elements {
+  using M = Math<T>;
+  using V = typename M::V;
+  static constexpr int lanes = M::lanes;
+
+  template <class O>
+  static void run(int64_t n, const T* a, const T* b, const T* c, T* out, Scalars p) {
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) {
+      Operands<M> x;
+      if constexpr (O::operands > 0) x.a = M::load(a + i);
+      if constexpr (O::operands > 1) x.b = M::load(b + i);
+      if constexpr (O::operands > 2) x.c = M::load(c + i);
+      M::store(out + i, O::template value<M>(x, p));
+    }
+    if (i == n) return;
+    Operands<M> x;
+    if constexpr (O::operands > 0) x.a = M::load_first(a + i, n - i);
+    if constexpr (O::operands > 1) x.b = M::load_first(b + i, n - i);
+    if constexpr (O::operands > 2) x.c = M::load_first(c + i, n - i);
+    M::store_first(out + i, O::template value<M>(x, p), n - i);
+  }
+
+  template <class Operations, class Others> struct Table;
+  template <class... O, class... A> struct Table<OperationList<O...>, ActivationList<A...>> {
+    static constexpr ElementKernel<T> rows[] = {&run<O>..., &run<ValueOf<A>>..., &run<GradientOf<A>>...,
+                                                &run<LossOf<BinaryCrossEntropy>>};
+  };
+
+  // How two partial results become one, and where they begin. NaN stays.
+  struct Sum {
+    static constexpr double start = 0;
+    template <class X> static X fold(X a, X b) { return a + b; }
+  };
+  struct Max {
+    static constexpr double start = -__builtin_inf();
+    template <class X> static X fold(X a, X b) { return (b > a) | (b != b) ? b : a; }
+  };
+  struct Min {
+    static constexpr double start = __builtin_inf();
+    template <class X> static X fold(X a, X b) { return (b < a) | (b != b) ? b : a; }
+  };
+
+  // Lanes from n on do not count.
+  template <class R> static V load_counting(const T* x, int64_t n) {
+    if (n >= lanes) return M::load(x);
+    T all[lanes];
+    M::store(all, M::fill(R::start));
+    M::store_first(all, M::load_first(x, n), n);
+    return M::load(all);
+  }
+
+  template <class R> static double fold_row(int64_t n, const T* x) {
+    constexpr int chains = 4;
+    V part[chains];
+#pragma GCC unroll 4
+    for (int k = 0; k < chains; k++) part[k] = M::fill(R::start);
+    int64_t i = 0;
+    for (; i + chains * lanes <= n; i += chains * lanes) {
+#pragma GCC unroll 4
+      for (int k = 0; k < chains; k++) part[k] = R::fold(part[k], M::load(x + i + k * lanes));
+    }
+    for (; i < n; i += lanes) part[0] = R::fold(part[0], load_counting<R>(x + i, n - i));
+    T all[lanes];
+    M::store(all, R::fold(R::fold(part[0], part[1]), R::fold(part[2], part[3])));
+    double total = double(all[0]);
+    for (int l = 1; l < lanes; l++) total = R::fold(total, double(all[l]));
+    return total;
+  }
+
+  template <class R> static void fold_rows(int64_t rows, int64_t columns, const T* x, double* into) {
+    for (int64_t i = 0; i < rows; i++) into[i] = R::fold(into[i], fold_row<R>(columns, x + i * columns));
+  }
+
+  template <class R> static void fold_columns(int64_t rows, int64_t columns, const T* x, double* into) {
+    for (int64_t j = 0; j < columns; j += lanes) {
+      const int64_t left = columns - j;
+      V part = load_up_to(x + j, left);
+      for (int64_t i = 1; i < rows; i++) part = R::fold(part, load_up_to(x + i * columns + j, left));
+      T all[lanes];
+      M::store(all, part);
+      for (int64_t l = 0; l < left && l < lanes; l++) into[j + l] = R::fold(into[j + l], double(all[l]));
+    }
+  }
+
+  static constexpr ElementFolds<T> folds[] = {
+      {Sum::start, &fold_rows<Sum>, &fold_columns<Sum>},
+      {Max::start, &fold_rows<Max>, &fold_columns<Max>},
+      {Min::start, &fold_rows<Min>, &fold_columns<Min>},
+  };
+};
