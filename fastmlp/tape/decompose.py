@@ -176,14 +176,14 @@ def _slice_backward(to: Emitter, given: dict[str, Any], output: int) -> None:
         raise NotElementwise
     size = to.trace.values[output].sizes[dim]
     start, end = (min(max(n + size if n < 0 else n, 0), size) for n in (given["start"], given["end"]))
-    to.emit("copy", 0.0, output=output)
+    to.clear(output)
     to.emit("copy", to.operand(given["grad_output"]), output=to.part(output, dim, start, max(start, end)))
 
 
 def _select_backward(to: Emitter, given: dict[str, Any], output: int) -> None:
     sizes = to.trace.values[output].sizes
     dim = given["dim"] % len(sizes)
-    to.emit("copy", 0.0, output=output)
+    to.clear(output)
     part = to.part(output, dim, given["index"] % sizes[dim], None)
     to.emit("copy", to.operand(given["grad_output"]), output=part)
 

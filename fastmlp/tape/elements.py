@@ -195,6 +195,10 @@ class Emitter:
             return operand
         return self._numbers.get(self.trace.values[operand.value].memory, operand)
 
+    def clear(self, output: int) -> None:
+        """Adds zeros, into parts of which something else is written then."""
+        self.elements.append(Element("copy", (0.0,), (), output, self.trace.values[output].sizes, self.dtype))
+
     def reduce(
         self, operand: Operand, how: str, dims: Sequence[int] | None, output: int | None = None, scale: float = 1.0
     ) -> Operand:

@@ -135,10 +135,11 @@ class _Fusion:
         for group in reversed(self.order.sorted()):
             run = self._runs.get(group.number)
             kept = {memory for memory in group.writes if memory < 0 or memory in live or self._owner(memory) != "arena"}
-            if not kept:
+            event = self._events[group.members[0]]
+            # What is torch's may raise an error, whether somebody reads its result or not.
+            if not kept and isinstance(event, (Element, Node)):
                 continue
             if run is None:
-                event = self._events[group.members[0]]
                 assert not isinstance(event, Element)
                 result.append(self._without_dead(event, kept))
                 live |= group.reads

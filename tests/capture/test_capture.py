@@ -53,7 +53,7 @@ def test_two_calls_are_recorded_and_the_third_is_a_replay() -> None:
 
 def test_results_are_new_tensors() -> None:
     model = network()
-    call = fastmlp.capture(lambda x: (model(x), model(x).sum()))
+    call = fastmlp.capture(lambda x: (model(x), model(x).sum()), fuse=False)
     with torch.no_grad():
         kept = [call(batch(i)[0]) for i in range(6)]
         for i, (output, total) in enumerate(kept):
@@ -68,7 +68,7 @@ def test_containers_come_back_as_they_were() -> None:
         x, (y, z) = data["x"], data["rest"]
         return {"pair": Pair((x + y).mean(), x * scale), "list": [z, None, (x - y, "text", 3)], "z": z}
 
-    captured = fastmlp.capture(function)
+    captured = fastmlp.capture(function, fuse=False)
     for i in range(5):
         x, y = torch.randn(3) + i, torch.randn(3)
         data: dict[str, Any] = {"x": x, "rest": [y, torch.ones(2) * i]}
@@ -86,7 +86,7 @@ def test_containers_come_back_as_they_were() -> None:
 
 def test_each_shape_and_each_value_has_a_tape() -> None:
     model = network()
-    call = fastmlp.capture(lambda x, scale=1.0: model(x) * scale)
+    call = fastmlp.capture(lambda x, scale=1.0: model(x) * scale, fuse=False)
     with torch.no_grad():
         for i in range(4):
             for rows in (2, 5):
@@ -106,7 +106,7 @@ def test_modes_of_torch(context: str) -> None:
         "inference_mode": torch.inference_mode,
         "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     }
-    call = fastmlp.capture(model)
+    call = fastmlp.capture(model, fuse=False)
     with contexts[context]():
         for i in range(5):
             expected, found = model(batch(i)[0]), call(batch(i)[0])
@@ -137,7 +137,7 @@ def test_gradients_that_add_up() -> None:
         loss.backward()
         return loss.detach()
 
-    captured = fastmlp.capture(lambda x, y: backward(twin, x, y))
+    captured = fastmlp.capture(lambda x, y: backward(twin, x, y), fuse=False)
     for i in range(20):
         assert torch.equal(captured(*batch(i)), backward(eager, *batch(i)))
         for a, b in zip(eager.parameters(), twin.parameters(), strict=True):
@@ -222,7 +222,7 @@ def test_copies_and_pickles_have_no_recordings() -> None:
 
 def test_threads_replay_one_function_one_after_the_other() -> None:
     model = network()
-    call = fastmlp.capture(model)
+    call = fastmlp.capture(model, fuse=False)
     wrong: list[int] = []
 
     def work(seed: int) -> None:
@@ -465,7 +465,7 @@ def test_operators_that_torch_computes_by_others(function: Callable[[Tensor], Te
 
 def test_a_report_counts_what_a_replay_calls() -> None:
     """Of lists of tensors that is an operator for each, of which none is more than the tape has."""
-    step = fastmlp.capture(lambda tensors: torch._foreach_norm(tensors))
+    step = fastmlp.capture(lambda tensors: torch._foreach_norm(tensors), fuse=False)
     for i in range(3):
         step(list(batch(i)))
     (tape,) = step.report().tapes
