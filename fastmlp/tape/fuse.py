@@ -128,10 +128,9 @@ class _Fusion:
         """Groups that read the same."""
         return [group for memory in reads for group in self.order.readers(memory)[-4:]]
 
-    def events(self) -> list[Event]:
-        """What is left: events as they were, and runs."""
+    def events(self, live: set[int]) -> list[Event]:
+        """What is left: events as they were, and runs. `live`: memories that are read later; gets what these read."""
         result: list[Event] = []
-        live: set[int] = set()
         for group in reversed(self.order.sorted()):
             run = self._runs.get(group.number)
             kept = {memory for memory in group.writes if memory < 0 or memory in live or self._owner(memory) != "arena"}
@@ -211,12 +210,16 @@ def fuse(trace: Trace, owners: Sequence[str], numbers: dict[int, float]) -> list
         owners: of each memory, as `_C.Tape.add_memory` takes them.
         numbers: of memories that hold one number throughout, that number.
     """
-    events: list[Event] = []
-    fusion = _Fusion(trace, owners, numbers)
+    stretches = [_Fusion(trace, owners, numbers)]
+    steps: list[OptimizerStep] = []
     for event in trace.events:
         if isinstance(event, OptimizerStep):
-            events += [*fusion.events(), event]
-            fusion = _Fusion(trace, owners, numbers)
+            steps.append(event)
+            stretches.append(_Fusion(trace, owners, numbers))
         else:
-            fusion.add(event)
-    return events + fusion.events()
+            stretches[-1].add(event)
+    live: set[int] = set()
+    events = stretches[-1].events(live)
+    for stretch, step in zip(reversed(stretches[:-1]), reversed(steps), strict=True):
+        events = [*stretch.events(live), step, *events]
+    return events

@@ -46,7 +46,7 @@ class Verdict:
 
 
 def play(case: Case) -> None:
-    fuse = case.chance(0.2)
+    fuse = case.chance(0.5)
     draft = functions.draw(case, fuse)
     between.draw(draft)
     draft.otherwise = "eager" if draft.reasons and case.chance(0.25) else None
