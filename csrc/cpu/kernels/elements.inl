@@ -80,11 +80,15 @@ template <class T> struct Elements {
       for (int k = 0; k < chains; k++) part[k] = R::fold(part[k], M::load(x + i + k * lanes));
     }
     for (; i < n; i += lanes) part[0] = R::fold(part[0], load_counting<R>(x + i, n - i));
-    T all[lanes];
-    M::store(all, R::fold(R::fold(part[0], part[1]), R::fold(part[2], part[3])));
-    double total = double(all[0]);
-    for (int l = 1; l < lanes; l++) total = R::fold(total, double(all[l]));
-    return total;
+    T some[lanes];
+    M::store(some, R::fold(R::fold(part[0], part[1]), R::fold(part[2], part[3])));
+    double all[lanes];
+    for (int l = 0; l < lanes; l++) all[l] = double(some[l]);
+#pragma GCC unroll 4
+    for (int half = lanes / 2; half > 0; half /= 2) {
+      for (int l = 0; l < half; l++) all[l] = R::fold(all[l], all[l + half]);
+    }
+    return all[0];
   }
 
   template <class R> static void fold_rows(int64_t rows, int64_t columns, const T* x, double* into) {
