@@ -12,7 +12,7 @@ namespace fastmlp::cpu {
 namespace {
 
 // Some blocks of this size, and what they are read from, lie in the first cache together.
-constexpr int64_t block_bytes = 2048;
+constexpr int64_t block_bytes = 4096;
 // The elements of a chunk, about.
 constexpr int64_t chunk_elements = 16384, most_element_chunks = 64;
 // A chunk has as many rows as outweigh a set of partial results for each column.

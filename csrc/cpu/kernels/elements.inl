@@ -95,13 +95,21 @@ template <class T> struct Elements {
     for (int64_t i = 0; i < rows; i++) into[i] = R::fold(into[i], fold_row<R>(columns, x + i * columns));
   }
 
+  // As many rows are added one after another as in Leaf.
+  static constexpr int chain = 32;
+
   template <class R> static void fold_columns(int64_t rows, int64_t columns, const T* x, double* into) {
     for (int64_t j = 0; j < columns; j += lanes) {
       const int64_t left = columns - j;
-      V part = load_up_to(x + j, left);
-      for (int64_t i = 1; i < rows; i++) part = R::fold(part, load_up_to(x + i * columns + j, left));
+      V total = M::fill(R::start);
+      for (int64_t from = 0; from < rows; from += chain) {
+        V part = load_up_to(x + from * columns + j, left);
+        for (int64_t i = from + 1; i < from + chain && i < rows; i++)
+          part = R::fold(part, load_up_to(x + i * columns + j, left));
+        total = R::fold(total, part);
+      }
       T all[lanes];
-      M::store(all, part);
+      M::store(all, total);
       for (int64_t l = 0; l < left && l < lanes; l++) into[j + l] = R::fold(into[j + l], double(all[l]));
     }
   }
