@@ -120,9 +120,10 @@ ElementProgram program_of(const std::vector<at::Tensor>& inputs,
 
 ElementwiseNode::ElementwiseNode(const std::vector<at::Tensor>& inputs, const std::vector<Instruction>& instructions,
                                  const std::vector<Output>& outputs)
-    : inputs_(inputs.size()), tensors_(inputs) {
+    : tensors_(inputs) {
   const ElementProgram program = program_of(inputs, instructions, outputs);
   for (const Output& output : outputs) tensors_.push_back(output.tensor);
+  for (const at::Tensor& tensor : tensors_) offsets_.push_back(tensor.storage_offset() * int64_t(tensor.itemsize()));
   memory_.resize(tensors_.size());
   const at::Tensor& first = outputs.front().tensor;
   operation::PlanElementwise* const plan = operations_for(first).elementwise;
@@ -132,9 +133,9 @@ ElementwiseNode::ElementwiseNode(const std::vector<at::Tensor>& inputs, const st
 }
 
 void ElementwiseNode::run() {
-  for (size_t k = 0; k < tensors_.size(); k++) {
-    memory_[k] = k < inputs_ ? const_cast<void*>(tensors_[k].const_data_ptr()) : tensors_[k].mutable_data_ptr();
-  }
+  // The storages' pointers: a tensor's own is null where a space without elements is reduced, and asks more questions.
+  for (size_t k = 0; k < tensors_.size(); k++)
+    memory_[k] = static_cast<char*>(tensors_[k].storage().data_ptr().get()) + offsets_[k];
   run_->run(memory_.data());
 }
 

@@ -31,13 +31,14 @@ class ElementwiseNode final : public Node {
   ElementwiseNode(const std::vector<at::Tensor>& inputs, const std::vector<Instruction>& instructions,
                   const std::vector<Output>& outputs);
 
+  // The tensors' memory is there, and that of outputs is nobody else's: no copy on writing waits.
   void run() override;
   const char* name() const override { return "elementwise"; }
 
  private:
-  const size_t inputs_;
   std::vector<at::Tensor> tensors_;  // inputs, then outputs
-  std::vector<void*> memory_;        // of these
+  std::vector<int64_t> offsets_;     // of these in their storages, in bytes
+  std::vector<void*> memory_;
   std::unique_ptr<ElementwiseRun> run_;
 };
 

@@ -154,7 +154,7 @@ struct Interpolate : OperationOf<2, 1> {
   static constexpr const char* name = "lerp";
   template <class M> static auto value(const Operands<M>& x, Scalars p) {
     const auto way = x.b - x.a;
-    return p.a < 0.5 && p.a > -0.5 ? x.a + M::fill(p.a) * way : x.b - M::fill(1 - p.a) * way;
+    return p.a < 0.5 && p.a > -0.5 ? x.a + M::fill(p.a) * way : x.b + M::fill(p.a - 1) * way;
   }
 };
 struct AddProduct : OperationOf<3, 1> {

@@ -19,6 +19,10 @@ template <class F>
 void for_rows(const ElementGrid& grid, const ElementSteps& steps, int64_t row, int64_t rows, const F& f) {
   if (grid.outer.empty()) return f(0, 0);
   const int64_t run = grid.outer.back(), step = steps.outer.back();
+  if (grid.outer.size() == 1) {
+    for (int64_t i = 0; i < rows; i++) f(i, (row + i) * step);
+    return;
+  }
   for (int64_t i = 0; i < rows;) {
     const int64_t within = (row + i) % run;
     int64_t offset = within * step, above = (row + i) / run;
@@ -47,30 +51,36 @@ struct Block {
   int64_t size() const { return rows * columns; }
 };
 
+// As much as the caches that lie nearest can spare for each of many programs: this much is a program's own, and saves
+// it the way to that of the thread.
+constexpr size_t most_own_bytes = 1024;
+
 template <class T> class Runner final : public ElementwiseRun {
  public:
-  Runner(const ElementProgram& program, int (*threads)()) : plan_(program, int64_t(sizeof(T))), threads_(threads) {
-    slot_bytes_ = size_t(round_up(int64_t(sizeof(T*)) * plan_.registers, int64_t(cache_line)) +
-                         plan_.buffer_bytes * plan_.buffers);
+  Runner(const ElementProgram& program, int (*threads)())
+      : plan_(program, int64_t(sizeof(T))), threads_(threads), direct_(plan_.outputs.size()) {
+    registers_bytes_ = round_up(int64_t(sizeof(T*)) * plan_.registers, int64_t(cache_line));
+    slot_bytes_ = size_t(registers_bytes_ + plan_.buffer_bytes * plan_.buffers);
     for (const PlannedOutput& output : plan_.outputs) {
       places_.push_back(partial_bytes_);
       if (output.end == ElementEnd::store) continue;
       partial_bytes_ +=
           size_t(round_up(int64_t(sizeof(double)) * output.partials * output.shares, int64_t(cache_line)));
     }
+    const size_t bytes = partial_bytes_ + slot_bytes_;
+    if (plan_.chunks == 1 && bytes <= most_own_bytes) own_ = std::make_unique<Line[]>(bytes / cache_line);
   }
 
   void run(void* const* memory) override {
     const KernelTable& table = active();
     table.mark();
+    Pass pass{kernels_of<T>(table), memory, memory + plan_.inputs.size(), own_ ? own_[0].bytes : nullptr};
+    for (size_t k = 0; k < plan_.outputs.size(); k++) direct_[k] = is_direct(pass, k);
+    if (own_) return run(pass, 1);
     const int threads = plan_.chunks > 1 ? useful_threads(plan_.work, threads_()) : 1;
     const Workspace scratch(partial_bytes_ + slot_bytes_ * size_t(threads));
-    const Pass pass{kernels_of<T>(table), memory, memory + plan_.inputs.size(), scratch.data()};
-    begin_partials(pass);
-    run_tasks(plan_.chunks, threads, [&](int64_t chunk, int slot) {
-      run_chunk(pass, chunk, scratch.data() + partial_bytes_ + slot_bytes_ * size_t(slot));
-    });
-    for (size_t k = 0; k < plan_.outputs.size(); k++) finish(pass, k);
+    pass.partials = scratch.data();
+    run(pass, threads);
   }
 
  private:
@@ -78,8 +88,19 @@ template <class T> class Runner final : public ElementwiseRun {
     const Kernels<T>& kernels;
     void* const* inputs;
     void* const* outputs;
-    char* partials;
+    char* partials;  // and then a slot for each thread: pointers to registers, and buffers
   };
+  struct alignas(cache_line) Line {
+    char bytes[cache_line];
+  };
+
+  void run(const Pass& pass, int threads) const {
+    begin_partials(pass);
+    run_tasks(plan_.chunks, threads, [&](int64_t chunk, int slot) {
+      run_chunk(pass, chunk, pass.partials + partial_bytes_ + slot_bytes_ * size_t(slot));
+    });
+    for (size_t k = 0; k < plan_.outputs.size(); k++) finish(pass, k);
+  }
 
   double* partials(const Pass& pass, size_t k) const { return reinterpret_cast<double*>(pass.partials + places_[k]); }
   const ElementFolds<T>& folds(const Pass& pass, ElementEnd end) const {
@@ -105,40 +126,42 @@ template <class T> class Runner final : public ElementwiseRun {
 
   void run_chunk(const Pass& pass, int64_t chunk, char* slot) const {
     T** const registers = reinterpret_cast<T**>(slot);
-    T* const buffers =
-        reinterpret_cast<T*>(slot + round_up(int64_t(sizeof(T*)) * plan_.registers, int64_t(cache_line)));
+    T* const buffers = reinterpret_cast<T*>(slot + registers_bytes_);
     const auto buffer = [&](int index) { return buffers + index * (plan_.buffer_bytes / int64_t(sizeof(T))); };
-    const Range range = part_of(plan_.blocks, plan_.chunk_unit, chunk, plan_.chunks);
+    const Range range =
+        plan_.chunks == 1 ? Range{0, plan_.blocks} : part_of(plan_.blocks, plan_.chunk_unit, chunk, plan_.chunks);
     if (range.size() == 0) return;
     const Block all{0, 0, plan_.block_rows, plan_.width};
     for (size_t k = 0; k < plan_.inputs.size(); k++) {
       const PlannedInput& input = plan_.inputs[k];
-      if (input.access != PlannedInput::once) continue;
+      if (input.access == PlannedInput::in_place) continue;
       registers[k] = buffer(input.buffer);
-      gather(input, pass.inputs[k], all, registers[k]);
+      if (input.access == PlannedInput::once) gather(input, pass.inputs[k], all, registers[k]);
     }
     for (const PlannedInstruction& one : plan_.once) {
       registers[one.result] = buffer(one.buffer);
       execute(pass, one, all.size(), registers);
     }
-    for (int64_t index = range.begin; index < range.end; index++) {
-      const Block block = block_at(index);
-      for (size_t k = 0; k < plan_.inputs.size(); k++) {
-        const PlannedInput& input = plan_.inputs[k];
-        if (input.access == PlannedInput::in_place) {
-          registers[k] = in_place(input.steps, pass.inputs[k], block);
-        } else if (input.access == PlannedInput::gathered) {
-          registers[k] = buffer(input.buffer);
-          gather(input, pass.inputs[k], block, registers[k]);
-        }
+    for (const PlannedInstruction& one : plan_.each) registers[one.result] = buffer(one.buffer);
+    for (int64_t index = range.begin; index < range.end; index++) run_block(pass, block_at(index), chunk, registers);
+  }
+
+  void run_block(const Pass& pass, const Block& block, int64_t chunk, T** registers) const {
+    for (size_t k = 0; k < plan_.outputs.size(); k++) {
+      const PlannedOutput& output = plan_.outputs[k];
+      if (direct_[k]) registers[output.source] = in_place(output.steps, pass.outputs[k], block);
+    }
+    for (size_t k = 0; k < plan_.inputs.size(); k++) {
+      const PlannedInput& input = plan_.inputs[k];
+      if (input.access == PlannedInput::in_place) {
+        registers[k] = in_place(input.steps, pass.inputs[k], block);
+      } else if (input.access == PlannedInput::gathered) {
+        gather(input, pass.inputs[k], block, registers[k]);
       }
-      for (const PlannedInstruction& one : plan_.each) registers[one.result] = buffer(one.buffer);
-      for (size_t k = 0; k < plan_.outputs.size(); k++) {
-        if (is_direct(pass, k))
-          registers[plan_.outputs[k].source] = in_place(plan_.outputs[k].steps, pass.outputs[k], block);
-      }
-      for (const PlannedInstruction& one : plan_.each) execute(pass, one, block.size(), registers);
-      for (size_t k = 0; k < plan_.outputs.size(); k++) end_block(pass, k, block, chunk, registers);
+    }
+    for (const PlannedInstruction& one : plan_.each) execute(pass, one, block.size(), registers);
+    for (size_t k = 0; k < plan_.outputs.size(); k++) {
+      if (!direct_[k]) end_block(pass, k, block, chunk, registers[plan_.outputs[k].source]);
     }
   }
 
@@ -179,20 +202,19 @@ template <class T> class Runner final : public ElementwiseRun {
       if (step == 0) {
         std::fill_n(row, n, T(*from));
       } else if (step == 1) {
-        std::copy_n(from, n, row);
+        if (from != static_cast<const void*>(row)) std::copy_n(from, n, row);
       } else {
         for (int64_t j = 0; j < n; j++) row[j] = T(from[j * step]);
       }
     });
   }
 
-  void end_block(const Pass& pass, size_t k, const Block& block, int64_t chunk, T* const* registers) const {
+  void end_block(const Pass& pass, size_t k, const Block& block, int64_t chunk, const T* from) const {
     const PlannedOutput& output = plan_.outputs[k];
-    const T* const from = registers[output.source];
     if (output.end != ElementEnd::store) return reduce(pass, k, block, chunk, from);
     if (output.kind == ElementKind::boolean) {
       scatter(output.steps, static_cast<bool*>(pass.outputs[k]), block, from);
-    } else if (!is_direct(pass, k)) {
+    } else {
       scatter(output.steps, static_cast<T*>(pass.outputs[k]), block, from);
     }
   }
@@ -203,7 +225,11 @@ template <class T> class Runner final : public ElementwiseRun {
       X* const to = data + offset + block.column * step;
       const T* const row = from + i * n;
       if (to == static_cast<const void*>(row)) return;
-      for (int64_t j = 0; j < n; j++) to[j * step] = X(row[j]);
+      if (step == 1) {
+        std::copy_n(row, n, to);
+      } else {
+        for (int64_t j = 0; j < n; j++) to[j * step] = X(row[j]);
+      }
     });
   }
 
@@ -249,6 +275,9 @@ template <class T> class Runner final : public ElementwiseRun {
 
   const ElementPlan plan_;
   int (*const threads_)();
+  std::vector<char> direct_;  // of each output, in this run
+  std::unique_ptr<Line[]> own_;
+  int64_t registers_bytes_ = 0;
   size_t slot_bytes_ = 0, partial_bytes_ = 0;
   std::vector<size_t> places_;  // of the partial results of each output
 };

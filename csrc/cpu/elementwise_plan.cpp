@@ -12,7 +12,7 @@ namespace fastmlp::cpu {
 namespace {
 
 // Some blocks of this size, and what they are read from, lie in the first cache together.
-constexpr int64_t block_bytes = 2048;
+constexpr int64_t block_bytes = 4096;
 // The elements of a chunk, about.
 constexpr int64_t chunk_elements = 16384, most_element_chunks = 64;
 // A chunk has as many rows as outweigh a set of partial results for each column.
@@ -207,15 +207,22 @@ void ElementPlan::plan_instructions(const ElementProgram& program) {
 
 void ElementPlan::plan_store(PlannedOutput& output) {
   const bool in_run = output.steps.gapless || (output.steps.inner == 1 && block_rows == 1);
-  const bool made = std::any_of(each.begin(), each.end(), [&](const auto& one) { return one.result == output.source; });
+  const int producer = output.source - int(inputs.size());  // negative for an input
+  const bool made =
+      producer < 0
+          ? inputs[size_t(output.source)].access == PlannedInput::gathered
+          : std::any_of(each.begin(), each.end(), [&](const auto& one) { return one.result == output.source; });
   const bool first = std::none_of(outputs.begin(), outputs.end(), [&](const PlannedOutput& other) {
     return other.direct && other.source == output.source;
   });
   output.direct = output.kind == ElementKind::number && in_run && made && first;
   if (!output.direct) return;
-  const int producer = output.source - int(inputs.size());
   for (size_t k = 0; k < inputs.size(); k++) {
-    if (inputs[k].access == PlannedInput::in_place && last_use_[k] > producer) output.apart.push_back(int(k));
+    const PlannedInput& input = inputs[k];
+    if (input.kind != ElementKind::number || input.access == PlannedInput::once || int(k) == output.source) continue;
+    // A buffer is filled at the beginning of a block, after those before it.
+    const int read_until = input.access == PlannedInput::in_place ? last_use_[k] : -1;
+    if (read_until > producer || (producer < 0 && last_use_[k] >= 0)) output.apart.push_back(int(k));
   }
 }
 

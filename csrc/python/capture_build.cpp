@@ -68,7 +68,9 @@ void add_elementwise(Tape& tape, const std::vector<at::Tensor>& inputs, const In
 
 void run_elementwise(const std::vector<at::Tensor>& inputs, const Instructions& instructions,
                      const ElementOutputs& outputs) {
-  elementwise_node(inputs, instructions, outputs)->run();
+  const std::unique_ptr<ElementwiseNode> node = elementwise_node(inputs, instructions, outputs);
+  for (const auto& output : outputs) std::get<0>(output).mutable_data_ptr();
+  node->run();
 }
 
 // Of each operation how many operands and how many scalars it has.

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastmlp import _C
 from fastmlp.activations import resolve
 from fastmlp.ops import stack_of
+from tests.support.elementwise import compute
 
 mp.mp.dps = 40
 
@@ -71,6 +72,40 @@ def test_exp(isa: str, dtype: torch.dtype) -> None:
     gradient = _C.backward(stack.native, ones, x[:, None], [x[:, None]], [ones[:1]], [True, False])[0]
     assert gradient is not None
     assert ulps(-gradient[:, 0], [mp.exp(mp.mpf(v)) for v in x.tolist()]) <= 1
+
+
+#: Of instructions of elementwise programs: exact counterpart, range of arguments, and the error that math.inl states.
+INSTRUCTIONS: list[tuple[str, Callable[[mp.mpf], mp.mpf], float, float, float]] = [
+    ("exp", mp.exp, -80, 80, 1),
+    ("expm1", mp.expm1, -60, 80, 2),
+    ("expm1", mp.expm1, -1, 1.5, 2),
+    ("log", mp.log, 0.4, 2.5, 1),
+    ("log", mp.log, 1e-3, 1e30, 1),
+    ("log1p", mp.log1p, -0.9999, 1.5, 2),
+    ("log1p", mp.log1p, 0, 1e12, 2),
+    ("cos", mp.cos, -40, 40, 3),
+]
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(("name", "exact", "low", "high", "stated"), INSTRUCTIONS, ids=lambda c: str(c)[:12])
+def test_instructions(
+    isa: str,
+    double: bool,
+    name: str,
+    exact: Callable[[mp.mpf], mp.mpf],
+    low: float,
+    high: float,
+    stated: float,
+) -> None:
+    dtype = torch.float64 if double else torch.float32
+    x = torch.empty(1500, dtype=dtype).uniform_(low, high)
+    near = torch.logspace(-38, -0.01, 500, dtype=dtype)  # in float32 the smallest ones are subnormal
+    x = torch.cat([x, near] if name == "log" else [x, near, -near])
+    if name in ("log", "log1p"):
+        x = torch.cat([x, 1 + near] if name == "log" else [x, near - 1])
+        x = x[x > (0 if name == "log" else -1)]
+    assert ulps(compute(name, [x]), [exact(mp.mpf(v)) for v in x.tolist()]) <= stated
 
 
 def test_large_arguments_of_sin(isa: str, dtype: torch.dtype) -> None:

@@ -80,24 +80,36 @@ template <class T> struct Elements {
       for (int k = 0; k < chains; k++) part[k] = R::fold(part[k], M::load(x + i + k * lanes));
     }
     for (; i < n; i += lanes) part[0] = R::fold(part[0], load_counting<R>(x + i, n - i));
-    T all[lanes];
-    M::store(all, R::fold(R::fold(part[0], part[1]), R::fold(part[2], part[3])));
-    double total = double(all[0]);
-    for (int l = 1; l < lanes; l++) total = R::fold(total, double(all[l]));
-    return total;
+    T some[lanes];
+    M::store(some, R::fold(R::fold(part[0], part[1]), R::fold(part[2], part[3])));
+    double all[lanes];
+    for (int l = 0; l < lanes; l++) all[l] = double(some[l]);
+#pragma GCC unroll 4
+    for (int half = lanes / 2; half > 0; half /= 2) {
+      for (int l = 0; l < half; l++) all[l] = R::fold(all[l], all[l + half]);
+    }
+    return all[0];
   }
 
   template <class R> static void fold_rows(int64_t rows, int64_t columns, const T* x, double* into) {
     for (int64_t i = 0; i < rows; i++) into[i] = R::fold(into[i], fold_row<R>(columns, x + i * columns));
   }
 
+  // As many rows are added one after another as in Leaf.
+  static constexpr int chain = 32;
+
   template <class R> static void fold_columns(int64_t rows, int64_t columns, const T* x, double* into) {
     for (int64_t j = 0; j < columns; j += lanes) {
       const int64_t left = columns - j;
-      V part = load_up_to(x + j, left);
-      for (int64_t i = 1; i < rows; i++) part = R::fold(part, load_up_to(x + i * columns + j, left));
+      V total = M::fill(R::start);
+      for (int64_t from = 0; from < rows; from += chain) {
+        V part = load_up_to(x + from * columns + j, left);
+        for (int64_t i = from + 1; i < from + chain && i < rows; i++)
+          part = R::fold(part, load_up_to(x + i * columns + j, left));
+        total = R::fold(total, part);
+      }
       T all[lanes];
-      M::store(all, part);
+      M::store(all, total);
       for (int64_t l = 0; l < left && l < lanes; l++) into[j + l] = R::fold(into[j + l], double(all[l]));
     }
   }

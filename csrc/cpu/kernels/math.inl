@@ -1,7 +1,7 @@
 // Vector arithmetic of one ISA: the operand type M of activation.h. Included by kernels.inl inside an ISA's namespace
 // and target region, after Isa is defined; must not include anything. Coefficients come from tools/fit_math.py. Largest
-// errors seen, in units in the last place of the result (tests/kernels/test_math.py measures them again): exp 1, expm1
-// 2, tanh 3, sigmoid 3, sin and cos 2.
+// errors seen, in units in the last place of the result (tests/kernels/test_math.py measures them again): exp and
+// log 1, expm1 and log1p 2, tanh 3, sigmoid 3, sin 2, cos 3.
 
 template <class T> struct Real;
 
