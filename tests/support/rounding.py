@@ -162,14 +162,24 @@ STEPS: Mapping[Any, Callable[..., Tensor]] = {
     _aten.sub.Tensor: _relative,
     _aten.add.Tensor: _relative,
     # What losses of users are made of.
-    **{
-        operation: _relative
-        for operation in (
-            _aten.add.Scalar, _aten.div.Scalar, _aten.div_.Scalar, _aten.mul.Scalar, _aten.rsub.Scalar,
-            _aten.sub.Scalar, _aten.exp.default, _aten.log.default, _aten.pow.Tensor_Scalar, _aten.reciprocal.default,
-            _aten.rsqrt.default, _aten.softplus_backward.default, _aten.std.correction,
-        )
-    },
+    **dict.fromkeys(
+        (
+            _aten.add.Scalar,
+            _aten.div.Scalar,
+            _aten.div_.Scalar,
+            _aten.mul.Scalar,
+            _aten.rsub.Scalar,
+            _aten.sub.Scalar,
+            _aten.exp.default,
+            _aten.log.default,
+            _aten.pow.Tensor_Scalar,
+            _aten.reciprocal.default,
+            _aten.rsqrt.default,
+            _aten.softplus_backward.default,
+            _aten.std.correction,
+        ),
+        _relative,
+    ),
     # Kernels reduce the angle, whose rounding is a share of one.
     _aten.sin.default: _absolute,
     _aten.cos.default: _absolute,

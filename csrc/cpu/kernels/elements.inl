@@ -7,9 +7,7 @@ template <class A> struct ValueOf : OperationOf<1> {
   template <class M> static auto value(const Operands<M>& x, Scalars p) { return A::template value<M>(x.a, p); }
 };
 template <class A> struct GradientOf : OperationOf<2> {
-  template <class M> static auto value(const Operands<M>& x, Scalars p) {
-    return A::template gradient<M>(x.a, x.b, p);
-  }
+  template <class M> static auto value(const Operands<M>& x, Scalars p) { return A::template gradient<M>(x.a, x.b, p); }
 };
 template <class L> struct LossOf : OperationOf<2> {
   template <class M> static auto value(const Operands<M>& x, Scalars p) {
@@ -22,8 +20,7 @@ template <class T> struct Elements {
   using V = typename M::V;
   static constexpr int lanes = M::lanes;
 
-  template <class O>
-  static void run(int64_t n, const T* a, const T* b, const T* c, T* out, Scalars p) {
+  template <class O> static void run(int64_t n, const T* a, const T* b, const T* c, T* out, Scalars p) {
     int64_t i = 0;
     for (; i + lanes <= n; i += lanes) {
       Operands<M> x;
