@@ -164,5 +164,7 @@ class Recordings {
 
 // Adds the classes and functions that fastmlp/capture.py needs.
 void add_capture(py::module_& module);
+// The part of it that is about nodes of rows and random numbers, in capture_rows.cpp.
+void add_row_nodes(py::module_& module);
 
 }  // namespace fastmlp

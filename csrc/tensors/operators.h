@@ -3,8 +3,10 @@
 // Arguments have been checked by whoever calls a function that ends in _into.
 #pragma once
 
+#include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -45,6 +47,13 @@ using TrainInto = at::Tensor(const Stack& stack, const at::Tensor& input, at::Te
 
 // A step of an optimizer: moves all parameters, whose memory is on the device.
 using UpdateAll = void(const std::vector<Update>& updates, c10::Device device);
+
+// Fills a tensor of float32 or float64, whose elements lie in memory without gaps, as Tensor.bernoulli_ does. `none`
+// is the device's default generator.
+using Bernoulli = void(const at::Tensor& tensor, double p, const std::optional<at::Generator>& generator);
+// Whether Bernoulli gives the numbers that torch's own operator gives in this installation, and leaves the generator
+// where that leaves it; otherwise nobody may put one for the other.
+using DrawsAsTorch = bool();
 
 }  // namespace operation
 }  // namespace fastmlp

@@ -7,6 +7,7 @@
 #include "storage.inl"
 #include "losses.inl"
 #include "updates.inl"
+#include "draws.inl"
 #include "panels.inl"
 
 template <class S> struct Leaf {
@@ -476,6 +477,7 @@ template <class S> struct Leaf {
     k.losses = Loss<S>::template Table<Losses>::rows;
     k.cross_entropy = &Loss<S>::cross_entropy;
     k.updates = Step<S>::template Table<Rules>::rows;
+    if constexpr (in_itself<S>) k.bernoulli = &Draw<S>::bernoulli;
     return k;
   }
 };
