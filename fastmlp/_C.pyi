@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 class Stack:
@@ -192,6 +192,20 @@ class Tape:
     def add_grad(self, external: int, tensor: int, /) -> None: ...
     def add_check(self, tensor: int, expected: float, error: str, /) -> None: ...
     def add_stop(self) -> None: ...
+    def add_product(
+        self,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        scalars: Sequence[float],
+        output: Tensor,
+        pre_activation: Tensor | None,
+        row_sums: Tensor | None,
+        place: str,
+        /,
+    ) -> None: ...
+    def add_bernoulli(self, tensor: Tensor, p: float, generator: Generator | None, place: str, /) -> None: ...
     def finish(
         self, lifetimes: Sequence[tuple[int, int]], results: Sequence[tuple[int, int, bool, bool]], /
     ) -> None: ...
@@ -250,5 +264,18 @@ def run_elementwise(
     outputs: Sequence[tuple[Tensor, int, str, float]],
     /,
 ) -> None: ...
+def multiply(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    scalars: Sequence[float],
+    output: Tensor,
+    pre_activation: Tensor | None,
+    row_sums: Tensor | None,
+    /,
+) -> None: ...
+def bernoulli_(tensor: Tensor, p: float, generator: Generator | None, /) -> None: ...
+def draws_as_torch() -> bool: ...
 def wrapped_number(number: complex, /) -> Tensor: ...
 def no_mode_is_active() -> bool: ...

@@ -12,6 +12,7 @@
 // A function of the table works on one panel, tile or run; it starts no thread and allocates nothing.
 #pragma once
 
+#include "../contract/draws.h"
 #include "../contract/loss.h"
 #include "../contract/problem.h"
 #include "../contract/storage.h"
@@ -161,6 +162,8 @@ template <class S> struct Kernels {
   // themselves.
   const ElementKernel<S>* elements;
   const ElementFolds<S>* element_folds;
+  // n numbers of 1 where 53 bits of the generator are below the threshold, and of 0 else. Null for 16 bits.
+  void (*bernoulli)(Twister& generator, int64_t threshold, int64_t n, S* output);
 
   int64_t units(int64_t k) const { return (k + k_unit - 1) / k_unit; }
   Microkernel<S> microkernel(int64_t rows, int64_t columns) const {

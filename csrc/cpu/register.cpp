@@ -1,13 +1,18 @@
 // Enters the CPU into the table of devices and its operators into the dispatcher. The only file of the device that
 // knows torch: tensors become pointers here, and memory for results and the number of threads are torch's. What all
 // devices do alike is in operations.h. Must not compute: network.h, step.h and frozen.h do, with pointers.
+#include <ATen/CPUFunctions.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <cstring>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <utility>
 
 #include "../tensors/devices.h"
@@ -16,6 +21,7 @@
 #include "../tensors/operations.h"
 #include "dispatch.h"
 #include "elementwise.h"
+#include "draws.h"
 #include "frozen.h"
 #include "matrix_product.h"
 #include "network.h"
@@ -76,6 +82,61 @@ void update_all(const std::vector<Update>& updates, c10::Device) { update(update
 
 std::unique_ptr<ElementwiseRun> plan_elementwise(const ElementProgram& program) {
   return plan_elements(program, &threads);
+}
+
+// Random numbers.
+
+void bernoulli(const at::Tensor& tensor, double p, const std::optional<at::Generator>& given) {
+  if (tensor.numel() == 0) return;
+  auto* const generator =
+      at::get_generator_or_default<at::CPUGeneratorImpl>(given, at::detail::getDefaultCPUGenerator());
+  const std::lock_guard<std::mutex> lock(generator->mutex_);
+  at::mt19937 engine = generator->engine();
+  at::mt19937_data_pod data = engine.data();
+  static_assert(sizeof data.state_ == sizeof Twister::words);
+  Twister twister;
+  std::memcpy(twister.words, data.state_.data(), sizeof twister.words);
+  // Torch counts the words that are left, and one more. After seeding none is, though `next_` is 0.
+  twister.used = Twister::size + 1 - data.left_;
+  draw({*dtype_of(tensor.scalar_type()), tensor.numel(), tensor.mutable_data_ptr(), p}, twister);
+  std::memcpy(data.state_.data(), twister.words, sizeof twister.words);
+  data.left_ = Twister::size + 1 - twister.used;
+  data.next_ = uint32_t(twister.used);
+  engine.set_data(data);
+  generator->set_engine(engine);
+}
+
+// Torch's operator may draw otherwise: on other processors, or in another release. Compared on generators of their own.
+bool same_draws(at::ScalarType dtype, double p, int64_t n, uint64_t seed) {
+  at::Generator torchs = at::detail::createCPUGenerator(seed), ours = at::detail::createCPUGenerator(seed);
+  for (at::CPUGeneratorImpl* generator :
+       {at::check_generator<at::CPUGeneratorImpl>(torchs), at::check_generator<at::CPUGeneratorImpl>(ours)}) {
+    // Seeds of one parity begin within a block of words, at its second one.
+    if (seed % 2 == 1) generator->random();
+  }
+  at::Tensor expected = allocate({n}, dtype), found = allocate({n}, dtype);
+  at::cpu::bernoulli_(expected, p, torchs);
+  bernoulli(found, p, ours);
+  return std::memcmp(expected.const_data_ptr(), found.const_data_ptr(), found.nbytes()) == 0 &&
+         at::cpu::equal(at::Tensor(torchs.get_state()), at::Tensor(ours.get_state()));
+}
+
+bool compare_draws() {
+  for (const at::ScalarType dtype : {at::kFloat, at::kDouble}) {
+    for (const double p : {0.0, 0.1, 0.5, 0.9, 1.0}) {
+      for (const int64_t n : {1, 7, 311, 312, 2000}) {
+        for (const uint64_t seed : {0, 1, 20, 4711}) {
+          if (!same_draws(dtype, p, n, seed)) return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
+bool draws_as_torch() {
+  static const bool same = compare_draws();
+  return same;
 }
 
 // Frozen networks.
@@ -195,6 +256,8 @@ const RegisterDevice registered(c10::kCPU, [] {
   all.multiply = [](const ProductPass& pass) { multiply(pass, threads()); };
   all.elementwise = &plan_elementwise;
   all.freeze = &freeze;
+  all.bernoulli = &bernoulli;
+  all.draws_as_torch = &draws_as_torch;
   all.instruction_sets = &instruction_sets;
   return all;
 }());

@@ -167,6 +167,7 @@ void add_capture(py::module_& m) {
       .def_property_readonly("own_bytes", &Tape::own_bytes)
       .def_property_readonly("calls", &Tape::calls)
       .def_property_readonly("direct_calls", &Tape::direct_calls);
+  add_row_nodes(m);
   py::class_<Surroundings>(m, "Surroundings")
       .def(py::init<>())
       .def("add_dict", &Surroundings::add_dict)

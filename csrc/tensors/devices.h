@@ -30,6 +30,8 @@ struct DeviceOperations {
   operation::Multiply* multiply = nullptr;
   operation::PlanElementwise* elementwise = nullptr;
   Freeze* freeze = nullptr;
+  operation::Bernoulli* bernoulli = nullptr;
+  operation::DrawsAsTorch* draws_as_torch = nullptr;
 
   // The keys that a tensor of the device has if nothing stands between it and its data, and that of its autocast.
   c10::DispatchKeySet plain_keys;

@@ -3,9 +3,11 @@
 // Arguments have been checked by whoever calls a function that ends in _into.
 #pragma once
 
+#include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -53,6 +55,12 @@ using UpdateAll = void(const std::vector<Update>& updates, c10::Device device);
 using Multiply = void(const ProductPass& pass);
 // An elementwise program, ready to run. It has been checked.
 using PlanElementwise = std::unique_ptr<ElementwiseRun>(const ElementProgram& program);
+// Fills a tensor of float32 or float64, whose elements lie in memory without gaps, as Tensor.bernoulli_ does. `none`
+// is the device's default generator.
+using Bernoulli = void(const at::Tensor& tensor, double p, const std::optional<at::Generator>& generator);
+// Whether Bernoulli gives the numbers that torch's own operator gives in this installation, and leaves the generator
+// where that leaves it; otherwise nobody may put one for the other.
+using DrawsAsTorch = bool();
 
 }  // namespace operation
 }  // namespace fastmlp

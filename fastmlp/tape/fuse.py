@@ -71,7 +71,7 @@ class _Fusion:
         used = {values[value].memory for value in self.trace.refs(event)}
         if isinstance(event, Node):
             writes = {values[value].memory for value in event.writes}
-            return used - writes, writes
+            return (used - writes | {_EFFECTS}, writes | {_DRAWS}) if event.draws else (used - writes, writes)
         if isinstance(event, GradSet):
             return used | {_EFFECTS}, {_GRADS - values[event.leaf].memory}
         if isinstance(event, Check):

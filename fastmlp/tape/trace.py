@@ -157,12 +157,14 @@ class Node:
         args: of the method, with values as references.
         writes: the values that it makes.
         place: where the program called the first operation.
+        draws: whether it draws random numbers.
     """
 
     method: str
     args: tuple[Any, ...]
     writes: list[int]
     place: str
+    draws: bool = False
 
 
 Event = Operation | GradSet | OptimizerStep | Check | Run | Node

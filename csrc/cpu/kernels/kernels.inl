@@ -8,6 +8,7 @@
 #include "losses.inl"
 #include "updates.inl"
 #include "elements.inl"
+#include "draws.inl"
 #include "panels.inl"
 
 template <class S> struct Leaf {
@@ -481,6 +482,7 @@ template <class S> struct Leaf {
       k.elements = Elements<S>::template Table<ElementOperations, Activations>::rows;
       k.element_folds = Elements<S>::folds;
     }
+    if constexpr (in_itself<S>) k.bernoulli = &Draw<S>::bernoulli;
     return k;
   }
 };
