@@ -58,7 +58,10 @@ constexpr size_t most_own_bytes = 1024;
 template <class T> class Runner final : public ElementwiseRun {
  public:
   Runner(const ElementProgram& program, int (*threads)())
-      : plan_(program, int64_t(sizeof(T))), threads_(threads), direct_(plan_.outputs.size()) {
+      : plan_(program, int64_t(sizeof(T))),
+        threads_(threads),
+        direct_(plan_.outputs.size()),
+        padded_(size_t(plan_.registers), true) {
     registers_bytes_ = round_up(int64_t(sizeof(T*)) * plan_.registers, int64_t(cache_line));
     slot_bytes_ = size_t(registers_bytes_ + plan_.buffer_bytes * plan_.buffers);
     for (const PlannedOutput& output : plan_.outputs) {
@@ -75,7 +78,10 @@ template <class T> class Runner final : public ElementwiseRun {
     const KernelTable& table = active();
     table.mark();
     Pass pass{kernels_of<T>(table), memory, memory + plan_.inputs.size(), own_ ? own_[0].bytes : nullptr};
-    for (size_t k = 0; k < plan_.outputs.size(); k++) direct_[k] = is_direct(pass, k);
+    for (size_t k = 0; k < plan_.outputs.size(); k++) {
+      direct_[k] = is_direct(pass, k);
+      if (plan_.outputs[k].direct) padded_[size_t(plan_.outputs[k].source)] = !direct_[k];
+    }
     if (own_) return run(pass, 1);
     const int threads = plan_.chunks > 1 ? useful_threads(plan_.work, threads_()) : 1;
     const Workspace scratch(partial_bytes_ + slot_bytes_ * size_t(threads));
@@ -174,7 +180,8 @@ template <class T> class Runner final : public ElementwiseRun {
 
   void execute(const Pass& pass, const PlannedInstruction& one, int64_t n, T* const* registers) const {
     pass.kernels.elements[one.operation](n, registers[one.operands[0]], registers[one.operands[1]],
-                                         registers[one.operands[2]], registers[one.result], one.scalars);
+                                         registers[one.operands[2]], registers[one.result], padded_[size_t(one.result)],
+                                         one.scalars);
   }
 
   T* in_place(const ElementSteps& steps, void* data, const Block& block) const {
@@ -276,6 +283,7 @@ template <class T> class Runner final : public ElementwiseRun {
   const ElementPlan plan_;
   int (*const threads_)();
   std::vector<char> direct_;  // of each output, in this run
+  std::vector<char> padded_;  // of each register: whether it lies in a buffer
   std::unique_ptr<Line[]> own_;
   int64_t registers_bytes_ = 0;
   size_t slot_bytes_ = 0, partial_bytes_ = 0;

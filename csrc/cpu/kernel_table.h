@@ -57,8 +57,9 @@ using ElementLoss = double (*)(int64_t n, const S* output, const S* target, cons
 using UpdateKernel = void (*)(const Update&, int64_t begin, int64_t end);
 
 // An instruction of an elementwise program on n elements. Operands that it does not have are not read; out may be one
-// of them.
-template <class T> using ElementKernel = void (*)(int64_t n, const T* a, const T* b, const T* c, T* out, Scalars);
+// of them, and be written to the end of a vector if it is padded: what was stored in part is slow to load again.
+template <class T>
+using ElementKernel = void (*)(int64_t n, const T* a, const T* b, const T* c, T* out, bool padded, Scalars);
 
 // One way to reduce: what a partial result begins with, and how rows or columns of a gapless matrix are added to
 // partial results, one for each.

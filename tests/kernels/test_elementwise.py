@@ -393,3 +393,26 @@ def test_wrong_programs(case: str) -> None:
     inputs = [torch.ones(3), torch.ones(3)]
     with pytest.raises(error, match=f"^{re.escape('fastmlp: elementwise: ')}.*{words}"):
         _C.run_elementwise(inputs, instructions, [(torch.empty(3), 0, "store", 1.0)] if outputs is None else outputs)
+
+
+def test_a_node_finds_its_memory_at_each_replay() -> None:
+    """Arguments and results are other memory each time."""
+    tape, like = _C.Tape(), torch.empty(5, 3)
+    memories = [tape.add_memory(owner, 60) for owner in ("outside", "arena", "result")]
+    argument, between, result = (tape.add_tensor(memory, like, [5, 3], [3, 1], 0) for memory in memories)
+    tape.add_external(memories[0], like, argument=0, grad_of=-1, held=False, written=False, starts_with_grad=None)
+    first, second, third = (tape.tensor(index) for index in (argument, between, result))
+    tape.add_elementwise([first], [("square", [0], [])], [(second, 1, "store", 1.0)], "here")
+    tape.add_elementwise([second, first], [("sub", [0, 1], [])], [(third, 2, "store", 1.0)], "there")
+    tape.finish([(-1, -1), (0, 1), (-1, -1)], [(result, -1, False, False)])
+    tape.measure(True)
+    recordings = _C.Recordings()
+    recordings.add(tape, _C.Signature((like,), {}), _C.Signature((like,), {}), _C.Surroundings(), [])
+    given = [torch.randn(5, 3) for _ in range(4)]
+    found = [recordings.replay((x,), {}, None) for x in given]
+    for x, y in zip(given, found, strict=True):
+        assert torch.equal(y, x * x - x)
+    assert [name_and_place[:2] for name_and_place in tape.times()] == [
+        ("elementwise", "here"),
+        ("elementwise", "there"),
+    ]

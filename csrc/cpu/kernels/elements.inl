@@ -20,7 +20,7 @@ template <class T> struct Elements {
   using V = typename M::V;
   static constexpr int lanes = M::lanes;
 
-  template <class O> static void run(int64_t n, const T* a, const T* b, const T* c, T* out, Scalars p) {
+  template <class O> static void run(int64_t n, const T* a, const T* b, const T* c, T* out, bool padded, Scalars p) {
     int64_t i = 0;
     for (; i + lanes <= n; i += lanes) {
       Operands<M> x;
@@ -34,7 +34,8 @@ template <class T> struct Elements {
     if constexpr (O::operands > 0) x.a = M::load_first(a + i, n - i);
     if constexpr (O::operands > 1) x.b = M::load_first(b + i, n - i);
     if constexpr (O::operands > 2) x.c = M::load_first(c + i, n - i);
-    M::store_first(out + i, O::template value<M>(x, p), n - i);
+    const V v = O::template value<M>(x, p);
+    padded ? M::store(out + i, v) : M::store_first(out + i, v, n - i);
   }
 
   template <class Operations, class Others> struct Table;
