@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../contract/loss.h"
+#include "../contract/rows.h"
 #include "../contract/update.h"
 #include "stack.h"
 
@@ -54,6 +55,14 @@ using Bernoulli = void(const at::Tensor& tensor, double p, const std::optional<a
 // Whether Bernoulli gives the numbers that torch's own operator gives in this installation, and leaves the generator
 // where that leaves it; otherwise nobody may put one for the other.
 using DrawsAsTorch = bool();
+
+// Passes over rows, whose memory is on the device.
+using LayerNorm = void(const LayerNormPass& pass);
+using LayerNormBackward = void(const LayerNormBackwardPass& pass);
+using Softmax = void(const SoftmaxPass& pass);
+using SoftmaxBackward = void(const SoftmaxBackwardPass& pass);
+// Up to how many columns these are faster than torch's operators.
+using SoftmaxColumns = int64_t();
 
 }  // namespace operation
 }  // namespace fastmlp

@@ -8,6 +8,8 @@
 #include "losses.inl"
 #include "updates.inl"
 #include "draws.inl"
+#include "rows.inl"
+#include "softmax.inl"
 #include "panels.inl"
 
 template <class S> struct Leaf {
@@ -477,7 +479,13 @@ template <class S> struct Leaf {
     k.losses = Loss<S>::template Table<Losses>::rows;
     k.cross_entropy = &Loss<S>::cross_entropy;
     k.updates = Step<S>::template Table<Rules>::rows;
-    if constexpr (in_itself<S>) k.bernoulli = &Draw<S>::bernoulli;
+    if constexpr (in_itself<S>) {
+      k.bernoulli = &Draw<S>::bernoulli;
+      k.layer_norm = &Rows<S>::layer_norm;
+      k.layer_norm_backward = &Rows<S>::layer_norm_backward;
+      k.softmax = &Softmax<S>::forward;
+      k.softmax_backward = &Softmax<S>::backward;
+    }
     return k;
   }
 };
