@@ -206,6 +206,35 @@ class Tape:
         /,
     ) -> None: ...
     def add_bernoulli(self, tensor: Tensor, p: float, generator: Generator | None, place: str, /) -> None: ...
+    def add_layer_norm(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        output: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        place: str,
+        /,
+    ) -> None: ...
+    def add_layer_norm_backward(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor | None,
+        grad_input: Tensor | None,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
+        place: str,
+        /,
+    ) -> None: ...
+    def add_softmax(self, input: Tensor, output: Tensor, log: bool, place: str, /) -> None: ...
+    def add_softmax_backward(
+        self, grad: Tensor, output: Tensor, grad_input: Tensor, log: bool, place: str, /
+    ) -> None: ...
     def finish(
         self, lifetimes: Sequence[tuple[int, int]], results: Sequence[tuple[int, int, bool, bool]], /
     ) -> None: ...
@@ -276,6 +305,30 @@ def multiply(
     /,
 ) -> None: ...
 def bernoulli_(tensor: Tensor, p: float, generator: Generator | None, /) -> None: ...
+def softmax_columns() -> int: ...
 def draws_as_torch() -> bool: ...
+def layer_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    output: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    /,
+) -> None: ...
+def layer_norm_backward(
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    grad_input: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    /,
+) -> None: ...
+def softmax(input: Tensor, output: Tensor, log: bool, /) -> None: ...
+def softmax_backward(grad: Tensor, output: Tensor, grad_input: Tensor, log: bool, /) -> None: ...
 def wrapped_number(number: complex, /) -> Tensor: ...
 def no_mode_is_active() -> bool: ...

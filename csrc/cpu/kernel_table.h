@@ -15,6 +15,7 @@
 #include "../contract/draws.h"
 #include "../contract/loss.h"
 #include "../contract/problem.h"
+#include "../contract/rows.h"
 #include "../contract/storage.h"
 #include "../contract/update.h"
 
@@ -165,6 +166,12 @@ template <class S> struct Kernels {
   const ElementFolds<S>* element_folds;
   // n numbers of 1 where 53 bits of the generator are below the threshold, and of 0 else. Null for 16 bits.
   void (*bernoulli)(Twister& generator, int64_t threshold, int64_t n, S* output);
+  // Rows [begin, end) of a pass; null for 16 bits. The backward pass adds to weight_sums and bias_sums, which may be
+  // null, the shares that its rows have in the gradients of weight and bias.
+  void (*layer_norm)(const LayerNormPass&, int64_t begin, int64_t end);
+  void (*layer_norm_backward)(const LayerNormBackwardPass&, int64_t begin, int64_t end, S* weight_sums, S* bias_sums);
+  void (*softmax)(const SoftmaxPass&, int64_t begin, int64_t end);
+  void (*softmax_backward)(const SoftmaxBackwardPass&, int64_t begin, int64_t end);
 
   int64_t units(int64_t k) const { return (k + k_unit - 1) / k_unit; }
   Microkernel<S> microkernel(int64_t rows, int64_t columns) const {

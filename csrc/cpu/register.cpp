@@ -25,6 +25,7 @@
 #include "frozen.h"
 #include "matrix_product.h"
 #include "network.h"
+#include "rows.h"
 #include "step.h"
 #include "workspace.h"
 
@@ -258,6 +259,11 @@ const RegisterDevice registered(c10::kCPU, [] {
   all.freeze = &freeze;
   all.bernoulli = &bernoulli;
   all.draws_as_torch = &draws_as_torch;
+  all.layer_norm = [](const LayerNormPass& pass) { layer_norm(pass, threads()); };
+  all.layer_norm_backward = [](const LayerNormBackwardPass& pass) { layer_norm_backward(pass, threads()); };
+  all.softmax = [](const SoftmaxPass& pass) { softmax(pass, threads()); };
+  all.softmax_columns = &softmax_columns;
+  all.softmax_backward = [](const SoftmaxBackwardPass& pass) { softmax_backward(pass, threads()); };
   all.instruction_sets = &instruction_sets;
   return all;
 }());

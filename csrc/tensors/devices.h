@@ -32,6 +32,11 @@ struct DeviceOperations {
   Freeze* freeze = nullptr;
   operation::Bernoulli* bernoulli = nullptr;
   operation::DrawsAsTorch* draws_as_torch = nullptr;
+  operation::LayerNorm* layer_norm = nullptr;
+  operation::LayerNormBackward* layer_norm_backward = nullptr;
+  operation::Softmax* softmax = nullptr;
+  operation::SoftmaxBackward* softmax_backward = nullptr;
+  operation::SoftmaxColumns* softmax_columns = nullptr;
 
   // The keys that a tensor of the device has if nothing stands between it and its data, and that of its autocast.
   c10::DispatchKeySet plain_keys;

@@ -14,6 +14,7 @@
 #include "../contract/elementwise.h"
 #include "../contract/loss.h"
 #include "../contract/product.h"
+#include "../contract/rows.h"
 #include "../contract/update.h"
 #include "stack.h"
 
@@ -61,6 +62,14 @@ using Bernoulli = void(const at::Tensor& tensor, double p, const std::optional<a
 // Whether Bernoulli gives the numbers that torch's own operator gives in this installation, and leaves the generator
 // where that leaves it; otherwise nobody may put one for the other.
 using DrawsAsTorch = bool();
+
+// Passes over rows, whose memory is on the device.
+using LayerNorm = void(const LayerNormPass& pass);
+using LayerNormBackward = void(const LayerNormBackwardPass& pass);
+using Softmax = void(const SoftmaxPass& pass);
+using SoftmaxBackward = void(const SoftmaxBackwardPass& pass);
+// Up to how many columns these are faster than torch's operators.
+using SoftmaxColumns = int64_t();
 
 }  // namespace operation
 }  // namespace fastmlp

@@ -46,7 +46,7 @@ def threads() -> Iterator[None]:
 def drawn(name: str, count: int, dtype: torch.dtype) -> list[Tensor]:
     """Operands of an operation over many magnitudes, within the range of what it makes."""
     spread = 3.0 if name in ("exp", "expm1", "bce_with_logits") else 12.0
-    operands = [torch.randn(count, dtype=dtype).sign() * (torch.randn(count) * spread / 3).exp().to(dtype)
+    operands = [torch.randn(count, dtype=dtype).sign() * (torch.randn(count, dtype=dtype) * spread / 3).exp().to(dtype)
                 for _ in range(OPERATIONS[name][0])]  # fmt: skip
     for operand in operands[: 3 if name in ("where", "and", "or", "not") else 0]:
         operand[torch.rand(count) < 0.3] = 0

@@ -9,6 +9,8 @@
 #include "updates.inl"
 #include "elements.inl"
 #include "draws.inl"
+#include "rows.inl"
+#include "softmax.inl"
 #include "panels.inl"
 
 template <class S> struct Leaf {
@@ -481,8 +483,12 @@ template <class S> struct Leaf {
     if constexpr (in_itself<S>) {
       k.elements = Elements<S>::template Table<ElementOperations, Activations>::rows;
       k.element_folds = Elements<S>::folds;
+      k.bernoulli = &Draw<S>::bernoulli;
+      k.layer_norm = &Rows<S>::layer_norm;
+      k.layer_norm_backward = &Rows<S>::layer_norm_backward;
+      k.softmax = &Softmax<S>::forward;
+      k.softmax_backward = &Softmax<S>::backward;
     }
-    if constexpr (in_itself<S>) k.bernoulli = &Draw<S>::bernoulli;
     return k;
   }
 };

@@ -162,6 +162,17 @@ template <class T> struct Math {
     return fill(2) * (s + s * u * polynomial(R::atanh_tail, u));
   }
 
+  // log x for finite x >= 1, such as a sum of exponentials of which one is 1; NaN for NaN.
+  static V log_of_one_up(V x) {
+    const I exponent = (I(x) >> R::mantissa) - R::bias;
+    // x = 2^n m with 1 <= m < 2. The exponent's bits below those of 2^mantissa make the sum of both.
+    constexpr T unit = T(Bits(1) << R::mantissa);
+    const V n = V(exponent | ((R::bias + R::mantissa) << R::mantissa)) - broadcast(unit);
+    const V m = V((I(x) & ((Bits(1) << R::mantissa) - 1)) | R::bias << R::mantissa);
+    const V log = n * fill(R::ln2_high) + (n * fill(R::ln2_low) + log1p_of_unit(m - fill(1)));
+    return x == x ? log : x;
+  }
+
   static V sigmoid(V x) { return fill(1) / (fill(1) + exp(-x)); }
 
   // -expm1(-2|x|) / (2 + expm1(-2|x|)) with the sign of x.
