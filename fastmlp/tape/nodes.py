@@ -1,6 +1,8 @@
-"""Operators of torch that a kernel of ours computes whole: products, with bias and activation, and draws."""
+"""Operators of torch that a kernel of ours computes whole: products with bias and activation, rows, draws."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -28,7 +30,9 @@ def _product(trace: Trace, a: Ref, b: Ref, bias: Ref | None, event: Operation) -
         return None
     if bias is not None and values[bias.value].sizes != made.sizes[1:]:
         return None
-    return Node("add_product", (a, b, bias, "identity", [], Ref(output), None, None), [output], event.place)
+    return Node(
+        "add_product", (a, b, bias, "identity", [], Ref(output), None, None), [output], event.place, optional=True
+    )
 
 
 def _mm(trace: Trace, event: Operation) -> Node | None:
@@ -52,10 +56,112 @@ def _bernoulli(trace: Trace, event: Operation) -> Node | None:
     return Node("add_bernoulli", args, [tensor.value], event.place, draws=True)
 
 
+def _rows(trace: Trace, ref: Ref | None, columns: int) -> Ref | None:
+    """A value as rows of so many columns; of none if there is none."""
+    if ref is None:
+        return None
+    value = trace.values[ref.value]
+    count = math.prod(value.sizes) // columns
+    trace.values.append(replace(value, sizes=(count, columns), strides=(columns, 1)))
+    return Ref(len(trace.values) - 1)
+
+
+def _line(trace: Trace, ref: Ref | None) -> Ref | None:
+    """A value as one dimension."""
+    if ref is None:
+        return None
+    value = trace.values[ref.value]
+    trace.values.append(replace(value, sizes=(math.prod(value.sizes),), strides=(1,)))
+    return Ref(len(trace.values) - 1)
+
+
+def _fit(trace: Trace, *given: Ref | None) -> bool:
+    """Whether the kernels of rows can read these: of one dtype, without gaps, not empty."""
+    values = [trace.values[ref.value] for ref in given if ref is not None]
+    same = all(value.dtype == values[0].dtype for value in values) and values[0].dtype in _FLOATS
+    return same and all(_is_gapless(value) and math.prod(value.sizes) for value in values)
+
+
+def _made(event: Operation) -> list[Ref | None]:
+    return [None if output is None else Ref(output) for output in event.outputs]
+
+
+def _layer_norm(trace: Trace, event: Operation) -> Node | None:
+    x, sizes, weight, bias, eps = event.args
+    made = _made(event)
+    if None in made or not _fit(trace, x, weight, bias, *made):
+        return None
+    columns = math.prod(sizes)
+    output, mean, rstd = _rows(trace, made[0], columns), _line(trace, made[1]), _line(trace, made[2])
+    args = _rows(trace, x, columns), _line(trace, weight), _line(trace, bias), eps, output, mean, rstd
+    return Node("add_layer_norm", args, _values(output, mean, rstd), event.place)
+
+
+def _layer_norm_backward(trace: Trace, event: Operation) -> Node | None:
+    grad, x, sizes, mean, rstd, weight, _, _ = event.args
+    made = _made(event)
+    if not _fit(trace, grad, x, mean, rstd, weight, *made):
+        return None
+    columns = math.prod(sizes)
+    outputs = _rows(trace, made[0], columns), _line(trace, made[1]), _line(trace, made[2])
+    given = _rows(trace, grad, columns), _rows(trace, x, columns), _line(trace, mean), _line(trace, rstd)
+    return Node(
+        "add_layer_norm_backward",
+        (*given, _line(trace, weight), *outputs),
+        _values(*outputs),
+        event.place,
+        optional=True,
+    )
+
+
+def _values(*given: Ref | None) -> list[int]:
+    return [ref.value for ref in given if ref is not None]
+
+
+def _narrow(trace: Trace, dim: int, *given: Ref | None) -> int | None:
+    """How many columns these have, if the kernels of narrow rows take them."""
+    sizes = trace.values[given[0].value].sizes if given[0] is not None else ()
+    last = bool(sizes) and dim % len(sizes) == len(sizes) - 1
+    return sizes[-1] if last and _fit(trace, *given) and sizes[-1] <= _C.softmax_columns() else None
+
+
+def _softmax(log: bool) -> _Rule:
+    def rule(trace: Trace, event: Operation) -> Node | None:
+        x, dim, converts = event.args
+        (made,) = _made(event)
+        columns = _narrow(trace, dim, x, made)
+        if columns is None or converts:
+            return None
+        output = _rows(trace, made, columns)
+        return Node("add_softmax", (_rows(trace, x, columns), output, log), _values(output), event.place)
+
+    return rule
+
+
+def _softmax_backward(log: bool) -> _Rule:
+    def rule(trace: Trace, event: Operation) -> Node | None:
+        grad, output, dim, _ = event.args
+        (made,) = _made(event)
+        columns = _narrow(trace, dim, grad, output, made)
+        if columns is None:
+            return None
+        result = _rows(trace, made, columns)
+        args = _rows(trace, grad, columns), _rows(trace, output, columns), result, log
+        return Node("add_softmax_backward", args, _values(result), event.place)
+
+    return rule
+
+
 _RULES: dict[str, _Rule] = {
     "aten::mm.": _mm,
     "aten::addmm.": _addmm,
     "aten::bernoulli_.float": _bernoulli,
+    "aten::native_layer_norm.": _layer_norm,
+    "aten::native_layer_norm_backward.": _layer_norm_backward,
+    "aten::_softmax.": _softmax(log=False),
+    "aten::_log_softmax.": _softmax(log=True),
+    "aten::_softmax_backward_data.": _softmax_backward(log=False),
+    "aten::_log_softmax_backward_data.": _softmax_backward(log=True),
 }
 
 
@@ -83,8 +189,10 @@ def without(node: Node, dead: set[int]) -> Node:
         return Node(
             node.method, (a, b, bias, "identity", [], Ref(node.writes[1]), None, None), node.writes[1:], node.place
         )
+    if not node.optional:
+        return node
     args = tuple(None if isinstance(arg, Ref) and arg.value in dead else arg for arg in node.args)
-    return Node(node.method, args, [value for value in node.writes if value not in dead], node.place)
+    return replace(node, args=args, writes=[value for value in node.writes if value not in dead])
 
 
 def activated(trace: Trace, node: Node, element: Element) -> Node | None:
@@ -102,4 +210,4 @@ def activated(trace: Trace, node: Node, element: Element) -> Node | None:
         return None
     a, b, bias, *_ = node.args
     args = (a, b, bias, activation, list(element.scalars), Ref(element.output), Ref(node.writes[0]), None)
-    return Node(node.method, args, [element.output, node.writes[0]], node.place)
+    return replace(node, args=args, writes=[element.output, node.writes[0]])

@@ -158,6 +158,7 @@ class Node:
         writes: the values that it makes.
         place: where the program called the first operation.
         draws: whether it draws random numbers.
+        optional: whether it can do without any of what it makes.
     """
 
     method: str
@@ -165,6 +166,7 @@ class Node:
     writes: list[int]
     place: str
     draws: bool = False
+    optional: bool = False
 
 
 Event = Operation | GradSet | OptimizerStep | Check | Run | Node
