@@ -22,8 +22,30 @@ struct Isa {
   }
   static __m256 load_first(const float* p, int64_t n) { return _mm256_maskload_ps(p, first(p, n)); }
   static __m256d load_first(const double* p, int64_t n) { return _mm256_maskload_pd(p, first(p, n)); }
-  static void store_first(float* p, __m256 v, int64_t n) { _mm256_maskstore_ps(p, first(p, n), v); }
-  static void store_first(double* p, __m256d v, int64_t n) { _mm256_maskstore_pd(p, first(p, n), v); }
+  // In parts, because AMD's processors take a dozen cycles for a store with a mask.
+  static void store_first(float* p, __m256 v, int64_t n) {
+    __m128 rest = _mm256_castps256_ps128(v);
+    if (n & 4) {
+      _mm_storeu_ps(p, rest);
+      rest = _mm256_extractf128_ps(v, 1);
+      p += 4;
+    }
+    if (n & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
+      rest = _mm_movehl_ps(rest, rest);
+      p += 2;
+    }
+    if (n & 1) _mm_store_ss(p, rest);
+  }
+  static void store_first(double* p, __m256d v, int64_t n) {
+    __m128d rest = _mm256_castpd256_pd128(v);
+    if (n & 2) {
+      _mm_storeu_pd(p, rest);
+      rest = _mm256_extractf128_pd(v, 1);
+      p += 2;
+    }
+    if (n & 1) _mm_store_sd(p, rest);
+  }
 
   // AVX2 has no masks for 16 bits.
   static __m128i load_first(const uint16_t* p, int64_t n) {
