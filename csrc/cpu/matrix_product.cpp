@@ -22,6 +22,8 @@ namespace {
 // An A of so many bytes stays in an L2 cache while it is read again for each panel of B, and so much of B is read once.
 constexpr int64_t most_bytes_of_a = 512 << 10, most_bytes_of_b = 1024 << 10;
 
+constexpr int64_t many_tiles = 8;
+
 // With so short a K little is saved by leaving A unpacked.
 constexpr int64_t shortest_k = 5;
 
@@ -48,7 +50,8 @@ template <class S> bool goes_by_rows(const Kernels<S>& kernels, const ProductPas
   constexpr int64_t size = sizeof(S);
   const Matrix &a = pass.a, &b = pass.b;
   if (pass.m == 0 || pass.n == 0 || pass.k < shortest_k || !sums_are_near(pass)) return false;
-  if ((a.row_stride != 1 && a.column_stride != 1) || crowded<S>(a.row_stride) || crowded<S>(a.column_stride)) {
+  if ((a.row_stride != 1 && a.column_stride != 1) || (pass.m > 1 && crowded<S>(a.row_stride)) ||
+      crowded<S>(a.column_stride)) {
     return false;
   }
   // One row has too few sums that go at once, and the macro-kernel takes more columns of B together.
@@ -62,8 +65,11 @@ template <class S> bool goes_by_rows(const Kernels<S>& kernels, const ProductPas
 }
 
 // Whether the row kernels read B where it lies.
-template <class S> bool reads_in_place(const ProductPass& pass) {
-  return pass.b.column_stride == 1 && !crowded<S>(pass.b.row_stride);
+template <class S> bool reads_in_place(const Kernels<S>& kernels, const ProductPass& pass) {
+  if (pass.b.column_stride != 1 || crowded<S>(pass.b.row_stride)) return false;
+  // Vectors that cross lines are slow to load again for many tiles, if A fills the L1 cache with lines too.
+  const bool crosses_lines = pass.b.row_stride * int64_t(sizeof(S)) % line_bytes != 0;
+  return !(crosses_lines && pass.a.row_stride == 1 && pass.m > many_tiles * kernels.mr);
 }
 
 // C^T = B^T A^T, without the sums of A's rows.
@@ -94,7 +100,7 @@ template <class S> bool goes_transposed(const Kernels<S>& kernels, const Product
 template <class S> void multiply_by_rows(const KernelTable& table, const ProductPass& pass, int threads) {
   const Kernels<S>& kernels = kernels_of<S>(table);
   const Matrix& b = pass.b;
-  const bool in_place = reads_in_place<S>(pass);
+  const bool in_place = reads_in_place(kernels, pass);
   threads = useful_threads(double(pass.m) * double(pass.n) * double(pass.k + 16), threads);
   const int64_t tiles = ceil_divide(pass.m, kernels.mr), tasks = std::min<int64_t>(tiles, threads);
   const int64_t tile = kernels.mr * kernels.nr;
