@@ -22,6 +22,7 @@ namespace {
 // An A of so many bytes stays in an L2 cache while it is read again for each panel of B, and so much of B is read once.
 constexpr int64_t most_bytes_of_a = 512 << 10, most_bytes_of_b = 1024 << 10;
 
+// From so many tiles on B is packed although it could be read in place.
 constexpr int64_t many_tiles = 8;
 
 // With so short a K little is saved by leaving A unpacked.
@@ -67,7 +68,8 @@ template <class S> bool goes_by_rows(const Kernels<S>& kernels, const ProductPas
 // Whether the row kernels read B where it lies.
 template <class S> bool reads_in_place(const Kernels<S>& kernels, const ProductPass& pass) {
   if (pass.b.column_stride != 1 || crowded<S>(pass.b.row_stride)) return false;
-  // Vectors that cross lines are slow to load again for many tiles, if A fills the L1 cache with lines too.
+  // Every tile loads all of B again, and a vector that crosses a line takes two loads. With many tiles packing costs
+  // less, at least beside an A of which each k reads a line too.
   const bool crosses_lines = pass.b.row_stride * int64_t(sizeof(S)) % line_bytes != 0;
   return !(crosses_lines && pass.a.row_stride == 1 && pass.m > many_tiles * kernels.mr);
 }
