@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastmlp.tape.elements import Element, Emitter, NotElementwise, Operand
+from fastmlp.tape.elements import Element, Emitter, NotElementwise, Operand, leave_to_torch
 from fastmlp.tape.trace import Operation, Ref, Trace, refs
 
 __all__ = ["decompose"]
@@ -44,13 +44,13 @@ def _scaled(name: str, sign: float) -> _Rule:
 
 def _rsub(to: Emitter, given: dict[str, Any], output: int) -> None:
     if given.get("alpha", 1) != 1:
-        raise NotElementwise
+        leave_to_torch()
     to.emit("sub", to.operand(given["other"]), to.operand(given["self"]), output=output)
 
 
 def _div(to: Emitter, given: dict[str, Any], output: int) -> None:
     if given.get("rounding_mode") is not None:
-        raise NotElementwise
+        leave_to_torch()
     to.emit("div", to.operand(given["self"]), to.operand(given["other"]), output=output)
 
 
@@ -64,7 +64,7 @@ def _activation(name: str, *scalars: str) -> _Rule:
 def _gradient(name: str, saved: str, *scalars: str) -> _Rule:
     def rule(to: Emitter, given: dict[str, Any], output: int) -> None:
         if given.get("self_is_result"):
-            raise NotElementwise
+            leave_to_torch()
         grad = to.operand(given["grad_output" if "grad_output" in given else "grad"])
         to.emit(f"gradient_{name}", grad, to.operand(given[saved]), scalars=[given[s] for s in scalars], output=output)
 
@@ -78,7 +78,7 @@ def _gelu(to: Emitter, given: dict[str, Any], output: int) -> None:
 
 def _threshold_backward(to: Emitter, given: dict[str, Any], output: int) -> None:
     if given["threshold"] != 0:
-        raise NotElementwise
+        leave_to_torch()
     _gradient("relu", "self")(to, given, output)
 
 
@@ -108,7 +108,7 @@ _POWERS = {
 def _pow(to: Emitter, given: dict[str, Any], output: int) -> None:
     value, power = to.operand(given["self"]), given["exponent"]
     if not isinstance(power, (int, float)) or float(power) not in _POWERS:
-        raise NotElementwise
+        leave_to_torch()
     *first, last = _POWERS[float(power)]
     for name in first:
         value = to.emit(name, value)
@@ -118,7 +118,7 @@ def _pow(to: Emitter, given: dict[str, Any], output: int) -> None:
 def _where(to: Emitter, given: dict[str, Any], output: int) -> None:
     condition, a, b = (given[name] for name in ("condition", "self", "other"))
     if to.trace.values[condition.value].dtype != torch.bool:
-        raise NotElementwise
+        leave_to_torch()
     to.emit("where", to.operand(condition), to.operand(a), to.operand(b), output=output)
 
 
@@ -128,7 +128,7 @@ def _masked_fill(to: Emitter, given: dict[str, Any], output: int) -> None:
 
 def _lerp(to: Emitter, given: dict[str, Any], output: int) -> None:
     if not isinstance(given["weight"], (int, float)):
-        raise NotElementwise
+        leave_to_torch()
     to.emit("lerp", to.operand(given["self"]), to.operand(given["end"]), scalars=(given["weight"],), output=output)
 
 
@@ -157,7 +157,7 @@ def _cat(to: Emitter, given: dict[str, Any], output: int) -> None:
     for tensor in given["tensors"]:
         part = to.trace.values[tensor.value]
         if part.dtype != whole.dtype or len(part.sizes) != len(whole.sizes):
-            raise NotElementwise  # torch leaves empty tensors of one dimension out
+            leave_to_torch()  # torch leaves empty tensors of one dimension out
         to.emit("copy", to.operand(tensor), output=to.part(output, dim, at, at + part.sizes[dim]))
         at += part.sizes[dim]
 
@@ -166,14 +166,14 @@ def _stack(to: Emitter, given: dict[str, Any], output: int) -> None:
     dim = given["dim"] % len(to.trace.values[output].sizes)
     for i, tensor in enumerate(given["tensors"]):
         if to.trace.values[tensor.value].dtype != to.dtype:
-            raise NotElementwise
+            leave_to_torch()
         to.emit("copy", to.operand(tensor), output=to.part(output, dim, i, None))
 
 
 def _slice_backward(to: Emitter, given: dict[str, Any], output: int) -> None:
     dim, step = given["dim"] % len(to.trace.values[output].sizes), given["step"]
     if step != 1:
-        raise NotElementwise
+        leave_to_torch()
     size = to.trace.values[output].sizes[dim]
     start, end = (min(max(n + size if n < 0 else n, 0), size) for n in (given["start"], given["end"]))
     to.clear(output)
@@ -191,10 +191,10 @@ def _select_backward(to: Emitter, given: dict[str, Any], output: int) -> None:
 def _sum(how: str, mean: bool = False) -> _Rule:
     def rule(to: Emitter, given: dict[str, Any], output: int) -> None:
         if given.get("dtype") not in (None, to.dtype):
-            raise NotElementwise
+            leave_to_torch()
         value, dims = to.operand(given["self"]), given.get("dim")
         if isinstance(value, Ref) and to.trace.values[value.value].dtype != to.dtype:
-            raise NotElementwise
+            leave_to_torch()
         to.reduce(value, how, dims, output, 1 / to.count(value, dims) if mean else 1.0)
 
     return rule
@@ -202,7 +202,7 @@ def _sum(how: str, mean: bool = False) -> _Rule:
 
 def _norm(to: Emitter, given: dict[str, Any], output: int) -> None:
     if float(given["ord"]) != 2 or given.get("dtype") is not None:
-        raise NotElementwise
+        leave_to_torch()
     squares = to.emit("square", to.operand(given["self"]))
     to.emit("sqrt", to.reduce(squares, "sum", given.get("dim"), to.new_like(output)), output=output)
 
@@ -215,7 +215,7 @@ def _spread(root: bool) -> _Rule:
         correction, count = given["correction"], to.count(value)
         rest = count - (1 if correction is None else correction)
         if given.get("dim") or rest <= 0:
-            raise NotElementwise
+            leave_to_torch()
         mean = to.reduce(value, "sum", None, scale=1 / count)
         squares = to.emit("square", to.emit("sub", value, mean))
         if root:
@@ -250,7 +250,7 @@ def _squares(to: Emitter, given: dict[str, Any], output: int | None) -> Operand:
 
 def _bce(to: Emitter, given: dict[str, Any], output: int | None) -> Operand:
     if given.get("weight") is not None or given.get("pos_weight") is not None:
-        raise NotElementwise
+        leave_to_torch()
     operands = to.operand(given["self"]), to.operand(given["target"])
     return to.emit("bce_with_logits", *operands, output=output)
 
@@ -266,7 +266,7 @@ def _smooth(number: str) -> Callable[[Emitter, dict[str, Any], Any], Operand]:
             far = to.emit("mul", to.emit("sub", size, 0.5 * edge), edge)
             return to.emit("where", to.emit("le", size, edge), half, far, output=output)
         if edge == 0:
-            raise NotElementwise
+            leave_to_torch()
         far = to.emit("sub", size, 0.5 * edge)
         return to.emit("where", to.emit("lt", size, edge), to.emit("div", half, edge), far, output=output)
 
@@ -289,7 +289,7 @@ def _smooth_backward(number: str) -> _Rule:
     def rule(to: Emitter, given: dict[str, Any], output: int) -> None:
         edge = given[number]
         if edge == 0:
-            raise NotElementwise
+            leave_to_torch()
         difference = to.emit("sub", to.operand(given["self"]), to.operand(given["target"]))
         inner = to.emit("clamp_min", difference, scalars=(-edge,))
         inner = to.emit("clamp_max", inner, scalars=(edge,))
@@ -420,7 +420,7 @@ class _Given(dict[str, Any]):
     """Arguments by name. An overload without one that the rule asks for is another operation than the rule is of."""
 
     def __missing__(self, name: str) -> Any:
-        raise NotElementwise
+        leave_to_torch()
 
 
 def _each(given: dict[str, Any], event: Operation, listed: bool) -> Iterator[tuple[dict[str, Any], int]]:
@@ -432,16 +432,16 @@ def _each(given: dict[str, Any], event: Operation, listed: bool) -> Iterator[tup
         for i, output in enumerate(outputs):
             each = {key: lists[key][i] if key in lists else value for key, value in given.items()}
             if output is None:
-                raise NotElementwise
+                leave_to_torch()
             yield _Given(_renamed(schema.name, each)), output
         return
     if schema.is_mutable:
         if not schema.arguments[0].alias_info or sum(bool(a.alias_info) for a in schema.arguments) != 1:
-            raise NotElementwise
+            leave_to_torch()
         yield given, given[schema.arguments[0].name].value
         return
     if len(event.outputs) != 1 or event.outputs[0] is None:
-        raise NotElementwise
+        leave_to_torch()
     yield given, event.outputs[0]
 
 
@@ -461,5 +461,5 @@ def _dtype(trace: Trace, given: dict[str, Any], output: int) -> torch.dtype:
     read = {trace.values[value].dtype for value in refs(tuple(given.values()))}
     floats = {dtype for dtype in read if dtype.is_floating_point}
     if made != torch.bool or len(floats) > 1 or (not floats and read != {torch.bool}):
-        raise NotElementwise
+        leave_to_torch()
     return floats.pop() if floats else torch.float32

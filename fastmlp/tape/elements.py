@@ -7,12 +7,13 @@ node of a tape: one pass over memory, in blocks that stay in a cache.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
 from fastmlp.tape.trace import Memory, Ref, Trace, Value
 
-__all__ = ["Element", "Emitter", "Layout", "NotElementwise", "Operand", "layout_of"]
+__all__ = ["Element", "Emitter", "Layout", "NotElementwise", "Operand", "layout_of", "leave_to_torch"]
 
 #: What instructions compute in.
 _COMPUTED = (torch.float32, torch.float64)
@@ -71,6 +72,11 @@ def layout_of(value: Value, space: Sequence[int], reduced: Sequence[int] = ()) -
     return value.memory, value.dtype, kept, value.offset
 
 
+def leave_to_torch() -> NoReturn:
+    """Says that an operation stays one of torch."""
+    raise NotElementwise("fastmlp: capture: the kernels of runs do not compute this operation")
+
+
 #: Instructions with one number, by that of two operands and the place of the number: their names, and the number.
 _WITH_NUMBER: dict[tuple[str, int], tuple[str, Callable[[float], float]]] = {
     ("add", 0): ("add_scalar", float),
@@ -119,7 +125,7 @@ class Emitter:
 
     def __init__(self, trace: Trace, numbers: dict[int, float], dtype: torch.dtype, place: str) -> None:
         if dtype not in _COMPUTED:
-            raise NotElementwise
+            leave_to_torch()
         self.trace = trace
         self.dtype = dtype
         self.elements: list[Element] = []
@@ -131,10 +137,10 @@ class Emitter:
         if isinstance(argument, (bool, int, float)):
             return float(argument)
         if not isinstance(argument, Ref):
-            raise NotElementwise
+            leave_to_torch()
         value = self.trace.values[argument.value]
         if value.dtype not in (self.dtype, *_READ):
-            raise NotElementwise
+            leave_to_torch()
         # Of more than one element the sizes may count.
         return self._number(argument) if math.prod(value.sizes) == 1 else argument
 
@@ -181,7 +187,7 @@ class Emitter:
     def _folded(self, name: str, operands: Sequence[Operand], output: int | None) -> float:
         """The number that numbers make, which the output then holds."""
         if name not in _FOLDED or output is None:
-            raise NotElementwise
+            leave_to_torch()
         number = float(_FOLDED[name](*(torch.tensor(operand, dtype=self.dtype) for operand in operands)).item())
         value = self.trace.values[output]
         whole = math.prod(value.sizes) * value.dtype.itemsize == self.trace.memories[value.memory].bytes
@@ -204,7 +210,7 @@ class Emitter:
     ) -> Operand:
         """Adds a reduction over dimensions, or over all of them where there are none."""
         if not isinstance(operand, Ref):
-            raise NotElementwise
+            leave_to_torch()
         space = self.sizes(operand)
         reduced = tuple(sorted(dim % len(space) for dim in dims)) if dims and space else tuple(range(len(space)))
         if output is None:
