@@ -356,9 +356,11 @@ def capture(function: Any = None, *, fuse: bool = True, otherwise: str | None = 
         function: what to record. It gets tensors, all on the CPU or all on one GPU, and plain values, in nested tuples,
             lists and dictionaries, and returns such. It may use any modules, losses and optimizers. With a method, each
             object has recordings of its own.
-        fuse: whether the steps of `torch.optim.SGD`, `Adam`, `AdamW` and `RMSprop` are computed by the kernels of
-            `fastmlp.optim`, which read groups and states at each call. Otherwise, and for all other optimizers,
-            `optimizer.step()` itself is called.
+        fuse: whether kernels of fastmlp compute what they can: products with bias and activation; runs of elementwise
+            operations with the sums at their ends, in one pass over memory; layer normalisation, narrow softmax and
+            masks of dropout; in float32 and float64. The steps of `torch.optim.SGD`, `Adam`, `AdamW` and `RMSprop` are
+            then those of `fastmlp.optim`, which read groups and states at each call. Everything else is computed by
+            torch's kernels, and other optimizers by their own `step()`.
         otherwise: "eager" to run a function that cannot be recorded as it is, with one RuntimeWarning, instead of
             raising.
 

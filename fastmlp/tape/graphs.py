@@ -97,7 +97,8 @@ class Graph:
         self._generators = {v for event in operations for v in event.kwargs.values() if isinstance(v, torch.Generator)}
         names = [event.func._schema.name for event in operations]
         steps = [(type(optimizer).__name__, "torch") for optimizer in optimizers]
-        self.report = TapeReport({name: names.count(name) for name in names}, len(names), 0, 0, 0, steps, 0, 0)
+        counts = {name: names.count(name) for name in names}
+        self.report = TapeReport(counts, len(names), 0, {}, counts, 0, 0, steps, 0, 0)
 
     def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any], devices: list[torch.device]) -> bool:
         """Whether the graph is one of such a call, and nothing that it depends on has changed."""

@@ -1,5 +1,6 @@
 """What `Captured.report` returns: what was recorded, and what became of it."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Self
 
@@ -15,7 +16,9 @@ class TapeReport:
     Attributes:
         operations: how often the function called each operator of torch that a replay calls, or others for it.
         calls: how many operators a replay calls.
-        direct_calls: how many of them without torch's dispatcher.
+        direct_calls: how many of them without torch's dispatcher, kernels of fastmlp among them.
+        nodes: how many steps of a replay each kind of kernel of fastmlp computes.
+        torch: how often a replay calls each operator of torch.
         views: how many recorded operations cost nothing, because memory is static.
         constants: how many were computed once.
         optimizers: for each optimizer's step its class, and "fastmlp" or "torch" for who computes it.
@@ -26,6 +29,8 @@ class TapeReport:
     operations: dict[str, int]
     calls: int
     direct_calls: int
+    nodes: dict[str, int]
+    torch: dict[str, int]
     views: int
     constants: int
     optimizers: list[tuple[str, str]]
@@ -37,10 +42,13 @@ class TapeReport:
         """The report of a tape."""
         steps = [(type(optimizer).__name__, "torch" if rule < 0 else "fastmlp") for optimizer, _, rule in lowered.stops]
         counts, tape = lowered.counts, lowered.tape
+        called = Counter(name for name, *_ in tape.times() if name)
         return cls(
             dict(sorted(lowered.operations.items(), key=lambda item: -item[1])),
             tape.calls,
             tape.direct_calls,
+            {name: n for name, n in called.most_common() if "::" not in name},
+            {name: n for name, n in called.most_common() if "::" in name},
             counts["views"],
             counts["constants"],
             steps,
@@ -53,12 +61,17 @@ class TapeReport:
         lines = [
             f"{self.calls} operations are called, {self.direct_calls} of them directly; {self.views} views cost "
             f"nothing, {self.constants} constants",
+            f"by fastmlp: {_counted(self.nodes)}; by torch: {_counted(self.torch)}",
             f"optimizers: {steps}",
             f"memory: {self.arena_bytes:,} bytes of intermediate results, "
             f"{self.own_bytes:,} of gradients and constants",
-            "operations: " + ", ".join(f"{name.removeprefix('aten::')} {n}" for name, n in self.operations.items()),
+            f"operations: {_counted(self.operations)}",
         ]
         return "\n".join(lines)
+
+
+def _counted(names: dict[str, int]) -> str:
+    return ", ".join(f"{name.removeprefix('aten::')} {n}" for name, n in names.items()) or "none"
 
 
 @dataclass(frozen=True)
