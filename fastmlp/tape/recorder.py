@@ -25,7 +25,17 @@ from fastmlp.tape.calls import PRIMS
 from fastmlp.tape.functions import Functions
 from fastmlp.tape.gradients import Gradients
 from fastmlp.tape.seen import Seen, is_program
-from fastmlp.tape.trace import CaptureError, Check, Memory, Operation, OptimizerStep, Ref, Trace, Value, refs
+from fastmlp.tape.trace import (
+    CaptureError,
+    Check,
+    Memory,
+    Operation,
+    OptimizerStep,
+    Ref,
+    Trace,
+    Value,
+    written_arguments,
+)
 
 __all__ = ["Recorder"]
 
@@ -33,8 +43,6 @@ aten = torch.ops.aten
 
 #: Operations that return something else than tensors, but nothing of their elements.
 _HARMLESS = frozenset({"aten::is_same_size", "aten::sym_size", "aten::sym_numel", "aten::sym_stride"})
-#: Operations that write to arguments without saying so in their schemas, and those arguments.
-_WRITES_UNSAID = {"aten::native_batch_norm": (3, 4)}
 #: Parts of torch that look at tensors only to raise an error for wrong ones.
 _CHECKERS = tuple(
     f"{folder}/{part}" for folder in torch.__path__ for part in ("distributions/", "nn/utils/clip_grad.py")
@@ -368,17 +376,11 @@ class Recorder(RecordingMode):
             )
             return
         inputs = list(_tensors((args, kwargs)))
-        self._mark_written(func, recorded)
-        numbers = [None if one is None else self._output(one, inputs, func, place) for one in outputs]
-        self.trace.events.append(Operation(func, *recorded, numbers, place))
-
-    def _mark_written(self, func: Any, recorded: tuple[Any, Any]) -> None:
-        args, kwargs = recorded
-        for i, argument in enumerate(func._schema.arguments):
-            said = argument.alias_info is not None and argument.alias_info.is_write
-            if said or i in _WRITES_UNSAID.get(func._schema.name, ()):
-                for value in refs(args[i] if i < len(args) else kwargs.get(argument.name)):
-                    self.trace.memories[self.trace.values[value].memory].written = True
+        operation = Operation(func, *recorded, [], place)
+        for value in written_arguments(operation):
+            self.trace.memories[self.trace.values[value].memory].written = True
+        operation.outputs = [None if one is None else self._output(one, inputs, func, place) for one in outputs]
+        self.trace.events.append(operation)
 
     def _output(self, tensor: Tensor, inputs: list[Tensor], func: Any, place: str) -> int | None:
         if not self._plain(tensor):
