@@ -6,6 +6,7 @@ rounding may move it, in directions drawn at random, forward, backward and throu
 result is how far rounding may. There are no tolerances to tune.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -82,7 +83,7 @@ def _absolute(output: Tensor, *args: Any) -> Tensor:
 def _normalised(output: Tensor, x: Tensor, sizes: Sequence[int], *args: Any) -> Tensor:
     """A share of the largest entry too, because the mean is subtracted from each, and that difference is rounded."""
     dims = list(range(-len(sizes), 0))
-    return gamma(x[(0,) * (x.dim() - len(sizes))].numel() + ULPS, output.dtype) * output.abs().amax(dims, keepdim=True)
+    return gamma(math.prod(sizes) + ULPS, output.dtype) * output.abs().amax(dims, keepdim=True)
 
 
 def _normalised_backward(output: Tensor, grad: Tensor, x: Tensor, sizes: Sequence[int], *args: Any) -> Tensor:
