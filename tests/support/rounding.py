@@ -167,7 +167,6 @@ STEPS: Mapping[Any, Callable[..., Tensor]] = {
         (
             _aten.add.Scalar,
             _aten.div.Scalar,
-            _aten.div_.Scalar,
             _aten.mul.Scalar,
             _aten.rsub.Scalar,
             _aten.sub.Scalar,
