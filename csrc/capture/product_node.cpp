@@ -34,7 +34,9 @@ ProductNode::ProductNode(ProductTensors tensors, const ActivationSpec& activatio
            (made.stride(1) == 1 || made.size(1) == 1);
   };
   check(fits(output), "the output has another shape, or gaps in its rows", tensors_);
-  check(!pre_activation.defined() || (fits(pre_activation) && pre_activation.stride(0) == output.stride(0)),
+  // The stride of a single row is never taken.
+  const auto lies_like_output = [&] { return a.size(0) == 1 || pre_activation.stride(0) == output.stride(0); };
+  check(!pre_activation.defined() || (fits(pre_activation) && lies_like_output()),
         "the pre-activation does not lie as the output does", tensors_);
   check(!bias.defined() || (bias.dim() == 1 && bias.size(0) == b.size(1)), "the bias has another size", tensors_);
   check(!row_sums.defined() || (row_sums.dim() == 1 && row_sums.size(0) == a.size(0) && row_sums.is_contiguous()),

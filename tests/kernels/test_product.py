@@ -189,6 +189,15 @@ def test_a_node_of_a_tape_computes_the_same(isa: str, dtype: torch.dtype) -> Non
         assert torch.equal(x, y)
 
 
+def test_the_stride_of_a_single_row_does_not_matter() -> None:
+    a, b = torch.randn(1, 4), torch.randn(4, 5)
+    output, before = torch.empty(3, 7)[:1, :5], torch.empty(1, 5)
+    _C.multiply(a, b, None, "relu", [], output, before, None)
+    z = product(Bounded.exact(a), Bounded.exact(b), a.dtype, None)
+    assert_within(before, z, "pre-activation")
+    assert_within(output, activated(z, resolve("relu"), a.dtype), "output")
+
+
 def test_tensors_that_do_not_fit_are_refused() -> None:
     a, b, output = torch.randn(3, 4), torch.randn(4, 5), torch.randn(3, 5)
     rest: tuple[str, list[float]] = ("identity", [])
