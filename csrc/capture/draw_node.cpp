@@ -1,3 +1,4 @@
+// Checks what the node of draw_node.h is made of, before a tape has it.
 #include "draw_node.h"
 
 namespace fastmlp {

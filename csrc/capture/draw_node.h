@@ -1,4 +1,4 @@
-// A node that draws random numbers as an operator of torch does. Made in csrc/python/capture_rows.cpp.
+// A node that draws random numbers as an operator of torch does. Made in csrc/python/capture_nodes.cpp.
 #pragma once
 
 #include <ATen/core/Generator.h>

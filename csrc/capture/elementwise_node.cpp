@@ -122,7 +122,10 @@ ElementwiseNode::ElementwiseNode(const std::vector<at::Tensor>& inputs, const st
                                  const std::vector<Output>& outputs)
     : tensors_(inputs) {
   const ElementProgram program = program_of(inputs, instructions, outputs);
-  for (const Output& output : outputs) tensors_.push_back(output.tensor);
+  for (const Output& output : outputs) {
+    output.tensor.mutable_data_ptr();  // of its own from here on, if it is a copy that waits for the first write
+    tensors_.push_back(output.tensor);
+  }
   for (const at::Tensor& tensor : tensors_) offsets_.push_back(tensor.storage_offset() * int64_t(tensor.itemsize()));
   memory_.resize(tensors_.size());
   const at::Tensor& first = outputs.front().tensor;

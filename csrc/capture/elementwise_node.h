@@ -1,5 +1,5 @@
 // A step of a tape that is a run of elementwise operations, as contract/elementwise.h describes them. Made in
-// csrc/python/capture_build.cpp.
+// csrc/python/capture_nodes.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>

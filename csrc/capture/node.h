@@ -1,5 +1,5 @@
 // A step of a tape that no operator of torch computes: several operations of the recorded function at once, by kernels
-// of ours. Made in csrc/python/capture_build.cpp, run by tape.cpp. Reads and writes tensors of the tape, whose memory
+// of ours. Made in csrc/python/capture_nodes.cpp, run by tape.cpp. Reads and writes tensors of the tape, whose memory
 // may be another one at each replay, and must not keep pointers into it.
 #pragma once
 

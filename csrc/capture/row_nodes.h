@@ -1,5 +1,5 @@
 // Nodes that pass over the rows of matrices: layer normalisation, softmax and their gradients. Made in
-// csrc/python/capture_rows.cpp. Their constructors raise an error for tensors that the kernels cannot take.
+// csrc/python/capture_nodes.cpp. Their constructors raise an error for tensors that the kernels cannot take.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -166,7 +166,5 @@ class Recordings {
 void add_capture(py::module_& module);
 // Adds the nodes to the class of tapes.
 void add_capture_nodes(py::module_& module, py::class_<Tape, std::shared_ptr<Tape>>& tape);
-// The part of it that is about nodes of rows and random numbers, in capture_rows.cpp.
-void add_row_nodes(py::module_& module);
 
 }  // namespace fastmlp

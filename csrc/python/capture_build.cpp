@@ -6,7 +6,6 @@
 
 #include <optional>
 
-#include "../capture/elementwise_node.h"
 #include "capture.h"
 #include "objects.h"
 #include "route.h"
@@ -47,38 +46,6 @@ void add_call(Tape& tape, const std::string& name, const std::string& overload, 
       torch::jit::createStackForSchema(operation.schema(), torch::jit::tuple_slice(args),
                                        py::kwargs(py::reinterpret_borrow<py::kwargs>(kwargs)), std::nullopt);
   tape.add_call(operation, std::move(stack), std::move(results), std::move(place));
-}
-
-using Instructions = std::vector<std::tuple<std::string, std::vector<int>, std::vector<double>>>;
-using ElementOutputs = std::vector<std::tuple<at::Tensor, int, std::string, double>>;
-
-std::unique_ptr<ElementwiseNode> elementwise_node(const std::vector<at::Tensor>& inputs,
-                                                  const Instructions& instructions, const ElementOutputs& outputs) {
-  std::vector<ElementwiseNode::Instruction> all;
-  for (const auto& [name, operands, scalars] : instructions) all.push_back({name, operands, scalars});
-  std::vector<ElementwiseNode::Output> ends;
-  for (const auto& [tensor, source, how, scale] : outputs) ends.push_back({tensor, source, how, scale});
-  return std::make_unique<ElementwiseNode>(inputs, all, ends);
-}
-
-void add_elementwise(Tape& tape, const std::vector<at::Tensor>& inputs, const Instructions& instructions,
-                     const ElementOutputs& outputs, std::string place) {
-  tape.add_node(elementwise_node(inputs, instructions, outputs), std::move(place));
-}
-
-void run_elementwise(const std::vector<at::Tensor>& inputs, const Instructions& instructions,
-                     const ElementOutputs& outputs) {
-  const std::unique_ptr<ElementwiseNode> node = elementwise_node(inputs, instructions, outputs);
-  for (const auto& output : outputs) std::get<0>(output).mutable_data_ptr();
-  node->run();
-}
-
-// Of each operation how many operands and how many scalars it has.
-py::dict elementwise_operations() {
-  py::dict all;
-  for (const ElementOperation& one : element_operations())
-    all[py::str(one.name)] = py::make_tuple(one.operands, one.scalars);
-  return all;
 }
 
 int add_external(Tape& tape, int memory, const at::Tensor& like, int argument, int grad_of, bool held, bool written,
@@ -156,7 +123,6 @@ void add_capture(py::module_& m) {
       .def("add_external", &add_external, py::arg("memory"), py::arg("like"), py::arg("argument"), py::arg("grad_of"),
            py::arg("held"), py::arg("written"), py::arg("starts_with_grad"))
       .def("add_call", &add_call)
-      .def("add_elementwise", &add_elementwise)
       .def("add_grad", &Tape::add_grad)
       .def("add_check", &Tape::add_check)
       .def("add_stop", &Tape::add_stop)
@@ -167,7 +133,6 @@ void add_capture(py::module_& m) {
       .def_property_readonly("own_bytes", &Tape::own_bytes)
       .def_property_readonly("calls", &Tape::calls)
       .def_property_readonly("direct_calls", &Tape::direct_calls);
-  add_row_nodes(m);
   py::class_<Surroundings>(m, "Surroundings")
       .def(py::init<>())
       .def("add_dict", &Surroundings::add_dict)
@@ -197,9 +162,6 @@ void add_capture(py::module_& m) {
       .def("ids", &Recordings::ids)
       .def("__len__", &Recordings::size)
       .def_property_readonly("replays", &Recordings::replays);
-  m.def("elementwise_operations", &elementwise_operations);
-  // At once, for tests.
-  m.def("run_elementwise", &run_elementwise);
   m.def("wrapped_number", &wrapped_number);
   m.def("no_mode_is_active", &no_mode_is_active);
 }

@@ -1,20 +1,30 @@
-// The nodes of a tape that kernels of ours compute, as Python adds them; and the same kernels on tensors by themselves,
-// for tests. Called by fastmlp/tape/.
+// The nodes of a tape that kernels of ours compute, as Python adds them; and, for tests, the same kernels on ordinary
+// tensors. Called by fastmlp/tape/. Leaves checks to the nodes.
 #include <torch/csrc/utils/pybind.h>
 
 #include <memory>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "../capture/draw_node.h"
+#include "../capture/elementwise_node.h"
 #include "../capture/product_node.h"
+#include "../capture/row_nodes.h"
 #include "../contract/activation_info.h"
+#include "../tensors/devices.h"
 #include "capture.h"
 
 namespace fastmlp {
 namespace {
 
-using MaybeTensor = std::optional<at::Tensor>;
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using MaybeGenerator = std::optional<at::Generator>;
+using Instructions = std::vector<std::tuple<std::string, std::vector<int>, std::vector<double>>>;
+using ElementOutputs = std::vector<std::tuple<Tensor, int, std::string, double>>;
 
 ActivationSpec activation_of(const std::string& name, const std::vector<double>& scalars) {
   ActivationSpec spec;
@@ -25,19 +35,40 @@ ActivationSpec activation_of(const std::string& name, const std::vector<double>&
   return spec;
 }
 
-std::unique_ptr<ProductNode> product(at::Tensor a, at::Tensor b, MaybeTensor bias, const std::string& activation,
-                                     const std::vector<double>& scalars, at::Tensor output, MaybeTensor pre_activation,
+std::unique_ptr<ProductNode> product(Tensor a, Tensor b, MaybeTensor bias, const std::string& activation,
+                                     const std::vector<double>& scalars, Tensor output, MaybeTensor pre_activation,
                                      MaybeTensor row_sums) {
-  const auto given = [](MaybeTensor& tensor) { return tensor ? std::move(*tensor) : at::Tensor(); };
+  const auto given = [](MaybeTensor& tensor) { return tensor ? std::move(*tensor) : Tensor(); };
   ProductTensors tensors{std::move(a),      std::move(b),          given(bias),
                          std::move(output), given(pre_activation), given(row_sums)};
   return std::make_unique<ProductNode>(std::move(tensors), activation_of(activation, scalars));
 }
 
+std::unique_ptr<ElementwiseNode> elementwise(const std::vector<Tensor>& inputs, const Instructions& instructions,
+                                             const ElementOutputs& outputs) {
+  std::vector<ElementwiseNode::Instruction> all;
+  for (const auto& [name, operands, scalars] : instructions) all.push_back({name, operands, scalars});
+  std::vector<ElementwiseNode::Output> ends;
+  for (const auto& [tensor, source, how, scale] : outputs) ends.push_back({tensor, source, how, scale});
+  return std::make_unique<ElementwiseNode>(inputs, all, ends);
+}
+
+// Of each operation how many operands and how many scalars it has.
+py::dict elementwise_operations() {
+  py::dict all;
+  for (const ElementOperation& one : element_operations())
+    all[py::str(one.name)] = py::make_tuple(one.operands, one.scalars);
+  return all;
+}
+
+template <class N, class... Args> std::unique_ptr<N> made_of(Args... args) {
+  return std::make_unique<N>(std::move(args)...);
+}
+
 // A method of Tape that adds what `make` returns, and a function that runs it at once.
 template <class Result, class... Args>
-void add_node(py::module_& m, py::class_<Tape, std::shared_ptr<Tape>>& tape, const char* method, const char* function,
-              Result (*make)(Args...)) {
+void add(py::module_& m, py::class_<Tape, std::shared_ptr<Tape>>& tape, const char* method, const char* function,
+         Result (*make)(Args...)) {
   tape.def(method, [make](Tape& to, Args... args, std::string place) {
     to.add_node(make(std::forward<Args>(args)...), std::move(place));
   });
@@ -51,7 +82,25 @@ void add_node(py::module_& m, py::class_<Tape, std::shared_ptr<Tape>>& tape, con
 }  // namespace
 
 void add_capture_nodes(py::module_& m, py::class_<Tape, std::shared_ptr<Tape>>& tape) {
-  add_node(m, tape, "add_product", "multiply", &product);
+  add(m, tape, "add_elementwise", "run_elementwise", &elementwise);
+  add(m, tape, "add_product", "multiply", &product);
+  add(m, tape, "add_bernoulli", "bernoulli_", &made_of<BernoulliNode, Tensor, double, MaybeGenerator>);
+  add(m, tape, "add_layer_norm", "layer_norm",
+      &made_of<LayerNormNode, Tensor, MaybeTensor, MaybeTensor, double, Tensor, Tensor, Tensor>);
+  add(m, tape, "add_layer_norm_backward", "layer_norm_backward",
+      &made_of<LayerNormBackwardNode, Tensor, Tensor, Tensor, Tensor, MaybeTensor, MaybeTensor, MaybeTensor,
+               MaybeTensor>);
+  add(m, tape, "add_softmax", "softmax", &made_of<SoftmaxNode, Tensor, Tensor, bool>);
+  add(m, tape, "add_softmax_backward", "softmax_backward", &made_of<SoftmaxBackwardNode, Tensor, Tensor, Tensor, bool>);
+  m.def("elementwise_operations", &elementwise_operations);
+  m.def("softmax_columns", [] {
+    operation::SoftmaxColumns* const asked = operations_on(host.type())->softmax_columns;
+    return asked ? asked() : 0;
+  });
+  m.def("draws_as_torch", [] {
+    operation::DrawsAsTorch* const asked = operations_on(host.type())->draws_as_torch;
+    return asked && asked();
+  });
 }
 
 }  // namespace fastmlp

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastmlp.tape.elements import Element, Emitter, NotElementwise, Operand, leave_to_torch
+from fastmlp.tape.elements import Element, Emitter, NotElementwise, Numbers, Operand, layout_of, leave_to_torch
 from fastmlp.tape.trace import Operation, Ref, Trace, refs
 
 __all__ = ["decompose"]
@@ -383,13 +383,13 @@ _RULES: dict[str, _Rule] = {
 _FOREACH = "_foreach_"
 
 
-def decompose(trace: Trace, event: Operation, numbers: dict[int, float]) -> list[Element] | None:
+def decompose(trace: Trace, event: Operation, numbers: Numbers) -> list[Element] | None:
     """The instructions of an operation, or None if it is none of elements.
 
     Args:
         trace: gets the values that lie between the instructions.
         event: the operation.
-        numbers: of memories that hold one number throughout, that number.
+        numbers: of memories that hold one number throughout.
     """
     schema = event.func._schema
     namespace, _, name = schema.name.partition("::")
@@ -412,8 +412,17 @@ def decompose(trace: Trace, event: Operation, numbers: dict[int, float]) -> list
     except NotElementwise:
         del trace.memories[marks[0] :], trace.values[marks[1] :]
         return None
-    # The kernels do nothing where there is nothing, and torch knows what it is then.
-    return elements if all(math.prod(element.space) for element in elements) else None
+    # The kernels do nothing where there is nothing, and torch knows what it is then. A run goes through memory block by
+    # block, so that what it overwrites it may read at the same place only.
+    fit = all(math.prod(element.space) and not _shifts(trace, element) for element in elements)
+    return elements if fit else None
+
+
+def _shifts(trace: Trace, element: Element) -> bool:
+    """Whether an element is read elsewhere in the memory that it is written to."""
+    output = layout_of(trace.values[element.output], element.space, element.reduced)
+    operands = (layout_of(trace.values[value], element.space) for value in refs(element.operands))
+    return any(operand[0] == output[0] and operand != output for operand in operands)
 
 
 class _Given(dict[str, Any]):

@@ -13,15 +13,28 @@ import torch
 
 from fastmlp.tape.trace import Memory, Ref, Trace, Value
 
-__all__ = ["Element", "Emitter", "Layout", "NotElementwise", "Operand", "layout_of", "leave_to_torch"]
+__all__ = [
+    "COMPUTED",
+    "Element",
+    "Emitter",
+    "Layout",
+    "NotElementwise",
+    "Numbers",
+    "Operand",
+    "layout_of",
+    "leave_to_torch",
+]
 
-#: What instructions compute in.
-_COMPUTED = (torch.float32, torch.float64)
+#: What the kernels of tapes compute in.
+COMPUTED = (torch.float32, torch.float64)
 #: What they read and take for numbers.
 _READ = (torch.bool, torch.int64)
 
 #: A value, or a number of Python.
 Operand = Ref | float
+
+#: Of memories that hold one number throughout, that number, for each dtype that it is one of.
+Numbers = dict[tuple[int, torch.dtype], float]
 
 #: Where a value lies for the elements of a space: memory, dtype, strides in the space's dimensions, offset.
 Layout = tuple[int, torch.dtype, tuple[int, ...], int]
@@ -115,7 +128,7 @@ class Emitter:
 
     Args:
         trace: gets the values that lie between instructions.
-        numbers: of memories that hold one number throughout, that number.
+        numbers: of memories that hold one number throughout.
         dtype: in which the operation is computed.
         place: where the program called the operation.
 
@@ -123,8 +136,8 @@ class Emitter:
         NotElementwise: the kernels do not compute in this dtype; from methods, they do not compute this.
     """
 
-    def __init__(self, trace: Trace, numbers: dict[int, float], dtype: torch.dtype, place: str) -> None:
-        if dtype not in _COMPUTED:
+    def __init__(self, trace: Trace, numbers: Numbers, dtype: torch.dtype, place: str) -> None:
+        if dtype not in COMPUTED:
             leave_to_torch()
         self.trace = trace
         self.dtype = dtype
@@ -155,9 +168,9 @@ class Emitter:
         numbers = [place for place, operand in enumerate(operands) if not isinstance(operand, Ref)]
         if len(operands) == 2 and len(numbers) == 1 and (name, numbers[0]) in _WITH_NUMBER:
             name, number = _WITH_NUMBER[name, numbers[0]]
-            scalars = (number(float(operands[numbers[0]])),)  # type: ignore[arg-type]
+            scalars = [number(operand) for operand in operands if not isinstance(operand, Ref)]
             operands = (operands[1 - numbers[0]],)
-            if name in ("mul_scalar", "div_scalar") and scalars == (1.0,):
+            if name in ("mul_scalar", "div_scalar") and scalars == [1.0]:
                 name, scalars = "copy", ()
         elif operands and len(numbers) == len(operands):
             operands, name = (self._folded(name, operands, output),), "copy"
@@ -192,14 +205,15 @@ class Emitter:
         value = self.trace.values[output]
         whole = math.prod(value.sizes) * value.dtype.itemsize == self.trace.memories[value.memory].bytes
         if whole and value.dtype == self.dtype and not self.trace.memories[value.memory].written:
-            self._numbers[value.memory] = number
+            self._numbers[value.memory, value.dtype] = number
         return number
 
     def _number(self, operand: Operand) -> Operand:
         """An operand, or the number that it is throughout."""
         if not isinstance(operand, Ref):
             return operand
-        return self._numbers.get(self.trace.values[operand.value].memory, operand)
+        value = self.trace.values[operand.value]
+        return self._numbers.get((value.memory, value.dtype), operand)
 
     def clear(self, output: int) -> None:
         """Adds zeros, into parts of which something else is written then."""

@@ -4,13 +4,13 @@ What may be moved or joined follows from memory alone: an operation comes after 
 writes, and after those that read what it writes. Whose results nobody reads goes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 import torch
 
 from fastmlp.tape.decompose import decompose
-from fastmlp.tape.elements import Element, Layout, layout_of
+from fastmlp.tape.elements import Element, Layout, Numbers, layout_of
 from fastmlp.tape.nodes import activated, node_of, without
 from fastmlp.tape.order import Group, Order
 from fastmlp.tape.run import build_run
@@ -30,8 +30,10 @@ __all__ = ["fuse"]
 
 #: What is no memory, but keeps operations in their order: draws of random numbers, and what a check may forbid.
 _DRAWS, _EFFECTS = -1, -2
+#: Memory of the outside, all of it: a replay may be given tensors that share memory where the recorded ones did not.
+_OUTSIDE = -3
 #: That of the `.grad` of a leaf, less the number of the leaf's memory.
-_GRADS = -3
+_GRADS = -4
 #: Instructions in a run, whose blocks have to stay in a cache.
 _LONGEST = 64
 
@@ -39,10 +41,11 @@ _LONGEST = 64
 class _Fusion:
     """Fuses events between two steps of optimizers."""
 
-    def __init__(self, trace: Trace, owners: Sequence[str], numbers: dict[int, float]) -> None:
+    def __init__(self, trace: Trace, owners: Sequence[str], numbers: Numbers) -> None:
         self.trace = trace
         self.order = Order()
         self._owners = owners
+        self._outside = {memory for memory, owner in enumerate(owners) if owner == "outside"}
         self._numbers = numbers
         self._events: list[Event | Element] = []
         self._places: list[str] = []
@@ -63,7 +66,7 @@ class _Fusion:
         self.order.add(len(self._events) - 1, reads, writes, self.order.needed(reads, writes), None)
 
     def _owner(self, memory: int) -> str:
-        return self._owners[memory] if memory < len(self._owners) else "arena"
+        return self._owners[memory] if 0 <= memory < len(self._owners) else "arena"
 
     def _touched(self, event: Event) -> tuple[set[int], set[int]]:
         """The memories that an event reads and writes."""
@@ -71,7 +74,7 @@ class _Fusion:
         used = {values[value].memory for value in self.trace.refs(event)}
         if isinstance(event, Node):
             writes = {values[value].memory for value in event.writes}
-            return (used - writes | {_EFFECTS}, writes | {_DRAWS}) if event.draws else (used - writes, writes)
+            return self._ordered(used - writes, writes, event.draws)
         if isinstance(event, GradSet):
             return used | {_EFFECTS}, {_GRADS - values[event.leaf].memory}
         if isinstance(event, Check):
@@ -80,25 +83,34 @@ class _Fusion:
         writes = {values[output].memory for output in event.outputs if output is not None}
         writes |= {values[value].memory for value in written_arguments(event)}
         reads = {values[value].memory for value in refs((event.args, event.kwargs))}
-        if any(self._owner(one) in ("outside", "grad") for one in writes):
-            reads.add(_EFFECTS)
-        if torch.Tag.nondeterministic_seeded in event.func.tags or _has_generator(event.func):
-            reads.add(_EFFECTS)
-            writes.add(_DRAWS)
+        draws = torch.Tag.nondeterministic_seeded in event.func.tags or _has_generator(event.func)
+        return self._ordered(reads, writes, draws)
+
+    def _ordered(self, reads: set[int], writes: set[int], draws: bool = False) -> tuple[set[int], set[int]]:
+        """With what is no memory of its own."""
+        owned = {self._owner(memory) for memory in writes}
+        if draws or "outside" in owned or "grad" in owned:
+            reads = reads | {_EFFECTS}
+        if draws:
+            writes = writes | {_DRAWS}
+        if writes & self._outside:
+            writes = writes | {_OUTSIDE}
+        elif reads & self._outside:
+            reads = reads | {_OUTSIDE}
         return reads, writes
 
     def _element(self, element: Element, place: str) -> None:
         values = self.trace.values
         sizes = tuple(size for size in element.space if size != 1)
-        reads = {values[value].memory for value in refs(element.operands)}
+        read = {values[value].memory for value in refs(element.operands)}
         output = values[element.output].memory
-        effects = {_EFFECTS} if self._owner(output) in ("outside", "grad") else set()
-        needed = self.order.needed(reads | effects, {output})
-        if self._behind_product(element, reads, output, needed):
+        reads, writes = self._ordered(read, {output})
+        needed = self.order.needed(reads, writes)
+        if self._behind_product(element, reads, writes, needed):
             return
         fits = (
             group
-            for group in (*needed, *self._beside(reads))
+            for group in (*needed, *self._beside(read))
             if (run := self._runs.get(group.number)) is not None
             and run.key == (sizes, element.dtype)
             and run.takes(element)
@@ -107,10 +119,12 @@ class _Fusion:
         into = next(fits, None)
         self._events.append(element)
         self._places.append(place)
-        group = self.order.add(len(self._events) - 1, reads | effects, {output}, needed, into)
-        self._runs.setdefault(group.number, _Members(self.trace, (sizes, element.dtype))).add(element)
+        group = self.order.add(len(self._events) - 1, reads, writes, needed, into)
+        if into is None:
+            self._runs[group.number] = _Members(self.trace, (sizes, element.dtype), self._outside)
+        self._runs[group.number].add(element)
 
-    def _behind_product(self, element: Element, reads: set[int], output: int, needed: list[Group]) -> bool:
+    def _behind_product(self, element: Element, reads: set[int], writes: set[int], needed: list[Group]) -> bool:
         """Lets a product compute the activation of what it makes."""
         for group in needed:
             (*_, member) = group.members
@@ -118,9 +132,9 @@ class _Fusion:
             if not isinstance(product, Node) or not self.order.can_join(group, needed):
                 continue
             node = activated(self.trace, product, element)
-            if node is not None and output not in group.reads:
+            if node is not None and not writes & group.reads:
                 self._events[member] = node
-                self.order.add(member, reads - group.writes, {output}, needed, group)
+                self.order.add(member, reads - group.writes, writes, needed, group)
                 return True
         return False
 
@@ -162,8 +176,9 @@ class _Members:
         key: sizes of the space, dimensions of one element aside, and the dtype.
     """
 
-    def __init__(self, trace: Trace, key: tuple[tuple[int, ...], torch.dtype]) -> None:
+    def __init__(self, trace: Trace, key: tuple[tuple[int, ...], torch.dtype], outside: Set[int]) -> None:
         self.key = key
+        self._outside = outside
         self.elements: list[Element] = []
         self._trace = trace
         self._read: dict[int, set[Layout]] = {}
@@ -179,6 +194,8 @@ class _Members:
         if len(self.elements) >= _LONGEST:
             return False
         reads, output = self._layouts(element)
+        if self._may_overlap({layout[0] for layout in (*reads, output)}, output[0]):
+            return False
         for layout in reads:
             if layout[0] in self._written and self._written[layout[0]] != layout:
                 return False
@@ -188,6 +205,15 @@ class _Members:
         if element.how != "store" or self._written.get(memory, output) != output:
             return False
         return all(layout == output for layout in self._read.get(memory, ()))
+
+    def _may_overlap(self, used: Set[int], output: int) -> bool:
+        """Whether the element or another one writes memory of the outside, and the other uses such memory too.
+
+        Both may share it in part. Torch computes one operation after the other, a run block by block.
+        """
+        theirs = self._outside & (self._written.keys() | self._read.keys())
+        written = (self._outside & self._written.keys()) | (self._outside & {output})
+        return any(memory != one for one in written for memory in theirs | (self._outside & used))
 
     def add(self, element: Element) -> None:
         """Adds an element that fits."""
@@ -202,13 +228,13 @@ def _has_generator(func: Any) -> bool:
     return any(argument.name == "generator" for argument in func._schema.arguments)
 
 
-def fuse(trace: Trace, owners: Sequence[str], numbers: dict[int, float]) -> list[Event]:
+def fuse(trace: Trace, owners: Sequence[str], numbers: Numbers) -> list[Event]:
     """The events of a trace, some of them as nodes.
 
     Args:
         trace: without what costs nothing at a replay. Gets new values and memories, which belong to the arena.
         owners: of each memory, as `_C.Tape.add_memory` takes them.
-        numbers: of memories that hold one number throughout, that number.
+        numbers: of memories that hold one number throughout.
     """
     stretches = [_Fusion(trace, owners, numbers)]
     steps: list[OptimizerStep] = []

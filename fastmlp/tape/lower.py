@@ -12,7 +12,7 @@ from torch import Tensor
 from fastmlp import optim
 from fastmlp._load import _C
 from fastmlp.tape.calls import Calls, write_in_place
-from fastmlp.tape.elements import layout_of
+from fastmlp.tape.elements import Numbers, layout_of
 from fastmlp.tape.fuse import fuse
 from fastmlp.tape.trace import Check, Event, GradSet, Node, Operation, OptimizerStep, Ref, Run, Trace, Value, refs
 
@@ -109,7 +109,7 @@ class Lowered:
         trace = self.trace
         once: list[Event] = []
         costly: list[Event] = []
-        numbers: dict[int, float] = {}
+        numbers: Numbers = {}
         for event in trace.events:
             if not isinstance(event, Operation) or not self._is_free(event, self._made(event)):
                 costly.append(event)
@@ -120,7 +120,8 @@ class Lowered:
             once.append(event)
             number = _number_of(trace, event)
             if number is not None and event.outputs[0] is not None:
-                numbers[trace.values[event.outputs[0]].memory] = number
+                value = trace.values[event.outputs[0]]
+                numbers[value.memory, value.dtype] = number
         trace.events = costly
         trace.events = once + fuse(trace, self._owners, numbers)
         self._owners += ["arena"] * (len(trace.memories) - len(self._owners))

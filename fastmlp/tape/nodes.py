@@ -4,15 +4,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-
 from fastmlp._load import _C
-from fastmlp.tape.elements import Element, layout_of
+from fastmlp.tape.elements import COMPUTED, Element, layout_of
 from fastmlp.tape.trace import Node, Operation, Ref, Trace, Value
 
 __all__ = ["activated", "node_of", "without"]
 
-_FLOATS = (torch.float32, torch.float64)
 _Rule = Callable[[Trace, Operation], Node | None]
 
 
@@ -24,7 +21,7 @@ def _product(trace: Trace, a: Ref, b: Ref, bias: Ref | None, event: Operation) -
     made = values[output]
     operands = [values[ref.value] for ref in (a, b, bias) if ref is not None]
     gapless = made.strides[1] == 1 or made.sizes[1] == 1
-    if made.dtype not in _FLOATS or any(value.dtype != made.dtype for value in operands) or not gapless:
+    if made.dtype not in COMPUTED or any(value.dtype != made.dtype for value in operands) or not gapless:
         return None
     if 0 in (*made.sizes, values[a.value].sizes[1]):
         return None
@@ -50,7 +47,7 @@ def _addmm(trace: Trace, event: Operation) -> Node | None:
 def _bernoulli(trace: Trace, event: Operation) -> Node | None:
     tensor, p = event.args[0], event.args[1] if len(event.args) > 1 else event.kwargs.get("p", 0.5)
     drawn = trace.values[tensor.value]
-    if drawn.dtype not in _FLOATS or not _is_gapless(drawn) or not 0 <= p <= 1 or not _C.draws_as_torch():
+    if drawn.dtype not in COMPUTED or not _is_gapless(drawn) or not 0 <= p <= 1 or not _C.draws_as_torch():
         return None
     args = tensor, p, event.kwargs.get("generator")
     return Node("add_bernoulli", args, [tensor.value], event.place, draws=True)
@@ -78,7 +75,7 @@ def _line(trace: Trace, ref: Ref | None) -> Ref | None:
 def _fit(trace: Trace, *given: Ref | None) -> bool:
     """Whether the kernels of rows can read these: of one dtype, without gaps, not empty."""
     values = [trace.values[ref.value] for ref in given if ref is not None]
-    same = all(value.dtype == values[0].dtype for value in values) and values[0].dtype in _FLOATS
+    same = all(value.dtype == values[0].dtype for value in values) and values[0].dtype in COMPUTED
     return same and all(_is_gapless(value) and math.prod(value.sizes) for value in values)
 
 
@@ -208,6 +205,10 @@ def activated(trace: Trace, node: Node, element: Element) -> Node | None:
     same = layout_of(given, element.space) == layout_of(made, made.sizes) and made.dtype == output.dtype
     if not same or output.strides != made.strides or output.sizes != made.sizes:
         return None
+    writes = [element.output]
+    if output.memory != made.memory:
+        writes.append(node.writes[0])  # else the activation is computed in place
     a, b, bias, *_ = node.args
-    args = (a, b, bias, activation, list(element.scalars), Ref(element.output), Ref(node.writes[0]), None)
-    return replace(node, args=args, writes=[element.output, node.writes[0]])
+    before = Ref(writes[1]) if len(writes) > 1 else None
+    args = (a, b, bias, activation, list(element.scalars), Ref(element.output), before, None)
+    return replace(node, args=args, writes=writes)

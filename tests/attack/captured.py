@@ -1,4 +1,4 @@
-"""fastmlp.capture: programs drawn as source text, captured, beside the same text run by PyTorch alone, bit by bit."""
+"""fastmlp.capture: programs drawn as source text, captured, beside the same text run by PyTorch alone: the same bits, or near with fusion."""
 
 import random
 import re
