@@ -1,4 +1,7 @@
-"""fastmlp.capture: programs drawn as source text, captured, beside the same text run by PyTorch alone: the same bits, or near with fusion."""
+"""fastmlp.capture: programs drawn as source text, captured, beside the same text run by PyTorch alone.
+
+The same bits, or near with fusion.
+"""
 
 import random
 import re
