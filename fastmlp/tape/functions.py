@@ -28,6 +28,8 @@ _READS = {
 }
 #: What these change of a tensor outlives the call, unless the tensor was made in it.
 _CHANGES = frozenset({"register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "retain_grad"})
+#: All functions that have to be looked at before they are called.
+_LOOKED_AT = _CHANGES | _READS.keys() | {"tensor", "as_tensor"}
 #: Longer lists of numbers are data, which may change, rather than constants of a formula.
 _CONSTANTS = 32
 
@@ -52,7 +54,7 @@ class Functions(TorchFunctionMode):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__set__" else ""
         if attribute:
             self._before_set(attribute, args[0])
-        else:
+        elif name in _LOOKED_AT:
             self._check(name, args)
         if func is torch._C._nn.one_hot and _classes(args, kwargs) > 0:
             return _one_hot(args[0], _classes(args, kwargs))

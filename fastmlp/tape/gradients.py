@@ -24,6 +24,7 @@ class Gradients:
         self._recorder = recorder
         self._leaves: dict[int, Tensor] = {}
         self._start: dict[int, Tensor | None] = {}  # what each leaf had when the call began
+        self._of_grad: dict[int, Tensor] = {}  # the leaves by the identity of what they had
         self._now: dict[int, Tensor | None] = {}  # what it has, as far as the trace tells
         self._cleared: set[int] = set()  # leaves of trace.cleared
         self._set: set[int] = set()  # leaves that an event is of
@@ -34,7 +35,9 @@ class Gradients:
         """Takes note of a leaf whose `.grad` nothing has changed yet."""
         if id(leaf) not in self._leaves:
             self._leaves[id(leaf)] = leaf
-            self._start[id(leaf)] = self._now[id(leaf)] = leaf.grad
+            grad = self._start[id(leaf)] = self._now[id(leaf)] = leaf.grad
+            if grad is not None:
+                self._of_grad.setdefault(id(grad), leaf)
 
     def leaves(self) -> list[Tensor]:
         """All leaves."""
@@ -42,12 +45,10 @@ class Gradients:
 
     def leaf_of(self, grad: Tensor) -> Tensor | None:
         """The leaf whose `.grad` a tensor was when the call began."""
-        for key, start in self._start.items():
-            if start is grad:
-                if key in self._cleared:
-                    self._recorder.refuse("the gradient of before the call is used after zero_grad(): use it before")
-                return self._leaves[key]
-        return None
+        leaf = self._of_grad.get(id(grad))
+        if leaf is not None and id(leaf) in self._cleared:
+            self._recorder.refuse("the gradient of before the call is used after zero_grad(): use it before")
+        return leaf
 
     def was_set(self, leaf: Tensor, place: str) -> None:
         """The program has set the `.grad` of a leaf that add() knows."""
@@ -72,14 +73,14 @@ class Gradients:
 
     def sync(self, place: str) -> None:
         """Notes gradients that autograd has put into leaves since the last time."""
-        for leaf in self.leaves():
+        for leaf in list(self._leaves.values()):
             self._sync(leaf, place)
 
     def _sync(self, leaf: Tensor, place: str) -> None:
         key = id(leaf)
         if leaf.grad is self._now[key]:
             return
-        if self._start[key] is None and key not in self._cleared | self._set:
+        if self._start[key] is None and key not in self._cleared and key not in self._set:
             self._trace.starts_without_grad.add(self._trace.values[self._recorder.value_of(leaf, place)].memory)
         self._note(leaf, place)
 
@@ -87,7 +88,7 @@ class Gradients:
         """Whether the trace tells of the leaf's gradient already."""
         start = self._start[id(leaf)]
         read = start is not None and self._recorder.known_value(start) is not None
-        return read or id(leaf) in self._cleared | self._set
+        return read or id(leaf) in self._cleared or id(leaf) in self._set
 
     def _note(self, leaf: Tensor, place: str) -> None:
         grad = self._now[id(leaf)] = leaf.grad

@@ -6,11 +6,9 @@ function of this thread, which sees calls of Python and C (optimizers' steps, mo
 a tape could not repeat is refused here, where the user's line is known.
 """
 
-import random
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -18,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastmlp import optim
 from fastmlp.tape import functions
 from fastmlp.tape.active import RecordingMode
-from fastmlp.tape.calls import PRIMS
 from fastmlp.tape.functions import Functions
 from fastmlp.tape.gradients import Gradients
+from fastmlp.tape.operators import Operator, operator_of
+from fastmlp.tape.python_calls import PythonCalls
 from fastmlp.tape.seen import Seen, is_program
 from fastmlp.tape.trace import (
     CaptureError,
@@ -41,17 +39,15 @@ __all__ = ["Recorder"]
 
 aten = torch.ops.aten
 
-#: Operations that return something else than tensors, but nothing of their elements.
-_HARMLESS = frozenset({"aten::is_same_size", "aten::sym_size", "aten::sym_numel", "aten::sym_stride"})
 #: Parts of torch that look at tensors only to raise an error for wrong ones.
 _CHECKERS = tuple(
     f"{folder}/{part}" for folder in torch.__path__ for part in ("distributions/", "nn/utils/clip_grad.py")
 )
 #: One that draws again, as often as the numbers say.
 _DRAWS_AGAIN = "von_mises.py"
-_STEP_OF_TORCH = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
-_STEPS = frozenset({_STEP_OF_TORCH, optim.SGD.step.__code__})
-_MODULE_CALL = nn.Module._call_impl.__code__
+#: Types of what an operator gets besides tensors, which is most often looked for first.
+_PLAIN = frozenset({int, float, bool, type(None), torch.dtype, torch.device, torch.layout, str})
+_DENSE = frozenset({Tensor, nn.Parameter, nn.Buffer})
 _OWN_FILE = __file__
 
 
@@ -73,6 +69,27 @@ def _extent(tensor: Tensor) -> int:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.itemsize
+
+
+class _Apart:
+    """A context in which nothing is recorded, because the recorder does something itself.
+
+    Attributes:
+        depth: how often it was entered and not left.
+    """
+
+    def __init__(self, calls: PythonCalls) -> None:
+        self.depth = 0
+        self._calls = calls
+
+    def __enter__(self) -> None:
+        self._calls.pause()
+        self.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.depth -= 1
+        if not self.depth:
+            self._calls.resume()
 
 
 class Recorder(RecordingMode):
@@ -106,9 +123,8 @@ class Recorder(RecordingMode):
         self._arguments = {id(tensor): (tensor, i) for i, tensor in reversed(list(enumerate(arguments)))}
         self.gradients = Gradients(self.trace, self, leaves)
         self._functions = Functions(self)
-        self._stepping: FrameType | None = None  # the frame of an optimizer's step
-        self._busy = False
-        self._profile: Any = None
+        self._calls = PythonCalls(self)
+        self._apart = _Apart(self._calls)
         self._numpy = _numpy_state()
 
     def __enter__(self) -> Self:
@@ -116,14 +132,13 @@ class Recorder(RecordingMode):
         torch.clear_autocast_cache()
         self._functions.__enter__()
         super().__enter__()
-        self._profile = sys.getprofile()
-        sys.setprofile(self._called)
+        self._calls.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        sys.setprofile(self._profile)
+        self._calls.stop()
         super().__exit__(kind, error, trace)
         self._functions.__exit__(kind, error, trace)
         torch.clear_autocast_cache()
@@ -142,60 +157,10 @@ class Recorder(RecordingMode):
             if not self._lenient:
                 raise CaptureError(f"fastmlp: capture: {self.name}: {self.refused}")
 
-    # Calls of Python and C.
+    # Steps of optimizers.
 
-    def _called(self, frame: FrameType, event: str, argument: Any) -> None:
-        if self._stepping is not None:
-            if event == "return" and frame is self._stepping:
-                self._stepping = None
-                self._functions.__enter__()
-                super().__enter__()
-            return
-        if self.is_passive():
-            return
-        if event == "call":
-            self._called_python(frame)
-        elif event == "c_call":
-            owner = getattr(argument, "__self__", None)
-            name = getattr(argument, "__name__", "")
-            if isinstance(owner, random.Random) and name in ("random", "getrandbits"):
-                self.refuse(
-                    f"{type(owner).__name__}.{name}() draws a random number that torch does not know, and a replay "
-                    "would not draw it again: draw with torch, or pass the number as a tensor",
-                    frame,
-                )
-            elif isinstance(owner, torch.Generator) and argument.__name__ in ("manual_seed", "seed", "set_state"):
-                self.refuse(
-                    f"Generator.{argument.__name__}() is called within the captured function, and replays would not "
-                    "call it: seed outside of the function",
-                    frame,
-                )
-
-    def _called_python(self, frame: FrameType) -> None:
-        code = frame.f_code
-        if code in _STEPS:
-            variables = frame.f_locals
-            arguments = variables["args"] if "args" in variables else (variables["self"], variables["closure"])
-            if (len(arguments) > 1 and arguments[1] is not None) or variables.get("kwargs"):
-                self.refuse(
-                    "optimizer.step(closure) calls the closure as often as it likes: call step() without one", frame
-                )
-                return
-            self._step(arguments[0], frame)
-        elif code is _MODULE_CALL:
-            self.seen.module(frame.f_locals["self"])
-        elif is_program(code.co_filename):
-            self.seen.frame(frame)
-        elif code.co_name in ("step", "update", "unscale_"):
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, (torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)):
-                self.refuse(
-                    f"{type(owner).__name__}.{code.co_name}() counts in Python, which a replay does not: call it "
-                    "outside of the captured function",
-                    frame,
-                )
-
-    def _step(self, optimizer: torch.optim.Optimizer, frame: FrameType) -> None:
+    def step_begins(self, optimizer: torch.optim.Optimizer, frame: FrameType) -> None:
+        """The program has called an optimizer's step, which is not recorded itself."""
         place, _ = _place(frame)
         self._sync_gradients(place)
         self.trace.events.append(OptimizerStep(optimizer, place))
@@ -204,15 +169,20 @@ class Recorder(RecordingMode):
         if not on_top:
             self.refuse("optimizer.step() is called within backward(), by a hook: call it after backward()", frame)
         if self.refused is None:
-            self._stepping = frame
+            self._calls.skip(frame)
             super().__exit__(None, None, None)
             self._functions.__exit__(None, None, None)
+
+    def step_ended(self) -> None:
+        """The step returns."""
+        self._functions.__enter__()
+        super().__enter__()
 
     # What the other observers ask and tell.
 
     def is_passive(self) -> bool:
         """Whether what happens now is the recorder's own doing, or is no longer recorded."""
-        return self._busy or self.refused is not None
+        return self._apart.depth > 0 or self.refused is not None
 
     def known_value(self, tensor: Tensor) -> int | None:
         """The number of a tensor's value, if the trace has it."""
@@ -227,32 +197,23 @@ class Recorder(RecordingMode):
     def grad_will_be_set(self, leaf: Tensor) -> None:
         """The program is about to set the `.grad` of a leaf."""
         place, _ = _place(sys._getframe(3))
-        with self._apart():
+        with self._apart:
             self.gradients.will_be_set(leaf, place)
 
     def grad_was_looked_at(self, leaf: Tensor) -> None:
         """The program has looked at the `.grad` of a tensor."""
-        with self._apart():
+        with self._apart:
             self.gradients.was_looked_at(leaf)
 
     def grad_was_set(self, leaf: Tensor) -> None:
         """The program has set the `.grad` of a leaf."""
         place, _ = _place(sys._getframe(2))
-        with self._apart():
+        with self._apart:
             self.gradients.was_set(leaf, place)
 
     def _sync_gradients(self, place: str) -> None:
-        with self._apart():
+        with self._apart:
             self.gradients.sync(place)
-
-    @contextmanager
-    def _apart(self) -> Iterator[None]:
-        """A context in which nothing is recorded."""
-        busy, self._busy = self._busy, True
-        try:
-            yield
-        finally:
-            self._busy = busy
 
     # Operations.
 
@@ -260,36 +221,29 @@ class Recorder(RecordingMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.is_passive() or getattr(func, "namespace", "") == "profiler" or _only_of_shapes(args, kwargs):
+        if self.is_passive():
             return func(*args, **kwargs)
-        place, inner = _place(sys._getframe(1))
-        with self._apart():
-            self._check_operation(func, args, kwargs)
-            recorded = self._recorded(args, place), self._recorded(kwargs, place)
+        with self._apart:
+            operator = operator_of(func)
+            inputs: list[Tensor] = []
+            _collect(args, inputs)
+            _collect(kwargs.values(), inputs)
+            recorded, place, inner = None, "", None
+            if not (operator.is_note or _only_of_shapes(inputs, kwargs)):
+                place, inner = _place(sys._getframe(1))
+                why = operator.refuses(args)
+                if why is not None:
+                    self.refuse(why)
+                recorded = self._recorded(args, place), self._recorded(kwargs, place)
         output = func(*args, **kwargs)
-        if self.refused is not None:
-            return output
-        with self._apart():
-            self._record(func, args, kwargs, recorded, output, place, inner)
+        if recorded is not None and self.refused is None:
+            with self._apart:
+                self._record(operator, args, inputs, recorded, output, place, inner)
         return output
 
-    def _check_operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not isinstance(func, torch._ops.OpOverload):
-            self.refuse(f"{func} runs code of Python: use other operations of torch, such as torch.where for a choice")
-        elif func.namespace == "prims" and func._schema.name not in PRIMS:
-            self.refuse(f"{func} is computed by code of Python: use torch's own function instead, such as torch.sin")
-        elif torch.Tag.dynamic_output_shape in func.tags:
-            if func is not aten.index.Tensor or any(
-                index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-            ):
-                self.refuse(
-                    f"{func} returns as many elements as the data say: use torch.where, or multiply by the mask, which "
-                    "keep the shape"
-                )
-        elif func._schema.name in ("aten::resize_", "aten::resize_as_", "aten::set_", "aten::as_strided_"):
-            self.refuse(f"{func} puts other memory into a tensor: make a new tensor")
-
     def _recorded(self, value: Any, place: str) -> Any:
+        if type(value) in _PLAIN:
+            return value
         if isinstance(value, Tensor):
             return Ref(self.value_of(value, place))
         if isinstance(value, (tuple, list)):
@@ -301,7 +255,7 @@ class Recorder(RecordingMode):
     def _plain(self, tensor: Tensor) -> bool:
         """Whether a tape can hold the tensor; refuses it otherwise."""
         why = None
-        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+        if type(tensor) not in _DENSE:
             why = f"it is of type {type(tensor).__name__}: call as_subclass(torch.Tensor)"
         elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
             why = f"it is sparse, quantized or nested ({tensor.layout}): use a dense tensor"
@@ -331,7 +285,7 @@ class Recorder(RecordingMode):
                 f"a tensor of shape {tuple(tensor.shape)} was computed outside of the captured function, and requires "
                 "a gradient: pass it with detach(), or compute it inside"
             )
-        self.trace.memories.append(Memory(source, _extent(tensor), tensor, place, False, str(tensor.device)))
+        self.trace.memories.append(Memory(source, _extent(tensor), tensor, place, False, _device_of(tensor)))
         number = self._add_value(tensor, len(self.trace.memories) - 1, 0)
         if tensor.requires_grad and tensor.is_leaf:
             self.gradients.add(tensor)
@@ -346,21 +300,21 @@ class Recorder(RecordingMode):
 
     def _record(
         self,
-        func: Any,
+        operator: Operator,
         args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        inputs: list[Tensor],
         recorded: tuple[Any, Any],
         output: Any,
         place: str,
         inner: FrameType | None,
     ) -> None:
-        name = func._schema.name
+        func = operator.func
         if func is aten._local_scalar_dense.default:
             self._read_number(recorded[0][0].value, output, place, inner)
             return
         if func is aten.lift_fresh.default:
             self._make_constant(args[0], recorded[0][0].value)
-        if name in _HARMLESS:
+        if operator.is_harmless:
             return
         outputs = _flat(output)
         if isinstance(output, Tensor) and output._is_zerotensor():
@@ -375,28 +329,27 @@ class Recorder(RecordingMode):
                 "for a choice, and return what is to be looked at"
             )
             return
-        inputs = list(_tensors((args, kwargs)))
         operation = Operation(func, *recorded, [], place)
         for value in written_arguments(operation):
             self.trace.memories[self.trace.values[value].memory].written = True
-        operation.outputs = [None if one is None else self._output(one, inputs, func, place) for one in outputs]
+        operation.outputs = [None if one is None else self._output(one, inputs, operator, place) for one in outputs]
         self.trace.events.append(operation)
 
-    def _output(self, tensor: Tensor, inputs: list[Tensor], func: Any, place: str) -> int | None:
+    def _output(self, tensor: Tensor, inputs: list[Tensor], operator: Operator, place: str) -> int | None:
         if not self._plain(tensor):
             return None
         known = self.known_value(tensor)
-        if known is not None and torch.Tag.inplace_view not in func.tags:
+        if known is not None and not operator.reshapes:
             return known
-        storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()._cdata
         for like in inputs:
-            if like.untyped_storage()._cdata == storage._cdata:
+            if like.untyped_storage()._cdata == storage:
                 return self._view(tensor, like, place)
         return self._new(tensor, place)
 
     def _new(self, tensor: Tensor, place: str) -> int:
         bytes = tensor.nbytes if tensor._is_zerotensor() else tensor.untyped_storage().nbytes()
-        self.trace.memories.append(Memory(("new",), bytes, None, place, False, str(tensor.device)))
+        self.trace.memories.append(Memory(("new",), bytes, None, place, False, _device_of(tensor)))
         return self._add_value(tensor, len(self.trace.memories) - 1, int(tensor.storage_offset()))
 
     def _view(self, tensor: Tensor, like: Tensor, place: str) -> int | None:
@@ -440,7 +393,7 @@ class Recorder(RecordingMode):
             return
         if _numpy_state() != self._numpy:
             self.refuse_at("numpy.random has drawn, and a replay would not draw again: draw with torch", place)
-        with self._apart():
+        with self._apart:
             self.gradients.sync(place)
             for tensor in results:
                 value = self.trace.values[self.value_of(tensor, place)]
@@ -468,22 +421,28 @@ def _numpy_state() -> tuple[bytes, int]:
     return np.asarray(keys).tobytes(), int(position)
 
 
-def _tensors(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+def _collect(values: Iterable[Any], found: list[Tensor]) -> None:
+    """Appends all tensors among arguments."""
+    for value in values:
+        if type(value) in _PLAIN:
+            continue
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            _collect(value, found)
+        elif isinstance(value, dict):
+            _collect(value.values(), found)
 
 
-def _only_of_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _only_of_shapes(tensors: list[Tensor], kwargs: dict[str, Any]) -> bool:
     """Whether torch's own code works out a shape with tensors that have no data."""
     device = kwargs.get("device")
-    tensors = list(_tensors((args, kwargs)))
     on_meta = device is not None and torch.device(device).type == "meta"
     return on_meta or (bool(tensors) and all(tensor.is_meta for tensor in tensors))
+
+
+def _device_of(tensor: Tensor) -> str:
+    return "cpu" if tensor.is_cpu else str(tensor.device)
 
 
 def _flat(output: Any) -> list[Any]:

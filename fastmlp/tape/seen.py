@@ -9,7 +9,7 @@ change without a new object, such as elements of long lists, is not looked at: `
 import gc
 from collections.abc import Callable, Iterable
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
 from numbers import Number
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -65,6 +65,7 @@ _TYPED = ("<stdin", "<string", "<input", "<ipython", "<console", "<python-input"
 _DEPTH = 4
 
 
+@lru_cache(1024)
 def is_program(file: str) -> bool:
     """Whether a function of that file is of the user's program."""
     return file.startswith(_TYPED) or not is_library(file)

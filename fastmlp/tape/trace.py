@@ -4,8 +4,9 @@ Two executions of a program that does the same thing have equal traces; `differe
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -229,26 +230,59 @@ class Trace:
 
 def refs(value: Any) -> Iterator[int]:
     """The numbers of the values among recorded arguments."""
-    if isinstance(value, Ref):
-        yield value.value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from refs(item)
-    elif isinstance(value, dict):
-        yield from refs(list(value.values()))
+    found: list[int] = []
+    _find_refs((value,), found)
+    return iter(found)
+
+
+def _find_refs(values: Iterable[Any], found: list[int]) -> None:
+    for value in values:
+        if isinstance(value, Ref):
+            found.append(value.value)
+        elif isinstance(value, (tuple, list)):
+            _find_refs(value, found)
+        elif isinstance(value, dict):
+            _find_refs(value.values(), found)
 
 
 #: Operators that write to arguments without saying so in their schemas, and those arguments.
 _WRITES_UNSAID = {"aten::native_batch_norm": (3, 4)}
+#: What `_writes_of` has found, by the identity of operators, which are kept alive. It is quicker than their hashes.
+_WRITES: dict[int, tuple[Any, tuple[tuple[int, str], ...]]] = {}
+
+
+def _writes_of(func: Any) -> tuple[tuple[int, str], ...]:
+    """Positions and names of the arguments that an operator writes."""
+    if id(func) not in _WRITES:
+        unsaid = _WRITES_UNSAID.get(func._schema.name, ())
+        _WRITES[id(func)] = (
+            func,
+            tuple(
+                (i, argument.name)
+                for i, argument in enumerate(func._schema.arguments)
+                if i in unsaid or (argument.alias_info is not None and argument.alias_info.is_write)
+            ),
+        )
+    return _WRITES[id(func)][1]
+
+
+@cache
+def _written(func: Any) -> tuple[tuple[int, str], ...]:
+    """The arguments that an operator writes, by position and name."""
+    schema = func._schema
+    unsaid = _WRITES_UNSAID.get(schema.name, ())
+    return tuple(
+        (i, argument.name)
+        for i, argument in enumerate(schema.arguments)
+        if i in unsaid or (argument.alias_info is not None and argument.alias_info.is_write)
+    )
 
 
 def written_arguments(operation: Operation) -> Iterator[int]:
     """The numbers of the values among an operation's arguments that it writes."""
-    schema, args = operation.func._schema, operation.args
-    for i, argument in enumerate(schema.arguments):
-        said = argument.alias_info is not None and argument.alias_info.is_write
-        if said or i in _WRITES_UNSAID.get(schema.name, ()):
-            yield from refs(args[i] if i < len(args) else operation.kwargs.get(argument.name))
+    args = operation.args
+    for i, name in _written(operation.func):
+        yield from refs(args[i] if i < len(args) else operation.kwargs.get(name))
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -256,6 +290,8 @@ def _equal(a: Any, b: Any) -> bool:
         return True
     if type(a) is not type(b):
         return False
+    if isinstance(a, Ref):
+        return bool(a.value == b.value)
     if isinstance(a, float):
         return (a == b and math.copysign(1, a) == math.copysign(1, b)) or (a != a and b != b)
     if isinstance(a, (tuple, list)):
@@ -284,6 +320,8 @@ def _shown(value: Any) -> str:
 
 
 def _operations_part(a: Operation, b: Operation) -> str | None:
+    if a.outputs == b.outputs and _equal(a.args, b.args) and _equal(a.kwargs, b.kwargs):
+        return None
     before, now = _by_name(a), _by_name(b)
     for name, y in now.items():
         x = before[name]
