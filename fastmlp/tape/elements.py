@@ -7,6 +7,7 @@ node of a tape: one pass over memory, in blocks that stay in a cache.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NoReturn
 
 import torch
@@ -76,13 +77,21 @@ def layout_of(value: Value, space: Sequence[int], reduced: Sequence[int] = ()) -
 
     Dimensions of one element are left out, so that a view with more or fewer of them lies alike.
     """
-    strides = [0 if size == 1 else stride for size, stride in zip(value.sizes, value.strides, strict=True)]
-    if reduced and len(strides) < len(space):
-        for dim in reduced:
-            strides.insert(dim, 0)
-    strides = [0] * (len(space) - len(strides)) + strides
-    kept = tuple(stride for stride, size in zip(strides, space, strict=True) if size != 1)
+    kept = _strides_in(value.sizes, value.strides, tuple(space), tuple(reduced))
     return value.memory, value.dtype, kept, value.offset
+
+
+@lru_cache(4096)
+def _strides_in(
+    sizes: tuple[int, ...], strides: tuple[int, ...], space: tuple[int, ...], reduced: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The strides of layout_of(), which is asked for the same ones many times."""
+    own = [0 if size == 1 else stride for size, stride in zip(sizes, strides, strict=True)]
+    if reduced and len(own) < len(space):
+        for dim in reduced:
+            own.insert(dim, 0)
+    own = [0] * (len(space) - len(own)) + own
+    return tuple(stride for stride, size in zip(own, space, strict=True) if size != 1)
 
 
 def leave_to_torch() -> NoReturn:

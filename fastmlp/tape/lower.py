@@ -379,9 +379,10 @@ class Lowered:
 def _is_factory(event: Operation) -> bool:
     """Whether what the operation returns depends on no data: a tensor to be like tells only of its shape."""
     name = event.func._schema.name
+    if name not in _FACTORIES:
+        return False
     like = name.endswith("_like") or name.startswith("aten::new_")
-    used = list(refs((event.args, event.kwargs)))
-    return name in _FACTORIES and len(used) == (1 if like else 0)
+    return len(list(refs((event.args, event.kwargs)))) == (1 if like else 0)
 
 
 def _number_of(trace: Trace, event: Operation) -> float | None:
