@@ -247,23 +247,6 @@ def _find_refs(values: Iterable[Any], found: list[int]) -> None:
 
 #: Operators that write to arguments without saying so in their schemas, and those arguments.
 _WRITES_UNSAID = {"aten::native_batch_norm": (3, 4)}
-#: What `_writes_of` has found, by the identity of operators, which are kept alive. It is quicker than their hashes.
-_WRITES: dict[int, tuple[Any, tuple[tuple[int, str], ...]]] = {}
-
-
-def _writes_of(func: Any) -> tuple[tuple[int, str], ...]:
-    """Positions and names of the arguments that an operator writes."""
-    if id(func) not in _WRITES:
-        unsaid = _WRITES_UNSAID.get(func._schema.name, ())
-        _WRITES[id(func)] = (
-            func,
-            tuple(
-                (i, argument.name)
-                for i, argument in enumerate(func._schema.arguments)
-                if i in unsaid or (argument.alias_info is not None and argument.alias_info.is_write)
-            ),
-        )
-    return _WRITES[id(func)][1]
 
 
 @cache
