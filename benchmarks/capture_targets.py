@@ -23,6 +23,9 @@ from benchmarks.timing import Effort, Row, race
 #: Of a run in which captured programs are compared with eager ones.
 STEPS = 50
 
+#: The program whose recording is timed, and the operations that the time is given for.
+RECORDED, OPERATIONS = "burgers b128", 300
+
 #: Calls over which nothing may grow, and bytes that are no growth: pages that the allocator takes once.
 MANY, PAGES = 100_000, 1 << 18
 
@@ -59,7 +62,7 @@ CAPTURE_CLAIMS: tuple[Claim, ...] = (
 
 def measures(effort: Effort) -> dict[str, Callable[[], Iterator[Outcome]]]:
     """Return what measures the targets that are not claims, by their ids."""
-    return {"C1": same_bits, "C7": partial(overhead, effort), "C8": memory}
+    return {"C1": same_bits, "C7": partial(overhead, effort), "C8": memory, "C10": partial(recording, effort)}
 
 
 def same_bits() -> Iterator[Outcome]:
@@ -102,6 +105,34 @@ def overhead(effort: Effort) -> Iterator[Outcome]:
     seconds = median(samples)
     where = f"{len(inputs)} arguments, {len(parameters)} parameters"
     yield Outcome(*words, f"{seconds * 1e6:.2f} us", seconds <= 3e-6, where)
+
+
+def recording(effort: Effort) -> Iterator[Outcome]:
+    """Time both recorded calls and making the tape, C10, beyond what two eager calls take, scaled to 300 operations."""
+    describe(1)
+    program = PROGRAMS[RECORDED](seed=0)
+    batch = program.inputs(0)
+    step = fastmlp.capture(program.step)
+    _twice(step, batch)
+    (tape,) = step.report().tapes
+    recorded = sum(tape.operations.values()) + tape.views + tape.constants
+
+    def record() -> None:
+        step.reset()
+        _twice(step, batch)
+
+    samples = race({"eager": lambda: _twice(program.step, batch), "recorded": record}, effort)
+    # The difference of each round, in which both shared the machine.
+    spent = median(b - a for a, b in zip(samples["eager"], samples["recorded"], strict=True))
+    seconds = spent * OPERATIONS / recorded
+    words = "C10", f"recording and lowering, ms for {OPERATIONS} operations", "<= 50 ms"
+    yield Outcome(*words, f"{seconds * 1e3:.1f} ms", seconds <= 50e-3, f"{RECORDED}, {recorded} operations")
+
+
+def _twice(call: Callable[..., Any], batch: Sequence[Tensor]) -> None:
+    """Call twice, as often as a step is recorded."""
+    for _ in range(2):
+        call(*batch)
 
 
 def memory() -> Iterator[Outcome]:

@@ -3,6 +3,7 @@
 import io
 import shutil
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from benchmarks.tables import tables
 from benchmarks.targets import over
 from benchmarks.timing import Effort, Row, measure
 from benchmarks.workloads import SUITES, Tier, Training, trainings, works
+from fastmlp.tape.lower import lower
 
 QUICK = Effort(rounds=3, patience=0, fewest=2)
 
@@ -189,6 +191,22 @@ def test_memory_is_what_the_allocator_gave_out() -> None:
         torch.empty(1 << 18, dtype=torch.uint8)
 
     assert capture_targets._allocated(call) == (1 << 20) + (1 << 16)
+
+
+def test_the_time_of_recording_is_of_recorded_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    tapes = []
+
+    def counted(*args: Any) -> Any:
+        tapes.append(lower(*args))
+        return tapes[-1]
+
+    monkeypatch.setattr(import_module("fastmlp.capture"), "lower", counted)
+    (outcome,) = capture_targets.recording(QUICK)
+    assert len(tapes) > QUICK.fewest  # each sample makes a tape of its own
+    assert float(outcome.measured.removesuffix(" ms")) > 0
+    operations = int(outcome.where.removeprefix("burgers b128, ").removesuffix(" operations"))
+    # Views are among them: of two layers' forward, two derivatives and backward there are hundreds.
+    assert 300 < operations < 600
 
 
 @pytest.mark.skipif(bool(JaxTrainer.missing()), reason="needs JAX and optax, which `make bench` installs")
