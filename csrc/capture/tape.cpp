@@ -182,9 +182,11 @@ bool Tape::fits(const External& external) const {
 
 bool Tape::fits(at::TensorList arguments) {
   arguments_.assign(arguments.begin(), arguments.end());
-  return std::all_of(externals_.begin(), externals_.end(), [&](const External& one) {
+  const bool fit = std::all_of(externals_.begin(), externals_.end(), [&](const External& one) {
     return fits(one) && (!one.starts_with_grad || *one.starts_with_grad == found(one).grad().defined());
   });
+  if (!fit) arguments_.clear();
+  return fit;
 }
 
 void Tape::point(int memory, void* to) const {
@@ -204,29 +206,35 @@ void Tape::renew(int memory) {
   }
 }
 
-// Whether somebody else than its leaf has a gradient, or a view of it, or this replay reads what the last one left.
-bool Tape::is_held(int memory) const {
-  const c10::Storage& own = memories_[size_t(memory)].own;
-  for (const External& external : externals_) {
-    if (found(external).storage().is_alias_of(own)) return true;
-  }
-  size_t known = 1;  // the tape itself
+// Gives new memory to gradients that somebody else than their leaves has, or a view of one, or that this replay reads
+// as the last one left them: storages_ has what a replay reads.
+void Tape::renew_held() {
+  known_.assign(memories_.size(), 1);  // the tape itself
   for (const Grad& grad : grads_) {
-    if (tensors_[size_t(grad.tensor)].memory != memory) continue;
-    known++;
+    size_t& known = known_[size_t(tensors_[size_t(grad.tensor)].memory)];
     const at::Tensor& leaf = found(externals_[size_t(grad.external)]);
     const bool in_place = leaf.defined() && leaf.grad().is_same(grad.seen);
-    if (size_t(grad.seen.use_count()) > (in_place ? 2u : 1u)) return true;
+    const bool held = size_t(grad.seen.use_count()) > (in_place ? 2u : 1u);
+    known = held ? 0 : known + (known > 0);
   }
-  return own.use_count() > known;
+  for (size_t i = 0; i < memories_.size(); i++) {
+    if (memories_[i].owner != Owner::grad) continue;
+    if (known_[i] == 0 || memories_[i].own.use_count() > known_[i]) renew(int(i));
+  }
 }
 
 void Tape::refresh() {
   for (const External& external : externals_) {
-    const at::Tensor& tensor = found(external);
     TORCH_CHECK(fits(external),
                 "fastmlp: capture: a tensor of the captured function got another shape, dtype, device or requires_grad "
                 "within the call");
+  }
+  point_externals();
+}
+
+void Tape::point_externals() {
+  for (const External& external : externals_) {
+    const at::Tensor& tensor = found(external);
     void* const data = external.written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
     storages_.push_back(tensor.storage());
     const c10::Storage& storage = memories_[size_t(external.memory)].storage;
@@ -234,15 +242,12 @@ void Tape::refresh() {
   }
 }
 
-void Tape::start(at::TensorList arguments) {
-  arguments_.assign(arguments.begin(), arguments.end());
+void Tape::start() {
   storages_.clear();
   outputs_.clear();
   next_ = 0;
-  refresh();
-  for (size_t i = 0; i < memories_.size(); i++) {
-    if (memories_[i].owner == Owner::grad && is_held(int(i))) renew(int(i));
-  }
+  point_externals();
+  renew_held();
   for (const int memory : fresh_) {
     const int64_t bytes = memories_[size_t(memory)].bytes;
     c10::Allocator* const allocator = c10::GetAllocator(host.type());

@@ -78,7 +78,9 @@ class Tape {
 
   // Whether the externals are as they were. `arguments` are the tensors of the call.
   bool fits(at::TensorList arguments);
-  void start(at::TensorList arguments);
+  void start();
+  // Whether all has run.
+  bool is_done() const { return next_ == steps_.size(); }
   // Finds externals again after code of somebody else ran.
   void refresh();
   // Runs to the next stop. False if there is none any more.
@@ -144,7 +146,8 @@ class Tape {
   void take(Returned& returned, const at::Tensor& result, const Step& step);
   // New memory for a gradient, which the tape has written and somebody holds.
   void renew(int memory);
-  bool is_held(int memory) const;
+  void renew_held();
+  void point_externals();
   void point(int memory, void* to) const;
 
   std::vector<Memory> memories_;
@@ -159,6 +162,7 @@ class Tape {
   at::Tensor arena_;
   int64_t arena_bytes_ = 0, own_bytes_ = 0;
   std::vector<at::Tensor> arguments_;
+  std::vector<size_t> known_;  // of each memory: how often the tape and gradients refer to it, or 0
   torch::jit::Stack stack_;
   size_t next_ = 0;
   bool measured_ = false;

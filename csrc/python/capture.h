@@ -152,7 +152,7 @@ class Recordings {
   // Waits until no other thread replays a recording of this function, and holds others off.
   class Turn;
 
-  py::object run(Recording& recording, const std::vector<at::Tensor>& tensors);
+  py::object run(Recording& recording);
   void run_stop(const Stop& stop);
 
   std::vector<std::shared_ptr<Recording>> all_;  // the one that was replayed last comes first

@@ -122,7 +122,7 @@ std::optional<py::object> Recordings::replay(const py::tuple& args, const py::di
         !recording->tape->fits(tensors))
       continue;
     if (i > 0) std::rotate(all_.begin(), all_.begin() + std::ptrdiff_t(i), all_.begin() + std::ptrdiff_t(i) + 1);
-    return run(*recording, tensors);
+    return run(*recording);
   }
   return std::nullopt;
 }
@@ -139,22 +139,22 @@ void Recordings::run_stop(const Stop& stop) {
   optimizer.attr("step")();
 }
 
-py::object Recordings::run(Recording& recording, const std::vector<at::Tensor>& tensors) {
+py::object Recordings::run(Recording& recording) {
   Tape& tape = *recording.tape;
   struct End {
     Tape& tape;
     ~End() { tape.end(); }
   } const end{tape};
-  tape.start(tensors);
+  tape.start();
   for (const Stop& stop : recording.stops) {
     {
       const py::gil_scoped_release released;
       tape.run();
     }
     run_stop(stop);
-    tape.refresh();
+    if (!tape.is_done()) tape.refresh();
   }
-  {
+  if (!tape.is_done()) {
     const py::gil_scoped_release released;
     tape.run();
   }
