@@ -51,7 +51,7 @@ template <class S> Operand<S> gathered(const Operand<S>& x, Range i, int64_t k, 
 
 // How many values multiply_by_dots needs in `bias`.
 template <class S> int64_t dot_bias_size(const Kernels<S>& kernels) {
-  return kernels.mr * std::max(most_dot_columns, kernels.nr);
+  return std::max(kernels.mr, kernels.lanes) * std::max(most_dot_columns, kernels.nr);
 }
 
 // Rows m and columns n of the product. `a` and `b` begin at the first of these and are gapless along k; `tile` has room
@@ -71,13 +71,16 @@ void multiply_by_dots(const Kernels<S>& kernels, const Product<S>& p, Range m, R
   const auto epilogue = kernels.activations[p.activation.kind].epilogue;
   for (int64_t j = n.begin; j < n.end; j += kernels.nr) {
     const int64_t columns = std::min(kernels.nr, n.end - j);
+    // Rows for which the lanes of the sums fill vectors, where the tile has room for them.
+    const bool full = one_run && kernels.lanes * columns <= kernels.mr * kernels.nr;
+    const int64_t together = full ? kernels.lanes : kernels.mr;
     e.tile_step = one_run ? columns : kernels.nr;
     if (e.bias) load_bias(kernels, p.bias, {j, j + columns}, bias);
     if (one_run && e.bias) {
-      for (int64_t i = columns; i < std::min(kernels.mr, m.size()) * columns; i++) bias[i] = bias[i - columns];
+      for (int64_t i = columns; i < std::min(together, m.size()) * columns; i++) bias[i] = bias[i - columns];
     }
-    for (int64_t i = m.begin; i < m.end; i += kernels.mr) {
-      const int64_t rows = std::min(kernels.mr, m.end - i);
+    for (int64_t i = m.begin; i < m.end; i += together) {
+      const int64_t rows = std::min(together, m.end - i);
       e.rows = one_run ? 1 : rows;
       e.columns = one_run ? rows * columns : columns;
       const int64_t at = i * p.leading_dimension + j;

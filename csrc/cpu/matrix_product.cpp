@@ -25,8 +25,8 @@ constexpr int64_t most_bytes_of_a = 512 << 10, most_bytes_of_b = 1024 << 10;
 // From so many tiles on B is packed although it could be read in place.
 constexpr int64_t many_tiles = 8;
 
-// With so short a K little is saved by leaving A unpacked.
-constexpr int64_t shortest_k = 5;
+// With so short a K most of the time goes into writing C and into calls of kernels.
+constexpr int64_t short_k = 5;
 
 template <class S> bool is_by_dots(const Kernels<S>& kernels, const ProductPass& pass) {
   return !pass.row_sums &&
@@ -46,11 +46,19 @@ template <class S> void sum_rows(const Kernels<S>& kernels, const ProductPass& p
   kernels.column_sums(pass.k, pass.m, static_cast<const S*>(pass.a.data), static_cast<S*>(pass.row_sums), false);
 }
 
+// How many columns a product of a short K may have for the row kernels. The macro-kernel writes longer runs; but where
+// its tiles hold less of C, it is called more often.
+template <class S> int64_t most_short_columns(const Kernels<S>& kernels) {
+  const bool larger = kernels.mr * kernels.nr > kernels.stream_rows * kernels.stream_columns;
+  return larger ? 4 * kernels.nr : kernels.nr;
+}
+
 // Whether the row kernels compute a product that is not one of inner products.
 template <class S> bool goes_by_rows(const Kernels<S>& kernels, const ProductPass& pass) {
   constexpr int64_t size = sizeof(S);
   const Matrix &a = pass.a, &b = pass.b;
-  if (pass.m == 0 || pass.n == 0 || pass.k < shortest_k || !sums_are_near(pass)) return false;
+  if (pass.m == 0 || pass.n == 0 || pass.k == 0 || !sums_are_near(pass)) return false;
+  if (pass.k < short_k && pass.n > most_short_columns(kernels)) return false;
   if ((a.row_stride != 1 && a.column_stride != 1) || (pass.m > 1 && crowded<S>(a.row_stride)) ||
       crowded<S>(a.column_stride)) {
     return false;

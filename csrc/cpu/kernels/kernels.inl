@@ -247,7 +247,7 @@ template <class S> struct Leaf {
     const int64_t last = t.columns - (used - 1) * lanes;
     for (int64_t p = 0; p < t.k; p += F::k_unit) {
       V x[rows];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int i = 0; i < rows; i++) x[i] = F::broadcast(a + i);
 #pragma GCC unroll 8
       for (int j = 0; j < used; j += 2) {
@@ -343,12 +343,12 @@ template <class S> struct Leaf {
     V sum[(count + lanes - 1) / lanes][lanes] = {};
     for (int64_t p = 0; p < k; p += lanes * F::k_unit) {
       V x[rows];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int i = 0; i < rows; i++) x[i] = F::load_along_k(a + i * a_stride + p, k - p);
 #pragma GCC unroll 4
       for (int j = 0; j < columns; j++) {
         const V y = F::load_along_k(b + j * b_stride + p, k - p);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
         for (int i = 0; i < rows; i++) {
           V& to = sum[(i * columns + j) / lanes][(i * columns + j) % lanes];
           to = F::multiply_add(to, x[i], y);
@@ -367,25 +367,30 @@ template <class S> struct Leaf {
     }
   }
 
-  template <int rows>
-  static void dot_rows(int64_t columns, int64_t k, const S* a, int64_t a_stride, const S* b, int64_t b_stride, C* tile,
+  // Inner products of some columns with all rows, so many rows together, and fewer at the end.
+  template <int together, int columns>
+  static void dot_rows(int64_t rows, int64_t k, const S* a, int64_t a_stride, const S* b, int64_t b_stride, C* tile,
                        int64_t tile_step, bool add) {
-    int64_t j = 0;
-    for (; j + 4 <= columns; j += 4) dot<rows, 4>(k, a, a_stride, b + j * b_stride, b_stride, tile + j, tile_step, add);
-    for (; j < columns; j++) dot<rows, 1>(k, a, a_stride, b + j * b_stride, b_stride, tile + j, tile_step, add);
+    for (; rows >= together; rows -= together, a += together * a_stride, tile += together * tile_step) {
+      dot<together, columns>(k, a, a_stride, b, b_stride, tile, tile_step, add);
+    }
+    if constexpr (together > 1) {
+      if (rows > 0) dot_rows<together / 2, columns>(rows, k, a, a_stride, b, b_stride, tile, tile_step, add);
+    }
   }
 
+  // The lanes of as many products as a vector has lanes are added up at once, so few columns take more rows together.
   static void dot_tile(int64_t rows, int64_t columns, int64_t k, const S* a, int64_t a_stride, const S* b,
                        int64_t b_stride, C* tile, int64_t tile_step, bool add) {
-    for (; rows >= 4; rows -= 4, a += 4 * a_stride, tile += 4 * tile_step) {
-      dot_rows<4>(columns, k, a, a_stride, b, b_stride, tile, tile_step, add);
+    int64_t j = 0;
+    for (; j + 4 <= columns; j += 4) {
+      dot_rows<4, 4>(rows, k, a, a_stride, b + j * b_stride, b_stride, tile + j, tile_step, add);
     }
-    if (rows >= 2) {
-      dot_rows<2>(columns, k, a, a_stride, b, b_stride, tile, tile_step, add);
-      a += 2 * a_stride;
-      tile += 2 * tile_step;
+    if (j + 2 <= columns) {
+      dot_rows<lanes / 2, 2>(rows, k, a, a_stride, b + j * b_stride, b_stride, tile + j, tile_step, add);
+      j += 2;
     }
-    if (rows % 2) dot_rows<1>(columns, k, a, a_stride, b, b_stride, tile, tile_step, add);
+    if (j < columns) dot_rows<lanes, 1>(rows, k, a, a_stride, b + j * b_stride, b_stride, tile + j, tile_step, add);
   }
 
   static void panel_sums(int64_t units, const C* panel, C* sums) {
