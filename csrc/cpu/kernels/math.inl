@@ -113,23 +113,24 @@ template <class T> struct Math {
     const V low = fill(R::exp_low), high = fill(R::exp_high);
     x = x < low ? low : x;
     x = x > high ? high : x;
-    V n;
+    I n;
     const V p = fill(1) + expm1_reduced(x, n);
     // 2^n in two factors, since n may exceed the exponent range by one bit.
-    const I half = exponent(n) >> 1;
-    const I rest = exponent(n) - half;
+    const I shifted = n - I(fill(R::round)) + offset, half = shifted >> 1, rest = shifted - half;
     return p * power_of_2(half - offset / 2) * power_of_2(rest - (offset - offset / 2));
   }
 
-  // e^x - 1 for x <= 0, and up to 40; a zero keeps its sign.
-  static V expm1_of_negative(V x) {
-    const V low = fill(-50), zero = x;
+  // 1 - e^x for x <= 0, and up to 40; 0 for either zero.
+  static V one_minus_exp(V x) {
+    const V low = fill(-50);
     x = x < low ? low : x;
-    V n;
-    const V p = expm1_reduced(x, n);
-    const V s = power_of_2(exponent(n) - offset);
-    return zero == fill(0) ? zero : s * p + (s - fill(1));
+    I n;
+    const V p = expm1_reduced(x, n), s = power_of_2(n);
+    return (fill(1) - s) - s * p;
   }
+
+  // e^x - 1 for x <= 0, and up to 40; a zero keeps its sign.
+  static V expm1_of_negative(V x) { return x == fill(0) ? x : -one_minus_exp(x); }
 
   // e^x - 1 for every x. From 40 on it is e^x in both dtypes.
   static V expm1(V x) {
@@ -175,10 +176,10 @@ template <class T> struct Math {
 
   static V sigmoid(V x) { return fill(1) / (fill(1) + exp(-x)); }
 
-  // -expm1(-2|x|) / (2 + expm1(-2|x|)) with the sign of x.
+  // d / (2 - d) with d = 1 - e^(-2|x|), and the sign of x.
   static V tanh(V x) {
-    const V e = expm1_of_negative(fill(-2) * abs(x));
-    const V t = -e / (e + fill(2));
+    const V d = one_minus_exp(fill(-2) * abs(x));
+    const V t = d / (fill(2) - d);
     return V(I(t) | (I(x) & ~R::magnitude));
   }
 
@@ -230,19 +231,15 @@ template <class T> struct Math {
     return p;
   }
 
-  // The integer n, as n + offset.
-  static I exponent(V n) {
-    const V shifted = n + fill(R::round);
-    return I(shifted) - I(fill(R::round)) + offset;
-  }
-
+  // Of the last bits of n alone, so that it does not matter what is added to n by R::round.
   static V power_of_2(I n) { return V((n + R::bias) << R::mantissa); }
 
-  // x = n ln 2 + r, |r| <= ln 2 / 2; returns e^r - 1.
-  static V expm1_reduced(V x, V& n) {
+  // x = k ln 2 + r, |r| <= ln 2 / 2; returns e^r - 1. The integer n is k plus the bits of R::round.
+  static V expm1_reduced(V x, I& n) {
     const V shifted = x * fill(1.44269504088896340736) + fill(R::round);
-    n = shifted - fill(R::round);
-    const V r = (x - n * fill(R::ln2_high)) - n * fill(R::ln2_low);
+    const V k = shifted - fill(R::round);
+    n = I(shifted);
+    const V r = (x - k * fill(R::ln2_high)) - k * fill(R::ln2_low);
     return r + r * r * polynomial(R::expm1_tail, r);
   }
 
