@@ -1,5 +1,4 @@
-// Describes the tensors and instructions of a node of elementwise_node.h to the device that runs them, and finds the
-// tensors' memory at each run.
+// Describes the tensors and instructions of a node of elementwise_node.h to the device that runs them.
 #include "elementwise_node.h"
 
 #include <algorithm>
@@ -119,27 +118,17 @@ ElementProgram program_of(const std::vector<at::Tensor>& inputs,
 }  // namespace
 
 ElementwiseNode::ElementwiseNode(const std::vector<at::Tensor>& inputs, const std::vector<Instruction>& instructions,
-                                 const std::vector<Output>& outputs)
-    : tensors_(inputs) {
+                                 const std::vector<Output>& outputs) {
   const ElementProgram program = program_of(inputs, instructions, outputs);
-  for (const Output& output : outputs) {
-    output.tensor.mutable_data_ptr();  // of its own from here on, if it is a copy that waits for the first write
-    tensors_.push_back(output.tensor);
-  }
-  for (const at::Tensor& tensor : tensors_) offsets_.push_back(tensor.storage_offset() * int64_t(tensor.itemsize()));
-  memory_.resize(tensors_.size());
+  memory_.resize(inputs.size() + outputs.size());
+  size_t next = 0;
+  for (const at::Tensor& input : inputs) keep(input, memory_[next++]);
+  for (const Output& output : outputs) keep(output.tensor, memory_[next++]);
   const at::Tensor& first = outputs.front().tensor;
   operation::PlanElementwise* const plan = operations_for(first).elementwise;
   TORCH_CHECK(plan, "fastmlp: elementwise: tensors are on ", first.device(),
               ", which has no kernels for runs of elementwise operations");
   run_ = plan(program);
-}
-
-void ElementwiseNode::run() {
-  // The storages' pointers: a tensor's own is null where a space without elements is reduced, and asks more questions.
-  for (size_t k = 0; k < tensors_.size(); k++)
-    memory_[k] = static_cast<char*>(tensors_[k].storage().data_ptr().get()) + offsets_[k];
-  run_->run(memory_.data());
 }
 
 }  // namespace fastmlp

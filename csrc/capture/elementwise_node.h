@@ -31,14 +31,11 @@ class ElementwiseNode final : public Node {
   ElementwiseNode(const std::vector<at::Tensor>& inputs, const std::vector<Instruction>& instructions,
                   const std::vector<Output>& outputs);
 
-  // The tensors' memory is there, and that of outputs is nobody else's: no copy on writing waits.
-  void run() override;
+  void run() override { run_->run(memory_.data()); }
   const char* name() const override { return "elementwise"; }
 
  private:
-  std::vector<at::Tensor> tensors_;  // inputs, then outputs
-  std::vector<int64_t> offsets_;     // of these in their storages, in bytes
-  std::vector<void*> memory_;
+  std::vector<void*> memory_;  // of inputs, then outputs
   std::unique_ptr<ElementwiseRun> run_;
 };
 

@@ -1,9 +1,23 @@
 // A step of a tape that no operator of torch computes: several operations of the recorded function at once, by kernels
-// of ours. Made in csrc/python/capture_nodes.cpp, run by tape.cpp. Reads and writes tensors of the tape, whose memory
-// may be another one at each replay, and must not keep pointers into it.
+// of ours. Made in csrc/python/capture_nodes.cpp, run by tape.cpp. The memory of its tensors may be another one at each
+// replay: the tape writes into the node where each lies, so that a run has nothing to look up.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
+#include <utility>
+#include <vector>
+
 namespace fastmlp {
+
+// A pointer of a node to the first element of a tensor.
+struct Pointer {
+  at::Tensor tensor;
+  void** place;
+
+  int64_t offset() const { return tensor.storage_offset() * int64_t(tensor.itemsize()); }
+  void point(void* memory) const { *place = static_cast<char*>(memory) + offset(); }
+};
 
 class Node {
  public:
@@ -16,6 +30,25 @@ class Node {
   virtual void run() = 0;
   // For reports: "elementwise".
   virtual const char* name() const = 0;
+
+  const std::vector<Pointer>& pointers() const { return pointers_; }
+  // For a node without a tape: its tensors stay where they are.
+  void find() const {
+    for (const Pointer& pointer : pointers_) {
+      pointer.tensor.mutable_data_ptr();  // of its own from here on, if it is a copy that waits for the first write
+      pointer.point(pointer.tensor.storage().mutable_data());
+    }
+  }
+
+ protected:
+  // `place` is null until somebody writes it, and stays null without a tensor.
+  void keep(const at::Tensor& tensor, void*& place) {
+    if (tensor.defined()) pointers_.push_back({tensor, &place});
+  }
+  void keep(const at::Tensor& tensor, const void*& place) { keep(tensor, const_cast<void*&>(place)); }
+
+ private:
+  std::vector<Pointer> pointers_;
 };
 
 }  // namespace fastmlp

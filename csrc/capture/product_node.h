@@ -17,12 +17,11 @@ struct ProductTensors {
 class ProductNode final : public Node {
  public:
   // Raises TypeError or ValueError for tensors that do not fit together.
-  ProductNode(ProductTensors tensors, const ActivationSpec& activation);
+  ProductNode(const ProductTensors& tensors, const ActivationSpec& activation);
   void run() override;
   const char* name() const override { return "product"; }
 
  private:
-  ProductTensors tensors_;
   ProductPass pass_;
 };
 

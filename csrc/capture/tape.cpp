@@ -89,6 +89,7 @@ int Tape::add_memory(Owner owner, int64_t bytes) {
 int Tape::add_tensor(int memory, at::ScalarType dtype, at::IntArrayRef sizes, at::IntArrayRef strides, int64_t offset) {
   const c10::InferenceMode ordinary(false);
   tensors_.push_back({tensor_on(memories_[size_t(memory)].storage, dtype, sizes, strides, offset), memory});
+  memories_of_[tensors_.back().tensor.unsafeGetTensorImpl()] = memory;
   return int(tensors_.size()) - 1;
 }
 
@@ -111,8 +112,19 @@ void Tape::add_call(c10::OperatorHandle operation, torch::jit::Stack arguments, 
   steps_.push_back(std::move(step));
 }
 
+int Tape::memory_of(const at::Tensor& tensor) const {
+  const auto found = memories_of_.find(tensor.unsafeGetTensorImpl());
+  TORCH_CHECK(found != memories_of_.end(), "fastmlp: capture: a node has a tensor that is not one of its tape");
+  return found->second;
+}
+
 void Tape::add_node(std::unique_ptr<Node> node, std::string place) {
   Step step{Step::run_node};
+  for (const Pointer& pointer : node->pointers()) {
+    Memory& memory = memories_[size_t(memory_of(pointer.tensor))];
+    memory.pointers.push_back(pointer);
+    if (void* const data = memory.storage.mutable_data()) pointer.point(data);
+  }
   step.node = std::move(node);
   step.text = std::move(place);
   steps_.push_back(std::move(step));
@@ -190,7 +202,9 @@ bool Tape::fits(at::TensorList arguments) {
 }
 
 void Tape::point(int memory, void* to) const {
-  memories_[size_t(memory)].storage.set_data_ptr_noswap(c10::DataPtr(to, host));
+  const Memory& pointed = memories_[size_t(memory)];
+  pointed.storage.set_data_ptr_noswap(c10::DataPtr(to, host));
+  for (const Pointer& pointer : pointed.pointers) pointer.point(to);
 }
 
 void Tape::renew(int memory) {

@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #include "direct.h"
@@ -107,7 +108,8 @@ class Tape {
     Owner owner;
     int64_t bytes;
     c10::Storage storage;
-    c10::Storage own = {};  // of a gradient: what callers see
+    c10::Storage own = {};               // of a gradient: what callers see
+    std::vector<Pointer> pointers = {};  // of nodes
   };
   // A gradient as its leaf has it.
   struct Grad {
@@ -147,11 +149,13 @@ class Tape {
   // New memory for a gradient, which the tape has written and somebody holds.
   void renew(int memory);
   void renew_held();
+  int memory_of(const at::Tensor& tensor) const;
   void point_externals();
   void point(int memory, void* to) const;
 
   std::vector<Memory> memories_;
   std::vector<Member> tensors_;
+  std::unordered_map<const at::TensorImpl*, int> memories_of_;
   std::vector<External> externals_;
   std::vector<Step> steps_;
   std::vector<Result> results_;

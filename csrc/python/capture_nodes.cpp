@@ -41,7 +41,7 @@ std::unique_ptr<ProductNode> product(Tensor a, Tensor b, MaybeTensor bias, const
   const auto given = [](MaybeTensor& tensor) { return tensor ? std::move(*tensor) : Tensor(); };
   ProductTensors tensors{std::move(a),      std::move(b),          given(bias),
                          std::move(output), given(pre_activation), given(row_sums)};
-  return std::make_unique<ProductNode>(std::move(tensors), activation_of(activation, scalars));
+  return std::make_unique<ProductNode>(tensors, activation_of(activation, scalars));
 }
 
 std::unique_ptr<ElementwiseNode> elementwise(const std::vector<Tensor>& inputs, const Instructions& instructions,
@@ -74,6 +74,7 @@ void add(py::module_& m, py::class_<Tape, std::shared_ptr<Tape>>& tape, const ch
   });
   m.def(function, [make](Args... args) {
     const auto node = make(std::forward<Args>(args)...);
+    node->find();
     const py::gil_scoped_release release;
     node->run();
   });
