@@ -194,6 +194,12 @@ struct OptimizerStep::Group {
   UpdateSpec spec;
   bool fits = true;
   double largest = 0;  // a bound of the magnitudes of the numbers, and of 1 less each
+  double step = -1;    // that the numbers are of, if they depend on it
+
+  // Parameters of a group have nearly always made as many steps as the one before.
+  void at_step(double now) {
+    if (rule.info.at_step && step != now) rule.info.at_step(spec, step = now);
+  }
 
   Group(PyObject* group, int kind) : rule(named_rule(kind)) {
     spec.rule = kind;
@@ -245,7 +251,7 @@ OptimizerStep::OptimizerStep(const py::handle& optimizer, int rule, GradOf grad_
   }
   States states(state_.ptr());
   for (PyObject* dict : items(groups_of(attributes.ptr()))) {
-    const Group group(dict, rule);
+    Group group(dict, rule);
     const c10::ArrayRef<PyObject*> parameters = items(entry(dict, names().params));
     if (updates_.empty()) {
       // Most optimizers have one group.
@@ -294,7 +300,7 @@ const at::Tensor* OptimizerStep::counter_of(const Group& group, PyObject* parame
 }
 
 // Finds or makes the states of an update; false if the kernels cannot take them.
-bool OptimizerStep::add_states(const Group& group, PyObject* parameter, PyObject* state, const at::Tensor& like,
+bool OptimizerStep::add_states(Group& group, PyObject* parameter, PyObject* state, const at::Tensor& like,
                                Update& update) {
   const NamedRule& rule = group.rule;
   const RuleInfo& info = rule.info;
@@ -302,7 +308,8 @@ bool OptimizerStep::add_states(const Group& group, PyObject* parameter, PyObject
     if (state && PyDict_GET_SIZE(state) == 0) state = nullptr;
     const at::Tensor* const counter = counter_of(group, parameter, state);
     if (!counter) return false;
-    if (info.at_step) info.at_step(update.spec, read_counter(*counter) + 1);
+    group.at_step(read_counter(*counter) + 1);
+    update.spec = group.spec;
     counters_.push_back(*counter);
   }
   for (size_t i = 0; i < rule.states.size() && rule.states[i]; i++) {
@@ -318,7 +325,7 @@ bool OptimizerStep::add_states(const Group& group, PyObject* parameter, PyObject
 }
 
 // False, and nothing added, if the kernels cannot take it.
-bool OptimizerStep::add(const Group& group, PyObject* parameter, at::Tensor grad, PyObject* state) {
+bool OptimizerStep::add(Group& group, PyObject* parameter, at::Tensor grad, PyObject* state) {
   if (!is_plain(parameter)) return false;
   const at::Tensor& p = THPVariable_Unpack(parameter);
   if (updates_.empty() ? !has_updates(p.device()) : p.device() != device_) return false;

@@ -48,8 +48,8 @@ class OptimizerStep {
     at::Tensor tensor;
   };
 
-  bool add(const Group& group, PyObject* parameter, at::Tensor grad, PyObject* state);
-  bool add_states(const Group& group, PyObject* parameter, PyObject* state, const at::Tensor& like, Update& update);
+  bool add(Group& group, PyObject* parameter, at::Tensor grad, PyObject* state);
+  bool add_states(Group& group, PyObject* parameter, PyObject* state, const at::Tensor& like, Update& update);
   const at::Tensor* counter_of(const Group& group, PyObject* parameter, PyObject* state);
   const at::Tensor* state_tensor(PyObject* parameter, PyObject* state, PyObject* name, const at::Tensor& like,
                                  bool zero);
