@@ -19,6 +19,8 @@ bool is_outside(int64_t index, int64_t size) { return uint64_t(index) >= uint64_
 
 // The first index outside of [0, size), or null.
 const int64_t* find_outside(const Matrix& index, int64_t rows, int64_t columns, int64_t size) {
+  // A column is looked at as a row, because a loop of one round costs more than its index.
+  if (columns == 1 && rows > 1) return find_outside({index.data, index.column_stride, index.row_stride}, 1, rows, size);
   bool found = false;
   for (int64_t r = 0; r < rows; r++) {
     for (int64_t c = 0; c < columns; c++) found |= is_outside(at<int64_t>(index, r, c), size);
@@ -33,23 +35,26 @@ const int64_t* find_outside(const Matrix& index, int64_t rows, int64_t columns, 
 }
 
 template <class S> void gather_rows(const GatherPass& pass, int64_t begin, int64_t end) {
-  S* const output = static_cast<S*>(pass.output);
-  for (int64_t r = begin; r < end; r++) {
-    for (int64_t p = 0; p < pass.picks; p++)
-      output[r * pass.picks + p] = at<S>(pass.input, r, at<int64_t>(pass.index, r, p));
+  const int64_t picks = pass.picks, step = pass.index.column_stride, of_input = pass.input.column_stride;
+  S* output = static_cast<S*>(pass.output) + begin * picks;
+  for (int64_t r = begin; r < end; r++, output += picks) {
+    const S* const input = &at<S>(pass.input, r, 0);
+    const int64_t* const index = &at<int64_t>(pass.index, r, 0);
+    for (int64_t p = 0; p < picks; p++) output[p] = input[index[p * step] * of_input];
   }
 }
 
-template <class S> void scatter_rows(const ScatterPass& pass, int64_t begin, int64_t end) {
-  S* const output = static_cast<S*>(pass.output);
-  if (!pass.before.data) std::fill(output + begin * pass.columns, output + end * pass.columns, S(0));
-  for (int64_t r = begin; r < end; r++) {
-    S* const row = output + r * pass.columns;
-    for (int64_t c = 0; pass.before.data && c < pass.columns; c++) row[c] = at<S>(pass.before, r, c);
-    for (int64_t p = 0; p < pass.picks; p++) {
-      S& to = row[at<int64_t>(pass.index, r, p)];
-      const S source = at<S>(pass.source, r, p);
-      to = pass.adds ? to + source : source;
+template <bool adds, class S> void scatter_rows(const ScatterPass& pass, int64_t begin, int64_t end) {
+  const int64_t picks = pass.picks, step = pass.index.column_stride, of_source = pass.source.column_stride;
+  S* output = static_cast<S*>(pass.output) + begin * pass.columns;
+  if (!pass.before.data) std::fill_n(output, (end - begin) * pass.columns, S(0));
+  for (int64_t r = begin; r < end; r++, output += pass.columns) {
+    for (int64_t c = 0; pass.before.data && c < pass.columns; c++) output[c] = at<S>(pass.before, r, c);
+    const S* const source = &at<S>(pass.source, r, 0);
+    const int64_t* const index = &at<int64_t>(pass.index, r, 0);
+    for (int64_t p = 0; p < picks; p++) {
+      S& to = output[index[p * step]];
+      to = adds ? to + source[p * of_source] : source[p * of_source];
     }
   }
 }
@@ -144,8 +149,10 @@ const int64_t* gather(const GatherPass& pass, int threads) {
 const int64_t* scatter(const ScatterPass& pass, int threads) {
   if (const int64_t* const outside = find_outside(pass.index, pass.rows, pass.picks, pass.columns)) return outside;
   with_numbers(pass.dtype, [&](auto number) {
-    share_rows(pass.rows, pass.rows * (pass.picks + pass.columns), threads,
-               [&](int64_t begin, int64_t end) { scatter_rows<decltype(number)>(pass, begin, end); });
+    share_rows(pass.rows, pass.rows * (pass.picks + pass.columns), threads, [&](int64_t begin, int64_t end) {
+      using S = decltype(number);
+      pass.adds ? scatter_rows<true, S>(pass, begin, end) : scatter_rows<false, S>(pass, begin, end);
+    });
   });
   return nullptr;
 }
