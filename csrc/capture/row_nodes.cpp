@@ -4,18 +4,14 @@
 #include <utility>
 
 #include "../tensors/dtypes.h"
+#include "checks.h"
 
 namespace fastmlp {
 namespace {
 
 void check(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, const at::Tensor& like) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), "fastmlp: ", name, " is of ", tensor.scalar_type(),
-                   ", expected ", like.scalar_type(), ", as the first tensor is");
-  TORCH_CHECK_VALUE(tensor.sizes() == sizes, "fastmlp: ", name, " is ", tensor.sizes(), ", expected ", sizes);
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), "fastmlp: ", name,
-                    " has gaps in memory, expected none; make it contiguous");
-  TORCH_CHECK_VALUE(tensor.device() == like.device(), "fastmlp: ", name, " is on ", tensor.device(), ", expected ",
-                    like.device(), ", as the first tensor is");
+  check_like(tensor, name, sizes, like);
+  check_gapless(tensor, name);
 }
 
 void check(const std::optional<at::Tensor>& tensor, const char* name, at::IntArrayRef sizes, const at::Tensor& like) {
@@ -23,11 +19,8 @@ void check(const std::optional<at::Tensor>& tensor, const char* name, at::IntArr
 }
 
 void check_matrix(const at::Tensor& tensor, const char* name) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble, "fastmlp: ", name,
-                   " is of ", tensor.scalar_type(), ", expected float32 or float64");
-  TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.size(1) > 0, "fastmlp: ", name, " is ", tensor.sizes(),
-                    ", expected [rows, columns] with a column at least");
-  check(tensor, name, tensor.sizes(), tensor);
+  check_numbers(tensor, name);
+  check_gapless(tensor, name);
 }
 
 void check_softmax(const at::Tensor& tensor, const char* name) {
@@ -39,13 +32,6 @@ void check_softmax(const at::Tensor& tensor, const char* name) {
 RowsShape shape_of(const at::Tensor& matrix) {
   return {*dtype_of(matrix.scalar_type()), matrix.size(0), matrix.size(1)};
 }
-
-template <class Operation> Operation* known(Operation* operation, const at::Tensor& tensor, const char* what) {
-  TORCH_CHECK(operation, "fastmlp: there is no kernel of ", what, " for ", tensor.device());
-  return operation;
-}
-
-void* pointer(const std::optional<at::Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
 
 }  // namespace
 

@@ -44,6 +44,11 @@ inline int useful_threads(double multiply_adds, int threads) {
   return int(std::clamp(multiply_adds / worth_a_thread, 1.0, double(threads)));
 }
 
+// The same for passes over elements, each of which takes as long as some multiply-adds of a product.
+inline int threads_for_elements(int64_t elements, int threads) {
+  return useful_threads(16.0 * double(elements), threads);
+}
+
 // Calls run(i, slot) for i in [0, tasks), slot < threads; the calling thread alone if threads is 1.
 template <class Run> void run_tasks(int64_t tasks, int threads, const Run& run) {
   if (threads <= 1) {
@@ -55,6 +60,16 @@ template <class Run> void run_tasks(int64_t tasks, int threads, const Run& run) 
     const int slot = omp_get_thread_num();
     for (int64_t i = slot; i < tasks; i += omp_get_num_threads()) run(i, slot);
   }
+}
+
+// Calls run(begin, end) for rows of so many elements in all, in parts for the threads that are worth it. A part's rows
+// are a multiple of 64, so that no two threads write to the same line of the cache.
+template <class Run> void share_rows(int64_t rows, int64_t elements, int threads, const Run& run) {
+  threads = threads_for_elements(elements, threads);
+  run_tasks(threads, threads, [&](int64_t i, int) {
+    const Range part = part_of(rows, 64, i, threads);
+    run(part.begin, part.end);
+  });
 }
 
 // Adds chunks 1, 2 and so on, in this order, to chunk 0. Chunks are vectors of n values that follow each other.

@@ -23,6 +23,7 @@
 #include "elementwise.h"
 #include "draws.h"
 #include "frozen.h"
+#include "indices.h"
 #include "matrix_product.h"
 #include "network.h"
 #include "rows.h"
@@ -264,6 +265,13 @@ const RegisterDevice registered(c10::kCPU, [] {
   all.softmax = [](const SoftmaxPass& pass) { softmax(pass, threads()); };
   all.softmax_columns = &softmax_columns;
   all.softmax_backward = [](const SoftmaxBackwardPass& pass) { softmax_backward(pass, threads()); };
+  all.gather = [](const GatherPass& pass) { return gather(pass, threads()); };
+  all.scatter = [](const ScatterPass& pass) { return scatter(pass, threads()); };
+  all.row_max = [](const RowMaxPass& pass) { row_max(pass, threads()); };
+  all.take_rows = [](const TakeRowsPass& pass) { return take_rows(pass, threads()); };
+  all.add_rows = [](const AddRowsPass& pass) { add_rows(pass, threads()); };
+  all.nll = &nll;
+  all.nll_backward = &nll_backward;
   all.instruction_sets = &instruction_sets;
   return all;
 }());

@@ -17,23 +17,13 @@ template <class F> void with_kernels(const RowsShape& shape, const F& f) {
   shape.dtype == DType::float64 ? f(*table.float64) : f(*table.float32);
 }
 
-// Calls run(begin, end) for the rows, in parts for the threads that are worth it: an element takes as long as some
-// multiply-adds of a product.
-template <class Run> void share(const RowsShape& shape, int threads, const Run& run) {
-  threads = useful_threads(16.0 * double(shape.rows) * double(shape.columns), threads);
-  run_tasks(threads, threads, [&](int64_t i, int) {
-    const Range part = part_of(shape.rows, line_bytes, i, threads);
-    run(part.begin, part.end);
-  });
-}
-
 // The gradients of weight and bias are sums over rows, in chunks that follow from the shape alone.
 template <class S> void backward_with(const Kernels<S>& kernels, const LayerNormBackwardPass& pass, int threads) {
   const int64_t rows = pass.shape.rows, columns = pass.shape.columns;
   S *weight = static_cast<S*>(pass.grad_weight), *bias = static_cast<S*>(pass.grad_bias);
   if (!weight && !bias) {
-    share(pass.shape, threads,
-          [&](int64_t begin, int64_t end) { kernels.layer_norm_backward(pass, begin, end, nullptr, nullptr); });
+    share_rows(pass.shape.rows, pass.shape.rows * pass.shape.columns, threads,
+               [&](int64_t begin, int64_t end) { kernels.layer_norm_backward(pass, begin, end, nullptr, nullptr); });
     return;
   }
   const int64_t chunks = chunks_of_rows(rows), asked = (weight ? columns : 0) + (bias ? columns : 0);
@@ -48,7 +38,7 @@ template <class S> void backward_with(const Kernels<S>& kernels, const LayerNorm
     if (weight) std::fill_n(weight, columns, S(0));
     if (bias) std::fill_n(bias, columns, S(0));
   }
-  threads = useful_threads(16.0 * double(rows) * double(columns), threads);
+  threads = threads_for_elements(rows * columns, threads);
   run_tasks(chunks, threads, [&](int64_t i, int) {
     const Range part = part_of(rows, line_bytes, i, chunks);
     kernels.layer_norm_backward(pass, part.begin, part.end, place(weight, i, 0), place(bias, i, weight ? columns : 0));
@@ -63,7 +53,8 @@ template <class S> void backward_with(const Kernels<S>& kernels, const LayerNorm
 
 void layer_norm(const LayerNormPass& pass, int threads) {
   with_kernels(pass.shape, [&](const auto& kernels) {
-    share(pass.shape, threads, [&](int64_t begin, int64_t end) { kernels.layer_norm(pass, begin, end); });
+    share_rows(pass.shape.rows, pass.shape.rows * pass.shape.columns, threads,
+               [&](int64_t begin, int64_t end) { kernels.layer_norm(pass, begin, end); });
   });
 }
 
@@ -73,13 +64,15 @@ void layer_norm_backward(const LayerNormBackwardPass& pass, int threads) {
 
 void softmax(const SoftmaxPass& pass, int threads) {
   with_kernels(pass.shape, [&](const auto& kernels) {
-    share(pass.shape, threads, [&](int64_t begin, int64_t end) { kernels.softmax(pass, begin, end); });
+    share_rows(pass.shape.rows, pass.shape.rows * pass.shape.columns, threads,
+               [&](int64_t begin, int64_t end) { kernels.softmax(pass, begin, end); });
   });
 }
 
 void softmax_backward(const SoftmaxBackwardPass& pass, int threads) {
   with_kernels(pass.shape, [&](const auto& kernels) {
-    share(pass.shape, threads, [&](int64_t begin, int64_t end) { kernels.softmax_backward(pass, begin, end); });
+    share_rows(pass.shape.rows, pass.shape.rows * pass.shape.columns, threads,
+               [&](int64_t begin, int64_t end) { kernels.softmax_backward(pass, begin, end); });
   });
 }
 

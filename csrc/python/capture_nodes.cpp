@@ -11,6 +11,7 @@
 
 #include "../capture/draw_node.h"
 #include "../capture/elementwise_node.h"
+#include "../capture/index_nodes.h"
 #include "../capture/product_node.h"
 #include "../capture/row_nodes.h"
 #include "../contract/activation_info.h"
@@ -93,6 +94,14 @@ void add_capture_nodes(py::module_& m, py::class_<Tape, std::shared_ptr<Tape>>& 
                MaybeTensor>);
   add(m, tape, "add_softmax", "softmax", &made_of<SoftmaxNode, Tensor, Tensor, bool>);
   add(m, tape, "add_softmax_backward", "softmax_backward", &made_of<SoftmaxBackwardNode, Tensor, Tensor, Tensor, bool>);
+  add(m, tape, "add_gather", "gather", &made_of<GatherNode, Tensor, Tensor, Tensor>);
+  add(m, tape, "add_scatter", "scatter", &made_of<ScatterNode, MaybeTensor, Tensor, Tensor, Tensor, bool>);
+  add(m, tape, "add_row_max", "row_max", &made_of<RowMaxNode, Tensor, MaybeTensor, MaybeTensor>);
+  add(m, tape, "add_take_rows", "take_rows", &made_of<TakeRowsNode, Tensor, Tensor, Tensor, std::string>);
+  add(m, tape, "add_embedding_backward", "embedding_backward", &made_of<AddRowsNode, Tensor, Tensor, int64_t, Tensor>);
+  add(m, tape, "add_nll_loss", "nll_loss", &made_of<NllNode, Tensor, Tensor, int64_t, bool, Tensor, Tensor>);
+  add(m, tape, "add_nll_loss_backward", "nll_loss_backward",
+      &made_of<NllBackwardNode, Tensor, Tensor, Tensor, int64_t, bool, Tensor>);
   m.def("elementwise_operations", &elementwise_operations);
   m.def("softmax_columns", [] {
     operation::SoftmaxColumns* const asked = operations_on(host.type())->softmax_columns;

@@ -37,6 +37,13 @@ struct DeviceOperations {
   operation::Softmax* softmax = nullptr;
   operation::SoftmaxBackward* softmax_backward = nullptr;
   operation::SoftmaxColumns* softmax_columns = nullptr;
+  operation::Gather* gather = nullptr;
+  operation::Scatter* scatter = nullptr;
+  operation::RowMax* row_max = nullptr;
+  operation::TakeRows* take_rows = nullptr;
+  operation::AddRows* add_rows = nullptr;
+  operation::Nll* nll = nullptr;
+  operation::NllBackward* nll_backward = nullptr;
 
   // The keys that a tensor of the device has if nothing stands between it and its data, and that of its autocast.
   c10::DispatchKeySet plain_keys;

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../contract/elementwise.h"
+#include "../contract/indices.h"
 #include "../contract/loss.h"
 #include "../contract/product.h"
 #include "../contract/rows.h"
@@ -70,6 +71,16 @@ using Softmax = void(const SoftmaxPass& pass);
 using SoftmaxBackward = void(const SoftmaxBackwardPass& pass);
 // Up to how many columns these are faster than torch's operators.
 using SoftmaxColumns = int64_t();
+
+// Passes over indices. Those that return something return null, or the first index that is out of range, and then have
+// written nothing.
+using Gather = const int64_t*(const GatherPass& pass);
+using Scatter = const int64_t*(const ScatterPass& pass);
+using RowMax = void(const RowMaxPass& pass);
+using TakeRows = const int64_t*(const TakeRowsPass& pass);
+using AddRows = void(const AddRowsPass& pass);
+using Nll = const int64_t*(const NllPass& pass);
+using NllBackward = const int64_t*(const NllBackwardPass& pass);
 
 }  // namespace operation
 }  // namespace fastmlp

@@ -11,6 +11,7 @@ import torch
 
 from fastmlp.tape.decompose import decompose
 from fastmlp.tape.elements import Element, Layout, Numbers, layout_of
+from fastmlp.tape.indices import index_node_of
 from fastmlp.tape.nodes import activated, node_of, without
 from fastmlp.tape.order import Group, Order
 from fastmlp.tape.run import build_run
@@ -59,7 +60,7 @@ class _Fusion:
                 for element in elements:
                     self._element(element, event.place)
                 return
-            event = node_of(self.trace, event) or event
+            event = node_of(self.trace, event) or index_node_of(self.trace, event, self._numbers) or event
         reads, writes = self._touched(event)
         self._events.append(event)
         self._places.append(event.place)
@@ -74,7 +75,8 @@ class _Fusion:
         used = {values[value].memory for value in self.trace.refs(event)}
         if isinstance(event, Node):
             writes = {values[value].memory for value in event.writes}
-            return self._ordered(used - writes, writes, event.draws)
+            reads, writes = self._ordered(used - writes, writes, event.draws)
+            return reads, writes | {_EFFECTS} if event.raises else writes
         if isinstance(event, GradSet):
             return used | {_EFFECTS}, {_GRADS - values[event.leaf].memory}
         if isinstance(event, Check):
@@ -149,7 +151,8 @@ class _Fusion:
             run = self._runs.get(group.number)
             kept = {memory for memory in group.writes if memory < 0 or memory in live or self._owner(memory) != "arena"}
             event = self._events[group.members[0]]
-            # What is torch's may raise an error, whether somebody reads its result or not.
+            # What is torch's may raise an error, whether somebody reads its result or not. Of nodes, those that may
+            # raise one write to what is no memory.
             if not kept and isinstance(event, (Element, Node)):
                 continue
             if run is None:

@@ -25,6 +25,7 @@ __all__ = [
     "Run",
     "Trace",
     "Value",
+    "arguments_of",
     "difference",
     "refs",
     "written_arguments",
@@ -160,6 +161,7 @@ class Node:
         place: where the program called the first operation.
         draws: whether it draws random numbers.
         optional: whether it can do without any of what it makes.
+        raises: whether what it reads may make it raise an error.
     """
 
     method: str
@@ -168,6 +170,7 @@ class Node:
     place: str
     draws: bool = False
     optional: bool = False
+    raises: bool = False
 
 
 Event = Operation | GradSet | OptimizerStep | Check | Run | Node
@@ -305,7 +308,7 @@ def _shown(value: Any) -> str:
 def _operations_part(a: Operation, b: Operation) -> str | None:
     if a.outputs == b.outputs and _equal(a.args, b.args) and _equal(a.kwargs, b.kwargs):
         return None
-    before, now = _by_name(a), _by_name(b)
+    before, now = arguments_of(a), arguments_of(b)
     for name, y in now.items():
         x = before[name]
         if _equal(x, y):
@@ -321,8 +324,8 @@ def _operations_part(a: Operation, b: Operation) -> str | None:
     return None
 
 
-def _by_name(operation: Operation) -> dict[str, Any]:
-    """All arguments of an operation, also those that torch leaves out because they have their default values."""
+def arguments_of(operation: Operation) -> dict[str, Any]:
+    """All arguments of an operation by name, also those that torch leaves out because they have their defaults."""
     names = operation.func._schema.arguments
     given = {argument.name: value for argument, value in zip(names, operation.args, strict=False)}
     defaults = {argument.name: argument.default_value for argument in names}

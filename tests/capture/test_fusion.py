@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fastmlp
 from fastmlp import _C
@@ -156,3 +157,147 @@ def test_masks_of_dropout_and_other_draws_keep_their_order() -> None:
     captured = fastmlp.capture(function)
     assert all(map(torch.equal, run(function), run(captured)))
     assert captured.report().tapes[0].nodes.get("bernoulli", 0) == 2 * _C.draws_as_torch()
+
+
+def classes(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    return torch.randn(9, 5, generator=generator), torch.randint(4, (9,), generator=generator)
+
+
+def of_actions(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    return -F.log_softmax(x @ weight, 1).gather(1, index[:, None]).squeeze(1).mean()
+
+
+def of_a_target(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    values = x @ weight
+    with torch.no_grad():
+        best = (values * 2).max(1).values
+    return F.mse_loss(values.gather(1, index[:, None]).squeeze(1), best)
+
+
+def of_the_largest(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    return (x @ weight).view(3, 3, 4).max(-1).values.sum()
+
+
+def of_the_best_action(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    values = x @ weight
+    return values.gather(1, values.argmax(1, keepdim=True)).square().sum()
+
+
+def of_rows(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    return (weight.index_select(0, index) * x[:, :4]).sum()
+
+
+#: Losses, each with the nodes of indices that it and its gradient are.
+INDEXED: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], dict[str, int]]] = {
+    "actions": (of_actions, {"gather": 1, "scatter_add": 1}),
+    "a target": (of_a_target, {"gather": 1, "scatter_add": 1, "max": 1}),
+    "the largest": (of_the_largest, {"max": 1, "scatter": 1}),
+    "the best action": (of_the_best_action, {"argmax": 1, "gather": 1, "scatter_add": 1}),
+    "rows": (of_rows, {"index_select": 1}),
+    "an embedding": (lambda x, weight, index: F.embedding(index, weight).square().sum(),
+                     {"embedding": 1, "embedding_backward": 1}),
+    "padding": (lambda x, weight, index: F.embedding(index.view(3, 3), weight, padding_idx=1).square().mean(),
+                {"embedding": 1, "embedding_backward": 1}),
+    "classes": (lambda x, weight, index: F.cross_entropy(x @ weight, index), {"nll_loss": 1, "nll_loss_backward": 1}),
+    "a sum of classes": (lambda x, weight, index: F.cross_entropy(x @ weight, index, reduction="sum"),
+                         {"nll_loss": 1, "nll_loss_backward": 1}),
+    "ignored classes": (lambda x, weight, index: F.cross_entropy(x @ weight, index, ignore_index=2),
+                        {"nll_loss": 1, "nll_loss_backward": 1}),
+    "weighed classes": (lambda x, weight, index: F.cross_entropy(x @ weight, index, weight=weight[0].detach().abs()),
+                        {}),
+    "every loss": (lambda x, weight, index: F.cross_entropy(x @ weight, index, reduction="none").square().sum(), {}),
+    "columns": (lambda x, weight, index: (x @ weight).gather(0, index[None, :4]).sum(), {}),
+    "some rows": (lambda x, weight, index: (x @ weight).gather(1, index[:3, None]).sum(), {}),
+    "half": (lambda x, weight, index: (x @ weight).bfloat16().gather(1, index[:, None]).float().sum(), {}),
+}  # fmt: skip
+#: Names of the nodes of indices.
+_INDICES = {name for _, nodes in INDEXED.values() for name in nodes}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", INDEXED)
+def test_nodes_of_indices(name: str, dtype: torch.dtype) -> None:
+    """With the nodes or, where these cannot do it, torch's operators: the loss and its gradient are eager's."""
+    loss_of, nodes = INDEXED[name]
+    torch.manual_seed(0)
+    weight = torch.randn(5, 4, dtype=dtype, requires_grad=True)
+
+    def function(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        loss = loss_of(x, weight, index)
+        return loss.detach(), torch.autograd.grad(loss, weight)[0]
+
+    captured, generator = fastmlp.capture(function), torch.Generator().manual_seed(0)
+    for _ in range(CALLS):
+        x, index = classes(generator)
+        x = x.to(dtype)
+        found = dict(zip(("loss", "gradient"), captured(x, index), strict=True))
+
+        def run(x: Tensor = x, index: Tensor = index) -> dict[str, Tensor]:
+            return dict(zip(("loss", "gradient"), function(x, index), strict=True))
+
+        expected = run()
+        bounds = rounding_bounds(run, expected, steps=True)
+        for key, value in found.items():
+            assert distance(value, expected[key]) <= bounds[key], key
+    assert captured.replays == CALLS - 2
+    made = captured.report().tapes[0].nodes
+    assert {key: count for key, count in made.items() if key in _INDICES} == nodes
+
+
+@pytest.mark.parametrize("name", ["actions", "rows", "an embedding", "classes"])
+@pytest.mark.parametrize("wrong", [5, -1])
+def test_an_index_that_is_out_of_range_in_a_replay_only(name: str, wrong: int) -> None:
+    """Raises the class of error that torch raises, and the next replay is as good as any."""
+    loss_of, _ = INDEXED[name]
+    torch.manual_seed(0)
+    weight = torch.randn(5, 4, requires_grad=True)
+
+    def function(x: Tensor, index: Tensor) -> Tensor:
+        (grad,) = torch.autograd.grad(loss_of(x, weight, index), weight)
+        return grad
+
+    captured, (x, index) = fastmlp.capture(function), classes(torch.Generator().manual_seed(0))
+    before = [captured(x, index) for _ in range(3)][-1]
+    bad = index.clone()
+    bad[4] = wrong
+    with pytest.raises((IndexError, RuntimeError)) as eager:
+        function(x, bad)
+    with pytest.raises(eager.type, match=rf"^fastmlp: \w+: .*{wrong}\b"):
+        captured(x, bad)
+    assert torch.equal(captured(x, index), before)
+    assert captured.replays >= 2
+
+
+def test_an_index_that_is_out_of_range_is_looked_at_in_its_place() -> None:
+    """Also if nobody reads what it picks. What the function wrote before has been written, what comes later has not."""
+    before, after = torch.zeros(6), torch.zeros(6)
+
+    def function(x: Tensor, index: Tensor) -> Tensor:
+        before.add_(1)
+        x.gather(1, index)
+        after.add_(1)
+        return x + 1
+
+    captured = fastmlp.capture(function)
+    x, index = torch.randn(6, 5), torch.zeros(6, 1, dtype=torch.int64)
+    for _ in range(CALLS):
+        assert torch.equal(captured(x, index), x + 1)
+    assert captured.report().tapes[0].nodes["gather"] == 1
+    index[3] = 5
+    with pytest.raises(RuntimeError, match="fastmlp: gather: index 5 is out of range, expected 0 to 4"):
+        captured(x, index)
+    assert before.tolist() == [CALLS + 1] * 6
+    assert after.tolist() == [CALLS] * 6
+
+
+def test_zeros_that_a_sum_begins_with_are_read_where_they_may_be_others() -> None:
+    def function(x: Tensor, index: Tensor, start: Tensor) -> Tensor:
+        zeros = torch.zeros(6, 5)
+        zeros += start
+        return zeros.scatter_add(1, index, x)
+
+    captured = fastmlp.capture(function)
+    for i in range(CALLS):
+        x, index, start = torch.randn(6, 5), torch.randint(5, (6, 5)), torch.full((6, 5), float(i))
+        assert torch.equal(captured(x, index, start), start.scatter_add(1, index, x))
+    assert captured.report().tapes[0].nodes["scatter_add"] == 1
