@@ -181,6 +181,12 @@ def test_the_best_of_torch_compile_is_what_counts() -> None:
     assert {name for claim in CAPTURE_CLAIMS for name in claim.workloads} == set(PROGRAMS)
 
 
+def test_a_captured_step_is_compared_with_train_step_on_equal_work() -> None:
+    outcomes = list(capture_targets.beside_train_step(QUICK))
+    assert [outcome.where for outcome in outcomes] == list(capture_targets.TUTORIAL)
+    assert all(0 < float(outcome.measured) < 20 for outcome in outcomes)
+
+
 def test_memory_is_what_the_allocator_gave_out() -> None:
     kept: list[Tensor] = []
 
