@@ -421,21 +421,26 @@ template <class S> struct Leaf {
     if (i < n) Storage<S>::store_first(out + i, M::load_first(x + i, n - i), n - i);
   }
 
+  // One loop over the vectors of all rows: rows of a tile are a few vectors long, and each loop begins by loading the
+  // constants of the activation.
   template <class A> static void epilogue(const Epilogue<S>& arguments) {
-    const Epilogue<S> e = arguments;  // stores through output cannot change a copy
-    for (int64_t i = 0; i < e.rows; i++) {
-      const C* tile = e.tile + i * e.tile_step;
-      const C* sums = e.sums ? e.sums + i * e.sums_step : nullptr;
-      S* output = e.output + i * e.leading_dimension;
-      S* pre_activation = e.pre_activation ? e.pre_activation + i * e.leading_dimension : nullptr;
-      for (int64_t j = 0; j < e.columns; j += lanes) {
-        const int64_t left = e.columns - j;
-        V v = M::load(tile + j);
-        if (sums) v += load_up_to(sums + j, left);
-        if (e.bias) v += M::load(e.bias + j);
-        if (pre_activation) store_up_to(pre_activation + j, v, left);
-        store_up_to(output + j, A::template value<M>(v, e.scalars), left);
-      }
+    Epilogue<S> e = arguments;  // stores through output cannot change a copy
+    int64_t j = 0;
+    while (e.rows > 0 && j < e.columns) {
+      const int64_t left = e.columns - j;
+      V v = M::load(e.tile + j);
+      if (e.sums) v += load_up_to(e.sums + j, left);
+      if (e.bias) v += M::load(e.bias + j);
+      if (e.pre_activation) store_up_to(e.pre_activation + j, v, left);
+      store_up_to(e.output + j, A::template value<M>(v, e.scalars), left);
+      j += lanes;
+      if (j < e.columns) continue;
+      j = 0;
+      e.rows--;
+      e.tile += e.tile_step;
+      if (e.sums) e.sums += e.sums_step;
+      e.output += e.leading_dimension;
+      if (e.pre_activation) e.pre_activation += e.leading_dimension;
     }
   }
 
