@@ -9,7 +9,6 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
-#include <chrono>
 #include <utility>
 
 #include "../tensors/devices.h"
@@ -17,6 +16,12 @@
 
 namespace fastmlp {
 namespace {
+
+using Clock = std::chrono::steady_clock;
+
+int64_t nanoseconds_since(Clock::time_point begin) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count();
+}
 
 // What TLS excludes while operators of a tape run. They were recorded below all of these.
 class BelowModes {
@@ -149,7 +154,11 @@ void Tape::add_check(int tensor, double expected, std::string error) {
   steps_.push_back(std::move(step));
 }
 
-void Tape::add_stop() { steps_.push_back(Step{Step::stop}); }
+void Tape::add_stop(std::string place) {
+  Step step{Step::stop};
+  step.text = std::move(place);
+  steps_.push_back(std::move(step));
+}
 
 void Tape::finish(const std::vector<std::pair<int, int>>& lifetimes, std::vector<Result> results) {
   TORCH_CHECK(lifetimes.size() == memories_.size(), "fastmlp: capture: ", lifetimes.size(), " lifetimes of ",
@@ -260,6 +269,10 @@ void Tape::start() {
   storages_.clear();
   outputs_.clear();
   next_ = 0;
+  // The first replays take longer than those that follow.
+  measured_ = replays_++ % measured_each_ == measured_each_ / 8;
+  measured_replays_ += measured_;
+  stopped_ = nullptr;
   point_externals();
   renew_held();
   for (const int memory : fresh_) {
@@ -327,16 +340,27 @@ void Tape::run(Step& step) {
   }
 }
 
+void Tape::end_stop() {
+  if (stopped_) stopped_->nanoseconds += nanoseconds_since(since_);
+  stopped_ = nullptr;
+}
+
 bool Tape::run() {
-  using Clock = std::chrono::steady_clock;
+  end_stop();
   const BelowModes below;
   while (next_ < steps_.size()) {
     Step& step = steps_[next_++];
-    if (step.kind == Step::stop) return true;
+    if (step.kind == Step::stop) {
+      if (measured_) {
+        stopped_ = &step;
+        since_ = Clock::now();
+      }
+      return true;
+    }
     if (measured_) {
       const auto begin = Clock::now();
       run(step);
-      step.nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count();
+      step.nanoseconds += nanoseconds_since(begin);
     } else {
       run(step);
     }
@@ -346,6 +370,7 @@ bool Tape::run() {
 
 std::string Tape::name_of(const Step& step) {
   if (step.node) return step.node->name();
+  if (step.kind == Step::stop) return "stop";
   return step.operation ? c10::toString(step.operation->operator_name()) : "";
 }
 
@@ -356,6 +381,7 @@ std::vector<std::tuple<std::string, std::string, int64_t>> Tape::times() const {
 }
 
 std::vector<at::Tensor> Tape::results() {
+  end_stop();
   std::vector<at::Tensor> all;
   for (const Result& result : results_) {
     if (result.tensor < 0) {

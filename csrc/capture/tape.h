@@ -7,6 +7,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 
+#include <chrono>
 #include <memory>
 #include <optional>
 #include <string>
@@ -71,7 +72,7 @@ class Tape {
   // Raises, with `error`, unless the number in a tensor is still the one that the recording saw.
   void add_check(int tensor, double expected, std::string error);
   // The caller runs something of its own before it goes on.
-  void add_stop();
+  void add_stop(std::string place);
   // Plans the arena; lifetimes are first and last steps of each memory.
   void finish(const std::vector<std::pair<int, int>>& lifetimes, std::vector<Result> results);
 
@@ -91,10 +92,11 @@ class Tape {
   bool ends_history(size_t result) const { return results_[result].tensor >= 0 && results_[result].requires_grad; }
   void end();
 
-  // Measures each step of later replays, at the cost of looking at a clock twice a step.
-  void measure(bool on) { measured_ = on; }
+  // One of so many replays measures its steps, which costs two looks at a clock for each. For tests: 1.
+  void measure_each(int64_t replays) { measured_each_ = replays; }
+  int64_t measured_replays() const { return measured_replays_; }
   // Of each step the operator or node that it calls, its place in the user's file, and the nanoseconds that it has
-  // taken in all.
+  // taken in all measured replays. That of a stop is what its caller did.
   std::vector<std::tuple<std::string, std::string, int64_t>> times() const;
 
   int64_t arena_bytes() const { return arena_bytes_; }
@@ -143,6 +145,8 @@ class Tape {
   // Whether it is as it was, gradients aside.
   bool fits(const External& external) const;
   void run(Step& step);
+  // The caller goes on after a stop.
+  void end_stop();
   void call(Step& step);
   static std::string name_of(const Step& step);
   void take(Returned& returned, const at::Tensor& result, const Step& step);
@@ -169,7 +173,10 @@ class Tape {
   std::vector<size_t> known_;  // of each memory: how often the tape and gradients refer to it, or 0
   torch::jit::Stack stack_;
   size_t next_ = 0;
+  int64_t replays_ = 0, measured_each_ = 64, measured_replays_ = 0;
   bool measured_ = false;
+  Step* stopped_ = nullptr;  // where a measured replay has stopped, and since when
+  std::chrono::steady_clock::time_point since_;
 };
 
 }  // namespace fastmlp

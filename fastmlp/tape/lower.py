@@ -353,7 +353,7 @@ class Lowered:
         writes = any(group.get("nesterov") and group.get("foreach") for group in optimizer.param_groups)
         rule = optim.RULES[kind.__name__][0] if known and not writes and kind.__name__ in optim.RULES else -1
         self.stops.append((optimizer, kind.step, rule))
-        self.tape.add_stop()
+        self.tape.add_stop(event.place)
         self.advance()
 
     def _result(self, value: int) -> tuple[int, int]:

@@ -6,7 +6,27 @@ from typing import Self
 
 from fastmlp.tape.lower import Lowered
 
-__all__ = ["Report", "TapeReport"]
+__all__ = ["Report", "StepTime", "TapeReport"]
+
+#: What a tape calls a step at which an optimizer steps.
+_STOP = "stop"
+#: Places of the program that a report tells the times of.
+_SLOWEST = 10
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """What one step of a tape takes.
+
+    Attributes:
+        name: of the kernel of fastmlp or the operator of torch; "Adam.step()" of an optimizer.
+        place: where the program called what it computes, or the first of it: file and line.
+        microseconds: in a replay, the mean of those that were measured.
+    """
+
+    name: str
+    place: str
+    microseconds: float
 
 
 @dataclass(frozen=True)
@@ -24,6 +44,7 @@ class TapeReport:
         optimizers: for each optimizer's step its class, and "fastmlp" or "torch" for who computes it.
         arena_bytes: memory of intermediate results, shared by those that live at other times.
         own_bytes: memory of constants and gradients.
+        times: of each step of a replay, in their order, if they were asked for and a replay was measured.
     """
 
     operations: dict[str, int]
@@ -36,13 +57,14 @@ class TapeReport:
     optimizers: list[tuple[str, str]]
     arena_bytes: int
     own_bytes: int
+    times: tuple[StepTime, ...] = ()
 
     @classmethod
-    def of(cls, lowered: Lowered) -> Self:
-        """The report of a tape."""
+    def of(cls, lowered: Lowered, profile: bool) -> Self:
+        """The report of a tape, with times if `profile` is set."""
         steps = [(type(optimizer).__name__, "torch" if rule < 0 else "fastmlp") for optimizer, _, rule in lowered.stops]
         counts, tape = lowered.counts, lowered.tape
-        called = Counter(name for name, *_ in tape.times() if name)
+        called = Counter(name for name, *_ in tape.times() if name not in ("", _STOP))
         return cls(
             dict(sorted(lowered.operations.items(), key=lambda item: -item[1])),
             tape.calls,
@@ -54,6 +76,7 @@ class TapeReport:
             steps,
             tape.arena_bytes,
             tape.own_bytes,
+            _times_of(lowered) if profile else (),
         )
 
     def __str__(self) -> str:
@@ -67,11 +90,41 @@ class TapeReport:
             f"{self.own_bytes:,} of gradients and constants",
             f"operations: {_counted(self.operations)}",
         ]
-        return "\n".join(lines)
+        return "\n".join(lines + self._time_lines())
+
+    def _time_lines(self) -> list[str]:
+        total = sum(step.microseconds for step in self.times)
+        if not total:
+            return []
+        kinds: Counter[str] = Counter()
+        places: Counter[tuple[str, str]] = Counter()
+        for step in self.times:
+            kinds[step.name] += step.microseconds
+            places[step.place, step.name] += step.microseconds
+        shares = ", ".join(f"{_short(name)} {time / total:.0%}" for name, time in kinds.most_common())
+        slowest = [f"  {time / total:4.0%}  {_short(name)}, {place}" for (place, name), time in places.most_common(_SLOWEST)]
+        return [f"time: {total:.0f} us in the steps of a replay: {shares}", *slowest]
+
+
+def _times_of(lowered: Lowered) -> tuple[StepTime, ...]:
+    tape, stops = lowered.tape, iter(lowered.stops)
+    if not tape.measured_replays:
+        return ()
+    times = []
+    for name, place, nanoseconds in tape.times():
+        if name == _STOP:
+            name = f"{type(next(stops)[0]).__name__}.step()"
+        if name:
+            times.append(StepTime(name, place, nanoseconds / tape.measured_replays / 1e3))
+    return tuple(times)
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("aten::")
 
 
 def _counted(names: dict[str, int]) -> str:
-    return ", ".join(f"{name.removeprefix('aten::')} {n}" for name, n in names.items()) or "none"
+    return ", ".join(f"{_short(name)} {n}" for name, n in names.items()) or "none"
 
 
 @dataclass(frozen=True)

@@ -269,6 +269,29 @@ def test_a_report_names_operations_and_memory() -> None:
     assert "addmm 2" in str(step.report())
 
 
+def test_a_report_tells_times_of_replays_that_were_measured() -> None:
+    step = fastmlp.capture(training_step(network()))
+    for i in range(2 + 8):
+        step(*batch(i))
+    assert step.report(profile=True).tapes[0].times == ()
+    step(*batch(10))
+    assert step.report().tapes[0].times == ()
+    times = step.report(profile=True).tapes[0].times
+    assert {"product", "SGD.step()"} <= {time.name for time in times}
+    assert all(time.microseconds > 0 for time in times)
+    # Each at its line of the training step, in the order in which a replay computes them.
+    lines = [int(time.place.rsplit(":", 1)[1]) for time in times]
+    assert lines[0] < lines[-1] and times[-1].name == "SGD.step()"
+    shown = str(step.report(profile=True)).splitlines()
+    (line,) = (line for line in shown if "us in the steps of a replay" in line)
+    assert "product" in line and "SGD.step()" in line
+    assert any("product, " in line and __file__ in line for line in shown)
+    again = step.report(profile=True).tapes[0].times
+    for i in range(64):
+        step(*batch(i))
+    assert again == times != step.report(profile=True).tapes[0].times
+
+
 def test_arguments_of_capture() -> None:
     with pytest.raises(TypeError, match="fastmlp: capture: function must be callable, got int 3"):
         fastmlp.capture(3)  # type: ignore[call-overload]

@@ -405,7 +405,7 @@ def test_a_node_finds_its_memory_at_each_replay() -> None:
     tape.add_elementwise([first], [("square", [0], [])], [(second, 1, "store", 1.0)], "here")
     tape.add_elementwise([second, first], [("sub", [0, 1], [])], [(third, 2, "store", 1.0)], "there")
     tape.finish([(-1, -1), (0, 1), (-1, -1)], [(result, -1, False, False)])
-    tape.measure(True)
+    tape.measure_each(1)
     recordings = _C.Recordings()
     recordings.add(tape, _C.Signature((like,), {}), _C.Signature((like,), {}), _C.Surroundings(), [])
     given = [torch.randn(5, 3) for _ in range(4)]
