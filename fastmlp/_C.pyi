@@ -231,6 +231,37 @@ class Tape:
         place: str,
         /,
     ) -> None: ...
+    def add_batch_norm(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_variance: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        output: Tensor | None,
+        mean: Tensor | None,
+        rstd: Tensor | None,
+        place: str,
+        /,
+    ) -> None: ...
+    def add_batch_norm_backward(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        mean: Tensor,
+        rstd: Tensor | None,
+        running_variance: Tensor | None,
+        eps: float,
+        weight: Tensor | None,
+        grad_input: Tensor | None,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
+        place: str,
+        /,
+    ) -> None: ...
     def add_softmax(self, input: Tensor, output: Tensor, log: bool, place: str, /) -> None: ...
     def add_softmax_backward(
         self, grad: Tensor, output: Tensor, grad_input: Tensor, log: bool, place: str, /
@@ -322,6 +353,33 @@ def layer_norm_backward(
     input: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    weight: Tensor | None,
+    grad_input: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    /,
+) -> None: ...
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_variance: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    output: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    /,
+) -> None: ...
+def batch_norm_backward(
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    rstd: Tensor | None,
+    running_variance: Tensor | None,
+    eps: float,
     weight: Tensor | None,
     grad_input: Tensor | None,
     grad_weight: Tensor | None,

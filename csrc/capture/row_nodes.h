@@ -1,5 +1,5 @@
-// Nodes that pass over the rows of matrices: layer normalisation, softmax and their gradients. Made in
-// csrc/python/capture_nodes.cpp. Their constructors raise an error for tensors that the kernels cannot take.
+// Nodes that pass over the rows of matrices: layer normalisation, batch normalisation, softmax and their gradients.
+// Made in csrc/python/capture_nodes.cpp. Their constructors raise an error for tensors that the kernels cannot take.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -40,6 +40,45 @@ class LayerNormBackwardNode final : public Node {
   const at::Tensor grad_, input_, mean_, rstd_;
   const std::optional<at::Tensor> weight_, grad_input_, grad_weight_, grad_bias_;
   operation::LayerNormBackward* pass_;
+};
+
+class BatchNormNode final : public Node {
+ public:
+  // input, output: [rows, columns], a row at least; all others [columns]. What is none is not there, or not computed.
+  // The running statistics are read, or in training read and written; mean, rstd: of the batch, written in training.
+  BatchNormNode(at::Tensor input, std::optional<at::Tensor> weight, std::optional<at::Tensor> bias,
+                std::optional<at::Tensor> running_mean, std::optional<at::Tensor> running_variance, bool training,
+                double momentum, double eps, std::optional<at::Tensor> output, std::optional<at::Tensor> mean,
+                std::optional<at::Tensor> rstd);
+  void run() override;
+  const char* name() const override { return "batch_norm"; }
+
+ private:
+  const at::Tensor input_;
+  const std::optional<at::Tensor> weight_, bias_, running_mean_, running_variance_;
+  const bool training_;
+  const double momentum_, eps_;
+  const std::optional<at::Tensor> output_, mean_, rstd_;
+  operation::BatchNorm* pass_;
+};
+
+class BatchNormBackwardNode final : public Node {
+ public:
+  // As of BatchNormNode. Either rstd, which training made of the batch, or running_variance, which the input did not
+  // take part in; `mean` is the one that belongs to it. A gradient that is none is not computed.
+  BatchNormBackwardNode(at::Tensor grad, at::Tensor input, at::Tensor mean, std::optional<at::Tensor> rstd,
+                        std::optional<at::Tensor> running_variance, double eps, std::optional<at::Tensor> weight,
+                        std::optional<at::Tensor> grad_input, std::optional<at::Tensor> grad_weight,
+                        std::optional<at::Tensor> grad_bias);
+  void run() override;
+  const char* name() const override { return "batch_norm_backward"; }
+
+ private:
+  const at::Tensor grad_, input_, mean_;
+  const std::optional<at::Tensor> rstd_, running_variance_;
+  const double eps_;
+  const std::optional<at::Tensor> weight_, grad_input_, grad_weight_, grad_bias_;
+  operation::BatchNormBackward* pass_;
 };
 
 class SoftmaxNode final : public Node {

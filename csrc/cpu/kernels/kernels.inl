@@ -10,6 +10,7 @@
 #include "elements.inl"
 #include "draws.inl"
 #include "rows.inl"
+#include "columns.inl"
 #include "softmax.inl"
 #include "panels.inl"
 
@@ -486,6 +487,7 @@ template <class S> struct Leaf {
       k.bernoulli = &Draw<S>::bernoulli;
       k.layer_norm = &Rows<S>::layer_norm;
       k.layer_norm_backward = &Rows<S>::layer_norm_backward;
+      k.batch_norm = &Columns<S>::kernels;
       k.softmax = &Softmax<S>::forward;
       k.softmax_backward = &Softmax<S>::backward;
     }
