@@ -169,6 +169,7 @@ class Tape:
         grad_of: int,
         held: bool,
         written: bool,
+        counted: bool,
         starts_with_grad: bool | None,
     ) -> int: ...
     def add_call(

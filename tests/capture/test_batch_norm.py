@@ -115,7 +115,7 @@ def test_training(name: str) -> None:
             assert torch.equal(found[key], tensor)
         else:
             assert distance(found[key], tensor) <= bounds[key], key
-    if "eval" not in name and "statistics" not in name:
+    if "eval" not in name and "statistics" not in name and between is not modes:
         moved = next(key for key in expected if "running_mean" in key).rsplit(" ", 1)[0]
         assert not torch.equal(found[f"{moved} {CALLS - 2}"], found[f"{moved} {CALLS - 1}"])
 
@@ -199,14 +199,14 @@ def test_statistics_that_are_a_parameter_too_stay_with_torch() -> None:
 
 
 def test_one_row_in_training_raises_as_in_torch() -> None:
-    norm = nn.BatchNorm1d(4)
+    norm, count = nn.BatchNorm1d(4), torch.tensor(5)
     captured = fastmlp.capture(lambda x: norm(x))
     for _ in range(4):
         captured(torch.randn(3, 4))
-    before = [buffer.clone() for buffer in norm.buffers()]
+    before = [*(buffer.clone() for buffer in norm.buffers())][:2]
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         captured(torch.randn(1, 4))
-    assert all(map(torch.equal, before, norm.buffers()))
+    assert all(map(torch.equal, [*before, count], norm.buffers()))  # torch's module counts the batch, then looks at it
     norm.eval()
     for _ in range(4):
         x = torch.randn(1, 4)

@@ -46,7 +46,8 @@ class Rounding(TorchDispatchMode):
         if isinstance(output, tuple):
             if func == _aten.native_batch_norm.default and args[5]:
                 self._move_statistics(*args)
-            return output[0] + self.signs(output[0]) * error(output[0], *args), *output[1:]
+            first = output[0]  # none where no gradient of the input is asked for
+            return first if first is None else first + self.signs(first) * error(first, *args), *output[1:]
         return output + self.signs(output) * error(output, *args) if output.is_floating_point() else output
 
     def _move_statistics(

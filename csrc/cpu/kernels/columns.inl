@@ -9,6 +9,14 @@ template <class S> struct Columns {
   static constexpr int lanes = M::lanes;
   static constexpr int64_t tile_rows = 32;  // also the longest chain of additions
   static constexpr int tile_vectors = 4;
+  static constexpr int64_t page_bytes = 4096;
+
+  // The rows of a tile that is written, too: at most a page of them, because a load waits for an earlier store if the
+  // addresses differ by pages.
+  static int64_t rows_of_page(int64_t columns) {
+    const int64_t rows = page_bytes / (columns * int64_t(sizeof(S)));
+    return rows < 1 ? 1 : rows < tile_rows ? rows : tile_rows;
+  }
 
   // Calls f.run<vectors>(j, left) for each stretch of columns from j on, of which `left` are there in all; less than a
   // vector only where there is one.
@@ -175,9 +183,9 @@ template <class S> struct Columns {
   };
 
   static void normalise(const BatchNormPass& p, int64_t begin, int64_t end, const S* mean, const S* rstd) {
-    const int64_t step = p.shape.columns;
-    for (int64_t from = begin; from < end; from += tile_rows) {
-      const int64_t rows = end - from < tile_rows ? end - from : tile_rows;
+    const int64_t step = p.shape.columns, most = rows_of_page(step);
+    for (int64_t from = begin; from < end; from += most) {
+      const int64_t rows = end - from < most ? end - from : most;
       over(step, Normalise{rows, step, static_cast<const S*>(p.input) + from * step, mean, rstd,
                            static_cast<const S*>(p.weight), static_cast<const S*>(p.bias),
                            static_cast<S*>(p.output) + from * step});
@@ -270,9 +278,9 @@ template <class S> struct Columns {
 
   static void gradient(const BatchNormBackwardPass& p, int64_t begin, int64_t end, const S* rstd, const S* plain,
                        const S* scaled) {
-    const int64_t step = p.shape.columns;
-    for (int64_t from = begin; from < end; from += tile_rows) {
-      const int64_t rows = end - from < tile_rows ? end - from : tile_rows;
+    const int64_t step = p.shape.columns, most = rows_of_page(step);
+    for (int64_t from = begin; from < end; from += most) {
+      const int64_t rows = end - from < most ? end - from : most;
       over(step, Gradient{rows, step, static_cast<const S*>(p.grad) + from * step,
                           static_cast<const S*>(p.input) + from * step, static_cast<const S*>(p.mean), rstd,
                           static_cast<const S*>(p.weight), plain, scaled, static_cast<S*>(p.grad_input) + from * step});
