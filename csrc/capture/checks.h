@@ -4,8 +4,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
-
 namespace fastmlp {
 
 // Of float32 or float64, [rows, columns] with a column at least.
@@ -22,7 +20,5 @@ template <class Operation> Operation* known(Operation* operation, const at::Tens
   TORCH_CHECK(operation, "fastmlp: there is no kernel of ", what, " for ", tensor.device());
   return operation;
 }
-
-inline void* pointer(const std::optional<at::Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
 
 }  // namespace fastmlp

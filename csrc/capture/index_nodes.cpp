@@ -1,15 +1,16 @@
-// Checks what nodes of indices are made of, and turns their tensors into pointers at each run.
+// Checks what nodes of indices are made of, describes it to the device, and raises for an index out of range.
 #include "index_nodes.h"
 
 #include <utility>
 
+#include "../tensors/devices.h"
 #include "../tensors/dtypes.h"
 #include "checks.h"
 
 namespace fastmlp {
 namespace {
 
-// Without its memory, which runs fill in.
+// Without its memory, which the tape fills in.
 Matrix strides_of(const at::Tensor& tensor) { return {nullptr, tensor.stride(0), tensor.stride(1)}; }
 
 // Torch's operators of one dimension raise RuntimeError.
@@ -31,163 +32,145 @@ ClassesPass classes_of(const at::Tensor& matrix, const at::Tensor& target, int64
 
 }  // namespace
 
-GatherNode::GatherNode(at::Tensor input, at::Tensor index, at::Tensor output)
-    : input_(std::move(input)), index_(std::move(index)), output_(std::move(output)) {
-  check_numbers(input_, "input");
-  check_numbers(output_, "output");
-  check_like(output_, "output", {input_.size(0), output_.size(1)}, input_);
-  check_gapless(output_, "output");
-  check_index(index_, "index", output_.sizes(), input_);
-  shape_ = {*dtype_of(input_.scalar_type()),
-            input_.size(0),
-            input_.size(1),
-            index_.size(1),
-            strides_of(input_),
-            strides_of(index_)};
-  pass_ = known(operations_for(input_).gather, input_, "gather");
+GatherNode::GatherNode(const at::Tensor& input, const at::Tensor& index, const at::Tensor& output) {
+  check_numbers(input, "input");
+  check_numbers(output, "output");
+  check_like(output, "output", {input.size(0), output.size(1)}, input);
+  check_gapless(output, "output");
+  check_index(index, "index", output.sizes(), input);
+  operation_ = known(operations_for(input).gather, input, "gather");
+  pass_ = {*dtype_of(input.scalar_type()),
+           input.size(0),
+           input.size(1),
+           index.size(1),
+           strides_of(input),
+           strides_of(index)};
+  keep(input, pass_.input.data);
+  keep(index, pass_.index.data);
+  keep(output, pass_.output);
 }
 
 void GatherNode::run() {
-  GatherPass pass = shape_;
-  pass.input.data = input_.data_ptr();
-  pass.index.data = index_.data_ptr();
-  pass.output = output_.data_ptr();
-  if (const int64_t* const outside = pass_(pass)) raise_outside(name(), *outside, pass.columns);
+  if (const int64_t* const outside = operation_(pass_)) raise_outside(name(), *outside, pass_.columns);
 }
 
-ScatterNode::ScatterNode(std::optional<at::Tensor> before, at::Tensor index, at::Tensor source, at::Tensor output,
-                         bool adds)
-    : before_(std::move(before)), index_(std::move(index)), source_(std::move(source)), output_(std::move(output)) {
-  check_numbers(output_, "output");
-  check_numbers(source_, "source");
-  check_gapless(output_, "output");
-  if (before_) check_like(*before_, "before", output_.sizes(), output_);
-  check_like(source_, "source", {output_.size(0), source_.size(1)}, output_);
-  check_index(index_, "index", source_.sizes(), output_);
-  shape_ = {*dtype_of(output_.scalar_type()),          output_.size(0),    output_.size(1),    index_.size(1), adds,
-            before_ ? strides_of(*before_) : Matrix{}, strides_of(index_), strides_of(source_)};
-  pass_ = known(operations_for(output_).scatter, output_, "scatter");
+ScatterNode::ScatterNode(const std::optional<at::Tensor>& before, const at::Tensor& index, const at::Tensor& source,
+                         const at::Tensor& output, bool adds) {
+  check_numbers(output, "output");
+  check_numbers(source, "source");
+  check_gapless(output, "output");
+  if (before) check_like(*before, "before", output.sizes(), output);
+  check_like(source, "source", {output.size(0), source.size(1)}, output);
+  check_index(index, "index", source.sizes(), output);
+  operation_ = known(operations_for(output).scatter, output, "scatter");
+  pass_ = {*dtype_of(output.scalar_type()),         output.size(0),    output.size(1),    index.size(1), adds,
+           before ? strides_of(*before) : Matrix{}, strides_of(index), strides_of(source)};
+  keep(before, pass_.before.data);
+  keep(index, pass_.index.data);
+  keep(source, pass_.source.data);
+  keep(output, pass_.output);
 }
 
 void ScatterNode::run() {
-  ScatterPass pass = shape_;
-  pass.before.data = pointer(before_);
-  pass.index.data = index_.data_ptr();
-  pass.source.data = source_.data_ptr();
-  pass.output = output_.data_ptr();
-  if (const int64_t* const outside = pass_(pass)) raise_outside(name(), *outside, pass.columns);
+  if (const int64_t* const outside = operation_(pass_)) raise_outside(name(), *outside, pass_.columns);
 }
 
-RowMaxNode::RowMaxNode(at::Tensor input, std::optional<at::Tensor> values, std::optional<at::Tensor> indices)
-    : input_(std::move(input)), values_(std::move(values)), indices_(std::move(indices)) {
-  check_numbers(input_, "input");
-  if (values_) {
-    check_like(*values_, "values", {input_.size(0), 1}, input_);
-    check_gapless(*values_, "values");
+RowMaxNode::RowMaxNode(const at::Tensor& input, const std::optional<at::Tensor>& values,
+                       const std::optional<at::Tensor>& indices)
+    : has_values_(values.has_value()) {
+  check_numbers(input, "input");
+  if (values) {
+    check_like(*values, "values", {input.size(0), 1}, input);
+    check_gapless(*values, "values");
   }
-  if (indices_) {
-    check_index(*indices_, "indices", {input_.size(0), 1}, input_);
-    check_gapless(*indices_, "indices");
+  if (indices) {
+    check_index(*indices, "indices", {input.size(0), 1}, input);
+    check_gapless(*indices, "indices");
   }
-  shape_ = {*dtype_of(input_.scalar_type()), input_.size(0), input_.size(1), strides_of(input_)};
-  pass_ = known(operations_for(input_).row_max, input_, "max");
+  operation_ = known(operations_for(input).row_max, input, "max");
+  pass_ = {*dtype_of(input.scalar_type()), input.size(0), input.size(1), strides_of(input)};
+  keep(input, pass_.input.data);
+  keep(values, pass_.values);
+  keep(indices, pass_.indices);
 }
 
-void RowMaxNode::run() {
-  RowMaxPass pass = shape_;
-  pass.input.data = input_.data_ptr();
-  pass.values = pointer(values_);
-  pass.indices = static_cast<int64_t*>(pointer(indices_));
-  pass_(pass);
-}
-
-TakeRowsNode::TakeRowsNode(at::Tensor table, at::Tensor index, at::Tensor output, std::string operation)
-    : table_(std::move(table)), index_(std::move(index)), output_(std::move(output)), operation_(std::move(operation)) {
-  check_numbers(table_, "table");
-  TORCH_CHECK_VALUE(table_.stride(1) == 1,
-                    "fastmlp: table has gaps between columns, expected none; make it contiguous");
-  check_numbers(output_, "output");
-  check_like(output_, "output", {output_.size(0), table_.size(1)}, table_);
-  check_gapless(output_, "output");
-  check_index(index_, "index", {output_.size(0), 1}, table_);
-  shape_ = {*dtype_of(table_.scalar_type()),
-            table_.size(0),
-            table_.size(1),
-            index_.size(0),
-            strides_of(table_),
-            strides_of(index_)};
-  pass_ = known(operations_for(table_).take_rows, table_, "rows by their numbers");
+TakeRowsNode::TakeRowsNode(const at::Tensor& table, const at::Tensor& index, const at::Tensor& output,
+                           std::string operation)
+    : name_(std::move(operation)) {
+  check_numbers(table, "table");
+  TORCH_CHECK_VALUE(table.stride(1) == 1, "fastmlp: table has gaps between columns, expected none; make it contiguous");
+  check_numbers(output, "output");
+  check_like(output, "output", {output.size(0), table.size(1)}, table);
+  check_gapless(output, "output");
+  check_index(index, "index", {output.size(0), 1}, table);
+  operation_ = known(operations_for(table).take_rows, table, "rows by their numbers");
+  pass_ = {*dtype_of(table.scalar_type()),
+           table.size(0),
+           table.size(1),
+           index.size(0),
+           strides_of(table),
+           strides_of(index)};
+  keep(table, pass_.table.data);
+  keep(index, pass_.index.data);
+  keep(output, pass_.output);
 }
 
 void TakeRowsNode::run() {
-  TakeRowsPass pass = shape_;
-  pass.table.data = table_.data_ptr();
-  pass.index.data = index_.data_ptr();
-  pass.output = output_.data_ptr();
-  const int64_t* const outside = pass_(pass);
+  const int64_t* const outside = operation_(pass_);
   TORCH_CHECK_INDEX(!outside, "fastmlp: ", name(), ": index ", *outside, " is out of range, expected 0 to ",
-                    pass.rows - 1, ", because there are ", pass.rows, " rows; pass indices of rows that exist");
+                    pass_.rows - 1, ", because there are ", pass_.rows, " rows; pass indices of rows that exist");
 }
 
-AddRowsNode::AddRowsNode(at::Tensor source, at::Tensor index, int64_t skipped, at::Tensor output)
-    : source_(std::move(source)), index_(std::move(index)), output_(std::move(output)) {
-  check_numbers(source_, "source");
-  check_numbers(output_, "output");
-  check_like(output_, "output", {output_.size(0), source_.size(1)}, source_);
-  check_gapless(output_, "output");
-  check_index(index_, "index", {source_.size(0), 1}, source_);
-  shape_ = {*dtype_of(source_.scalar_type()),
-            output_.size(0),
-            output_.size(1),
-            index_.size(0),
-            skipped,
-            strides_of(source_),
-            strides_of(index_)};
-  pass_ = known(operations_for(source_).add_rows, source_, "sums of rows by their numbers");
+AddRowsNode::AddRowsNode(const at::Tensor& source, const at::Tensor& index, int64_t skipped, const at::Tensor& output) {
+  check_numbers(source, "source");
+  check_numbers(output, "output");
+  check_like(output, "output", {output.size(0), source.size(1)}, source);
+  check_gapless(output, "output");
+  check_index(index, "index", {source.size(0), 1}, source);
+  operation_ = known(operations_for(source).add_rows, source, "sums of rows by their numbers");
+  pass_ = {*dtype_of(source.scalar_type()),
+           output.size(0),
+           output.size(1),
+           index.size(0),
+           skipped,
+           strides_of(source),
+           strides_of(index)};
+  keep(source, pass_.source.data);
+  keep(index, pass_.index.data);
+  keep(output, pass_.output);
 }
 
-void AddRowsNode::run() {
-  AddRowsPass pass = shape_;
-  pass.source.data = source_.data_ptr();
-  pass.index.data = index_.data_ptr();
-  pass.output = output_.data_ptr();
-  pass_(pass);
-}
-
-NllNode::NllNode(at::Tensor input, at::Tensor target, int64_t ignored, bool mean, at::Tensor loss, at::Tensor total)
-    : input_(std::move(input)), target_(std::move(target)), loss_(std::move(loss)), total_(std::move(total)) {
-  shape_ = {classes_of(input_, target_, ignored, mean), strides_of(input_)};
-  check_like(loss_, "loss", {}, input_);
-  check_like(total_, "total", {}, input_);
-  pass_ = known(operations_for(input_).nll, input_, "nll_loss");
+NllNode::NllNode(const at::Tensor& input, const at::Tensor& target, int64_t ignored, bool mean, const at::Tensor& loss,
+                 const at::Tensor& total) {
+  pass_ = {classes_of(input, target, ignored, mean), strides_of(input)};
+  check_like(loss, "loss", {}, input);
+  check_like(total, "total", {}, input);
+  operation_ = known(operations_for(input).nll, input, "nll_loss");
+  keep(input, pass_.input.data);
+  keep(target, pass_.classes.target.data);
+  keep(loss, pass_.loss);
+  keep(total, pass_.total);
 }
 
 void NllNode::run() {
-  NllPass pass = shape_;
-  pass.input.data = input_.data_ptr();
-  pass.classes.target.data = target_.data_ptr();
-  pass.loss = loss_.data_ptr();
-  pass.total = total_.data_ptr();
-  if (const int64_t* const outside = pass_(pass)) raise_class(name(), *outside, pass.classes);
+  if (const int64_t* const outside = operation_(pass_)) raise_class(name(), *outside, pass_.classes);
 }
 
-NllBackwardNode::NllBackwardNode(at::Tensor grad, at::Tensor target, at::Tensor total, int64_t ignored, bool mean,
-                                 at::Tensor grad_input)
-    : grad_(std::move(grad)), target_(std::move(target)), total_(std::move(total)), grad_input_(std::move(grad_input)) {
-  shape_.classes = classes_of(grad_input_, target_, ignored, mean);
-  check_gapless(grad_input_, "grad_input");
-  check_like(grad_, "grad", {}, grad_input_);
-  check_like(total_, "total", {}, grad_input_);
-  pass_ = known(operations_for(grad_input_).nll_backward, grad_input_, "nll_loss");
+NllBackwardNode::NllBackwardNode(const at::Tensor& grad, const at::Tensor& target, const at::Tensor& total,
+                                 int64_t ignored, bool mean, const at::Tensor& grad_input) {
+  pass_.classes = classes_of(grad_input, target, ignored, mean);
+  check_gapless(grad_input, "grad_input");
+  check_like(grad, "grad", {}, grad_input);
+  check_like(total, "total", {}, grad_input);
+  operation_ = known(operations_for(grad_input).nll_backward, grad_input, "nll_loss");
+  keep(grad, pass_.grad);
+  keep(target, pass_.classes.target.data);
+  keep(total, pass_.total);
+  keep(grad_input, pass_.grad_input);
 }
 
 void NllBackwardNode::run() {
-  NllBackwardPass pass = shape_;
-  pass.classes.target.data = target_.data_ptr();
-  pass.grad = grad_.data_ptr();
-  pass.total = total_.data_ptr();
-  pass.grad_input = grad_input_.data_ptr();
-  if (const int64_t* const outside = pass_(pass)) raise_class(name(), *outside, pass.classes);
+  if (const int64_t* const outside = operation_(pass_)) raise_class(name(), *outside, pass_.classes);
 }
 
 }  // namespace fastmlp

@@ -8,104 +8,76 @@
 #include <optional>
 #include <string>
 
-#include "../tensors/devices.h"
+#include "../contract/indices.h"
 #include "node.h"
 
 namespace fastmlp {
 
-class GatherNode final : public Node {
+// The operation returns the first index out of range, or null.
+template <class Pass> using CheckedNode = PassNode<Pass, const int64_t*>;
+
+class GatherNode final : public CheckedNode<GatherPass> {
  public:
   // input: [rows, columns]; index, output: [rows, picks].
-  GatherNode(at::Tensor input, at::Tensor index, at::Tensor output);
+  GatherNode(const at::Tensor& input, const at::Tensor& index, const at::Tensor& output);
   void run() override;
   const char* name() const override { return "gather"; }
-
- private:
-  const at::Tensor input_, index_, output_;
-  GatherPass shape_;
-  operation::Gather* pass_;
 };
 
-class ScatterNode final : public Node {
+class ScatterNode final : public CheckedNode<ScatterPass> {
  public:
   // before, output: [rows, columns]; index, source: [rows, picks]. Without `before`, zeros stand for it.
-  ScatterNode(std::optional<at::Tensor> before, at::Tensor index, at::Tensor source, at::Tensor output, bool adds);
+  ScatterNode(const std::optional<at::Tensor>& before, const at::Tensor& index, const at::Tensor& source,
+              const at::Tensor& output, bool adds);
   void run() override;
-  const char* name() const override { return shape_.adds ? "scatter_add" : "scatter"; }
-
- private:
-  const std::optional<at::Tensor> before_;
-  const at::Tensor index_, source_, output_;
-  ScatterPass shape_;
-  operation::Scatter* pass_;
+  const char* name() const override { return pass_.adds ? "scatter_add" : "scatter"; }
 };
 
-class RowMaxNode final : public Node {
+class RowMaxNode final : public PassNode<RowMaxPass> {
  public:
   // input: [rows, columns]; values, indices: [rows, 1], or none where not asked for.
-  RowMaxNode(at::Tensor input, std::optional<at::Tensor> values, std::optional<at::Tensor> indices);
-  void run() override;
-  const char* name() const override { return values_ ? "max" : "argmax"; }
+  RowMaxNode(const at::Tensor& input, const std::optional<at::Tensor>& values,
+             const std::optional<at::Tensor>& indices);
+  const char* name() const override { return has_values_ ? "max" : "argmax"; }
 
  private:
-  const at::Tensor input_;
-  const std::optional<at::Tensor> values_, indices_;
-  RowMaxPass shape_;
-  operation::RowMax* pass_;
+  bool has_values_;
 };
 
-class TakeRowsNode final : public Node {
+class TakeRowsNode final : public CheckedNode<TakeRowsPass> {
  public:
   // table: [rows, columns]; index: [picks, 1]; output: [picks, columns]. `operation` is torch's operator, for errors.
-  TakeRowsNode(at::Tensor table, at::Tensor index, at::Tensor output, std::string operation);
+  TakeRowsNode(const at::Tensor& table, const at::Tensor& index, const at::Tensor& output, std::string operation);
   void run() override;
-  const char* name() const override { return operation_.c_str(); }
+  const char* name() const override { return name_.c_str(); }
 
  private:
-  const at::Tensor table_, index_, output_;
-  const std::string operation_;
-  TakeRowsPass shape_;
-  operation::TakeRows* pass_;
+  const std::string name_;
 };
 
-class AddRowsNode final : public Node {
+class AddRowsNode final : public PassNode<AddRowsPass> {
  public:
   // source: [picks, columns]; index: [picks, 1]; output: [rows, columns].
-  AddRowsNode(at::Tensor source, at::Tensor index, int64_t skipped, at::Tensor output);
-  void run() override;
+  AddRowsNode(const at::Tensor& source, const at::Tensor& index, int64_t skipped, const at::Tensor& output);
   const char* name() const override { return "embedding_backward"; }
-
- private:
-  const at::Tensor source_, index_, output_;
-  AddRowsPass shape_;
-  operation::AddRows* pass_;
 };
 
-class NllNode final : public Node {
+class NllNode final : public CheckedNode<NllPass> {
  public:
   // input: [rows, columns]; target: [rows, 1]; loss, total: [].
-  NllNode(at::Tensor input, at::Tensor target, int64_t ignored, bool mean, at::Tensor loss, at::Tensor total);
+  NllNode(const at::Tensor& input, const at::Tensor& target, int64_t ignored, bool mean, const at::Tensor& loss,
+          const at::Tensor& total);
   void run() override;
   const char* name() const override { return "nll_loss"; }
-
- private:
-  const at::Tensor input_, target_, loss_, total_;
-  NllPass shape_;
-  operation::Nll* pass_;
 };
 
-class NllBackwardNode final : public Node {
+class NllBackwardNode final : public CheckedNode<NllBackwardPass> {
  public:
   // grad, total: []; target: [rows, 1]; grad_input: [rows, columns].
-  NllBackwardNode(at::Tensor grad, at::Tensor target, at::Tensor total, int64_t ignored, bool mean,
-                  at::Tensor grad_input);
+  NllBackwardNode(const at::Tensor& grad, const at::Tensor& target, const at::Tensor& total, int64_t ignored, bool mean,
+                  const at::Tensor& grad_input);
   void run() override;
   const char* name() const override { return "nll_loss_backward"; }
-
- private:
-  const at::Tensor grad_, target_, total_, grad_input_;
-  NllBackwardPass shape_;
-  operation::NllBackward* pass_;
 };
 
 }  // namespace fastmlp

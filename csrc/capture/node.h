@@ -5,7 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <utility>
+#include <optional>
 #include <vector>
 
 namespace fastmlp {
@@ -46,9 +46,24 @@ class Node {
     if (tensor.defined()) pointers_.push_back({tensor, &place});
   }
   void keep(const at::Tensor& tensor, const void*& place) { keep(tensor, const_cast<void*&>(place)); }
+  template <class Place> void keep(const std::optional<at::Tensor>& tensor, Place& place) {
+    if (tensor) keep(*tensor, place);
+  }
 
  private:
   std::vector<Pointer> pointers_;
+};
+
+// A node that is one call of a device's operation with a pass of csrc/contract/.
+template <class Pass, class Result = void> class PassNode : public Node {
+ public:
+  void run() override { operation_(pass_); }
+
+ protected:
+  using Node::keep;
+
+  Pass pass_;
+  Result (*operation_)(const Pass&) = nullptr;
 };
 
 }  // namespace fastmlp

@@ -48,6 +48,7 @@ ProductNode::ProductNode(const ProductTensors& tensors, const ActivationSpec& ac
   if (bias.defined()) pass_.bias.stride = bias.stride(0);
   pass_.row_stride = pass_.m == 1 ? pass_.n : output.stride(0);
   pass_.activation = activation;
+  operation_ = operations_for(a).multiply;
   keep(a, pass_.a.data);
   keep(b, pass_.b.data);
   keep(bias, pass_.bias.data);
@@ -55,7 +56,5 @@ ProductNode::ProductNode(const ProductTensors& tensors, const ActivationSpec& ac
   keep(pre_activation, pass_.pre_activation);
   keep(row_sums, pass_.row_sums);
 }
-
-void ProductNode::run() { operations_on(host.type())->multiply(pass_); }
 
 }  // namespace fastmlp

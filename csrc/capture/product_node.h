@@ -14,15 +14,11 @@ struct ProductTensors {
   at::Tensor a, b, bias, output, pre_activation, row_sums;
 };
 
-class ProductNode final : public Node {
+class ProductNode final : public PassNode<ProductPass> {
  public:
   // Raises TypeError or ValueError for tensors that do not fit together.
   ProductNode(const ProductTensors& tensors, const ActivationSpec& activation);
-  void run() override;
   const char* name() const override { return "product"; }
-
- private:
-  ProductPass pass_;
 };
 
 }  // namespace fastmlp

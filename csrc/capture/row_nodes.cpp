@@ -1,8 +1,7 @@
-// Checks what nodes of rows are made of, and turns their tensors into pointers at each run.
+// Checks what nodes of rows are made of, and describes it to the device.
 #include "row_nodes.h"
 
-#include <utility>
-
+#include "../tensors/devices.h"
 #include "../tensors/dtypes.h"
 #include "checks.h"
 
@@ -23,6 +22,11 @@ void check_matrix(const at::Tensor& tensor, const char* name) {
   check_gapless(tensor, name);
 }
 
+void check_batch(const at::Tensor& tensor, const char* name) {
+  check_matrix(tensor, name);
+  TORCH_CHECK_VALUE(tensor.size(0) > 0, "fastmlp: ", name, " is ", tensor.sizes(), ", expected a row at least");
+}
+
 void check_softmax(const at::Tensor& tensor, const char* name) {
   check_matrix(tensor, name);
   TORCH_CHECK_VALUE(tensor.size(1) <= most_softmax_columns, "fastmlp: ", name, " has ", tensor.size(1),
@@ -35,77 +39,138 @@ RowsShape shape_of(const at::Tensor& matrix) {
 
 }  // namespace
 
-LayerNormNode::LayerNormNode(at::Tensor input, std::optional<at::Tensor> weight, std::optional<at::Tensor> bias,
-                             double eps, at::Tensor output, at::Tensor mean, at::Tensor rstd)
-    : input_(std::move(input)),
-      weight_(std::move(weight)),
-      bias_(std::move(bias)),
-      eps_(eps),
-      output_(std::move(output)),
-      mean_(std::move(mean)),
-      rstd_(std::move(rstd)) {
-  check_matrix(input_, "input");
-  const at::IntArrayRef rows = input_.sizes().slice(0, 1), columns = input_.sizes().slice(1);
-  check(weight_, "weight", columns, input_);
-  check(bias_, "bias", columns, input_);
-  check(output_, "output", input_.sizes(), input_);
-  check(mean_, "mean", rows, input_);
-  check(rstd_, "rstd", rows, input_);
-  pass_ = known(operations_for(input_).layer_norm, input_, "layer normalisation");
+LayerNormNode::LayerNormNode(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                             const std::optional<at::Tensor>& bias, double eps, const at::Tensor& output,
+                             const at::Tensor& mean, const at::Tensor& rstd) {
+  check_matrix(input, "input");
+  const at::IntArrayRef rows = input.sizes().slice(0, 1), columns = input.sizes().slice(1);
+  check(weight, "weight", columns, input);
+  check(bias, "bias", columns, input);
+  check(output, "output", input.sizes(), input);
+  check(mean, "mean", rows, input);
+  check(rstd, "rstd", rows, input);
+  operation_ = known(operations_for(input).layer_norm, input, "layer normalisation");
+  pass_.shape = shape_of(input);
+  pass_.eps = eps;
+  keep(input, pass_.input);
+  keep(weight, pass_.weight);
+  keep(bias, pass_.bias);
+  keep(output, pass_.output);
+  keep(mean, pass_.mean);
+  keep(rstd, pass_.rstd);
 }
 
-void LayerNormNode::run() {
-  pass_({shape_of(input_), input_.data_ptr(), pointer(weight_), pointer(bias_), eps_, output_.data_ptr(),
-         mean_.data_ptr(), rstd_.data_ptr()});
+LayerNormBackwardNode::LayerNormBackwardNode(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& mean,
+                                             const at::Tensor& rstd, const std::optional<at::Tensor>& weight,
+                                             const std::optional<at::Tensor>& grad_input,
+                                             const std::optional<at::Tensor>& grad_weight,
+                                             const std::optional<at::Tensor>& grad_bias) {
+  check_matrix(grad, "grad");
+  const at::IntArrayRef rows = grad.sizes().slice(0, 1), columns = grad.sizes().slice(1);
+  check(input, "input", grad.sizes(), grad);
+  check(mean, "mean", rows, grad);
+  check(rstd, "rstd", rows, grad);
+  check(weight, "weight", columns, grad);
+  check(grad_input, "grad_input", grad.sizes(), grad);
+  check(grad_weight, "grad_weight", columns, grad);
+  check(grad_bias, "grad_bias", columns, grad);
+  operation_ = known(operations_for(grad).layer_norm_backward, grad, "layer normalisation");
+  pass_.shape = shape_of(grad);
+  keep(grad, pass_.grad);
+  keep(input, pass_.input);
+  keep(mean, pass_.mean);
+  keep(rstd, pass_.rstd);
+  keep(weight, pass_.weight);
+  keep(grad_input, pass_.grad_input);
+  keep(grad_weight, pass_.grad_weight);
+  keep(grad_bias, pass_.grad_bias);
 }
 
-LayerNormBackwardNode::LayerNormBackwardNode(at::Tensor grad, at::Tensor input, at::Tensor mean, at::Tensor rstd,
-                                             std::optional<at::Tensor> weight, std::optional<at::Tensor> grad_input,
-                                             std::optional<at::Tensor> grad_weight, std::optional<at::Tensor> grad_bias)
-    : grad_(std::move(grad)),
-      input_(std::move(input)),
-      mean_(std::move(mean)),
-      rstd_(std::move(rstd)),
-      weight_(std::move(weight)),
-      grad_input_(std::move(grad_input)),
-      grad_weight_(std::move(grad_weight)),
-      grad_bias_(std::move(grad_bias)) {
-  check_matrix(grad_, "grad");
-  const at::IntArrayRef rows = grad_.sizes().slice(0, 1), columns = grad_.sizes().slice(1);
-  check(input_, "input", grad_.sizes(), grad_);
-  check(mean_, "mean", rows, grad_);
-  check(rstd_, "rstd", rows, grad_);
-  check(weight_, "weight", columns, grad_);
-  check(grad_input_, "grad_input", grad_.sizes(), grad_);
-  check(grad_weight_, "grad_weight", columns, grad_);
-  check(grad_bias_, "grad_bias", columns, grad_);
-  pass_ = known(operations_for(grad_).layer_norm_backward, grad_, "layer normalisation");
+BatchNormNode::BatchNormNode(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                             const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
+                             const std::optional<at::Tensor>& running_variance, bool training, double momentum,
+                             double eps, const std::optional<at::Tensor>& output, const std::optional<at::Tensor>& mean,
+                             const std::optional<at::Tensor>& rstd) {
+  check_batch(input, "input");
+  const at::IntArrayRef columns = input.sizes().slice(1);
+  check(weight, "weight", columns, input);
+  check(bias, "bias", columns, input);
+  check(running_mean, "running_mean", columns, input);
+  check(running_variance, "running_variance", columns, input);
+  check(output, "output", input.sizes(), input);
+  check(mean, "mean", columns, input);
+  check(rstd, "rstd", columns, input);
+  TORCH_CHECK_VALUE(training || (running_mean && running_variance),
+                    "fastmlp: running_mean or running_variance is missing, expected both where training is false");
+  operation_ = known(operations_for(input).batch_norm, input, "batch normalisation");
+  pass_.shape = shape_of(input);
+  pass_.training = training;
+  pass_.momentum = momentum;
+  pass_.eps = eps;
+  keep(input, pass_.input);
+  keep(weight, pass_.weight);
+  keep(bias, pass_.bias);
+  keep(running_mean, pass_.running_mean);
+  keep(running_variance, pass_.running_variance);
+  keep(output, pass_.output);
+  keep(mean, pass_.mean);
+  keep(rstd, pass_.rstd);
 }
 
-void LayerNormBackwardNode::run() {
-  pass_({shape_of(grad_), grad_.data_ptr(), input_.data_ptr(), mean_.data_ptr(), rstd_.data_ptr(), pointer(weight_),
-         pointer(grad_input_), pointer(grad_weight_), pointer(grad_bias_)});
+BatchNormBackwardNode::BatchNormBackwardNode(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& mean,
+                                             const std::optional<at::Tensor>& rstd,
+                                             const std::optional<at::Tensor>& running_variance, double eps,
+                                             const std::optional<at::Tensor>& weight,
+                                             const std::optional<at::Tensor>& grad_input,
+                                             const std::optional<at::Tensor>& grad_weight,
+                                             const std::optional<at::Tensor>& grad_bias) {
+  check_batch(grad, "grad");
+  const at::IntArrayRef columns = grad.sizes().slice(1);
+  check(input, "input", grad.sizes(), grad);
+  check(mean, "mean", columns, grad);
+  check(rstd, "rstd", columns, grad);
+  check(running_variance, "running_variance", columns, grad);
+  check(weight, "weight", columns, grad);
+  check(grad_input, "grad_input", grad.sizes(), grad);
+  check(grad_weight, "grad_weight", columns, grad);
+  check(grad_bias, "grad_bias", columns, grad);
+  TORCH_CHECK_VALUE(rstd.has_value() != running_variance.has_value(), "fastmlp: rstd and running_variance are ",
+                    rstd ? "both given" : "both missing", ", expected one of them");
+  operation_ = known(operations_for(grad).batch_norm_backward, grad, "batch normalisation");
+  pass_.shape = shape_of(grad);
+  pass_.eps = eps;
+  keep(grad, pass_.grad);
+  keep(input, pass_.input);
+  keep(mean, pass_.mean);
+  keep(rstd, pass_.rstd);
+  keep(running_variance, pass_.running_variance);
+  keep(weight, pass_.weight);
+  keep(grad_input, pass_.grad_input);
+  keep(grad_weight, pass_.grad_weight);
+  keep(grad_bias, pass_.grad_bias);
 }
 
-SoftmaxNode::SoftmaxNode(at::Tensor input, at::Tensor output, bool log)
-    : input_(std::move(input)), output_(std::move(output)), log_(log) {
-  check_softmax(input_, "input");
-  check(output_, "output", input_.sizes(), input_);
-  pass_ = known(operations_for(input_).softmax, input_, "softmax");
+SoftmaxNode::SoftmaxNode(const at::Tensor& input, const at::Tensor& output, bool log) {
+  check_softmax(input, "input");
+  check(output, "output", input.sizes(), input);
+  operation_ = known(operations_for(input).softmax, input, "softmax");
+  pass_.shape = shape_of(input);
+  pass_.log = log;
+  keep(input, pass_.input);
+  keep(output, pass_.output);
 }
 
-void SoftmaxNode::run() { pass_({shape_of(input_), log_, input_.data_ptr(), output_.data_ptr()}); }
-
-SoftmaxBackwardNode::SoftmaxBackwardNode(at::Tensor grad, at::Tensor output, at::Tensor grad_input, bool log)
-    : grad_(std::move(grad)), output_(std::move(output)), grad_input_(std::move(grad_input)), log_(log) {
-  check_softmax(grad_, "grad");
-  check(output_, "output", grad_.sizes(), grad_);
-  check(grad_input_, "grad_input", grad_.sizes(), grad_);
-  pass_ = known(operations_for(grad_).softmax_backward, grad_, "softmax");
-}
-
-void SoftmaxBackwardNode::run() {
-  pass_({shape_of(grad_), log_, grad_.data_ptr(), output_.data_ptr(), grad_input_.data_ptr()});
+SoftmaxBackwardNode::SoftmaxBackwardNode(const at::Tensor& grad, const at::Tensor& output, const at::Tensor& grad_input,
+                                         bool log) {
+  check_softmax(grad, "grad");
+  check(output, "output", grad.sizes(), grad);
+  check(grad_input, "grad_input", grad.sizes(), grad);
+  operation_ = known(operations_for(grad).softmax_backward, grad, "softmax");
+  pass_.shape = shape_of(grad);
+  pass_.log = log;
+  keep(grad, pass_.grad);
+  keep(output, pass_.output);
+  keep(grad_input, pass_.grad_input);
 }
 
 }  // namespace fastmlp

@@ -405,7 +405,7 @@ std::vector<at::Tensor> Tape::results() {
 
 void Tape::end() {
   for (const External& external : externals_) {
-    if (!external.written) continue;
+    if (!external.counted) continue;
     const at::Tensor& tensor = found(external);
     if (tensor.defined() && !tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
   }

@@ -37,6 +37,7 @@ struct External {
   int grad_of = -1;      // the index of the external whose .grad it is, or -1
   at::Tensor held;       // the tensor itself, if it is neither
   bool written = false;  // by the step
+  bool counted = false;  // and as a change of its version, which some operators do not do
   at::ScalarType dtype = at::kFloat;
   std::vector<int64_t> sizes, strides;
   bool requires_grad = false;

@@ -34,7 +34,7 @@ struct RowMaxPass {
   Matrix input;  // [rows, columns]
   // [rows]. Null where not asked for.
   void* values = nullptr;
-  int64_t* indices = nullptr;
+  void* indices = nullptr;  // int64
 };
 
 // output[p] = table[index[p]].

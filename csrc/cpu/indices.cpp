@@ -72,7 +72,7 @@ template <class S> void largest_of_rows(const RowMaxPass& pass, int64_t begin, i
       place = larger ? c : place;
     }
     if (values) values[r] = most;
-    if (pass.indices) pass.indices[r] = place;
+    if (pass.indices) static_cast<int64_t*>(pass.indices)[r] = place;
   }
 }
 

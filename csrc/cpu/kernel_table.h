@@ -125,6 +125,31 @@ template <class S> using PanelKernel = void (*)(const PanelTile<S>&);
 
 constexpr int most_panels = 4;  // side by side in a tile
 
+// Passes over the columns of a gapless matrix. Moments of columns are their means, and their sums of squared deviations
+// from these.
+template <class S> struct BatchNormKernels {
+  // Joins rows to `before` earlier ones, whose moments these are; x is the first of `columns`, `step` from row to row.
+  void (*add_rows)(int64_t rows, int64_t columns, int64_t step, const S* x, int64_t before, S* mean, S* squares);
+  // Joins the moments of `more` rows.
+  void (*join)(int64_t columns, int64_t before, S* mean, S* squares, int64_t more, const S* their_mean,
+               const S* their_squares);
+  // Writes what training makes of the moments of the batch; the sums become 1 / sqrt(variance + eps).
+  void (*settle)(const BatchNormPass&, const S* mean, S* squares);
+  // 1 / sqrt(variance + eps) of the running variance.
+  void (*rstd)(int64_t columns, const S* variance, double eps, S* rstd);
+  // Rows [begin, end) of the output.
+  void (*normalise)(const BatchNormPass&, int64_t begin, int64_t end, const S* mean, const S* rstd);
+  // Adds, over rows, g and g (x - mean).
+  void (*add_gradients)(int64_t rows, int64_t columns, int64_t step, const S* g, const S* x, const S* mean, S* plain,
+                        S* scaled);
+  // Writes the gradients of weight and bias that follow from these sums, which become the two of `gradient`.
+  void (*settle_gradients)(const BatchNormBackwardPass&, const S* rstd, S* plain, S* scaled);
+  // Rows [begin, end) of the input's gradient, (g - plain - (x - mean) scaled) rstd weight; plain and scaled are null
+  // where the mean and rstd do not depend on the input.
+  void (*gradient)(const BatchNormBackwardPass&, int64_t begin, int64_t end, const S* rstd, const S* plain,
+                   const S* scaled);
+};
+
 template <class S> struct Kernels {
   using C = Compute<S>;
   int64_t mr, nr;      // register tile
@@ -170,6 +195,7 @@ template <class S> struct Kernels {
   // null, the shares that its rows have in the gradients of weight and bias.
   void (*layer_norm)(const LayerNormPass&, int64_t begin, int64_t end);
   void (*layer_norm_backward)(const LayerNormBackwardPass&, int64_t begin, int64_t end, S* weight_sums, S* bias_sums);
+  const BatchNormKernels<S>* batch_norm;  // null for 16 bits
   void (*softmax)(const SoftmaxPass&, int64_t begin, int64_t end);
   void (*softmax_backward)(const SoftmaxBackwardPass&, int64_t begin, int64_t end);
 

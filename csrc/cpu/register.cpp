@@ -262,6 +262,8 @@ const RegisterDevice registered(c10::kCPU, [] {
   all.draws_as_torch = &draws_as_torch;
   all.layer_norm = [](const LayerNormPass& pass) { layer_norm(pass, threads()); };
   all.layer_norm_backward = [](const LayerNormBackwardPass& pass) { layer_norm_backward(pass, threads()); };
+  all.batch_norm = [](const BatchNormPass& pass) { batch_norm(pass, threads()); };
+  all.batch_norm_backward = [](const BatchNormBackwardPass& pass) { batch_norm_backward(pass, threads()); };
   all.softmax = [](const SoftmaxPass& pass) { softmax(pass, threads()); };
   all.softmax_columns = &softmax_columns;
   all.softmax_backward = [](const SoftmaxBackwardPass& pass) { softmax_backward(pass, threads()); };

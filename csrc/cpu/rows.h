@@ -7,6 +7,8 @@ namespace fastmlp::cpu {
 
 void layer_norm(const LayerNormPass& pass, int threads);
 void layer_norm_backward(const LayerNormBackwardPass& pass, int threads);
+void batch_norm(const BatchNormPass& pass, int threads);
+void batch_norm_backward(const BatchNormBackwardPass& pass, int threads);
 void softmax(const SoftmaxPass& pass, int threads);
 void softmax_backward(const SoftmaxBackwardPass& pass, int threads);
 // Rows of more columns than this fill a vector of float32.

@@ -49,13 +49,14 @@ void add_call(Tape& tape, const std::string& name, const std::string& overload, 
 }
 
 int add_external(Tape& tape, int memory, const at::Tensor& like, int argument, int grad_of, bool held, bool written,
-                 std::optional<bool> starts_with_grad) {
+                 bool counted, std::optional<bool> starts_with_grad) {
   External external;
   external.memory = memory;
   external.argument = argument;
   external.grad_of = grad_of;
   if (held) external.held = like;
   external.written = written;
+  external.counted = counted;
   external.dtype = like.scalar_type();
   external.sizes = like.sizes().vec();
   external.strides = like.strides().vec();
@@ -121,7 +122,7 @@ void add_capture(py::module_& m) {
               int64_t offset) { return tape.add_tensor(memory, like.scalar_type(), sizes, strides, offset); })
       .def("tensor", [](const Tape& tape, int index) { return tape.tensor(index); })
       .def("add_external", &add_external, py::arg("memory"), py::arg("like"), py::arg("argument"), py::arg("grad_of"),
-           py::arg("held"), py::arg("written"), py::arg("starts_with_grad"))
+           py::arg("held"), py::arg("written"), py::arg("counted"), py::arg("starts_with_grad"))
       .def("add_call", &add_call)
       .def("add_grad", &Tape::add_grad)
       .def("add_check", &Tape::add_check)

@@ -92,6 +92,12 @@ void add_capture_nodes(py::module_& m, py::class_<Tape, std::shared_ptr<Tape>>& 
   add(m, tape, "add_layer_norm_backward", "layer_norm_backward",
       &made_of<LayerNormBackwardNode, Tensor, Tensor, Tensor, Tensor, MaybeTensor, MaybeTensor, MaybeTensor,
                MaybeTensor>);
+  add(m, tape, "add_batch_norm", "batch_norm",
+      &made_of<BatchNormNode, Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, bool, double, double,
+               MaybeTensor, MaybeTensor, MaybeTensor>);
+  add(m, tape, "add_batch_norm_backward", "batch_norm_backward",
+      &made_of<BatchNormBackwardNode, Tensor, Tensor, Tensor, MaybeTensor, MaybeTensor, double, MaybeTensor,
+               MaybeTensor, MaybeTensor, MaybeTensor>);
   add(m, tape, "add_softmax", "softmax", &made_of<SoftmaxNode, Tensor, Tensor, bool>);
   add(m, tape, "add_softmax_backward", "softmax_backward", &made_of<SoftmaxBackwardNode, Tensor, Tensor, Tensor, bool>);
   add(m, tape, "add_gather", "gather", &made_of<GatherNode, Tensor, Tensor, Tensor>);

@@ -34,6 +34,8 @@ struct DeviceOperations {
   operation::DrawsAsTorch* draws_as_torch = nullptr;
   operation::LayerNorm* layer_norm = nullptr;
   operation::LayerNormBackward* layer_norm_backward = nullptr;
+  operation::BatchNorm* batch_norm = nullptr;
+  operation::BatchNormBackward* batch_norm_backward = nullptr;
   operation::Softmax* softmax = nullptr;
   operation::SoftmaxBackward* softmax_backward = nullptr;
   operation::SoftmaxColumns* softmax_columns = nullptr;

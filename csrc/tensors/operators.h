@@ -67,6 +67,8 @@ using DrawsAsTorch = bool();
 // Passes over rows, whose memory is on the device.
 using LayerNorm = void(const LayerNormPass& pass);
 using LayerNormBackward = void(const LayerNormBackwardPass& pass);
+using BatchNorm = void(const BatchNormPass& pass);
+using BatchNormBackward = void(const BatchNormBackwardPass& pass);
 using Softmax = void(const SoftmaxPass& pass);
 using SoftmaxBackward = void(const SoftmaxBackwardPass& pass);
 // Up to how many columns these are faster than torch's operators.

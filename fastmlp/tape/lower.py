@@ -191,6 +191,7 @@ class Lowered:
                 grad_of=grad_of,
                 held=kind == "unseen",
                 written=memory.written,
+                counted=memory.counted,
                 starts_with_grad=self._starts_with_grad(i, memory.tensor),
             )
 
@@ -233,6 +234,7 @@ class Lowered:
             grad_of=-1,
             held=True,
             written=False,
+            counted=False,
             starts_with_grad=self._starts_with_grad(-1, leaf),
         )
         return memory

@@ -111,6 +111,39 @@ def _layer_norm_backward(trace: Trace, event: Operation) -> Node | None:
     )
 
 
+def _are_columns(trace: Trace, x: Ref, *given: Ref | None) -> bool:
+    """Whether one value is a matrix, and the others are of one number for each of its columns."""
+    sizes = trace.values[x.value].sizes
+    return len(sizes) == 2 and all(trace.values[ref.value].sizes == sizes[1:] for ref in given if ref is not None)
+
+
+def _batch_norm(trace: Trace, event: Operation) -> Node | None:
+    x, weight, bias, running_mean, running_var, training, momentum, eps = event.args
+    output, *statistics = _made(event)
+    mean, rstd = statistics if training else (None, None)  # of no elements in eval mode
+    columns = weight, bias, running_mean, running_var, mean, rstd
+    given = x, output, *columns
+    if not _are_columns(trace, x, *columns) or not _fit(trace, *given):
+        return None
+    moved = _values(running_mean, running_var) if training else []
+    memories = [trace.values[value].memory for value in _values(*given)]
+    if any(memories.count(trace.values[value].memory) > 1 for value in moved):
+        return None  # what is read would be written, and could not be left out where nobody reads it afterwards
+    args = x, weight, bias, running_mean, running_var, training, momentum, eps, output, mean, rstd
+    return Node("add_batch_norm", args, [*_values(output, mean, rstd), *moved], event.place, optional=True)
+
+
+def _batch_norm_backward(trace: Trace, event: Operation) -> Node | None:
+    grad, x, weight, running_mean, running_var, mean, rstd, training, eps, _ = event.args
+    made = _made(event)
+    given = (mean, rstd, None) if training else (running_mean, None, running_var)
+    columns = weight, *given, *made[1:]
+    if not _are_columns(trace, x, *columns) or not _fit(trace, grad, x, made[0], *columns):
+        return None
+    args = grad, x, *given, eps, weight, *made
+    return Node("add_batch_norm_backward", args, _values(*made), event.place, optional=True)
+
+
 def _values(*given: Ref | None) -> list[int]:
     return [ref.value for ref in given if ref is not None]
 
@@ -155,6 +188,8 @@ _RULES: dict[str, _Rule] = {
     "aten::bernoulli_.float": _bernoulli,
     "aten::native_layer_norm.": _layer_norm,
     "aten::native_layer_norm_backward.": _layer_norm_backward,
+    "aten::native_batch_norm.": _batch_norm,
+    "aten::native_batch_norm_backward.": _batch_norm_backward,
     "aten::_softmax.": _softmax(log=False),
     "aten::_log_softmax.": _softmax(log=True),
     "aten::_softmax_backward_data.": _softmax_backward(log=False),

@@ -32,6 +32,7 @@ from fastmlp.tape.trace import (
     Ref,
     Trace,
     Value,
+    counts_writes,
     written_arguments,
 )
 
@@ -331,7 +332,9 @@ class Recorder(RecordingMode):
             return
         operation = Operation(func, *recorded, [], place)
         for value in written_arguments(operation):
-            self.trace.memories[self.trace.values[value].memory].written = True
+            memory = self.trace.memories[self.trace.values[value].memory]
+            memory.written = True
+            memory.counted |= counts_writes(operation)
         operation.outputs = [None if one is None else self._output(one, inputs, operator, place) for one in outputs]
         self.trace.events.append(operation)
 

@@ -26,6 +26,7 @@ __all__ = [
     "Trace",
     "Value",
     "arguments_of",
+    "counts_writes",
     "difference",
     "refs",
     "written_arguments",
@@ -59,6 +60,8 @@ class Memory:
         place: where the program used it first.
         written: whether an operation writes there.
         device: where it is.
+        counted: whether torch counts what is written as a change of the tensor's version, which it does where the
+            operation says that it writes.
     """
 
     source: tuple[Any, ...]
@@ -67,6 +70,7 @@ class Memory:
     place: str
     written: bool = False
     device: str = "cpu"
+    counted: bool = False
 
 
 @dataclass(slots=True)
@@ -248,15 +252,16 @@ def _find_refs(values: Iterable[Any], found: list[int]) -> None:
             _find_refs(value.values(), found)
 
 
-#: Operators that write to arguments without saying so in their schemas, and those arguments.
-_WRITES_UNSAID = {"aten::native_batch_norm": (3, 4)}
+#: Operators that write to arguments without saying so in their schemas, those arguments, and the one that tells whether
+#: they do.
+_WRITES_UNSAID = {"aten::native_batch_norm": ((3, 4), 5)}
 
 
 @cache
 def _written(func: Any) -> tuple[tuple[int, str], ...]:
     """The arguments that an operator writes, by position and name."""
     schema = func._schema
-    unsaid = _WRITES_UNSAID.get(schema.name, ())
+    unsaid, _ = _WRITES_UNSAID.get(schema.name, ((), None))
     return tuple(
         (i, argument.name)
         for i, argument in enumerate(schema.arguments)
@@ -267,8 +272,16 @@ def _written(func: Any) -> tuple[tuple[int, str], ...]:
 def written_arguments(operation: Operation) -> Iterator[int]:
     """The numbers of the values among an operation's arguments that it writes."""
     args = operation.args
+    unsaid = _WRITES_UNSAID.get(operation.func._schema.name)
+    if unsaid is not None and not args[unsaid[1]]:
+        return
     for i, name in _written(operation.func):
         yield from refs(args[i] if i < len(args) else operation.kwargs.get(name))
+
+
+def counts_writes(operation: Operation) -> bool:
+    """Whether torch counts what an operation writes as changes of those tensors' versions."""
+    return operation.func._schema.name not in _WRITES_UNSAID
 
 
 def _equal(a: Any, b: Any) -> bool:

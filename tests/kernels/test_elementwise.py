@@ -400,7 +400,9 @@ def test_a_node_finds_its_memory_at_each_replay() -> None:
     tape, like = _C.Tape(), torch.empty(5, 3)
     memories = [tape.add_memory(owner, 60) for owner in ("outside", "arena", "result")]
     argument, between, result = (tape.add_tensor(memory, like, [5, 3], [3, 1], 0) for memory in memories)
-    tape.add_external(memories[0], like, argument=0, grad_of=-1, held=False, written=False, starts_with_grad=None)
+    tape.add_external(
+        memories[0], like, argument=0, grad_of=-1, held=False, written=False, counted=False, starts_with_grad=None
+    )
     first, second, third = (tape.tensor(index) for index in (argument, between, result))
     tape.add_elementwise([first], [("square", [0], [])], [(second, 1, "store", 1.0)], "here")
     tape.add_elementwise([second, first], [("sub", [0, 1], [])], [(third, 2, "store", 1.0)], "there")

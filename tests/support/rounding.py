@@ -44,8 +44,33 @@ class Rounding(TorchDispatchMode):
         if error is None:
             return output
         if isinstance(output, tuple):
-            return output[0] + self.signs(output[0]) * error(output[0], *args), *output[1:]
+            if func == _aten.native_batch_norm.default and args[5]:
+                self._move_statistics(*args)
+            first = output[0]  # none where no gradient of the input is asked for
+            return first if first is None else first + self.signs(first) * error(first, *args), *output[1:]
         return output + self.signs(output) * error(output, *args) if output.is_floating_point() else output
+
+    def _move_statistics(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+    ) -> None:
+        """Moves running statistics by the errors of the mean and of squares of deviations from it, and by their own."""
+        of_mean = gamma(x.shape[0] + 2, x.dtype) * x.abs().mean(0)
+        deviation = x.std(0) + of_mean
+        for statistic, error in (
+            (mean, of_mean),
+            (variance, 2 * of_mean * deviation + gamma(x.shape[0] + 2, x.dtype) * deviation.square()),
+        ):
+            if statistic is not None:
+                moved = self.signs(statistic) * (momentum * error + _relative(statistic))
+                torch.ops.aten.add_(statistic, moved)
 
     def signs(self, like: Tensor) -> Tensor:
         return torch.randint(0, 2, like.shape, generator=self.generator) * 2 - 1
@@ -88,6 +113,15 @@ def _normalised(output: Tensor, x: Tensor, sizes: Sequence[int], *args: Any) -> 
 
 def _normalised_backward(output: Tensor, grad: Tensor, x: Tensor, sizes: Sequence[int], *args: Any) -> Tensor:
     return _normalised(output, x, sizes)
+
+
+def _batch_normalised(output: Tensor, x: Tensor, *args: Any) -> Tensor:
+    """As `_normalised`, of columns."""
+    return gamma(x.shape[0] + ULPS, output.dtype) * output.abs().amax(0)
+
+
+def _batch_normalised_backward(output: Tensor, grad: Tensor, *args: Any) -> Tensor:
+    return _batch_normalised(output, grad)
 
 
 def _sum(output: Tensor, x: Tensor, *args: Any) -> Tensor:
@@ -185,6 +219,8 @@ STEPS: Mapping[Any, Callable[..., Tensor]] = {
     _aten.cos.default: _absolute,
     _aten.native_layer_norm.default: _normalised,
     _aten.native_layer_norm_backward.default: _normalised_backward,
+    _aten.native_batch_norm.default: _batch_normalised,
+    _aten.native_batch_norm_backward.default: _batch_normalised_backward,
     # Steps of RMSprop too.
     _aten.addcmul.default: _sum_with_product,
     _aten.sqrt.default: _relative,
