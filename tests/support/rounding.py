@@ -62,11 +62,12 @@ class Rounding(TorchDispatchMode):
         eps: float,
     ) -> None:
         """Moves running statistics by the errors of the mean and of squares of deviations from it, and by their own."""
-        of_mean = gamma(x.shape[0] + 2, x.dtype) * x.abs().mean(0)
-        deviation = x.std(0) + of_mean
+        dims, terms = _all_but_channels(x), gamma(x.numel() // x.shape[1] + 2, x.dtype)
+        of_mean = terms * x.abs().mean(dims)
+        deviation = x.std(dims) + of_mean
         for statistic, error in (
             (mean, of_mean),
-            (variance, 2 * of_mean * deviation + gamma(x.shape[0] + 2, x.dtype) * deviation.square()),
+            (variance, 2 * of_mean * deviation + terms * deviation.square()),
         ):
             if statistic is not None:
                 moved = self.signs(statistic) * (momentum * error + _relative(statistic))
@@ -115,9 +116,14 @@ def _normalised_backward(output: Tensor, grad: Tensor, x: Tensor, sizes: Sequenc
     return _normalised(output, x, sizes)
 
 
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [dim for dim in range(x.dim()) if dim != 1]
+
+
 def _batch_normalised(output: Tensor, x: Tensor, *args: Any) -> Tensor:
-    """As `_normalised`, of columns."""
-    return gamma(x.shape[0] + ULPS, output.dtype) * output.abs().amax(0)
+    """As `_normalised`, of channels."""
+    dims = _all_but_channels(x)
+    return gamma(x.numel() // x.shape[1] + ULPS, output.dtype) * output.abs().amax(dims, keepdim=True)
 
 
 def _batch_normalised_backward(output: Tensor, grad: Tensor, *args: Any) -> Tensor:
