@@ -1,6 +1,6 @@
 """What `Captured.report` returns: what was recorded, and what became of it."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Self
 
@@ -94,16 +94,19 @@ class TapeReport:
 
     def _time_lines(self) -> list[str]:
         total = sum(step.microseconds for step in self.times)
+        kinds, places = defaultdict[str, float](float), defaultdict[str, float](float)
+        for step in self.times:
+            kinds[_short(step.name)] += step.microseconds
+            places[f"{_short(step.name)}, {step.place}"] += step.microseconds
         if not total:
             return []
-        kinds: Counter[str] = Counter()
-        places: Counter[tuple[str, str]] = Counter()
-        for step in self.times:
-            kinds[step.name] += step.microseconds
-            places[step.place, step.name] += step.microseconds
-        shares = ", ".join(f"{_short(name)} {time / total:.0%}" for name, time in kinds.most_common())
-        slowest = [f"  {time / total:4.0%}  {_short(name)}, {place}" for (place, name), time in places.most_common(_SLOWEST)]
+        shares = ", ".join(f"{kind} {time / total:.0%}" for kind, time in _descending(kinds))
+        slowest = [f"  {time / total:4.0%}  {place}" for place, time in _descending(places)[:_SLOWEST]]
         return [f"time: {total:.0f} us in the steps of a replay: {shares}", *slowest]
+
+
+def _descending(times: dict[str, float]) -> list[tuple[str, float]]:
+    return sorted(times.items(), key=lambda item: -item[1])
 
 
 def _times_of(lowered: Lowered) -> tuple[StepTime, ...]:

@@ -281,7 +281,8 @@ def test_a_report_tells_times_of_replays_that_were_measured() -> None:
     assert all(time.microseconds > 0 for time in times)
     # Each at its line of the training step, in the order in which a replay computes them.
     lines = [int(time.place.rsplit(":", 1)[1]) for time in times]
-    assert lines[0] < lines[-1] and times[-1].name == "SGD.step()"
+    assert lines[0] < lines[-1]
+    assert times[-1].name == "SGD.step()"
     shown = str(step.report(profile=True)).splitlines()
     (line,) = (line for line in shown if "us in the steps of a replay" in line)
     assert "product" in line and "SGD.step()" in line
