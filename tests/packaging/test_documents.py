@@ -77,8 +77,18 @@ def test_the_introduction(capsys: pytest.CaptureFixture[str]) -> None:
         run(block, variables)
     lines = capsys.readouterr().out.splitlines()
     assert [said for said in comments_of_prints(INTRODUCTION) if said not in lines] == ["of each epoch"]
-    (shown,) = blocks(INTRODUCTION, "text")
-    assert without_numbers(shown) == without_numbers(str(variables["step"].report()))
+    shown, timed = blocks(INTRODUCTION, "text")
+    step = variables["step"]
+    assert without_numbers(shown) == without_numbers(str(step.report()))
+    # Which takes most differs from run to run.
+    times = str(step.report(profile=True)).removeprefix(str(step.report()))
+    assert parts_of(timed) == parts_of(times.replace(str(CAPTURE), "train.py"))
+
+
+def parts_of(times: str) -> list[list[str]]:
+    """The kinds of kernels, and then the places, that times are told of."""
+    first, *rest = (re.sub(r"\d+%|\d+ us", "", line) for line in times.strip().splitlines())
+    return [sorted(kind.strip() for kind in first.split(":")[2].split(",")), sorted(line.strip() for line in rest)]
 
 
 def without_numbers(report: str) -> list[str]:
