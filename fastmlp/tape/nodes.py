@@ -230,8 +230,8 @@ def without(node: Node, dead: set[int]) -> Node:
 def activated(trace: Trace, node: Node, element: Element) -> Node | None:
     """A product with a ReLU behind it, if the element is one of what the product makes.
 
-    The kernels of products apply it to sums in registers. Other activations are no faster behind a product than in a run,
-    which has no rows of a tile to stop at: of 50 columns it computes no 64.
+    The kernels of products apply it to sums in registers. Other activations are slower there than in a run, which goes
+    through memory without stopping at each row of a tile.
     """
     if node.method != "add_product" or node.args[3] != "identity" or element.name != "value_relu":
         return None
