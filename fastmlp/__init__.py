@@ -4,6 +4,7 @@ from fastmlp import _moved as _moved  # so that pickles of an earlier version fi
 from fastmlp import functional, optim, reference
 from fastmlp.activations import Activation
 from fastmlp.capture import Captured, CaptureError, capture
+from fastmlp.clip import clip_grad_norm_, clip_grad_value_
 from fastmlp.config import get_isa, set_isa, show_config
 from fastmlp.convert import convert, revert
 from fastmlp.data import batches, epochs
@@ -32,6 +33,8 @@ __all__ = [
     "autotune",
     "batches",
     "capture",
+    "clip_grad_norm_",
+    "clip_grad_value_",
     "convert",
     "epochs",
     "explain",

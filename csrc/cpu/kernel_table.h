@@ -57,6 +57,15 @@ using ElementLoss = double (*)(int64_t n, const S* output, const S* target, cons
 // Moves elements [begin, end) of a parameter.
 using UpdateKernel = void (*)(const Update&, int64_t begin, int64_t end);
 
+// Of clipping, on n elements of a gradient: the sum of their squares, and the largest magnitude, which is NaN if there
+// is one; their products with a factor; and what clamping between -limit and limit makes of them.
+template <class S> struct ClipKernels {
+  double (*squares)(int64_t n, const S* x);
+  double (*largest)(int64_t n, const S* x);
+  void (*scale)(int64_t n, S* x, double factor);
+  void (*clamp)(int64_t n, S* x, double limit);
+};
+
 // An instruction of an elementwise program on n elements. Operands that it does not have are not read; out may be one
 // of them, and be written to the end of a vector if it is padded: what was stored in part is slow to load again.
 template <class T>
@@ -185,6 +194,7 @@ template <class S> struct Kernels {
   double (*cross_entropy)(int64_t classes, const S* output, int64_t target, const S* weight, double weights,
                           double smoothing, double scale, S* grad);
   const UpdateKernel* updates;
+  const ClipKernels<S>* clip;
   // By the numbers of contract/elementwise.h, and sum, max, min. Null for the dtypes that are not computed in
   // themselves.
   const ElementKernel<S>* elements;

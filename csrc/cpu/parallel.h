@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include <omp.h>
 
@@ -60,6 +61,27 @@ template <class Run> void run_tasks(int64_t tasks, int threads, const Run& run) 
     const int slot = omp_get_thread_num();
     for (int64_t i = slot; i < tasks; i += omp_get_num_threads()) run(i, slot);
   }
+}
+
+// Elements that one task reads and writes: those of a parameter, its gradient and its state fit in an L2 cache.
+constexpr int64_t task_elements = 16 << 10;
+
+// A part of something with `n` elements.
+template <class T> struct Part {
+  const T* whole;
+  Range range;
+};
+
+// All of their elements in parts for tasks, in order; the cuts follow from the sizes alone.
+template <class T> std::vector<Part<T>> parts_of(const std::vector<T>& all) {
+  constexpr int64_t line_elements = 64;  // whole lines of the cache, whatever the dtype
+  std::vector<Part<T>> parts;
+  parts.reserve(all.size());
+  for (const T& one : all) {
+    const int64_t count = ceil_divide(one.n, task_elements);
+    for (int64_t i = 0; i < count; i++) parts.push_back({&one, part_of(one.n, line_elements, i, count)});
+  }
+  return parts;
 }
 
 // Calls run(begin, end) for rows of so many elements in all, in parts for the threads that are worth it. A part's rows

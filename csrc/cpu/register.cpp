@@ -19,6 +19,7 @@
 #include "../tensors/dtypes.h"
 #include "../tensors/frozen_network.h"
 #include "../tensors/operations.h"
+#include "clip.h"
 #include "dispatch.h"
 #include "elementwise.h"
 #include "draws.h"
@@ -255,6 +256,11 @@ const RegisterDevice registered(c10::kCPU, [] {
   DeviceOperations all = Cpu::entry();
   all.train_into = &train_into;
   all.update = &update_all;
+  all.gradient_norm = [](const std::vector<Gradient>& all, NormOrder order) {
+    return gradient_norm(all, order, threads());
+  };
+  all.scale_gradients = [](const std::vector<Gradient>& all, double by) { scale_gradients(all, by, threads()); };
+  all.clamp_gradients = [](const std::vector<Gradient>& all, double limit) { clamp_gradients(all, limit, threads()); };
   all.multiply = [](const ProductPass& pass) { multiply(pass, threads()); };
   all.elementwise = &plan_elementwise;
   all.freeze = &freeze;

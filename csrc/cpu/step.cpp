@@ -15,18 +15,10 @@
 namespace fastmlp::cpu {
 namespace {
 
-// Elements that one task updates: their parameter, gradient and state fit in an L2 cache.
-constexpr int64_t task_elements = 16 << 10;
-
-struct Part {
-  const Update* update;
-  Range range;
-};
-
-void update_part(const KernelTable& table, const Part& part) {
-  with_storage(part.update->dtype, [&](auto storage) {
+void update_part(const KernelTable& table, const Part<Update>& part) {
+  with_storage(part.whole->dtype, [&](auto storage) {
     const auto& kernels = kernels_of<decltype(storage)>(table);
-    kernels.updates[part.update->spec.rule](*part.update, part.range.begin, part.range.end);
+    kernels.updates[part.whole->spec.rule](*part.whole, part.range.begin, part.range.end);
   });
 }
 
@@ -104,11 +96,7 @@ void update(const std::vector<Update>& updates, int threads) {
     for (const Update& one : updates) update_part(table, {&one, {0, one.n}});
     return;
   }
-  std::vector<Part> parts;
-  for (const Update& one : updates) {
-    const int64_t count = ceil_divide(one.n, task_elements);
-    for (int64_t i = 0; i < count; i++) parts.push_back({&one, part_of(one.n, line_bytes, i, count)});
-  }
+  const std::vector<Part<Update>> parts = parts_of(updates);
   run_tasks(int64_t(parts.size()), threads, [&](int64_t i, int) { update_part(table, parts[size_t(i)]); });
 }
 

@@ -9,6 +9,7 @@
 
 #include "autograd.h"
 #include "capture.h"
+#include "clip.h"
 #include "../contract/training_info.h"
 #include "../tensors/borrowed.h"
 #include "../tensors/checks.h"
@@ -183,6 +184,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("drop_grads", &drop_grads);
   m.def("is_step_watched", &is_step_watched);
   m.def("register_optimizer_hooks", &register_optimizer_hooks);
+  m.def("clip_grad_norm", &clip_grad_norm);
+  m.def("clip_grad_value", &clip_grad_value);
   m.def("losses", &losses);
   py::class_<TrainStep>(m, "TrainStep", py::custom_type_setup(&collect_train_steps))
       .def(py::init([](py::tuple links, py::dict holders, py::object loss, int kind, py::object optimizer, int rule,

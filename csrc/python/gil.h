@@ -12,6 +12,9 @@ namespace fastmlp {
 // threads of Python gain.
 constexpr double worth_releasing = 1 << 16;
 
+// The same of elements that are moved: read and written, with little arithmetic.
+constexpr int64_t elements_worth_releasing = 1 << 14;
+
 // Gives up the GIL, if `worth` says that the work is worth it, until end() or the end of its life.
 class ReleasedGil {
  public:

@@ -15,7 +15,6 @@
 #include <array>
 #include <cmath>
 #include <iterator>
-#include <limits>
 #include <optional>
 
 #include "../contract/training_info.h"
@@ -131,20 +130,6 @@ bool may_be_written(const at::Tensor& state) { return !state.is_inference() || c
 
 // The larger of two magnitudes, of which infinities and NaN, which every dtype has, do not count.
 double larger(double most, double number) { return std::isfinite(number) ? std::max(most, std::abs(number)) : most; }
-
-double largest_of(DType dtype) {
-  switch (dtype) {
-    case DType::float32:
-      return std::numeric_limits<float>::max();
-    case DType::float64:
-      return std::numeric_limits<double>::max();
-    case DType::bfloat16:
-      return double(std::numeric_limits<c10::BFloat16>::max());
-    case DType::float16:
-      return double(std::numeric_limits<c10::Half>::max());
-  }
-  __builtin_unreachable();
-}
 
 bool is_counter(PyObject* object) {
   if (!THPVariable_Check(object) || !is_plain_on_host(object)) return false;
@@ -376,7 +361,6 @@ void OptimizerStep::apply() {
     grads_[i] = at::empty_like(THPVariable_Unpack(parameter)).copy_(grads_[i]);
     updates_[i].grad = grads_[i].const_data_ptr();
   }
-  constexpr int64_t elements_worth_releasing = 1 << 14;  // that take some microseconds to move
   int64_t elements = 0;
   for (const Update& update : updates_) elements += update.n;
   ReleasedGil released(elements > elements_worth_releasing, [&](Held& held) { hold(held); });

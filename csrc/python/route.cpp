@@ -23,12 +23,6 @@ PyObject* current_level = nullptr;
 // where nothing watches. Not statics of the functions that read them, which would ask each time whether they are there.
 uint64_t plain_host_keys = 0, host_backend_keys = 0, usual_keys = 0;
 
-// Levels are counted in Python only.
-bool forward_mode_is_open() {
-  PyObject* level = PyDict_GetItemWithError(forward_ad, current_level);  // no error, since keys are texts
-  return !level || PyLong_AsLong(level) >= 0;
-}
-
 // torch.set_default_device and `with torch.device(...)` are modes too, but change factories only.
 // Asked in backward too, without the GIL.
 bool only_default_devices() {
@@ -80,6 +74,12 @@ void prepare_routes() {
   plain_host_keys = operations_on(host.type())->plain_keys.raw_repr();
   host_backend_keys = plain_host_keys & c10::full_backend_mask;
   usual_keys = (c10::default_included_set | c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView)).raw_repr();
+}
+
+// Levels are counted in Python only.
+bool forward_mode_is_open() {
+  PyObject* level = PyDict_GetItemWithError(forward_ad, current_level);  // no error, since keys are texts
+  return !level || PyLong_AsLong(level) >= 0;
 }
 
 const char* obstacle(PyObject* input, c10::ArrayRef<PyObject*> parameters) {

@@ -21,6 +21,7 @@ const char* obstacle(PyObject* input, c10::ArrayRef<PyObject*> parameters);
 bool is_plain(PyObject* object);
 bool is_plain(const at::Tensor& tensor);
 bool no_mode_is_active();
+bool forward_mode_is_open();
 // Whether an object is a plain tensor whose numbers the host can read.
 bool is_plain_on_host(PyObject* object);
 // Raises TypeError or RuntimeError, which name the argument, if it is no plain tensor of a device that trains.

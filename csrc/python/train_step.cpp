@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "clip.h"
 #include "gil.h"
 #include "objects.h"
 #include "route.h"
@@ -164,9 +165,10 @@ void TrainStep::clip() const {
     if (slot.grad.defined()) grads.push_back(slot.grad);
   }
   if (options_.clip_value) {
+    if (clip_to_value(grads, *options_.clip_value)) return;
     at::_foreach_clamp_min_(grads, -*options_.clip_value);
     at::_foreach_clamp_max_(grads, *options_.clip_value);
-  } else {
+  } else if (!clip_to_norm(grads, *options_.max_norm, NormOrder::two, false)) {
     const at::Tensor norm = at::linalg_vector_norm(at::stack(at::_foreach_norm(grads)), 2);
     at::_foreach_mul_(grads, at::clamp_max(*options_.max_norm / (norm + 1e-6), 1.0));
   }

@@ -27,6 +27,9 @@ struct DeviceOperations {
   operation::Empty* empty = nullptr;
   operation::TrainInto* train_into = nullptr;
   operation::UpdateAll* update = nullptr;
+  operation::GradientNorm* gradient_norm = nullptr;
+  operation::ScaleGradients* scale_gradients = nullptr;
+  operation::ClampGradients* clamp_gradients = nullptr;
   operation::Multiply* multiply = nullptr;
   operation::PlanElementwise* elementwise = nullptr;
   Freeze* freeze = nullptr;

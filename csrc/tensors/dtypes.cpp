@@ -2,8 +2,11 @@
 #include "dtypes.h"
 
 #include <c10/core/ScalarType.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
 #include <array>
+#include <limits>
 
 namespace fastmlp {
 
@@ -32,6 +35,20 @@ at::ScalarType scalar_type_of(DType dtype) {
       return at::kBFloat16;
     case DType::float16:
       return at::kHalf;
+  }
+  __builtin_unreachable();
+}
+
+double largest_of(DType dtype) {
+  switch (dtype) {
+    case DType::float32:
+      return std::numeric_limits<float>::max();
+    case DType::float64:
+      return std::numeric_limits<double>::max();
+    case DType::bfloat16:
+      return double(std::numeric_limits<c10::BFloat16>::max());
+    case DType::float16:
+      return double(std::numeric_limits<c10::Half>::max());
   }
   __builtin_unreachable();
 }

@@ -15,6 +15,8 @@ namespace fastmlp {
 // None if there are no kernels for the dtype.
 std::optional<DType> dtype_of(at::ScalarType type);
 at::ScalarType scalar_type_of(DType dtype);
+// The largest finite number.
+double largest_of(DType dtype);
 
 // As users write it: "torch.float32".
 const char* dtype_name(at::ScalarType dtype);

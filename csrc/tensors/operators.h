@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../contract/clip.h"
 #include "../contract/elementwise.h"
 #include "../contract/indices.h"
 #include "../contract/loss.h"
@@ -52,6 +53,12 @@ using TrainInto = at::Tensor(const Stack& stack, const at::Tensor& input, at::Te
 
 // A step of an optimizer: moves all parameters, whose memory is on the device.
 using UpdateAll = void(const std::vector<Update>& updates, c10::Device device);
+
+// Clipping, of gradients whose memory is on the device: the norm of all elements together, in float64; their products
+// with a factor; and clamping to at least -limit, then to at most limit.
+using GradientNorm = double(const std::vector<Gradient>& gradients, NormOrder order);
+using ScaleGradients = void(const std::vector<Gradient>& gradients, double factor);
+using ClampGradients = void(const std::vector<Gradient>& gradients, double limit);
 
 // A product by itself, whose memory is on the device.
 using Multiply = void(const ProductPass& pass);

@@ -8,6 +8,7 @@
 #include "losses.inl"
 #include "updates.inl"
 #include "elements.inl"
+#include "clip.inl"
 #include "draws.inl"
 #include "rows.inl"
 #include "columns.inl"
@@ -434,6 +435,7 @@ template <class S> struct Leaf {
     k.losses = Loss<S>::template Table<Losses>::rows;
     k.cross_entropy = &Loss<S>::cross_entropy;
     k.updates = Step<S>::template Table<Rules>::rows;
+    k.clip = &Clip<S>::kernels;
     if constexpr (in_itself<S>) {
       k.elements = Elements<S>::template Table<ElementOperations, Activations>::rows;
       k.element_folds = Elements<S>::folds;
