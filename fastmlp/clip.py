@@ -9,7 +9,6 @@ watches.
 import types
 import warnings
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,11 +56,11 @@ def clip_grad_norm_(
     """
     if not torch.compiler.is_compiling():
         is_generator = isinstance(parameters, types.GeneratorType)
-        parameters = _listed(parameters)
-        norm = _C.clip_grad_norm(parameters, max_norm, norm_type, error_if_nonfinite)
+        parameters = listed = _listed(parameters)
+        norm = _C.clip_grad_norm(listed, max_norm, norm_type, error_if_nonfinite)
         if norm is not None:
             return norm
-        if is_generator and not parameters:
+        if is_generator and not listed:
             # PyTorch sees a list, and would not warn.
             warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
@@ -87,12 +86,12 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
         tensor([ 0.2500, -1.0000])
     """
     if not torch.compiler.is_compiling():
-        parameters = _listed(parameters)
-        if _C.clip_grad_value(parameters, clip_value):
+        parameters = listed = _listed(parameters)
+        if _C.clip_grad_value(listed, clip_value):
             return
     torch.nn.utils.clip_grad_value_(parameters, clip_value, foreach)
 
 
-def _listed(parameters: Any) -> Any:
+def _listed(parameters: Tensor | Iterable[Tensor]) -> Tensor | list[Tensor] | tuple[Tensor, ...]:
     """The parameters as they can be read twice, by us and by PyTorch."""
     return parameters if isinstance(parameters, (Tensor, list, tuple)) else list(parameters)

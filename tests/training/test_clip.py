@@ -61,7 +61,7 @@ def to_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def with_gradients(*gradients: Tensor | None) -> list[Tensor]:
-    parameters = []
+    parameters: list[Tensor] = []
     for gradient in gradients:
         like = torch.zeros(2) if gradient is None else gradient
         parameter = nn.Parameter(torch.zeros(like.shape, dtype=like.dtype, device=like.device))
@@ -313,16 +313,22 @@ def test_nothing_to_clip() -> None:
     for parameters in ([], with_gradients(None, None), torch.zeros(2, requires_grad=True)):
         norm = fastmlp.clip_grad_norm_(parameters, 1.0)
         assert (norm.dtype, norm.shape, float(norm)) == (torch.float32, (), 0.0)
-        fastmlp.clip_grad_value_(parameters, 1.0)
+        # Torch raises here.
+        assert error_of(lambda: fastmlp.clip_grad_value_(parameters, 1.0)) == error_of(  # noqa: B023
+            lambda: torch_value(parameters, 1.0)  # noqa: B023
+        )
 
 
 def test_an_empty_generator_warns() -> None:
+    def none() -> Iterator[Tensor]:
+        yield from ()
+
     with warnings.catch_warnings(record=True) as expected:
         warnings.simplefilter("always")
-        torch_norm((p for p in []), 1.0)
+        torch_norm(none(), 1.0)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        assert fastmlp.clip_grad_norm_((p for p in []), 1.0) == 0
+        assert fastmlp.clip_grad_norm_(none(), 1.0) == 0
     assert [(str(w.message), w.category, w.filename) for w in found] == [
         (str(w.message), w.category, __file__) for w in expected
     ]
@@ -383,7 +389,7 @@ def sharing() -> list[Tensor]:
 
 def of_a_graph() -> list[Tensor]:
     parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
-    (parameter**3).sum().backward(create_graph=True)
+    (parameter.grad,) = torch.autograd.grad((parameter**3).sum(), parameter, create_graph=True)
     return [parameter]
 
 
@@ -400,8 +406,7 @@ OTHERS: dict[str, Callable[[], list[Tensor]]] = {
     "of a graph": of_a_graph,
     "inference": made_in_inference_mode,
     "gaps": lambda: with_gradients(torch.arange(1.0, 9.0)[::2]),
-    "expanded": lambda: with_gradients(torch.ones(1).expand(1, 1), torch.ones(1, 1).expand(3, 1)[:1]),
-    "overlapping itself": lambda: with_gradients(torch.ones(1).expand(3)),
+    "expanded": lambda: with_gradients(torch.ones(1).expand(3)),
     "subclass": lambda: with_gradients(torch.tensor([3.0, 4.0]).as_subclass(Tagged), torch.ones(2)),
     "sparse": lambda: with_gradients(torch.tensor([3.0, 0.0, 4.0]).to_sparse()),
     "complex": lambda: with_gradients(torch.tensor([3.0 + 4j])),
@@ -497,7 +502,7 @@ def test_watched(name: str, to_torch: list[str]) -> None:
     ours, theirs = with_gradients(torch.tensor([3.0, 4.0])), with_gradients(torch.tensor([3.0, 4.0]))
     with WATCHERS[name]():
         found = fastmlp.clip_grad_norm_(ours, 1.0), fastmlp.clip_grad_value_(ours, 0.5)  # type: ignore[func-returns-value]
-        expected = torch_norm(theirs, 1.0), torch_value(theirs, 0.5)  # type: ignore[func-returns-value]
+        expected = torch_norm(theirs, 1.0), torch_value(theirs, 0.5)
     assert found == expected
     assert_same([p.grad for p in ours if p.grad is not None], [p.grad for p in theirs if p.grad is not None])
     assert to_torch == ["norm", "value"]
@@ -506,8 +511,12 @@ def test_watched(name: str, to_torch: list[str]) -> None:
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("name", ["nothing", "no_grad", "default device"])
 def test_not_watched(name: str) -> None:
-    context = {"nothing": nullcontext(), "no_grad": torch.no_grad(), "default device": torch.device("cpu")}[name]
-    with context:
+    contexts: dict[str, AbstractContextManager[Any]] = {
+        "nothing": nullcontext(),
+        "no_grad": torch.no_grad(),
+        "default device": torch.device("cpu"),
+    }
+    with contexts[name]:
         assert fastmlp.clip_grad_norm_(with_gradients(torch.tensor([3.0, 4.0])), 1.0) == 5
 
 
