@@ -33,6 +33,8 @@ _NOTHING = object()
 _PENDING = 32
 #: Graphs that are kept.
 _GRAPHS = 8
+#: Tapes that `_C.Recordings` keeps.
+_KEPT = 32
 #: Recordings in a row without a replay after which something changes at every call.
 _RECORDINGS = 64
 
@@ -144,10 +146,19 @@ class Captured(Generic[P, R]):
         if owner is None:
             return self
         name = f"_captured_{self._function.__name__}"
-        own = vars(owner).get(name)
+        attributes = getattr(owner, "__dict__", None)
+        if attributes is None:
+            raise TypeError(
+                f"fastmlp: capture: {self._name}: objects of {type(owner).__name__} have __slots__ and no __dict__ to "
+                "keep recordings in: add '__dict__' to the slots, or capture a function that gets the object"
+            )
+        own = attributes.get(name)
         if own is None:
-            method = MethodType(self._function, owner)
-            own = vars(owner)[name] = Captured(method, self._fuse, self._otherwise)
+            own = Captured(MethodType(self._function, owner), self._fuse, self._otherwise)
+            if isinstance(owner, type):
+                type.__setattr__(owner, name, own)
+            else:
+                attributes[name] = own
         return own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Captured[P, R]":
@@ -191,9 +202,9 @@ class Captured(Generic[P, R]):
             return None
         self._is_eager = self._otherwise == "eager"
         return (
-            f"the last {_RECORDINGS} calls were recorded and none could be replayed, because each one has arguments "
-            "that no other has, or finds something changed: give numbers that change as tensors, and call reset() "
-            "after changing the model"
+            f"the last {_RECORDINGS} calls were recorded and none could be replayed, because each one has shapes or "
+            f"plain arguments that none of the {_KEPT} before has, or finds something changed: pad batches to one of a "
+            "few sizes, give numbers that change as tensors, and call reset() after changing the model"
         )
 
     def _arguments_forbid(self, signature: Any) -> str | None:
@@ -318,6 +329,14 @@ class Captured(Generic[P, R]):
         self._tapes = {i: one for i, one in {**self._tapes, number: lowered}.items() if i in kept}
         lowered.forget()
         self._pending.remove(pending)
+        if number == 2 * _KEPT:
+            warnings.warn(
+                f"fastmlp: capture: {self._name}: {number} tapes were made, and {_KEPT} are kept: a call of a kind "
+                "that was dropped is recorded again, which takes far longer than running it; pad batches to one of a "
+                "few sizes, and change tensors in place rather than what the function reads",
+                RuntimeWarning,
+                stacklevel=5,
+            )
 
 
 @overload
