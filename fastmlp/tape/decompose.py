@@ -226,6 +226,23 @@ def _spread(root: bool) -> _Rule:
     return rule
 
 
+def _logsumexp(to: Emitter, given: dict[str, Any], output: int) -> None:
+    """The largest element is taken out before and added afterwards, as in torch, unless it is infinite."""
+    value, dims = to.operand(given["self"]), given["dim"]
+    if not isinstance(value, Ref) or not to.sizes(value) or to.trace.values[value.value].dtype != to.dtype:
+        leave_to_torch()
+    rows = math.prod(to.sizes(value)) // to.count(value, dims)
+    if rows > _MANY_ROWS and to.count(value, dims) < _NARROW:
+        leave_to_torch()
+    largest = to.reduce(value, "max", dims)
+    taken = to.emit("where", to.emit("eq", to.emit("abs", largest), math.inf), 0.0, largest)
+    powers = to.emit("exp", to.emit("sub", value, to.kept(taken, value, dims)))
+    sums = to.reduce(powers, "sum", dims)
+    if given["keepdim"]:
+        sums, taken = to.kept(sums, value, dims), to.kept(taken, value, dims)
+    to.emit("add", to.emit("log", sums), taken, output=output)
+
+
 # Losses.
 
 
@@ -353,6 +370,7 @@ _RULES: dict[str, _Rule] = {
     "norm": _norm,  # as _foreach_norm
     "std": _spread(root=True),
     "var": _spread(root=False),
+    "logsumexp": _logsumexp,
     "relu": _activation("relu"),
     "threshold_backward": _threshold_backward,
     "tanh": _activation("tanh"),
@@ -379,6 +397,8 @@ _RULES: dict[str, _Rule] = {
     "huber_loss": _loss(_smooth("delta")),
     "huber_loss_backward": _smooth_backward("delta"),
 }
+#: Many rows of few columns take torch less time than runs, which reduce them one by one.
+_MANY_ROWS, _NARROW = 256, 16
 #: Before the names of operators on lists.
 _FOREACH = "_foreach_"
 
