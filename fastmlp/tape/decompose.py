@@ -231,9 +231,6 @@ def _logsumexp(to: Emitter, given: dict[str, Any], output: int) -> None:
     value, dims = to.operand(given["self"]), given["dim"]
     if not isinstance(value, Ref) or not to.sizes(value) or to.trace.values[value.value].dtype != to.dtype:
         leave_to_torch()
-    rows = math.prod(to.sizes(value)) // to.count(value, dims)
-    if rows > _MANY_ROWS and to.count(value, dims) < _NARROW:
-        leave_to_torch()
     largest = to.reduce(value, "max", dims)
     taken = to.emit("where", to.emit("eq", to.emit("abs", largest), math.inf), 0.0, largest)
     powers = to.emit("exp", to.emit("sub", value, to.kept(taken, value, dims)))
@@ -397,8 +394,6 @@ _RULES: dict[str, _Rule] = {
     "huber_loss": _loss(_smooth("delta")),
     "huber_loss_backward": _smooth_backward("delta"),
 }
-#: Many rows of few columns take torch less time than runs, which reduce them one by one.
-_MANY_ROWS, _NARROW = 256, 16
 #: Before the names of operators on lists.
 _FOREACH = "_foreach_"
 
@@ -419,6 +414,9 @@ def decompose(trace: Trace, event: Operation, numbers: Numbers) -> list[Element]
     rule = _RULES.get(stem) or _RULES.get(stem.removesuffix("_"))
     if rule is None:
         return None
+    # The kernels do nothing where there is nothing, and torch knows what it is then.
+    if any(not math.prod(trace.values[value].sizes) for value in trace.refs(event)):
+        return None
     names = [argument.name for argument in schema.arguments]
     defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     given = _Given(defaults | dict(zip(names, event.args, strict=False)) | event.kwargs)
@@ -432,10 +430,15 @@ def decompose(trace: Trace, event: Operation, numbers: Numbers) -> list[Element]
     except NotElementwise:
         del trace.memories[marks[0] :], trace.values[marks[1] :]
         return None
-    # The kernels do nothing where there is nothing, and torch knows what it is then. A run goes through memory block by
-    # block, so that what it overwrites it may read at the same place only.
-    fit = all(math.prod(element.space) and not _shifts(trace, element) for element in elements)
+    # A run goes through memory block by block, so that what it overwrites it may read at the same place only.
+    fit = all(not _shifts(trace, element) and not _overlaps(trace, element) for element in elements)
     return elements if fit else None
+
+
+def _overlaps(trace: Trace, element: Element) -> bool:
+    """Whether an element writes to one place several times."""
+    value = trace.values[element.output]
+    return any(n > 1 and not step for n, step in zip(value.sizes, value.strides, strict=True))
 
 
 def _shifts(trace: Trace, element: Element) -> bool:

@@ -6,6 +6,7 @@ modules and tensors among the variables and attributes that the functions name; 
 change without a new object, such as elements of long lists, is not looked at: `fastmlp.capture` says so.
 """
 
+import dis
 import gc
 import sys
 from collections.abc import Callable, Iterable
@@ -327,9 +328,10 @@ class _Walk:
 
     def _globals(self, code: CodeType, variables: dict[str, Any], depth: int) -> None:
         package = variables.get("__package__")
-        for name in _names(code):
+        for name in _variables(code):
             if name in variables:
                 self._variable(variables, name, variables[name], name, depth + 1)
+        for name in _names(code):
             # What is imported within the function is named, too.
             for full in (name, f"{package}.{name}"):
                 if isinstance(module := sys.modules.get(full), ModuleType):
@@ -450,6 +452,14 @@ def _slots(kind: type) -> Iterable[str]:
     for base in kind.__mro__:
         slots = vars(base).get("__slots__", ())
         yield from ((slots,) if isinstance(slots, str) else slots)
+
+
+@lru_cache(4096)
+def _variables(code: CodeType) -> tuple[str, ...]:
+    """The names of all variables of its file that a function, and the functions in it, look up."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    own = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    return tuple(dict.fromkeys([*own, *(name for one in inner for name in _variables(one))]))
 
 
 def _names(code: CodeType) -> Iterable[str]:

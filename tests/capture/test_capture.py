@@ -297,6 +297,54 @@ def test_a_report_tells_times_of_replays_that_were_measured() -> None:
     assert all(now.microseconds <= before.microseconds for now, before in zip(later, times, strict=True))
 
 
+def expanded_constant(x: Tensor) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(leaf.sum(), leaf)
+    return slope
+
+
+def normalised_copies(x: Tensor) -> Tensor:
+    return F.batch_norm(x[:1].expand(4, 3), None, None, training=True)
+
+
+#: What came out otherwise, or not at all, when it was replayed.
+REPLAYED: dict[str, Callable[[Tensor], Tensor]] = {
+    "gradient of a sum": expanded_constant,
+    "expanded constant": lambda x: torch.ones(1, 3).expand(4, 3),
+    "batch norm of an expanded row": normalised_copies,
+    "mean of nothing": lambda x: x[:0].mean(),
+    "means of no columns": lambda x: x[:, :0].mean(1),
+    "loss of nothing": lambda x: F.mse_loss(x[:0], x[:0]),
+    "expanded tensor set to zero": lambda x: x[:1].clone().expand(4, 3).zero_().sum(),
+}
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("name", REPLAYED)
+def test_expanded_and_empty_tensors(name: str, fuse: bool) -> None:
+    function = REPLAYED[name]
+    captured = fastmlp.capture(function, fuse=fuse)
+    for i in range(5):
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(i))
+        now, expected = captured(x), function(x)
+        assert now.shape == expected.shape
+        assert torch.equal(now.nan_to_num(7), expected.nan_to_num(7))
+    assert captured.replays == 3
+
+
+t = torch.ones(3)
+
+
+def test_a_method_named_like_a_variable_of_the_file() -> None:
+    """An argument that is such a variable, too, may be another tensor at each call."""
+    global t
+    captured = fastmlp.capture(lambda a, b: a @ torch.eye(3).t() + b)
+    for i in range(5):
+        t = torch.full((3,), float(i))
+        assert torch.equal(captured(torch.ones(2, 3), t), torch.ones(2, 3) + t)
+    assert captured.replays == 3
+
+
 class Counted:
     """Has no dictionary of its own."""
 
