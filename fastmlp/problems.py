@@ -16,7 +16,7 @@ from torch.nn.modules.loss import _Loss
 from fastmlp import optim
 from fastmlp._errors import shortened
 from fastmlp._load import _C
-from fastmlp.chain import Link, Uncompared, links
+from fastmlp.chain import Link, Uncompared, layers_of, links
 from fastmlp.hooks import has_hooks
 from fastmlp.linear import Linear
 from fastmlp.runs import Alone, parts, why_called
@@ -114,14 +114,14 @@ def _model_problems(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if type(module).__call__ not in CALLS and not isinstance(module, fx.GraphModule)
     ]
-    return called or _chain_problems(chain) or _parameter_problems(chain)
+    return called or _chain_problems(layers_of(chain)) or _parameter_problems(chain)
 
 
 def _child_problems(name: str, module: nn.Module) -> list[str]:
     try:
         return [
             f"{link.name} ({type(link.module).__name__}) cannot run with the others: {reason}"
-            for link in links(module, name)
+            for link in layers_of(links(module, name))
             if (reason := why_called(link.module)) is not None
         ]
     except TypeError as error:

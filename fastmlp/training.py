@@ -57,8 +57,9 @@ class TrainStep:
 
     Args:
         model: a `fastmlp.Sequential`, `MLP` or `Linear`, their counterparts of `torch.nn`, or any module whose forward
-            is one chain of layers and activations. Parameters are float32 or float64, each once, and on the CPU: on
-            another device the loop's own four lines are the way.
+            is one chain of layers and activations. It may begin by flattening its input: with a `torch.nn.Flatten()`,
+            or by a call such as `x.flatten(1)` or `x.view(x.size(0), -1)`. Parameters are float32 or float64, each
+            once, and on the CPU: on another device the loop's own four lines are the way.
         loss_fn: exactly an `nn.MSELoss`, `L1Loss`, `HuberLoss`, `SmoothL1Loss`, `BCEWithLogitsLoss` (without `weight`)
             or `CrossEntropyLoss`, with the reduction "mean" or "sum".
         optimizer: exactly an `SGD`, `Adam`, `AdamW` or `RMSprop` of `torch.optim` or `fastmlp.optim`. It has a
@@ -81,8 +82,9 @@ class TrainStep:
         ValueError: for options out of range, or that do not go together.
 
     Shape:
-        input (*, in_features); target as `loss_fn` takes it: of the output's shape, or for `CrossEntropyLoss` class
-        indices of shape (N) for an output (N, C).
+        input (*, in_features), or where the model begins by flattening (N, ...) with in_features elements in all
+        dimensions after the first together; target as `loss_fn` takes it: of the output's shape, or for
+        `CrossEntropyLoss` class indices of shape (N) for an output (N, C).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(10, 50), nn.ReLU(), nn.Linear(50, 1))
@@ -135,7 +137,7 @@ class TrainStep:
         """Does one step.
 
         Args:
-            input: (*, in_features), plain, of the parameters' dtype.
+            input: (*, in_features), or (N, ...) where the model flattens it; plain, of the parameters' dtype.
             target: as the loss takes it.
 
         Returns:
