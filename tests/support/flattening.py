@@ -109,6 +109,7 @@ OTHERWISE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r"x 2 times|calls (view|size)",
     ),
     "columns for rows": (lambda: Called(lambda x: x.view(x.size(1), -1), body()), r"x 2 times|calls (view|size)"),
+    "rows that are written": (lambda: Called(lambda x: x.view(6, FEATURES), body()), r"calls view"),
     "a flat result": (lambda: Called(lambda x: x.view(FEATURES, -1), body()), r"calls view"),
     "used twice": (
         lambda: Called(lambda x: x.flatten(1) + x.view(-1, FEATURES), body()),
