@@ -382,9 +382,10 @@ def capture(function: Any = None, *, fuse: bool = True, otherwise: str | None = 
         function: what to record. It gets tensors, all on the CPU or all on one GPU, and plain values, in nested tuples,
             lists and dictionaries, and returns such. It may use any modules, losses and optimizers. With a method, each
             object has recordings of its own.
-        fuse: whether kernels of fastmlp compute what they can: products with bias and activation; runs of elementwise
-            operations with the sums at their ends, in one pass over memory; layer normalisation, narrow softmax and
-            masks of dropout; in float32 and float64. The steps of `torch.optim.SGD`, `Adam`, `AdamW` and `RMSprop` are
+        fuse: whether kernels of fastmlp compute what they can: products with bias and ReLU; runs of elementwise
+            operations with the sums at their ends, in one pass over memory; layer and batch normalisation, softmax of
+            up to 15 columns, losses of classes, lookups by indices and masks of dropout; in float32 and float64. The
+            steps of `torch.optim.SGD`, `Adam`, `AdamW` and `RMSprop` are
             then those of `fastmlp.optim`, which read groups and states at each call. Everything else is computed by
             torch's kernels, and other optimizers by their own `step()`.
         otherwise: "eager" to run a function that cannot be recorded as it is, with one RuntimeWarning, instead of

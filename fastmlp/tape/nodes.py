@@ -1,4 +1,4 @@
-"""Operators of torch that a kernel of ours computes whole: products with bias and activation, rows, draws."""
+"""Operators of torch that a kernel of ours computes whole: products with bias and ReLU, rows, draws."""
 
 import math
 from collections.abc import Callable

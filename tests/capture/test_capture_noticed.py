@@ -638,6 +638,7 @@ class Named:
     scale = 2.0
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
+        # The rule would have `self.scale` here, but how a written name in `getattr` is noticed is what is tested.
         scaled: Tensor = x * getattr(self, "scale")  # noqa: B009
         return scaled
 

@@ -1,5 +1,6 @@
 """Models that begin by flattening all dimensions of their input but the first, as users write them."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -67,7 +68,7 @@ FORMS: dict[str, Callable[[nn.Sequential], nn.Module]] = {
     "fastmlp.Sequential": lambda layers: fastmlp.Sequential(nn.Flatten(), *layers),
     "nested": lambda layers: nn.Sequential(nn.Sequential(nn.Flatten()), layers),
     "quickstart": Quickstart,
-    **{name: lambda layers, call=call: Called(call, layers) for name, call in (RESHAPES | VIEWS).items()},  # type: ignore[misc]
+    **{name: functools.partial(Called, call) for name, call in (RESHAPES | VIEWS).items()},
 }
 
 #: Shapes of the dimensions after the first.
