@@ -60,6 +60,7 @@ def register_modules(
     linear: type[nn.Module],
     fused_linear: type[nn.Module],
     dropout: type[nn.Module],
+    flatten: type[nn.Module],
     sequential: type[nn.Module],
     activations: Mapping[type[nn.Module], tuple[str, tuple[str, ...]]],
     kinds: Mapping[str, int],
@@ -136,6 +137,7 @@ def load_frozen(
     scalars: Sequence[float],
     float32_ends: bool,
     matrices_only: bool,
+    flattens: bool,
     /,
 ) -> None: ...
 def load_frozen_on_device(
@@ -146,12 +148,13 @@ def load_frozen_on_device(
     activations: Sequence[int],
     scalars: Sequence[float],
     matrices_only: bool,
+    flattens: bool,
     /,
 ) -> None: ...
 def unload_frozen(
     frozen: Frozen, /
-) -> tuple[list[Tensor], list[Tensor | None], list[int], list[float], bool, bool]: ...
-def describe_frozen(frozen: Frozen, /) -> tuple[list[int], list[int], list[float], str, bool, str, int]: ...
+) -> tuple[list[Tensor], list[Tensor | None], list[int], list[float], bool, bool, bool]: ...
+def describe_frozen(frozen: Frozen, /) -> tuple[list[int], list[int], list[float], str, bool, bool, str, int]: ...
 
 # Of each activation its name, its parameters' defaults, whether kernels keep its output for backward, and whether
 # gradient_from_output computes its gradient.
@@ -302,8 +305,6 @@ class Tape:
         self, lifetimes: Sequence[tuple[int, int]], results: Sequence[tuple[int, int, bool, bool]], /
     ) -> None: ...
     def measure_each(self, replays: int, /) -> None: ...
-    @property
-    def measured_replays(self) -> int: ...
     def times(self) -> list[tuple[str, str, int]]: ...
     @property
     def arena_bytes(self) -> int: ...

@@ -33,6 +33,8 @@ _NOTHING = object()
 _PENDING = 32
 #: Graphs that are kept.
 _GRAPHS = 8
+#: Tapes that `_C.Recordings` keeps.
+_KEPT = 32
 #: Recordings in a row without a replay after which something changes at every call.
 _RECORDINGS = 64
 
@@ -144,10 +146,19 @@ class Captured(Generic[P, R]):
         if owner is None:
             return self
         name = f"_captured_{self._function.__name__}"
-        own = vars(owner).get(name)
+        attributes = getattr(owner, "__dict__", None)
+        if attributes is None:
+            raise TypeError(
+                f"fastmlp: capture: {self._name}: objects of {type(owner).__name__} have __slots__ and no __dict__ to "
+                "keep recordings in: add '__dict__' to the slots, or capture a function that gets the object"
+            )
+        own = attributes.get(name)
         if own is None:
-            method = MethodType(self._function, owner)
-            own = vars(owner)[name] = Captured(method, self._fuse, self._otherwise)
+            own = Captured(MethodType(self._function, owner), self._fuse, self._otherwise)
+            if isinstance(owner, type):
+                type.__setattr__(owner, name, own)
+            else:
+                attributes[name] = own
         return own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Captured[P, R]":
@@ -191,9 +202,9 @@ class Captured(Generic[P, R]):
             return None
         self._is_eager = self._otherwise == "eager"
         return (
-            f"the last {_RECORDINGS} calls were recorded and none could be replayed, because each one has arguments "
-            "that no other has, or finds something changed: give numbers that change as tensors, and call reset() "
-            "after changing the model"
+            f"the last {_RECORDINGS} calls were recorded and none could be replayed, because each one has shapes or "
+            f"plain arguments that none of the {_KEPT} before has, or finds something changed: pad batches to one of a "
+            "few sizes, give numbers that change as tensors, and call reset() after changing the model"
         )
 
     def _arguments_forbid(self, signature: Any) -> str | None:
@@ -318,6 +329,14 @@ class Captured(Generic[P, R]):
         self._tapes = {i: one for i, one in {**self._tapes, number: lowered}.items() if i in kept}
         lowered.forget()
         self._pending.remove(pending)
+        if number == 2 * _KEPT:
+            warnings.warn(
+                f"fastmlp: capture: {self._name}: {number} tapes were made, and {_KEPT} are kept: a call of a kind "
+                "that was dropped is recorded again, which takes far longer than running it; pad batches to one of a "
+                "few sizes, and change tensors in place rather than what the function reads",
+                RuntimeWarning,
+                stacklevel=5,
+            )
 
 
 @overload
@@ -363,9 +382,10 @@ def capture(function: Any = None, *, fuse: bool = True, otherwise: str | None = 
         function: what to record. It gets tensors, all on the CPU or all on one GPU, and plain values, in nested tuples,
             lists and dictionaries, and returns such. It may use any modules, losses and optimizers. With a method, each
             object has recordings of its own.
-        fuse: whether kernels of fastmlp compute what they can: products with bias and activation; runs of elementwise
-            operations with the sums at their ends, in one pass over memory; layer normalisation, narrow softmax and
-            masks of dropout; in float32 and float64. The steps of `torch.optim.SGD`, `Adam`, `AdamW` and `RMSprop` are
+        fuse: whether kernels of fastmlp compute what they can: products with bias and ReLU; runs of elementwise
+            operations with the sums at their ends, in one pass over memory; layer and batch normalisation, softmax of
+            up to 15 columns, losses of classes, lookups by indices and masks of dropout; in float32 and float64. The
+            steps of `torch.optim.SGD`, `Adam`, `AdamW` and `RMSprop` are
             then those of `fastmlp.optim`, which read groups and states at each call. Everything else is computed by
             torch's kernels, and other optimizers by their own `step()`.
         otherwise: "eager" to run a function that cannot be recorded as it is, with one RuntimeWarning, instead of

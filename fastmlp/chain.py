@@ -4,7 +4,7 @@
 frozen or trained is for its callers to say.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -16,12 +16,12 @@ from fastmlp.activations import module_of
 from fastmlp.linear import Linear
 from fastmlp.modules import Sequential
 from fastmlp.runs import FUSABLE, form_obstacle, original_forwards, watched_obstacle
-from fastmlp.trace import activation_of, place_of_inner, record, run_chain
+from fastmlp.trace import activation_of, flattening_of, place_of_inner, record, run_chain
 
-__all__ = ["Link", "Uncompared", "links"]
+__all__ = ["Link", "Uncompared", "flattens", "layers_of", "links"]
 
 #: The classes of the modules that a chain is made of.
-_KINDS: tuple[type[nn.Module], ...] = (*FUSABLE, nn.AlphaDropout, nn.BatchNorm1d)
+_KINDS: tuple[type[nn.Module], ...] = (*FUSABLE, nn.AlphaDropout, nn.BatchNorm1d, nn.Flatten)
 
 #: The forward of each of them, unless somebody has replaced it.
 _LEAVES = original_forwards(_KINDS)
@@ -34,9 +34,9 @@ class Link(NamedTuple):
     """A module of a chain.
 
     Attributes:
-        name: where it is in the model, as `named_modules` has it; for an activation that the forward calls as a
-            function, the name of the call.
-        module: the module itself, or a new one for such an activation.
+        name: where it is in the model, as `named_modules` has it; for an activation or a flattening that the forward
+            calls as a function, the name of the call.
+        module: the module itself, or a new one for such a call.
     """
 
     name: str
@@ -59,8 +59,10 @@ def links(model: nn.Module, name: str = "") -> list[Link]:
     """The modules through which `model(input)` passes one after another, with containers dissolved.
 
     The leaves are layers (exactly `torch.nn.Linear` and `fastmlp.Linear`), the activations that have a fused form,
-    `torch.nn.Identity`, `Dropout`, `AlphaDropout` and `BatchNorm1d`, in whatever mode they are. Modules other than
-    containers are recorded as `convert(model, trace=True)` does.
+    `torch.nn.Identity`, `Dropout`, `AlphaDropout` and `BatchNorm1d`, in whatever mode they are. The first one may be a
+    `torch.nn.Flatten` of all dimensions from 1 on, which also stands for calls that do the same, such as
+    `x.flatten(1)` and `x.view(x.size(0), -1)`. Modules other than containers are recorded as
+    `convert(model, trace=True)` does.
 
     Args:
         model: any module.
@@ -76,7 +78,21 @@ def links(model: nn.Module, name: str = "") -> list[Link]:
     """
     if not isinstance(model, nn.Module):
         raise not_a_module(model)
-    return list(_links(name, model))
+    found = list(_links(name, model))
+    for link in found[1:]:
+        if isinstance(link.module, nn.Flatten):
+            _refuse(*link, "only the first module of a chain may flatten its input")
+    return found
+
+
+def flattens(chain: Sequence[Link]) -> bool:
+    """Whether a chain begins by flattening all dimensions of its input from 1 on."""
+    return bool(chain) and isinstance(chain[0].module, nn.Flatten)
+
+
+def layers_of(chain: Sequence[Link]) -> Sequence[Link]:
+    """A chain without that flattening."""
+    return chain[1:] if flattens(chain) else chain
 
 
 def _links(name: str, module: nn.Module) -> Iterator[Link]:
@@ -84,7 +100,7 @@ def _links(name: str, module: nn.Module) -> Iterator[Link]:
     if isinstance(module, torch.jit.ScriptModule):
         _refuse(name, module, "it is a module of torch.jit, which runs its own code; use the model that was scripted")
     if kind in _LEAVES:
-        reason = _replaced(module, _LEAVES[kind]) or watched_obstacle(module) or form_obstacle(module)
+        reason = _replaced(module, _LEAVES[kind]) or watched_obstacle(module) or _form_obstacle(module)
         if reason is not None:
             _refuse(name, module, reason)
         yield Link(name, module)
@@ -115,6 +131,12 @@ def _replaced(module: nn.Module, forward: Callable[..., Any]) -> str | None:
     return f"the forward of {kind.__name__} was replaced" if own else None
 
 
+def _form_obstacle(module: nn.Module) -> str | None:
+    if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1):
+        return f"it flattens dimensions {module.start_dim} to {module.end_dim}, and only 1 to -1 can be taken"
+    return form_obstacle(module)
+
+
 def _recorded(name: str, module: nn.Module) -> Iterator[Link]:
     reason = watched_obstacle(module)
     if reason is not None:
@@ -130,6 +152,12 @@ def _recorded(name: str, module: nn.Module) -> Iterator[Link]:
     (source,) = inputs
     left = [node for node in recorded.graph.nodes if node.op.startswith("call_")]
     own: list[Link] = []
+    flattening = flattening_of(source)
+    if flattening is not None:
+        own.append(Link(_join(name, flattening.node.name), nn.Flatten()))
+        yield own[0]
+        left = [node for node in left if node not in (flattening.node, *flattening.sizes)]
+        source = flattening.node
     while True:
         if len(source.users) != 1:
             reason = f"its forward uses {_value(source)} {len(source.users)} times, where a chain does once"
@@ -146,10 +174,17 @@ def _recorded(name: str, module: nn.Module) -> Iterator[Link]:
         _refuse(name, module, "its forward returns something else than one tensor")
     if left:
         _refuse(name, module, f"its forward calls {left[0].name}, which is not part of a chain of layers")
+    if flattening is not None and flattening.features is not None and not any(_is_layer(link) for link in own):
+        # The comparison sees whether the layer after it has so many in_features, if it has that layer.
+        _refuse(name, module, f"its forward makes rows of {flattening.features} elements, and no layer follows in it")
     try:
         check()
     except RuntimeError as error:
         raise Uncompared(f"{error}", own) from error
+
+
+def _is_layer(link: Link) -> bool:
+    return FUSABLE.get(type(link.module)) == "layer"
 
 
 def _is_input(node: fx.Node) -> bool:

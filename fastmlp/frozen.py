@@ -25,7 +25,9 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> "FrozenMLP"
 
     It takes what is one chain of layers: a `fastmlp.Sequential`, `MLP` or `Linear`, a `torch.nn.Sequential` or
     `Linear`, nested ones, and any module that `convert(model, trace=True)` would record as one chain. `BatchNorm1d` is
-    folded into the layer before or after it, computed in float64; `Dropout`, `AlphaDropout` and `Identity` vanish.
+    folded into the layer before or after it, computed in float64; `Dropout`, `AlphaDropout` and `Identity` vanish. The
+    chain may begin with a `torch.nn.Flatten()` or a call that does the same: `x.flatten(1)`, `torch.flatten(x, 1)`,
+    `x.view(x.size(0), -1)`, `x.view(-1, in_features)`, and these with `reshape`.
 
     The model stays as it is. The frozen network follows it as long as it exists; see `FrozenMLP`.
 
@@ -69,7 +71,9 @@ class FrozenMLP(_C.Frozen):
     once.
 
     - Shapes are those of the model: input (*, in_features), output (*, out_features); with a `BatchNorm1d` exactly two
-      dimensions. `out` is of the output's shape and dtype, contiguous, and does not overlap the input; it is returned.
+      dimensions. Where the model begins by flattening: input (N, ...) with in_features elements in all dimensions after
+      the first together, output (N, out_features). It may be strided as it likes, even where the model calls
+      `view`. `out` is of the output's shape and dtype, contiguous, and does not overlap the input; it is returned.
     - Each row of the output has the same bits whatever the batch that it came in, however it lies in memory, and
       however many threads compute it. They do depend on the instruction set, which is the one that `set_isa` chose
       last: the weights are packed again for another one. Of a GPU none of that is promised.
@@ -121,7 +125,7 @@ class FrozenMLP(_C.Frozen):
 
     @property
     def in_features(self) -> int:
-        """Size of the last dimension of the input."""
+        """Size of the last dimension of the input; of all dimensions but the first together, if they are flattened."""
         return _C.describe_frozen(self)[0][0]
 
     @property
@@ -141,7 +145,7 @@ class FrozenMLP(_C.Frozen):
     def __repr__(self) -> str:
         # Debuggers and logs ask for a repr at any time, so an error that a call would raise becomes part of the text.
         try:
-            sizes, kinds, scalars, dtype, float32_ends, device, _ = _C.describe_frozen(self)
+            sizes, kinds, scalars, dtype, float32_ends, flattens, device, _ = _C.describe_frozen(self)
         except (RuntimeError, TypeError, ValueError) as error:
             return f"{type(self).__name__}({error})"
         steps = [
@@ -149,8 +153,9 @@ class FrozenMLP(_C.Frozen):
             for size, act in zip(sizes[1:], _activations(kinds, scalars), strict=True)
         ]
         ends = f"torch.float32, weights {dtype}" if float32_ends else dtype
-        text = f"{sizes[0]}{''.join(steps)}, {ends}{'' if _is_packed(torch.device(device)) else f', {device}'}"
-        return f"{type(self).__name__}({text})"
+        first = f"{'flatten -> ' if flattens else ''}{sizes[0]}"
+        place = "" if _is_packed(torch.device(device)) else f", {device}"
+        return f"{type(self).__name__}({first}{''.join(steps)}, {ends}{place})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Tensors are pickled as bytes, because torch.multiprocessing would send file descriptors of their memory, which
@@ -213,7 +218,8 @@ class FrozenMLP(_C.Frozen):
 
     def _read(self, watch: _C.Watch, tensors: Tensors) -> None:
         """Fills the network with the tensors that the watch has recorded."""
-        stages: list[Stage] = watch.plan
+        stages: list[Stage]
+        stages, flattens = watch.plan
         with torch.no_grad():
             layers = [stage.layer(tensors) for stage in stages]
             first = stages[0].where("weight")
@@ -240,6 +246,7 @@ class FrozenMLP(_C.Frozen):
                 [stage.activation for stage in stages],
                 self._dtype is not None,
                 any(stage.before or stage.after for stage in stages),
+                flattens,
             )
 
 
@@ -251,6 +258,7 @@ def _load(
     activations: Sequence[Activation],
     float32_ends: bool,
     matrices_only: bool,
+    flattens: bool,
 ) -> None:
     """Puts a network in place, and the watch of the model that it was read from, in one step."""
     if not weights:
@@ -262,14 +270,14 @@ def _load(
     of_biases = torch.float32 if packed and dtype.itemsize == 2 else dtype
     biases = [None if bias is None else bias.to(of_biases) for bias in biases]
     if packed:
-        _C.load_frozen(frozen, watch, weights, biases, kinds, scalars, float32_ends, matrices_only)
+        _C.load_frozen(frozen, watch, weights, biases, kinds, scalars, float32_ends, matrices_only, flattens)
     elif float32_ends:
         raise ValueError(
             f"fastmlp: dtype=torch.bfloat16 is for networks on the CPU, and this one is on {device}; freeze the "
             "model in bfloat16 (model.bfloat16()), input and output included"
         )
     else:
-        _C.load_frozen_on_device(frozen, watch, weights, biases, kinds, scalars, matrices_only)
+        _C.load_frozen_on_device(frozen, watch, weights, biases, kinds, scalars, matrices_only, flattens)
 
 
 def _activations(kinds: Sequence[int], scalars: Sequence[float]) -> list[Activation]:
@@ -315,6 +323,7 @@ def _rebuild(
     activations: list[Activation],
     float32_ends: bool,
     matrices_only: bool,
+    flattens: bool = False,
 ) -> FrozenMLP:
     obstacle = _C.device_obstacle(str(torch.device(device)))
     if obstacle is not None:
@@ -322,7 +331,7 @@ def _rebuild(
     frozen = kind()
     own = [_tensor_of(raw).to(device) for raw in weights]
     own_biases = [None if raw is None else _tensor_of(raw).to(device) for raw in biases]
-    _load(frozen, None, own, own_biases, activations, float32_ends, matrices_only)
+    _load(frozen, None, own, own_biases, activations, float32_ends, matrices_only, flattens)
     return frozen
 
 
@@ -335,7 +344,7 @@ def _restore(
 ) -> FrozenMLP:
     """What pickles made before pickles held bytes call: they hold tensors."""
     frozen = FrozenMLP()
-    _load(frozen, None, weights, biases, activations, float32_ends, matrices_only)
+    _load(frozen, None, weights, biases, activations, float32_ends, matrices_only, False)
     return frozen
 
 

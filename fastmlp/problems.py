@@ -5,23 +5,35 @@ losses and optimizers there are, and what is read of them.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 
 from fastmlp import optim
 from fastmlp._errors import shortened
 from fastmlp._load import _C
-from fastmlp.chain import Link, Uncompared, links
+from fastmlp.chain import Link, Uncompared, layers_of, links
 from fastmlp.hooks import has_hooks
 from fastmlp.linear import Linear
 from fastmlp.runs import Alone, parts, why_called
 
-__all__ = ["CALLS", "FORWARDS", "LOSSES", "OPTIMIZERS", "STEPS", "ZERO_GRADS", "explain", "without_hooks"]
+__all__ = [
+    "CALLS",
+    "FORWARDS",
+    "LOSSES",
+    "OPTIMIZERS",
+    "STEPS",
+    "ZERO_GRADS",
+    "explain",
+    "module_of_loss",
+    "without_hooks",
+]
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,16 @@ class Loss:
 LOSSES: dict[type[nn.Module], Loss] = {
     getattr(nn, name): Loss(kind, number, index, unweighted)
     for kind, (name, number, index, unweighted) in enumerate(_C.losses())
+}
+
+#: Functions that compute, with their default arguments, what modules of these classes do.
+_FUNCTIONS: dict[Callable[..., Any], type[nn.Module]] = {
+    F.mse_loss: nn.MSELoss,
+    F.l1_loss: nn.L1Loss,
+    F.smooth_l1_loss: nn.SmoothL1Loss,
+    F.huber_loss: nn.HuberLoss,
+    F.cross_entropy: nn.CrossEntropyLoss,
+    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
 }
 OPTIMIZERS: dict[type[torch.optim.Optimizer], int] = {
     getattr(module, name): rule for module in (torch.optim, optim) for name, (rule, _) in optim.RULES.items()
@@ -79,6 +101,18 @@ _CAPTURE = (
 )
 
 
+def module_of_loss(loss_fn: Any) -> Any:
+    """The module that computes what a function of `torch.nn.functional` does; anything else as it is.
+
+    Example:
+        >>> module_of_loss(F.huber_loss), module_of_loss(torch.relu) is torch.relu
+        (HuberLoss(), True)
+    """
+    # What is called as a loss need not be hashable.
+    found = [kind for function, kind in _FUNCTIONS.items() if function is loss_fn]
+    return found[0]() if found else loss_fn
+
+
 class _Beyond(str):
     """An obstacle to a loop that is right as it is, but that no `TrainStep` is made for."""
 
@@ -87,7 +121,9 @@ def _beyond(problem: str) -> str:
     return _Beyond(problem)
 
 
-def explain(model: nn.Module, loss_fn: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+def explain(
+    model: nn.Module, loss_fn: nn.Module | Callable[..., Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[str, ...]:
     """A sentence for each obstacle, and a last one where `fastmlp.capture` needs no change at all."""
     of_model, of_optimizer = _model_problems(model), _optimizer_problems(optimizer)
     together = [] if of_model or of_optimizer else _ownership_problems(model, optimizer)
@@ -114,14 +150,14 @@ def _model_problems(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if type(module).__call__ not in CALLS and not isinstance(module, fx.GraphModule)
     ]
-    return called or _chain_problems(chain) or _parameter_problems(chain)
+    return called or _chain_problems(layers_of(chain)) or _parameter_problems(chain)
 
 
 def _child_problems(name: str, module: nn.Module) -> list[str]:
     try:
         return [
             f"{link.name} ({type(link.module).__name__}) cannot run with the others: {reason}"
-            for link in links(module, name)
+            for link in layers_of(links(module, name))
             if (reason := why_called(link.module)) is not None
         ]
     except TypeError as error:
@@ -208,13 +244,19 @@ def _kind_problems(names: Mapping[Tensor, str]) -> list[str]:
     return [f"{name} must be a plain tensor: {reason}" for name, reason in reasons.items() if reason is not None]
 
 
-def _loss_problems(loss_fn: nn.Module) -> list[str]:
+def _loss_problems(loss_fn: nn.Module | Callable[..., Tensor]) -> list[str]:
+    loss_fn = module_of_loss(loss_fn)
     kind = type(loss_fn)
     if isinstance(loss_fn, type):
         return [f"loss_fn is the class {loss_fn.__name__}, expected an instance of it: {loss_fn.__name__}()"]
     if kind not in LOSSES:
         expected = ", ".join(loss.__name__ for loss in LOSSES)
-        text = f"loss_fn is of type {kind.__name__}, expected exactly one of torch.nn's {expected}"
+        given = getattr(loss_fn, "__name__", None) if isinstance(loss_fn, FunctionType) else None
+        what = f"the function {given}" if given else f"of type {kind.__name__}"
+        functions = ", ".join(function.__name__ for function in _FUNCTIONS)
+        text = (
+            f"loss_fn is {what}, expected exactly one of torch.nn's {expected}, or of torch.nn.functional's {functions}"
+        )
         return [_beyond(text) if callable(loss_fn) else text]
     assert isinstance(loss_fn, _Loss)
     found = []

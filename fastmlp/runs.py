@@ -69,10 +69,11 @@ def register(sequential: type[nn.Module]) -> None:
         nn.Linear,
         Linear,
         nn.Dropout,
+        nn.Flatten,
         sequential,
         {kind: (name, tuple(DEFAULTS[name])) for kind, name in reference.MODULES.items()},
         {name: kind for kind, name in enumerate(DEFAULTS)},
-        _FORWARDS,
+        original_forwards([*FUSABLE, nn.Flatten]),
         GLOBAL_HOOKS,
     )
     _C.set_composed_forward(composed_forward)

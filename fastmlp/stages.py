@@ -14,7 +14,7 @@ from fastmlp import reference
 from fastmlp._errors import described, place_of
 from fastmlp._load import _C
 from fastmlp.activations import DEFAULTS, IDENTITY, Activation, resolve
-from fastmlp.chain import Link, links
+from fastmlp.chain import Link, flattens, layers_of, links
 from fastmlp.linear import Linear
 
 __all__ = ["Stage", "Tensors", "seen"]
@@ -177,7 +177,9 @@ _ATTEMPTS = 100
 
 
 def seen(model: nn.Module) -> tuple[_C.Watch, Tensors]:
-    """A watch of a model, with its stages as plan, and the tensors that it recorded: all of one moment.
+    """A watch of a model, and the tensors that it recorded: all of one moment.
+
+    The plan of the watch is the model's stages, and whether it flattens its input.
 
     The watch begins before anything is read that it compares, so that no change falls between.
     """
@@ -187,7 +189,7 @@ def seen(model: nn.Module) -> tuple[_C.Watch, Tensors]:
             chain = links(model)
             entries, places = _watched(model, chain)
             watch = _C.Watch(entries)
-            watch.plan = _stages_of(chain, places)
+            watch.plan = _stages_of(layers_of(chain), places), flattens(chain)
         except Exception as error:
             # If something was exchanged meanwhile, the error may be about a mixture of old and new: read again.
             if _are_others(before, _held(model)):
@@ -271,6 +273,8 @@ def _what_matters(module: nn.Module) -> tuple[Sequence[str], Sequence[str], Sequ
         # The number of batches is watched, because training changes the statistics without raising their version
         # counters, but raises that of this number.
         return ("training", "eps"), ("weight", "bias"), ("running_mean", "running_var", "num_batches_tracked")
+    if isinstance(module, nn.Flatten):
+        return ("start_dim", "end_dim"), (), ()
     if isinstance(module, (nn.Dropout, nn.AlphaDropout)):
         return ("training", "p"), (), ()
     name = reference.MODULES.get(type(module))

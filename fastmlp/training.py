@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -57,10 +58,13 @@ class TrainStep:
 
     Args:
         model: a `fastmlp.Sequential`, `MLP` or `Linear`, their counterparts of `torch.nn`, or any module whose forward
-            is one chain of layers and activations. Parameters are float32 or float64, each once, and on the CPU: on
-            another device the loop's own four lines are the way.
+            is one chain of layers and activations. It may begin by flattening its input: with a `torch.nn.Flatten()`,
+            or by a call such as `x.flatten(1)` or `x.view(x.size(0), -1)`. Parameters are float32 or float64, each
+            once, and on the CPU: on another device the loop's own four lines are the way.
         loss_fn: exactly an `nn.MSELoss`, `L1Loss`, `HuberLoss`, `SmoothL1Loss`, `BCEWithLogitsLoss` (without `weight`)
-            or `CrossEntropyLoss`, with the reduction "mean" or "sum".
+            or `CrossEntropyLoss`, with the reduction "mean" or "sum"; or one of torch.nn.functional's `mse_loss`,
+            `l1_loss`, `huber_loss`, `smooth_l1_loss`, `binary_cross_entropy_with_logits` and `cross_entropy`, which
+            stand for these modules as they are by default.
         optimizer: exactly an `SGD`, `Adam`, `AdamW` or `RMSprop` of `torch.optim` or `fastmlp.optim`. It has a
             parameter of the model, at least one; those that it lacks get gradients, which are added up, and do not
             move. Parameters that the model does not have keep no gradient, and so do not move.
@@ -81,8 +85,9 @@ class TrainStep:
         ValueError: for options out of range, or that do not go together.
 
     Shape:
-        input (*, in_features); target as `loss_fn` takes it: of the output's shape, or for `CrossEntropyLoss` class
-        indices of shape (N) for an output (N, C).
+        input (*, in_features), or where the model begins by flattening (N, ...) with in_features elements in all
+        dimensions after the first together; target as `loss_fn` takes it: of the output's shape, or for
+        `CrossEntropyLoss` class indices of shape (N) for an output (N, C).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(10, 50), nn.ReLU(), nn.Linear(50, 1))
@@ -104,7 +109,7 @@ class TrainStep:
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: nn.Module,
+        loss_fn: nn.Module | Callable[..., Tensor],
         optimizer: torch.optim.Optimizer,
         *,
         max_norm: float | None = None,
@@ -135,7 +140,7 @@ class TrainStep:
         """Does one step.
 
         Args:
-            input: (*, in_features), plain, of the parameters' dtype.
+            input: (*, in_features), or (N, ...) where the model flattens it; plain, of the parameters' dtype.
             target: as the loss takes it.
 
         Returns:
@@ -206,7 +211,9 @@ class TrainStep:
             self._native.waiting = 0
 
     @staticmethod
-    def explain(model: nn.Module, loss_fn: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    def explain(
+        model: nn.Module, loss_fn: nn.Module | Callable[..., Tensor], optimizer: torch.optim.Optimizer
+    ) -> tuple[str, ...]:
         """Says what would have to change for a `TrainStep` of these.
 
         Args:
@@ -254,8 +261,8 @@ class TrainStep:
         return list(dict.fromkeys([*self.model.parameters(), *owned]))
 
     def __repr__(self) -> str:
-        names = (type(part).__name__ for part in (self.model, self.loss_fn, self.optimizer))
-        return f"{type(self).__name__}({', '.join(names)})"
+        parts = (self.model, problems.module_of_loss(self.loss_fn), self.optimizer)
+        return f"{type(self).__name__}({', '.join(type(part).__name__ for part in parts)})"
 
     def _run_all(self, inputs: Tensor, targets: Tensor, order: Tensor, rows: int) -> Tensor:
         """Does as many steps as there are batches.
@@ -303,16 +310,16 @@ class TrainStep:
             for module in self.model.modules()
             if module not in leaves
         }
-        kind = type(self.optimizer)
+        kind, loss = type(self.optimizer), problems.module_of_loss(self.loss_fn)
         self._native = _C.TrainStep(
             tuple(link.module for link in chain),
             holders,
-            self.loss_fn,
-            problems.LOSSES[type(self.loss_fn)].kind,
+            loss,
+            problems.LOSSES[type(loss)].kind,
             self.optimizer,
             problems.OPTIMIZERS[kind],
             problems.CALLS[0],
-            problems.FORWARDS[type(self.loss_fn)],
+            problems.FORWARDS[type(loss)],
             kind.step if problems.without_hooks(kind.step) is problems.STEPS[kind] else None,
             problems.ZERO_GRADS[kind],
             self.max_norm,

@@ -17,12 +17,6 @@
 namespace fastmlp {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
-int64_t nanoseconds_since(Clock::time_point begin) {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count();
-}
-
 // What TLS excludes while operators of a tape run. They were recorded below all of these.
 class BelowModes {
  private:
@@ -271,7 +265,6 @@ void Tape::start() {
   next_ = 0;
   // The first replays take longer than those that follow.
   measured_ = replays_++ % measured_each_ == measured_each_ / 8;
-  measured_replays_ += measured_;
   stopped_ = nullptr;
   point_externals();
   renew_held();
@@ -340,8 +333,13 @@ void Tape::run(Step& step) {
   }
 }
 
+void Tape::note(Step& step, Clock::time_point begin) {
+  const int64_t nanoseconds = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count();
+  step.nanoseconds = step.nanoseconds < 0 ? nanoseconds : std::min(step.nanoseconds, nanoseconds);
+}
+
 void Tape::end_stop() {
-  if (stopped_) stopped_->nanoseconds += nanoseconds_since(since_);
+  if (stopped_) note(*stopped_, since_);
   stopped_ = nullptr;
 }
 
@@ -360,7 +358,7 @@ bool Tape::run() {
     if (measured_) {
       const auto begin = Clock::now();
       run(step);
-      step.nanoseconds += nanoseconds_since(begin);
+      note(step, begin);
     } else {
       run(step);
     }

@@ -95,9 +95,9 @@ class Tape {
 
   // One of so many replays measures its steps, which costs two looks at a clock for each. For tests: 1.
   void measure_each(int64_t replays) { measured_each_ = replays; }
-  int64_t measured_replays() const { return measured_replays_; }
   // Of each step the operator or node that it calls, its place in the user's file, and the nanoseconds that it has
-  // taken in all measured replays. That of a stop is what its caller did.
+  // taken at least, -1 before a replay was measured: others count what the machine did meanwhile. That of a stop is
+  // what its caller did.
   std::vector<std::tuple<std::string, std::string, int64_t>> times() const;
 
   int64_t arena_bytes() const { return arena_bytes_; }
@@ -138,7 +138,7 @@ class Tape {
     std::vector<Returned> returned;
     int set = -1, external = -1, tensor = -1;  // set: of the gradient that a leaf gets
     double expected = 0;
-    int64_t nanoseconds = 0;
+    int64_t nanoseconds = -1;
     std::string text;  // the place in the user's file, or the error of a check
   };
 
@@ -146,6 +146,8 @@ class Tape {
   // Whether it is as it was, gradients aside.
   bool fits(const External& external) const;
   void run(Step& step);
+  using Clock = std::chrono::steady_clock;
+  static void note(Step& step, Clock::time_point begin);
   // The caller goes on after a stop.
   void end_stop();
   void call(Step& step);
@@ -174,10 +176,10 @@ class Tape {
   std::vector<size_t> known_;  // of each memory: how often the tape and gradients refer to it, or 0
   torch::jit::Stack stack_;
   size_t next_ = 0;
-  int64_t replays_ = 0, measured_each_ = 64, measured_replays_ = 0;
+  int64_t replays_ = 0, measured_each_ = 64;
   bool measured_ = false;
   Step* stopped_ = nullptr;  // where a measured replay has stopped, and since when
-  std::chrono::steady_clock::time_point since_;
+  Clock::time_point since_;
 };
 
 }  // namespace fastmlp

@@ -129,7 +129,6 @@ void add_capture(py::module_& m) {
       .def("add_stop", &Tape::add_stop)
       .def("finish", &finish)
       .def("measure_each", &Tape::measure_each)
-      .def_property_readonly("measured_replays", &Tape::measured_replays)
       .def("times", &Tape::times)
       .def_property_readonly("arena_bytes", &Tape::arena_bytes)
       .def_property_readonly("own_bytes", &Tape::own_bytes)

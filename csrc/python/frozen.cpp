@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "../tensors/dtypes.h"
+#include "../tensors/flattened.h"
 #include "frozen_call.h"
 #include "gil.h"
 #include "objects.h"
@@ -82,6 +83,7 @@ void check_dimensions(int64_t dimensions) {
 
 void check_shape(const Call& call, const View& x) {
   const int64_t features = call.network->form().in_features();
+  if (call.flattens) return check_flattened(x.shape(), features, "the frozen network");
   TORCH_CHECK(x.dims > 0, "fastmlp: input has no dimension, expected at least one, of size in_features");
   TORCH_CHECK(x.sizes[x.dims - 1] == features, "fastmlp: input has shape ", x.shape(), ", expected ", features,
               " in the last dimension, the in_features of the frozen network");
@@ -92,9 +94,9 @@ void check_shape(const Call& call, const View& x) {
 // The shape of the output of x.
 View result_of(const Call& call, const View& x) {
   View result;
-  result.dims = x.dims;
-  std::copy_n(x.sizes, x.dims, result.sizes);
-  result.sizes[x.dims - 1] = call.network->form().out_features();
+  result.dims = call.flattens ? 2 : x.dims;
+  std::copy_n(x.sizes, result.dims, result.sizes);
+  result.sizes[result.dims - 1] = call.network->form().out_features();
   return result;
 }
 
@@ -109,9 +111,18 @@ std::string dtype_remedy(const Call& call, at::ScalarType given, const std::stri
   return "; pass " + convert + (or_model ? ", or freeze model" + cast_to(given) : "");
 }
 
-void run(const Call& call, const FrozenBatch& batch) {
-  const ReleasedGil released(call.network->form().multiply_adds * double(batch.input.rows()) > worth_releasing);
-  call.network->run(batch);
+ReleasedGil release_for(const Call& call, int64_t rows) {
+  return ReleasedGil(call.network->form().multiply_adds * double(rows) > worth_releasing);
+}
+
+void run_on_host(const Call& call, const View& x, void* output) {
+  if (!call.flattens) {
+    const ReleasedGil released = release_for(call, x.rows());
+    return call.network->run({x, output});
+  }
+  const ReleasedGil released = release_for(call, x.sizes[0]);
+  const FlatRows rows(x, call.network->form().in_features(), call.element());
+  call.network->run({rows.view(), output});
 }
 
 namespace {

@@ -112,7 +112,7 @@ PyObject* call_array(const Call& call, PyObject* object, PyObject* out) {
         api.PyArray_NewFromDescr_(api.PyArray_Type_, api.PyArray_DescrFromType_(numpy_type(call)), result.dims, sizes,
                                   nullptr, nullptr, 0, nullptr));
     if (!made) throw py::error_already_set();
-    run(call, {x, array_of(made.ptr()).data});
+    run_on_host(call, x, array_of(made.ptr()).data);
     return made.release().ptr();
   }
   check_numpy_dtype(call, "out", out);
@@ -126,7 +126,7 @@ PyObject* call_array(const Call& call, PyObject* object, PyObject* out) {
   needs(npy_api::NPY_ARRAY_ALIGNED_, "aligned");
   needs(npy_api::NPY_ARRAY_WRITEABLE_, "writeable");
   check_apart(x, array.data, c10::multiply_integers(y.shape()) * call.element(), call.element());
-  run(call, {x, array.data});
+  run_on_host(call, x, array.data);
   return Py_NewRef(out);
 }
 

@@ -13,6 +13,7 @@
 
 #include "../tensors/frozen_network.h"
 #include "frozen_watch.h"
+#include "gil.h"
 
 namespace fastmlp::frozen {
 
@@ -22,6 +23,7 @@ namespace fastmlp::frozen {
 struct State {
   std::shared_ptr<FrozenNetwork> network;
   bool matrices_only = false;    // inputs must have two dimensions
+  bool flattens = false;         // inputs are flattened to two dimensions, whatever they have
   std::shared_ptr<Watch> watch;  // null if there is no model to follow
 };
 
@@ -35,9 +37,10 @@ void follow(PyObject* self, State& state);
 // Another thread may replace the network during a call, which goes on with the one that it began with.
 struct Call {
   const std::shared_ptr<const FrozenNetwork> network;
-  const bool matrices_only;
+  const bool matrices_only, flattens;
 
-  explicit Call(const State& state) : network(state.network), matrices_only(state.matrices_only) {}
+  explicit Call(const State& state)
+      : network(state.network), matrices_only(state.matrices_only), flattens(state.flattens) {}
   at::Device device() const { return network->form().device; }
   at::ScalarType dtype() const { return network->form().end_dtype; }  // of input and output
   int64_t element() const { return int64_t(c10::elementSize(dtype())); }
@@ -55,8 +58,10 @@ View result_of(const Call& call, const View& x);
 // What to do about an argument of another dtype: `convert` is the call that gives it the network's.
 std::string dtype_remedy(const Call& call, at::ScalarType given, const std::string& convert);
 
-// Computes, and gives up the GIL meanwhile unless that would take longer than the work.
-void run(const Call& call, const FrozenBatch& batch);
+// Gives up the GIL during a computation with so many rows, unless that would take longer than the work.
+ReleasedGil release_for(const Call& call, int64_t rows);
+// Computes from memory of the host, flattening the input if the network does. For an output of the shape result_of(x).
+void run_on_host(const Call& call, const View& x, void* output);
 
 // Calls with a tensor and with an array; `out` may be null. Both return a new reference.
 PyObject* call_tensor(const Call& call, PyObject* input, PyObject* out);

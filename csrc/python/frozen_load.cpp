@@ -73,7 +73,7 @@ at::ScalarType dtype_of_weights(const Tensors& weights) {
 // null if there is none to follow.
 void load(const py::handle& self, const std::shared_ptr<Watch>& watch, const Tensors& weights, const Biases& biases,
           const std::vector<int64_t>& activations, const std::vector<double>& scalars, bool float32_ends,
-          bool matrices_only) {
+          bool matrices_only, bool flattens) {
   State& state = state_of(self.ptr());
   const Stack stack(has_bias(biases), activations, scalars);
   const at::ScalarType dtype = dtype_of_weights(weights);
@@ -85,13 +85,14 @@ void load(const py::handle& self, const std::shared_ptr<Watch>& watch, const Ten
                     dtype_name(dtype));
   state.network = operations_on(device.type())->freeze(stack, {weights, biases}, float32_ends);
   state.matrices_only = matrices_only;
+  state.flattens = flattens;
   state.watch = watch;
 }
 
 // The same as a copy of the weights, with biases of their dtype, for a device that has no other form.
 void load_on_device(const py::handle& self, const std::shared_ptr<Watch>& watch, const Tensors& weights,
                     const Biases& biases, const std::vector<int64_t>& activations, const std::vector<double>& scalars,
-                    bool matrices_only) {
+                    bool matrices_only, bool flattens) {
   State& state = state_of(self.ptr());
   const Stack stack(has_bias(biases), activations, scalars);
   check_layers(stack, weights, biases, dtype_of_weights(weights));
@@ -99,6 +100,7 @@ void load_on_device(const py::handle& self, const std::shared_ptr<Watch>& watch,
   if (!state.network || !state.network->refill(stack, parameters))
     state.network = std::make_shared<DeviceNetwork>(stack, parameters);
   state.matrices_only = matrices_only;
+  state.flattens = flattens;
   state.watch = watch;
 }
 
@@ -110,24 +112,27 @@ const State& followed(const py::handle& self) {
   return state;
 }
 
-// Features, activations and their scalars, dtype of weights, whether input and output are float32, device, and bytes.
+// Features, activations and their scalars, dtype of weights, whether input and output are float32, whether inputs are
+// flattened, device, and bytes.
 py::tuple describe(const py::handle& self) {
-  const std::shared_ptr<const FrozenNetwork> network = followed(self).network;
+  const State& state = followed(self);
+  const std::shared_ptr<const FrozenNetwork> network = state.network;
   const FrozenNetwork::Form& form = network->form();
   const LayerLists lists(form.layers);
   return py::make_tuple(form.features, lists.activations, lists.scalars, dtype_name(form.dtype),
-                        form.end_dtype != form.dtype, form.device.str(), form.bytes);
+                        form.end_dtype != form.dtype, state.flattens, form.device.str(), form.bytes);
 }
 
 // What load takes, of one moment; tensors of a device are its own and not copies.
 py::tuple unload(const py::handle& self) {
   const State& state = followed(self);
   const std::shared_ptr<const FrozenNetwork> network = state.network;
-  const bool matrices_only = state.matrices_only;
+  const bool matrices_only = state.matrices_only, flattens = state.flattens;
   const FrozenNetwork::Form& form = network->form();
   const LayerLists lists(form.layers);
   const auto [weights, biases] = network->parameters();
-  return py::make_tuple(weights, biases, lists.activations, lists.scalars, form.end_dtype != form.dtype, matrices_only);
+  return py::make_tuple(weights, biases, lists.activations, lists.scalars, form.end_dtype != form.dtype, matrices_only,
+                        flattens);
 }
 
 }  // namespace

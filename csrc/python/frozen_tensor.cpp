@@ -1,6 +1,7 @@
 // A frozen network called with a tensor: checks it and the `out` that may come with it, before anything is written.
 // Called by frozen.cpp with the GIL. Must not go through the dispatcher, which would take as long as a small network.
 #include <ATen/core/Tensor.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -17,11 +18,17 @@
 namespace fastmlp::frozen {
 namespace {
 
+at::Tensor flattened(const at::Tensor& input, int64_t rows, const Call& call) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return input.reshape({rows, call.network->form().in_features()});
+}
+
 void run(const Call& call, const View& x, const at::Tensor& input, const at::Tensor& output, void* data) {
-  if (call.network->form().takes_arrays) return run(call, FrozenBatch{x, data});
+  if (call.network->form().takes_arrays) return run_on_host(call, x, data);
   // Handles of its own: without the GIL others may drop what the caller gave.
-  const at::Tensor own_input = input, own_output = output;
-  run(call, FrozenBatch{x, data, &own_input, &own_output});
+  const at::Tensor own_input = call.flattens ? flattened(input, output.size(0), call) : input, own_output = output;
+  const ReleasedGil released = release_for(call, x.rows());
+  call.network->run({x, data, &own_input, &own_output});
 }
 
 void check_plain(const Call& call, const char* name, PyObject* object) {

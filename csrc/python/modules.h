@@ -15,14 +15,15 @@ namespace fastmlp {
 // What fastmlp/modules.py knows and this file is told once: the exact classes of torch.nn and of ours that may be part
 // of a run.
 //   linear, fused_linear: classes of layers; dropout: one that does nothing outside of training
+//   flatten: one that flattens, which is in no run, but which a chain of layers may begin with
 //   sequential: the class whose forward is run_children
 //   activations: {class: (name, (attribute of each parameter, ...))}
 //   kinds: {name: kind}
 //   forwards: {class: how it computes}; a class that is not in it, or computes otherwise by now, is called
 //   watchers: dictionaries of hooks on all modules; while one holds anything every child is called
 void register_modules(const py::object& linear, const py::object& fused_linear, const py::object& dropout,
-                      const py::object& sequential, const py::dict& activations, const py::dict& kinds,
-                      const py::dict& forwards, const py::tuple& watchers);
+                      const py::object& flatten, const py::object& sequential, const py::dict& activations,
+                      const py::dict& kinds, const py::dict& forwards, const py::tuple& watchers);
 
 // Layers and their activations, one after another. Borrows the tensors: no Python code may run that could free them.
 class Run {
@@ -48,6 +49,9 @@ class Run {
 
 // Of a module's attributes the dictionary of its children, borrowed; null if it has none.
 PyObject* children_of(PyObject* attributes);
+
+// Whether a module flattens all dimensions but the first, and does nothing else.
+bool flattens_rows(PyObject* module);
 
 // Whether a module is of a class of layers, with a weight and perhaps a bias.
 bool is_layer(PyObject* module);

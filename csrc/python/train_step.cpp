@@ -59,6 +59,7 @@ struct Running {
 TrainStep::TrainStep(py::tuple links, py::dict holders, py::object loss, int kind, py::object optimizer, int rule,
                      Originals originals, const TrainOptions& options)
     : links_(std::move(links)),
+      flattens_(links_.size() > 0 && flattens_rows(PyTuple_GET_ITEM(links_.ptr(), 0))),
       holders_(std::move(holders)),
       loss_(std::move(loss)),
       kind_(kind),
@@ -179,10 +180,7 @@ bool TrainStep::read_all(Call& call) {
   check_plain("input", call.input_object);
   check_modes(THPVariable_Unpack(call.input_object).device().type());
   if (!read(call)) return false;
-  const at::Tensor& input = THPVariable_Unpack(call.input_object);
-  check_input(input);
-  const char* const why = obstacle(call.input_object, {});
-  TORCH_CHECK(!why, "fastmlp: TrainStep cannot run: ", why);
+  check_input(call);
   check_target(call);
   take_owners();
   for (PyObject* parameter : others_) call.hold(parameter);
@@ -204,7 +202,7 @@ void TrainStep::plan(Call& call) {
 
 // Forward, loss and backward; the loss.
 at::Tensor TrainStep::pass(Call& call) {
-  const at::Tensor& input = THPVariable_Unpack(call.input_object);
+  const at::Tensor& input = *call.input;
   double weights = 0;
   for (const at::Tensor& parameter : at::TensorList(parameters_)) weights += double(parameter.numel());
   const bool release = weights * double(input.numel()) > worth_releasing;
@@ -220,7 +218,7 @@ at::Tensor TrainStep::pass(Call& call) {
 
 // What must live while code of Python may run.
 void TrainStep::hold_all(Call& call) const {
-  call.tensors.take({THPVariable_Unpack(call.input_object), *call.target, call.weight});
+  call.tensors.take({*call.input, *call.target, call.weight});
   call.tensors.take(parameters_);
   for (const Slot& slot : slots_) call.tensors.take(slot.grad);
   for (PyObject* parameter : others_) call.tensors.take(THPVariable_Unpack(parameter));

@@ -35,9 +35,9 @@ struct Originals {
 
 class TrainStep {
  public:
-  // links: the modules through which the input passes; holders: {module: (forward and __call__ of its class, and its
-  // children)} of the modules around them. loss: the module, and its kind, an index into Losses; optimizer: with its
-  // rule, an index into Rules.
+  // links: the modules through which the input passes, of which the first may flatten it; holders: {module: (forward
+  // and __call__ of its class, and its children)} of the modules around them. loss: the module, and its kind, an index
+  // into Losses; optimizer: with its rule, an index into Rules.
   TrainStep(py::tuple links, py::dict holders, py::object loss, int kind, py::object optimizer, int rule,
             Originals originals, const TrainOptions& options);
 
@@ -72,6 +72,7 @@ class TrainStep {
   struct Call {
     PyObject *input_object, *target_object;  // that the caller holds
     Run run;
+    c10::MaybeOwned<at::Tensor> input;  // as the first layer takes it
     c10::intrusive_ptr<Stack> stack;
     LossSpec spec;
     at::Tensor weight;                      // of the loss
@@ -101,7 +102,8 @@ class TrainStep {
 
   // Raise for what is not as expected.
   void check_modes(c10::DeviceType device) const;
-  void check_input(const at::Tensor& input) const;
+  // Finds the input as the first layer takes it.
+  void check_input(Call& call) const;
   void check_target(Call& call) const;
 
   Slot* slot_of(PyObject* parameter, size_t& next);
@@ -116,6 +118,7 @@ class TrainStep {
   void take_step(std::optional<OptimizerStep>& step);
 
   py::tuple links_;
+  const bool flattens_;  // the first link flattens
   py::dict holders_;
   py::object loss_;
   int kind_;

@@ -1,5 +1,6 @@
 // What train_step.h reads and checks at each call, by lookups in the dictionaries of PyTorch's objects: some tens of
 // nanoseconds each. Writes nothing.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
@@ -14,6 +15,7 @@
 #include "../contract/training_info.h"
 #include "../tensors/devices.h"
 #include "../tensors/dtypes.h"
+#include "../tensors/flattened.h"
 #include "objects.h"
 #include "route.h"
 #include "train_step.h"
@@ -114,8 +116,10 @@ bool TrainStep::read_model(Run& run) const {
   for (Py_ssize_t at = 0; PyDict_Next(holders_.ptr(), &at, &module, &expected);) {
     if (!holds(module, expected)) return false;
   }
-  for (const py::handle link : links_) {
-    if (!run.extend(link.ptr())) return false;
+  const c10::ArrayRef<PyObject*> links = items_of(links_.ptr());
+  if (flattens_ && !flattens_rows(links.front())) return false;
+  for (PyObject* link : links.slice(flattens_)) {
+    if (!run.extend(link)) return false;
   }
   return !run.empty();
 }
@@ -211,7 +215,8 @@ void TrainStep::check_modes(c10::DeviceType device) const {
               "call it outside");
 }
 
-void TrainStep::check_input(const at::Tensor& input) const {
+void TrainStep::check_input(Call& call) const {
+  const at::Tensor& input = THPVariable_Unpack(call.input_object);
   const at::Tensor& weight = parameters_[0];
   check_device("input", input, weight);
   const at::ScalarType dtype = input.scalar_type(), expected = weight.scalar_type();
@@ -220,16 +225,27 @@ void TrainStep::check_input(const at::Tensor& input) const {
               dtype_name(expected), ')');
   TORCH_CHECK(!input.requires_grad(),
               "fastmlp: input requires a gradient, which TrainStep does not compute: give input.detach()");
-  TORCH_CHECK(input.dim() >= 1, "fastmlp: input has no dimension, expected at least one, of size ", weight.size(1),
-              ", the in_features of the model's first layer");
-  TORCH_CHECK(input.sizes().back() == weight.size(1), "fastmlp: input has shape ", input.sizes(), ", expected ",
-              weight.size(1), " in the last dimension, the in_features of the model's first layer");
+  const int64_t features = weight.size(1);
+  if (flattens_) {
+    check_flattened(input.sizes(), features, "the model's first layer");
+  } else {
+    TORCH_CHECK(input.dim() >= 1, "fastmlp: input has no dimension, expected at least one, of size ", features,
+                ", the in_features of the model's first layer");
+    TORCH_CHECK(input.sizes().back() == features, "fastmlp: input has shape ", input.sizes(), ", expected ", features,
+                " in the last dimension, the in_features of the model's first layer");
+  }
+  const char* const why = obstacle(call.input_object, {});
+  TORCH_CHECK(!why, "fastmlp: TrainStep cannot run: ", why);
+  call.input = c10::MaybeOwned<at::Tensor>::borrowed(input);
+  if (!flattens_ || input.dim() == 2) return;
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  call.input = c10::MaybeOwned<at::Tensor>::owned(input.reshape({input.size(0), features}));
 }
 
 // Finds the target as the loss takes it. The weight of the loss becomes one for each column.
 void TrainStep::check_target(Call& call) const {
   check_plain("target", call.target_object);
-  const at::Tensor& input = THPVariable_Unpack(call.input_object);
+  const at::Tensor& input = *call.input;
   const at::Tensor& given = THPVariable_Unpack(call.target_object);
   check_device("target", given, parameters_[0]);
   TORCH_CHECK(!given.requires_grad(),

@@ -226,6 +226,20 @@ def _spread(root: bool) -> _Rule:
     return rule
 
 
+def _logsumexp(to: Emitter, given: dict[str, Any], output: int) -> None:
+    """The largest element is taken out before and added afterwards, as in torch, unless it is infinite."""
+    value, dims = to.operand(given["self"]), given["dim"]
+    if not isinstance(value, Ref) or not to.sizes(value) or to.trace.values[value.value].dtype != to.dtype:
+        leave_to_torch()
+    largest = to.reduce(value, "max", dims)
+    taken = to.emit("where", to.emit("eq", to.emit("abs", largest), math.inf), 0.0, largest)
+    powers = to.emit("exp", to.emit("sub", value, to.kept(taken, value, dims)))
+    sums = to.reduce(powers, "sum", dims)
+    if given["keepdim"]:
+        sums, taken = to.kept(sums, value, dims), to.kept(taken, value, dims)
+    to.emit("add", to.emit("log", sums), taken, output=output)
+
+
 # Losses.
 
 
@@ -353,6 +367,7 @@ _RULES: dict[str, _Rule] = {
     "norm": _norm,  # as _foreach_norm
     "std": _spread(root=True),
     "var": _spread(root=False),
+    "logsumexp": _logsumexp,
     "relu": _activation("relu"),
     "threshold_backward": _threshold_backward,
     "tanh": _activation("tanh"),
@@ -399,6 +414,9 @@ def decompose(trace: Trace, event: Operation, numbers: Numbers) -> list[Element]
     rule = _RULES.get(stem) or _RULES.get(stem.removesuffix("_"))
     if rule is None:
         return None
+    # The kernels do nothing where there is nothing, and torch knows what it is then.
+    if any(not math.prod(trace.values[value].sizes) for value in trace.refs(event)):
+        return None
     names = [argument.name for argument in schema.arguments]
     defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     given = _Given(defaults | dict(zip(names, event.args, strict=False)) | event.kwargs)
@@ -412,10 +430,15 @@ def decompose(trace: Trace, event: Operation, numbers: Numbers) -> list[Element]
     except NotElementwise:
         del trace.memories[marks[0] :], trace.values[marks[1] :]
         return None
-    # The kernels do nothing where there is nothing, and torch knows what it is then. A run goes through memory block by
-    # block, so that what it overwrites it may read at the same place only.
-    fit = all(math.prod(element.space) and not _shifts(trace, element) for element in elements)
+    # A run goes through memory block by block, so that what it overwrites it may read at the same place only.
+    fit = all(not _shifts(trace, element) and not _overlaps(trace, element) for element in elements)
     return elements if fit else None
+
+
+def _overlaps(trace: Trace, element: Element) -> bool:
+    """Whether an element writes to one place several times."""
+    value = trace.values[element.output]
+    return any(n > 1 and not step for n, step in zip(value.sizes, value.strides, strict=True))
 
 
 def _shifts(trace: Trace, element: Element) -> bool:

@@ -241,6 +241,19 @@ class Emitter:
         self.elements.append(Element("copy", (operand,), (), output, space, self.dtype, how, reduced, scale))
         return Ref(output)
 
+    def kept(self, reduced: Operand, operand: Operand, dims: Sequence[int]) -> Operand:
+        """What a reduction of an operand has made, with the dimensions that it has lost as ones of size 1."""
+        if not isinstance(reduced, Ref):
+            leave_to_torch()
+        value, sizes = self.trace.values[reduced.value], list(self.sizes(operand))
+        lost = {dim % len(sizes) for dim in dims}
+        strides = iter(value.strides)
+        lying = [(1, 0) if dim in lost else (size, next(strides)) for dim, size in enumerate(sizes)]
+        self.trace.values.append(
+            Value(value.memory, value.dtype, tuple(n for n, _ in lying), tuple(n for _, n in lying), value.offset)
+        )
+        return Ref(len(self.trace.values) - 1)
+
     def count(self, operand: Operand, dims: Sequence[int] | None = None) -> int:
         """How many elements a reduction makes one of."""
         sizes = self.sizes(operand)

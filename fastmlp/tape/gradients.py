@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fastmlp.tape.trace import GradSet, Trace
 
@@ -28,6 +29,7 @@ class Gradients:
         self._now: dict[int, Tensor | None] = {}  # what it has, as far as the trace tells
         self._cleared: set[int] = set()  # leaves of trace.cleared
         self._set: set[int] = set()  # leaves that an event is of
+        self._stepped: set[int] = set()  # leaves whose gradient an optimizer has used, without an event
         for leaf in leaves:
             self.add(leaf)
 
@@ -52,7 +54,7 @@ class Gradients:
 
     def was_set(self, leaf: Tensor, place: str) -> None:
         """The program has set the `.grad` of a leaf that add() knows."""
-        if leaf.grad is None and not self._is_touched(leaf):
+        if leaf.grad is None and not self._is_touched(leaf) and id(leaf) not in self._stepped:
             self._trace.cleared.append(leaf)
             self._cleared.add(id(leaf))
             self._now[id(leaf)] = None
@@ -61,10 +63,18 @@ class Gradients:
 
     def was_looked_at(self, leaf: Tensor) -> None:
         """The program has looked at the `.grad` of a leaf, and may do one thing or another."""
-        if leaf.is_leaf and leaf.requires_grad:
+        # A frozen parameter may have one left.
+        if leaf.is_leaf and (leaf.requires_grad or isinstance(leaf, nn.Parameter) or id(leaf) in self._leaves):
             self.add(leaf)
             if not self._is_touched(leaf) and self._now[id(leaf)] is leaf.grad:
                 self._trace.looked.setdefault(id(leaf), (leaf, leaf.grad is not None))
+
+    def will_be_used(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer is about to step, by the gradients that leaves have then."""
+        for group in optimizer.param_groups:
+            for leaf in group["params"]:
+                self.add(leaf)
+                self._stepped.add(id(leaf))
 
     def will_be_set(self, leaf: Tensor, place: str) -> None:
         """The program is about to set the `.grad` of a leaf, which autograd may have set before."""

@@ -4,6 +4,7 @@ Views and empty tensors vanish, because memory is static. What depends on no dat
 node of by `fuse`, or called as `calls.py` says.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -367,8 +368,10 @@ class Lowered:
             copy = self.tape.add_memory("result", max(self.trace.memories[one.memory].bytes, 1))
             self._lifetimes.append((self._steps, self._steps))
             target = self._add(one, copy)
-            content = self.tape.tensor(self.number(value))
-            self.calls.add("aten::copy_", "", (self.tape.tensor(target), content), {}, [], "a result")
+            # Elements that an expanded tensor shows several times are copied once.
+            once = replace(one, sizes=tuple(n if step else 1 for n, step in zip(one.sizes, one.strides, strict=True)))
+            to, content = (self.tape.tensor(self._add(once, memory)) for memory in (copy, one.memory))
+            self.calls.add("aten::copy_", "", (to, content), {}, [], "a result")
             self.advance()
             return target, -1
         if owner == "outside":

@@ -1,4 +1,4 @@
-"""Operators of torch that a kernel of ours computes whole: products with bias and activation, rows, draws."""
+"""Operators of torch that a kernel of ours computes whole: products with bias and ReLU, rows, draws."""
 
 import math
 from collections.abc import Callable
@@ -248,5 +248,4 @@ def activated(trace: Trace, node: Node, element: Element) -> Node | None:
         writes.append(node.writes[0])  # else the activation is computed in place
     a, b, bias, *_ = node.args
     before = Ref(writes[1]) if len(writes) > 1 else None
-    args = (a, b, bias, "relu", [], Ref(element.output), before, None)
-    return replace(node, args=args, writes=writes)
+    return replace(node, args=(a, b, bias, "relu", [], Ref(element.output), before, None), writes=writes)

@@ -164,6 +164,8 @@ class Recorder(RecordingMode):
         """The program has called an optimizer's step, which is not recorded itself."""
         place, _ = _place(frame)
         self._sync_gradients(place)
+        with self._apart:
+            self.gradients.will_be_used(optimizer)
         self.trace.events.append(OptimizerStep(optimizer, place))
         self.seen.optimizer(optimizer)
         on_top = torch.overrides._get_current_function_mode() is self._functions

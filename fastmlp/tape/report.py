@@ -21,7 +21,7 @@ class StepTime:
     Attributes:
         name: of the kernel of fastmlp or the operator of torch; "Adam.step()" of an optimizer.
         place: where the program called what it computes, or the first of it: file and line.
-        microseconds: in a replay, the mean of those that were measured.
+        microseconds: the least of the replays that were measured.
     """
 
     name: str
@@ -44,7 +44,8 @@ class TapeReport:
         optimizers: for each optimizer's step its class, and "fastmlp" or "torch" for who computes it.
         arena_bytes: memory of intermediate results, shared by those that live at other times.
         own_bytes: memory of constants and gradients.
-        times: of each step of a replay, in their order, if they were asked for and a replay was measured.
+        times: of each step of a replay, in their order: None if they were not asked for, empty before a replay was
+            measured.
     """
 
     operations: dict[str, int]
@@ -57,7 +58,7 @@ class TapeReport:
     optimizers: list[tuple[str, str]]
     arena_bytes: int
     own_bytes: int
-    times: tuple[StepTime, ...] = ()
+    times: tuple[StepTime, ...] | None = None
 
     @classmethod
     def of(cls, lowered: Lowered, profile: bool) -> Self:
@@ -76,7 +77,7 @@ class TapeReport:
             steps,
             tape.arena_bytes,
             tape.own_bytes,
-            _times_of(lowered) if profile else (),
+            _times_of(lowered) if profile else None,
         )
 
     def __str__(self) -> str:
@@ -93,13 +94,15 @@ class TapeReport:
         return "\n".join(lines + self._time_lines())
 
     def _time_lines(self) -> list[str]:
+        if self.times is None:
+            return []
+        if not self.times:
+            return ["time: not known yet, one replay in 64 is measured"]
         total = sum(step.microseconds for step in self.times)
         kinds, places = defaultdict[str, float](float), defaultdict[str, float](float)
         for step in self.times:
             kinds[_short(step.name)] += step.microseconds
             places[f"{_short(step.name)}, {step.place}"] += step.microseconds
-        if not total:
-            return []
         shares = ", ".join(f"{kind} {time / total:.0%}" for kind, time in _descending(kinds))
         slowest = [f"  {time / total:4.0%}  {place}" for place, time in _descending(places)[:_SLOWEST]]
         return [f"time: {total:.0f} us in the steps of a replay: {shares}", *slowest]
@@ -110,15 +113,12 @@ def _descending(times: dict[str, float]) -> list[tuple[str, float]]:
 
 
 def _times_of(lowered: Lowered) -> tuple[StepTime, ...]:
-    tape, stops = lowered.tape, iter(lowered.stops)
-    if not tape.measured_replays:
-        return ()
-    times = []
-    for name, place, nanoseconds in tape.times():
+    stops, times = iter(lowered.stops), []
+    for name, place, nanoseconds in lowered.tape.times():
         if name == _STOP:
             name = f"{type(next(stops)[0]).__name__}.step()"
-        if name:
-            times.append(StepTime(name, place, nanoseconds / tape.measured_replays / 1e3))
+        if name and nanoseconds >= 0:
+            times.append(StepTime(name, place, nanoseconds / 1e3))
     return tuple(times)
 
 

@@ -6,7 +6,9 @@ modules and tensors among the variables and attributes that the functions name; 
 change without a new object, such as elements of long lists, is not looked at: `fastmlp.capture` says so.
 """
 
+import dis
 import gc
+import sys
 from collections.abc import Callable, Iterable
 from enum import Enum
 from functools import lru_cache, partial
@@ -181,6 +183,7 @@ class Seen:
             self.function(function.__func__)
         elif isinstance(function, partial):
             self.function(function.func)
+            self._objects[id(function.keywords)] = function.keywords
             for value in (*function.args, *function.keywords.values()):
                 self._objects[id(value)] = value
         elif isinstance(function, nn.Module):
@@ -249,7 +252,10 @@ class _Walk:
         for code, variables in list(seen._codes.items()):
             self._globals(code, variables, 0)
         for owner in list(seen._objects.values()):
-            self._object(owner, type(owner).__name__, 0)
+            if type(owner) is dict:
+                self._dictionary(owner, "an argument of the partial function", 0)
+            else:
+                self._object(owner, type(owner).__name__, 0)
 
     def _mode(self, value: Any, name: str, depth: int) -> int:
         """How a variable is compared, after what it holds has been added.
@@ -321,9 +327,15 @@ class _Walk:
             self._watched.attribute(function, key, _SAME, name)
 
     def _globals(self, code: CodeType, variables: dict[str, Any], depth: int) -> None:
-        for name in _names(code):
+        package = variables.get("__package__")
+        for name in _variables(code):
             if name in variables:
                 self._variable(variables, name, variables[name], name, depth + 1)
+        for name in _names(code):
+            # What is imported within the function is named, too.
+            for full in (name, f"{package}.{name}"):
+                if isinstance(module := sys.modules.get(full), ModuleType):
+                    self._value(module, name, depth + 1)
 
     def _value(self, value: Any, name: str, depth: int) -> bool:
         """Goes on to what a value holds; returns whether something in it is watched."""
@@ -382,8 +394,7 @@ class _Walk:
 
     def _object(self, owner: Any, name: str, depth: int) -> bool:
         """An object of a class of the program, or a module of Python: the attributes that its functions name."""
-        file = getattr(owner, "__file__", None) if isinstance(owner, ModuleType) else None
-        if _is_standard(type(owner)) or (isinstance(owner, ModuleType) and (file is None or is_library(file))):
+        if _is_library(owner) if isinstance(owner, ModuleType) else _is_standard(type(owner)):
             return False
         found = [self._slot(owner, slot, f"{name}.{slot}", depth + 1) for slot in _slots(type(owner))]
         own = getattr(owner, "__dict__", None)
@@ -432,10 +443,23 @@ def _is_standard(kind: type) -> bool:
     return kind.__module__.partition(".")[0] in ("builtins", "fastmlp", "numpy", "torch")
 
 
+def _is_library(module: ModuleType) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is None or is_library(file)
+
+
 def _slots(kind: type) -> Iterable[str]:
     for base in kind.__mro__:
         slots = vars(base).get("__slots__", ())
         yield from ((slots,) if isinstance(slots, str) else slots)
+
+
+@lru_cache(4096)
+def _variables(code: CodeType) -> tuple[str, ...]:
+    """The names of all variables of its file that a function, and the functions in it, look up."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    own = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    return tuple(dict.fromkeys([*own, *(name for one in inner for name in _variables(one))]))
 
 
 def _names(code: CodeType) -> Iterable[str]:
@@ -444,3 +468,5 @@ def _names(code: CodeType) -> Iterable[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
+        elif isinstance(constant, str) and "getattr" in code.co_names:
+            yield constant

@@ -67,7 +67,11 @@ def _try(event: Operation, values: Sequence[Value], overload: str, names: Sequen
 
     other = getattr(event.func.overloadpacket, overload)
     known = {argument.name for argument in other._schema.arguments}
-    outs = {name: numbers(Ref(output)) for name, output in zip(names, event.outputs, strict=True) if output is not None}
+    outs = {
+        name: _unwritten(values[output])
+        for name, output in zip(names, event.outputs, strict=True)
+        if output is not None
+    }
     lying = [(out.data_ptr(), out.shape, out.stride()) for out in outs.values()]
     kwargs = {key: value for key, value in event.kwargs.items() if key in known}
     with warnings.catch_warnings():
@@ -87,6 +91,11 @@ def _numbers(value: Value) -> Tensor:
     extent = sum((size - 1) * stride for size, stride in zip(value.sizes, value.strides, strict=True)) + 1
     base = torch.linspace(0.1, 0.9, max(extent, 1), dtype=torch.float64).to(value.dtype)
     return base.as_strided(value.sizes, value.strides)
+
+
+def _unwritten(value: Value) -> Tensor:
+    """A tensor that lies like the value, and holds what no operator makes of the trial's numbers."""
+    return _numbers(value).fill_(torch.nan if value.dtype.is_floating_point else 119)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

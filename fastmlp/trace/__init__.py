@@ -2,8 +2,9 @@
 
 `fastmlp.convert(model, trace=True)` makes them; `fastmlp.freeze` and `fastmlp.TrainStep` record what is no container.
 recording.py records a forward, comparison.py compares the recording with a call, fusing.py fuses the graph, and
-recorded.py is the class of what comes of it. In the graph one node, `run_chain`, stands for what a `fastmlp.Sequential`
-of the same modules would do; the modules stay where they are, and so do the keys of the `state_dict`.
+recorded.py is the class of what comes of it. flattening.py says whether a recording begins by flattening its input. In
+the graph one node, `run_chain`, stands for what a `fastmlp.Sequential` of the same modules would do; the modules stay
+where they are, and so do the keys of the `state_dict`.
 """
 
 import re
@@ -18,12 +19,23 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastmlp._errors import described
 from fastmlp.trace.comparison import compare
+from fastmlp.trace.flattening import flattening_of
 from fastmlp.trace.fusing import activation_of, fuse, run_chain
 from fastmlp.trace.outside import Outside, is_library
 from fastmlp.trace.recorded import Traced, class_for, load
 from fastmlp.trace.recording import Tracer
 
-__all__ = ["Recording", "Traced", "activation_of", "load", "place_of_inner", "record", "run_chain", "traced"]
+__all__ = [
+    "Recording",
+    "Traced",
+    "activation_of",
+    "flattening_of",
+    "load",
+    "place_of_inner",
+    "record",
+    "run_chain",
+    "traced",
+]
 
 _ADVICE = "a recorded forward would lose; convert(model) without trace keeps it"
 

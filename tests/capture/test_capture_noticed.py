@@ -19,6 +19,8 @@ from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import fastmlp
+from tests import support
+from tests.support import settings
 
 CALLS = 14
 CHANGED = 5  # before this call
@@ -572,6 +574,90 @@ def module_in_a_list(program: SimpleNamespace) -> None:
 @change(scaled)
 def module_appended_to_a_list(program: SimpleNamespace) -> None:
     program.model.layers.append(nn.Sigmoid())
+
+
+def of_settings() -> SimpleNamespace:
+    """Reads an imported module."""
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        x = settings.function(x * settings.scale) * settings.weight * settings.Rates.beta
+        return x.square() if settings.squared else x
+
+    return SimpleNamespace(step=step)
+
+
+def of_a_package() -> SimpleNamespace:
+    return SimpleNamespace(step=lambda x, y: x * support.settings.scale)
+
+
+def of_an_import() -> SimpleNamespace:
+    """Imports what it reads."""
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        from tests.support import settings as own
+        from tests.support.settings import weight
+
+        return x * own.scale * weight
+
+    return SimpleNamespace(step=step)
+
+
+def setting(name: str, value: Any, of: Any = settings) -> Callable[[SimpleNamespace], Any]:
+    def change(_: SimpleNamespace) -> Any:
+        before = getattr(of, name)
+        setattr(of, name, value)
+        return lambda: setattr(of, name, before)
+
+    change.__name__ = f"{name}_of_{of.__name__}"
+    return change
+
+
+for _name, _value in {"scale": 3.0, "squared": True, "weight": torch.zeros(4), "function": torch.cos}.items():
+    change(of_settings)(setting(_name, _value))
+change(of_settings)(setting("beta", 0.5, settings.Rates))
+
+
+@change(of_a_package)
+def number_of_a_package_s_module(program: SimpleNamespace) -> Any:
+    return setting("scale", 3.0)(program)
+
+
+@change(of_an_import)
+def number_of_a_module_that_is_imported_within(program: SimpleNamespace) -> Any:
+    return setting("scale", 3.0)(program)
+
+
+@change(of_an_import)
+def tensor_that_is_imported_within(program: SimpleNamespace) -> Any:
+    return setting("weight", torch.zeros(4))(program)
+
+
+class Named:
+    """Reads an attribute by its name."""
+
+    scale = 2.0
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        # The rule would have `self.scale` here, but how a written name in `getattr` is noticed is what is tested.
+        scaled: Tensor = x * getattr(self, "scale")  # noqa: B009
+        return scaled
+
+
+@change(lambda: SimpleNamespace(step=(named := Named()).step, named=named))
+def attribute_by_its_name(program: SimpleNamespace) -> None:
+    program.named.scale = 3.0
+
+
+def keyword() -> SimpleNamespace:
+    def step(x: Tensor, y: Tensor, scale: float) -> Tensor:
+        return x * scale
+
+    return SimpleNamespace(step=functools.partial(step, scale=2.0))
+
+
+@change(keyword)
+def keyword_of_a_partial_function(program: SimpleNamespace) -> None:
+    program.step.keywords["scale"] = 3.0
 
 
 def closure() -> SimpleNamespace:

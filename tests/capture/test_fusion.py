@@ -1,5 +1,7 @@
 """Where operations may not become one: memory that is shared, written in place, or read in another dtype."""
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -133,6 +135,57 @@ def test_an_activation_behind_a_product(activation: nn.Module, reads: str) -> No
     assert max(distance(result, expected["result"]) for result in results) <= bound
     (tape,) = captured.report().tapes
     assert tape.nodes == {"product": 1, "elementwise": 1}
+
+
+def one_result(function: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
+    return {"result": function(x)}
+
+
+def kinds(x: Tensor) -> Tensor:
+    """Where NaN and the infinities are."""
+    return torch.stack([x.isnan(), x.isposinf(), x.isneginf()])
+
+
+#: Shapes, dimensions, and whether kernels of ours compute their sums of exponentials.
+SUMS = {
+    "rows": ((64, 4), (1,), True),
+    "ends": ((5, 3, 7), (0, 2), True),
+    "middle": ((5, 3, 7), (-2,), True),
+    "all": ((6,), (0,), True),
+    "single": ((3, 1), (1,), True),
+    "wide": ((2, 100), (1,), True),
+    "many narrow": ((300, 4), (1,), True),
+    "scalar": ((), (0,), False),
+}
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize(("shape", "dim", "taken"), SUMS.values(), ids=list(SUMS))
+def test_logsumexp(shape: tuple[int, ...], dim: tuple[int, ...], taken: bool, keepdim: bool) -> None:
+    torch.manual_seed(0)
+
+    def function(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            result = torch.logsumexp(leaf, dim, keepdim)
+            (slope,) = torch.autograd.grad(result.sum(), leaf)
+        return torch.cat([result.detach().flatten(), slope.flatten()])
+
+    captured = fastmlp.capture(function)
+    for scale in (0.1, 1.0, 100.0, 1000.0):
+        x = scale * torch.randn(shape)
+        for _ in range(2):
+            result = captured(x)
+        expected = {"result": function(x)}
+        bound = rounding_bounds(functools.partial(one_result, function, x), expected, steps=True)["result"]
+        assert distance(result, expected["result"]) <= bound
+    for first in (math.inf, -math.inf, math.nan):
+        x = torch.randn(shape)
+        x.view(-1)[:1] = first
+        for special in (x, torch.full(shape, first)):
+            assert torch.equal(kinds(captured(special)), kinds(function(special)))
+    (tape,) = captured.report().tapes
+    assert any(name.startswith("aten::logsumexp") for name in tape.torch) != taken
 
 
 def test_what_nobody_reads_is_not_computed() -> None:

@@ -82,7 +82,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 LOSSES: dict[str, tuple[Callable[[], Any], str]] = {
     "own loss": (OwnLoss, "OwnLoss"),
     "another loss": (nn.SoftMarginLoss, "SoftMarginLoss"),
-    "a function": (lambda: nn.functional.mse_loss, "mse_loss|function"),
+    "a function": (lambda: nn.functional.soft_margin_loss, "the function soft_margin_loss"),
     "no reduction": (lambda: nn.MSELoss(reduction="none"), "reduction"),
     "weight of BCE": (lambda: nn.BCEWithLogitsLoss(weight=torch.ones(3)), "weight"),
     "hook of the loss": (lambda: hooked(nn.MSELoss()), "hook"),

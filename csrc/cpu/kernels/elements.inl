@@ -58,15 +58,6 @@ template <class T> struct Elements {
     template <class X> static X fold(X a, X b) { return (b < a) | (b != b) ? b : a; }
   };
 
-  // Lanes from n on do not count.
-  template <class R> static V load_counting(const T* x, int64_t n) {
-    if (n >= lanes) return M::load(x);
-    T all[lanes];
-    M::store(all, M::fill(R::start));
-    M::store_first(all, M::load_first(x, n), n);
-    return M::load(all);
-  }
-
   template <class R> static double fold_row(int64_t n, const T* x) {
     constexpr int chains = 4;
     V part[chains];
@@ -77,7 +68,11 @@ template <class T> struct Elements {
 #pragma GCC unroll 4
       for (int k = 0; k < chains; k++) part[k] = R::fold(part[k], M::load(x + i + k * lanes));
     }
-    for (; i < n; i += lanes) part[0] = R::fold(part[0], load_counting<R>(x + i, n - i));
+    for (; i + lanes <= n; i += lanes) part[0] = R::fold(part[0], M::load(x + i));
+    // Less than a vector goes one by one, while the processor is at other rows too.
+    double rest = R::start;
+    for (; i < n; i++) rest = R::fold(rest, double(x[i]));
+    if (n < lanes) return rest;
     T some[lanes];
     M::store(some, R::fold(R::fold(part[0], part[1]), R::fold(part[2], part[3])));
     double all[lanes];
@@ -86,7 +81,7 @@ template <class T> struct Elements {
     for (int half = lanes / 2; half > 0; half /= 2) {
       for (int l = 0; l < half; l++) all[l] = R::fold(all[l], all[l + half]);
     }
-    return all[0];
+    return R::fold(all[0], rest);
   }
 
   template <class R> static void fold_rows(int64_t rows, int64_t columns, const T* x, double* into) {
