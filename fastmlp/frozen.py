@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastmlp._load import _C
 from fastmlp.activations import DEFAULTS, IDENTITY, Activation
+from fastmlp.chain import Ends
 from fastmlp.stages import Stage, Tensors, seen
 
 __all__ = ["FrozenMLP", "freeze"]
@@ -27,7 +28,10 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> "FrozenMLP"
     `Linear`, nested ones, and any module that `convert(model, trace=True)` would record as one chain. `BatchNorm1d` is
     folded into the layer before or after it, computed in float64; `Dropout`, `AlphaDropout` and `Identity` vanish. The
     chain may begin with a `torch.nn.Flatten()` or a call that does the same: `x.flatten(1)`, `torch.flatten(x, 1)`,
-    `x.view(x.size(0), -1)`, `x.view(-1, in_features)`, and these with `reshape`.
+    `x.view(x.size(0), -1)`, `x.view(-1, in_features)`, and these with `reshape`. It may end with a `torch.nn.Softmax`
+    or `LogSoftmax` along the features, and after that with another shape of the same elements: a `torch.nn.Flatten` or
+    `Unflatten`, or calls of `squeeze`, `unsqueeze`, `flatten`, `unflatten`, `view` and `reshape` with numbers. Each of
+    these may be a module or a call of a function or method.
 
     The model stays as it is. The frozen network follows it as long as it exists; see `FrozenMLP`.
 
@@ -73,7 +77,9 @@ class FrozenMLP(_C.Frozen):
     - Shapes are those of the model: input (*, in_features), output (*, out_features); with a `BatchNorm1d` exactly two
       dimensions. Where the model begins by flattening: input (N, ...) with in_features elements in all dimensions after
       the first together, output (N, out_features). It may be strided as it likes, even where the model calls
-      `view`. `out` is of the output's shape and dtype, contiguous, and does not overlap the input; it is returned.
+      `view`. Where the model ends by giving its output another shape, so does the frozen network. With a softmax along
+      dimension 1 the input of the layers has two dimensions. `out` is of the output's shape and dtype, contiguous, and
+      does not overlap the input; it is returned.
     - Each row of the output has the same bits whatever the batch that it came in, however it lies in memory, and
       however many threads compute it. They do depend on the instruction set, which is the one that `set_isa` chose
       last: the weights are packed again for another one. Of a GPU none of that is promised.
@@ -130,7 +136,7 @@ class FrozenMLP(_C.Frozen):
 
     @property
     def out_features(self) -> int:
-        """Size of the last dimension of the output."""
+        """Size of the last dimension of the output, before it is given another shape."""
         return _C.describe_frozen(self)[0][-1]
 
     @property
@@ -145,7 +151,7 @@ class FrozenMLP(_C.Frozen):
     def __repr__(self) -> str:
         # Debuggers and logs ask for a repr at any time, so an error that a call would raise becomes part of the text.
         try:
-            sizes, kinds, scalars, dtype, float32_ends, flattens, device, _ = _C.describe_frozen(self)
+            sizes, kinds, scalars, dtype, float32_ends, flattens, head, reshapings, device, _ = _C.describe_frozen(self)
         except (RuntimeError, TypeError, ValueError) as error:
             return f"{type(self).__name__}({error})"
         steps = [
@@ -154,6 +160,8 @@ class FrozenMLP(_C.Frozen):
         ]
         ends = f"torch.float32, weights {dtype}" if float32_ends else dtype
         first = f"{'flatten -> ' if flattens else ''}{sizes[0]}"
+        steps += [f" -> {head}"] if head != "none" else []
+        steps += [f" -> {name}({', '.join(map(str, numbers))})" for name, numbers in reshapings]
         place = "" if _is_packed(torch.device(device)) else f", {device}"
         return f"{type(self).__name__}({first}{''.join(steps)}, {ends}{place})"
 
@@ -166,9 +174,10 @@ class FrozenMLP(_C.Frozen):
         return _rebuild, (type(self), str(weights[0].device), *raw, _activations(kinds, scalars), *rest)
 
     def __copy__(self) -> Self:
-        weights, biases, kinds, scalars, *rest = _C.unload_frozen(self)
+        weights, biases, kinds, scalars, float32_ends, only, flattens, head, reshapings = _C.unload_frozen(self)
         copied = type(self)()
-        _load(copied, None, weights, biases, _activations(kinds, scalars), *rest)
+        activations = _activations(kinds, scalars)
+        _load(copied, None, weights, biases, activations, float32_ends, only, flattens, head, reshapings)
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -219,7 +228,8 @@ class FrozenMLP(_C.Frozen):
     def _read(self, watch: _C.Watch, tensors: Tensors) -> None:
         """Fills the network with the tensors that the watch has recorded."""
         stages: list[Stage]
-        stages, flattens = watch.plan
+        ends: Ends
+        stages, ends = watch.plan
         with torch.no_grad():
             layers = [stage.layer(tensors) for stage in stages]
             first = stages[0].where("weight")
@@ -245,8 +255,10 @@ class FrozenMLP(_C.Frozen):
                 [layer.bias for layer in layers],
                 [stage.activation for stage in stages],
                 self._dtype is not None,
-                any(stage.before or stage.after for stage in stages),
-                flattens,
+                ends.matrices_only or any(stage.before or stage.after for stage in stages),
+                ends.flattens,
+                ends.head,
+                ends.reshapings,
             )
 
 
@@ -259,6 +271,8 @@ def _load(
     float32_ends: bool,
     matrices_only: bool,
     flattens: bool,
+    head: str = "none",
+    reshapings: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> None:
     """Puts a network in place, and the watch of the model that it was read from, in one step."""
     if not weights:
@@ -270,14 +284,18 @@ def _load(
     of_biases = torch.float32 if packed and dtype.itemsize == 2 else dtype
     biases = [None if bias is None else bias.to(of_biases) for bias in biases]
     if packed:
-        _C.load_frozen(frozen, watch, weights, biases, kinds, scalars, float32_ends, matrices_only, flattens)
+        _C.load_frozen(
+            frozen, watch, weights, biases, kinds, scalars, float32_ends, matrices_only, flattens, head, reshapings
+        )
     elif float32_ends:
         raise ValueError(
             f"fastmlp: dtype=torch.bfloat16 is for networks on the CPU, and this one is on {device}; freeze the "
             "model in bfloat16 (model.bfloat16()), input and output included"
         )
     else:
-        _C.load_frozen_on_device(frozen, watch, weights, biases, kinds, scalars, matrices_only, flattens)
+        _C.load_frozen_on_device(
+            frozen, watch, weights, biases, kinds, scalars, matrices_only, flattens, head, reshapings
+        )
 
 
 def _activations(kinds: Sequence[int], scalars: Sequence[float]) -> list[Activation]:
@@ -324,6 +342,8 @@ def _rebuild(
     float32_ends: bool,
     matrices_only: bool,
     flattens: bool = False,
+    head: str = "none",
+    reshapings: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> FrozenMLP:
     obstacle = _C.device_obstacle(str(torch.device(device)))
     if obstacle is not None:
@@ -331,7 +351,7 @@ def _rebuild(
     frozen = kind()
     own = [_tensor_of(raw).to(device) for raw in weights]
     own_biases = [None if raw is None else _tensor_of(raw).to(device) for raw in biases]
-    _load(frozen, None, own, own_biases, activations, float32_ends, matrices_only, flattens)
+    _load(frozen, None, own, own_biases, activations, float32_ends, matrices_only, flattens, head, reshapings)
     return frozen
 
 

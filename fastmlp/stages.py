@@ -14,7 +14,7 @@ from fastmlp import reference
 from fastmlp._errors import described, place_of
 from fastmlp._load import _C
 from fastmlp.activations import DEFAULTS, IDENTITY, Activation, resolve
-from fastmlp.chain import Link, flattens, layers_of, links
+from fastmlp.chain import AT_ENDS, Link, ends_of, layers_of, links
 from fastmlp.linear import Linear
 
 __all__ = ["Stage", "Tensors", "seen"]
@@ -179,7 +179,7 @@ _ATTEMPTS = 100
 def seen(model: nn.Module) -> tuple[_C.Watch, Tensors]:
     """A watch of a model, and the tensors that it recorded: all of one moment.
 
-    The plan of the watch is the model's stages, and whether it flattens its input.
+    The plan of the watch is the model's stages, and its ends.
 
     The watch begins before anything is read that it compares, so that no change falls between.
     """
@@ -189,7 +189,7 @@ def seen(model: nn.Module) -> tuple[_C.Watch, Tensors]:
             chain = links(model)
             entries, places = _watched(model, chain)
             watch = _C.Watch(entries)
-            watch.plan = _stages_of(layers_of(chain), places), flattens(chain)
+            watch.plan = _stages_of(layers_of(chain), places), ends_of(chain)
         except Exception as error:
             # If something was exchanged meanwhile, the error may be about a mixture of old and new: read again.
             if _are_others(before, _held(model)):
@@ -248,21 +248,26 @@ def _watched(model: nn.Module, chain: Sequence[Link]) -> tuple[list[_Watched], d
     places: dict[str, int] = {}
     found: list[_Watched] = []
 
-    def add(name: str, module: nn.Module, leaf: bool) -> int:
+    def add(name: str, module: nn.Module, link: nn.Module | None = None) -> int:
         if name not in places:
             parent, _, key = name.rpartition(".")
-            above = add(parent, model.get_submodule(parent), False) if name else 0
+            above = add(parent, model.get_submodule(parent)) if name else 0
             places[name] = len(found)
-            found.append((above, key, module, -1 if leaf else len(module._modules), *_what_matters(module)))
+            found.append((above, key, module, -1 if link else len(module._modules), *_what_matters(link or module)))
         return places[name]
 
     modules = dict(model.named_modules(remove_duplicate=False))
-    add("", model, any(model is link.module for link in chain))
-    for link in chain:
-        # An activation that the forward calls as a function is no module of the model, so it cannot be watched.
-        if modules.get(link.name) is link.module:
-            add(link.name, link.module, True)
+    # An activation that the forward calls as a function is no module of the model, so it cannot be watched. Of a layer
+    # that it calls so the module is watched that holds its parameters.
+    watched = {link.name: link.module for link in chain if _stands_for(link.module, modules.get(link.name))}
+    add("", model, watched.get(""))
+    for name, module in watched.items():
+        add(name, modules[name], module)
     return found, places
+
+
+def _stands_for(link: nn.Module, module: nn.Module | None) -> bool:
+    return link is module or (module is not None and link._parameters is module._parameters)
 
 
 def _what_matters(module: nn.Module) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
@@ -273,8 +278,8 @@ def _what_matters(module: nn.Module) -> tuple[Sequence[str], Sequence[str], Sequ
         # The number of batches is watched, because training changes the statistics without raising their version
         # counters, but raises that of this number.
         return ("training", "eps"), ("weight", "bias"), ("running_mean", "running_var", "num_batches_tracked")
-    if isinstance(module, nn.Flatten):
-        return ("start_dim", "end_dim"), (), ()
+    if type(module) in AT_ENDS:
+        return AT_ENDS[type(module)], (), ()
     if isinstance(module, (nn.Dropout, nn.AlphaDropout)):
         return ("training", "p"), (), ()
     name = reference.MODULES.get(type(module))

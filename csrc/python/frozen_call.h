@@ -12,6 +12,7 @@
 #include <string>
 
 #include "../tensors/frozen_network.h"
+#include "../tensors/reshaping.h"
 #include "frozen_watch.h"
 #include "gil.h"
 
@@ -22,9 +23,10 @@ namespace fastmlp::frozen {
 // watch that saw the model later.
 struct State {
   std::shared_ptr<FrozenNetwork> network;
-  bool matrices_only = false;    // inputs must have two dimensions
-  bool flattens = false;         // inputs are flattened to two dimensions, whatever they have
-  std::shared_ptr<Watch> watch;  // null if there is no model to follow
+  bool matrices_only = false;                    // inputs must have two dimensions
+  bool flattens = false;                         // inputs are flattened to two dimensions, whatever they have
+  std::shared_ptr<const Reshapings> reshapings;  // of outputs; null if there are none
+  std::shared_ptr<Watch> watch;                  // null if there is no model to follow
 };
 
 // Raises TypeError for an object that is no FrozenMLP.
@@ -38,9 +40,13 @@ void follow(PyObject* self, State& state);
 struct Call {
   const std::shared_ptr<const FrozenNetwork> network;
   const bool matrices_only, flattens;
+  const std::shared_ptr<const Reshapings> reshapings;
 
   explicit Call(const State& state)
-      : network(state.network), matrices_only(state.matrices_only), flattens(state.flattens) {}
+      : network(state.network),
+        matrices_only(state.matrices_only),
+        flattens(state.flattens),
+        reshapings(state.reshapings) {}
   at::Device device() const { return network->form().device; }
   at::ScalarType dtype() const { return network->form().end_dtype; }  // of input and output
   int64_t element() const { return int64_t(c10::elementSize(dtype())); }

@@ -3,8 +3,11 @@
 // letting other threads in between. Must name no device.
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
+#include <iterator>
 #include <limits>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -69,11 +72,35 @@ at::ScalarType dtype_of_weights(const Tensors& weights) {
   return dtype;
 }
 
+constexpr const char* head_names[] = {"none", "softmax", "log_softmax"};
+
+// What a call does to shapes, and what follows the last layer, as Python has it.
+struct Ends {
+  bool matrices_only, flattens;
+  Head head;
+  std::shared_ptr<const Reshapings> reshapings;
+
+  Ends(bool matrices_only, bool flattens, const std::string& name, const std::vector<Reshaping::Call>& calls)
+      : matrices_only(matrices_only), flattens(flattens) {
+    const auto found = std::find(std::begin(head_names), std::end(head_names), name);
+    TORCH_CHECK_VALUE(found != std::end(head_names), "fastmlp: a network ends with none, softmax or log_softmax, got ",
+                      name);
+    head = Head(found - std::begin(head_names));
+    if (!calls.empty()) reshapings = std::make_shared<const Reshapings>(calls.begin(), calls.end());
+  }
+  void give(State& state) const {
+    state.matrices_only = matrices_only;
+    state.flattens = flattens;
+    state.reshapings = reshapings;
+  }
+};
+
 // Puts a network in place in the form that its device has for it, and the watch of the model that it was read from,
 // null if there is none to follow.
 void load(const py::handle& self, const std::shared_ptr<Watch>& watch, const Tensors& weights, const Biases& biases,
           const std::vector<int64_t>& activations, const std::vector<double>& scalars, bool float32_ends,
-          bool matrices_only, bool flattens) {
+          bool matrices_only, bool flattens, const std::string& head, const std::vector<Reshaping::Call>& reshapings) {
+  const Ends ends(matrices_only, flattens, head, reshapings);
   State& state = state_of(self.ptr());
   const Stack stack(has_bias(biases), activations, scalars);
   const at::ScalarType dtype = dtype_of_weights(weights);
@@ -83,24 +110,24 @@ void load(const py::handle& self, const std::shared_ptr<Watch>& watch, const Ten
   TORCH_CHECK_VALUE(!float32_ends || dtype == at::kBFloat16,
                     "fastmlp: input and output are float32 with weights in torch.bfloat16 only, got ",
                     dtype_name(dtype));
-  state.network = operations_on(device.type())->freeze(stack, {weights, biases}, float32_ends);
-  state.matrices_only = matrices_only;
-  state.flattens = flattens;
+  state.network = operations_on(device.type())->freeze(stack, {weights, biases}, {float32_ends, ends.head});
+  ends.give(state);
   state.watch = watch;
 }
 
 // The same as a copy of the weights, with biases of their dtype, for a device that has no other form.
 void load_on_device(const py::handle& self, const std::shared_ptr<Watch>& watch, const Tensors& weights,
                     const Biases& biases, const std::vector<int64_t>& activations, const std::vector<double>& scalars,
-                    bool matrices_only, bool flattens) {
+                    bool matrices_only, bool flattens, const std::string& head,
+                    const std::vector<Reshaping::Call>& reshapings) {
+  const Ends ends(matrices_only, flattens, head, reshapings);
   State& state = state_of(self.ptr());
   const Stack stack(has_bias(biases), activations, scalars);
   check_layers(stack, weights, biases, dtype_of_weights(weights));
   const FrozenNetwork::Parameters parameters{weights, biases};
-  if (!state.network || !state.network->refill(stack, parameters))
-    state.network = std::make_shared<DeviceNetwork>(stack, parameters);
-  state.matrices_only = matrices_only;
-  state.flattens = flattens;
+  if (!state.network || !state.network->refill(stack, parameters, ends.head))
+    state.network = std::make_shared<DeviceNetwork>(stack, parameters, ends.head);
+  ends.give(state);
   state.watch = watch;
 }
 
@@ -112,15 +139,23 @@ const State& followed(const py::handle& self) {
   return state;
 }
 
+std::vector<Reshaping::Call> calls_of(const State& state) {
+  std::vector<Reshaping::Call> calls;
+  if (!state.reshapings) return calls;
+  for (const Reshaping& reshaping : *state.reshapings) calls.push_back(reshaping.call());
+  return calls;
+}
+
 // Features, activations and their scalars, dtype of weights, whether input and output are float32, whether inputs are
-// flattened, device, and bytes.
+// flattened, the name of the head, reshapings of the output, device, and bytes.
 py::tuple describe(const py::handle& self) {
   const State& state = followed(self);
   const std::shared_ptr<const FrozenNetwork> network = state.network;
   const FrozenNetwork::Form& form = network->form();
   const LayerLists lists(form.layers);
   return py::make_tuple(form.features, lists.activations, lists.scalars, dtype_name(form.dtype),
-                        form.end_dtype != form.dtype, state.flattens, form.device.str(), form.bytes);
+                        form.end_dtype != form.dtype, state.flattens, head_names[int(form.head)], calls_of(state),
+                        form.device.str(), form.bytes);
 }
 
 // What load takes, of one moment; tensors of a device are its own and not copies.
@@ -128,11 +163,12 @@ py::tuple unload(const py::handle& self) {
   const State& state = followed(self);
   const std::shared_ptr<const FrozenNetwork> network = state.network;
   const bool matrices_only = state.matrices_only, flattens = state.flattens;
+  const std::vector<Reshaping::Call> reshapings = calls_of(state);
   const FrozenNetwork::Form& form = network->form();
   const LayerLists lists(form.layers);
   const auto [weights, biases] = network->parameters();
   return py::make_tuple(weights, biases, lists.activations, lists.scalars, form.end_dtype != form.dtype, matrices_only,
-                        flattens);
+                        flattens, head_names[int(form.head)], reshapings);
 }
 
 }  // namespace
