@@ -343,7 +343,7 @@ def _ending_problems(model: nn.Module, loss_fn: nn.Module) -> list[str]:
     if follows in (None, last):
         return []
     what, module, other = _TAKEN[follows]
-    text = f"loss_fn is {name}, which takes {what}, and model does not end with a {module.__name__}"
+    text = f"loss_fn is {name}, which takes {what}, and model does not end with {module.__name__}"
     return [_beyond(f"{text}: {other.__name__} takes what a layer gives")]
 
 

@@ -30,7 +30,7 @@ from fastmlp.trace.guards import Guard, Guarded
 from fastmlp.trace.observing import Watch
 from fastmlp.trace.outside import LIBRARIES, RECORDING, is_library
 from fastmlp.trace.proxies import IN_PLACE, Attribute, Proxy
-from fastmlp.trace.settling import NotKnown, Values, length, settled
+from fastmlp.trace.settling import Values, length, settled
 from fastmlp.trace.shadow import Scripted, Shadow, untouched_generators
 from fastmlp.trace.written import is_array
 
@@ -266,11 +266,13 @@ class Tracer(fx.Tracer):
 
     def settle(self, obj: fx.Proxy, refusal: str) -> Any:
         """What a value is with the examples, and from then on has to be; raises with this reason if that is open."""
+        if self._values is None:
+            self.refuse(refusal)
         try:
-            value = NotKnown if self._values is None else self._values.answer(obj.node)
-        except NotKnown:
-            value = NotKnown
-        if value is NotKnown or not _is_written(value):
+            value = self._values.answer(obj.node)
+        except TraceError as error:
+            self.refuse(f"{refusal}: {error}")
+        if not _is_written(value):
             self.refuse(refusal)
         self.create_proxy("call_function", settled, (obj, value), {})
         return value

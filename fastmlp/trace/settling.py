@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastmlp.runs import FUSABLE
 
-__all__ = ["NotKnown", "Values", "length", "settled"]
+__all__ = ["Values", "length", "settled"]
 
 
 def settled(value: Any, expected: Any) -> None:
@@ -46,10 +47,6 @@ def length(value: Any) -> Any:
     return len(value)
 
 
-class NotKnown(Exception):
-    """A value does not follow from the sizes and places of the examples alone."""
-
-
 class Values:
     """The values of the nodes of a graph that is being recorded, from examples of its arguments.
 
@@ -67,12 +64,12 @@ class Values:
         """A value of Python.
 
         Raises:
-            NotKnown: if there is none.
+            TraceError: if it does not follow from the sizes and places of the examples.
         """
         with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
             value = self._of(node)
         if isinstance(value, Tensor):
-            raise NotKnown
+            raise TraceError("it depends on the elements of a tensor")
         return value
 
     def _of(self, node: fx.Node) -> Any:
@@ -84,13 +81,13 @@ class Values:
         target: Any = node.target
         if node.op == "placeholder":
             if target not in self._examples:
-                raise NotKnown
+                raise TraceError(f"no example of {target} was given")
             value = self._examples[target]
             # In-place operations of the forward change a copy.
             return value.detach().clone() if isinstance(value, Tensor) else value
         name = target if isinstance(target, str) else getattr(target, "__name__", "")
         if name in self._reads:
-            raise NotKnown
+            raise TraceError(f"it depends on the elements of a tensor ({name})")
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._of)
         if node.op == "call_function":
             return target(*args, **kwargs)
@@ -101,5 +98,5 @@ class Values:
             return getattr(self._root.get_submodule(path), name)
         module = self._root.get_submodule(target) if node.op == "call_module" else None
         if module is None or type(module) not in FUSABLE:
-            raise NotKnown
+            raise TraceError(f"it depends on what {target} computes")
         return module.forward(*args, **kwargs)
