@@ -69,11 +69,12 @@ def register(sequential: type[nn.Module]) -> None:
         nn.Linear,
         Linear,
         nn.Dropout,
+        nn.BatchNorm1d,
         nn.Flatten,
         sequential,
         {kind: (name, tuple(DEFAULTS[name])) for kind, name in reference.MODULES.items()},
         {name: kind for kind, name in enumerate(DEFAULTS)},
-        original_forwards([*FUSABLE, nn.Flatten]),
+        original_forwards([*FUSABLE, nn.BatchNorm1d, nn.Flatten]),
         GLOBAL_HOOKS,
     )
     _C.set_composed_forward(composed_forward)

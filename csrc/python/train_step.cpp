@@ -212,8 +212,18 @@ at::Tensor TrainStep::pass(Call& call) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   Borrowed grads;
   for (const Slot& slot : slots_) grads.push_back(slot.grad);
-  return operations_for(input).train_into(*call.stack, input, parameters_, call.spec, *call.target, call.weight, grads,
-                                          memory_);
+  return operations_for(input).train_into(*call.stack, input, parameters_, call.spec, *call.target, call.weight,
+                                          call.norms, grads, memory_);
+}
+
+// As the forward of BatchNorm1d does. Frozen networks see by it that the statistics moved.
+void TrainStep::count_batches(const Call& call) const {
+  for (const RunNorm& norm : call.run.norms()) {
+    if (!norm.batches) continue;
+    const at::Tensor& batches = THPVariable_Unpack(norm.batches);
+    ++*batches.mutable_data_ptr<int64_t>();
+    batches.unsafeGetTensorImpl()->bump_version();
+  }
 }
 
 // What must live while code of Python may run.
@@ -222,6 +232,7 @@ void TrainStep::hold_all(Call& call) const {
   call.tensors.take(parameters_);
   for (const Slot& slot : slots_) call.tensors.take(slot.grad);
   for (PyObject* parameter : others_) call.tensors.take(THPVariable_Unpack(parameter));
+  for (const NormTensors& norm : call.norms) call.tensors.take({norm.running_mean, norm.running_variance});
   if (call.own_step) call.own_step->hold(call.tensors);
 }
 
@@ -249,6 +260,7 @@ std::optional<at::Tensor> TrainStep::step(PyObject* input, PyObject* target) {
   if (!read_all(call)) return std::nullopt;
   plan(call);
   at::Tensor loss = pass(call);
+  count_batches(call);
   finish_grads(call.keep);
   // If the optimizer's step raises, the gradients of a window still wait for it.
   waiting = options_.accumulate > 1 ? waiting + 1 : 0;

@@ -1,5 +1,5 @@
-// Random numbers of the Mersenne Twister, in vectors, and what is drawn from them. Included by kernels.inl inside an
-// ISA's namespace and target region, after math.inl; must not include anything.
+// Random numbers of the Mersenne Twister, in vectors, what is drawn from them, and dropout by what was drawn. Included
+// by kernels.inl inside an ISA's namespace and target region, after math.inl; must not include anything.
 
 template <class S> struct Draw {
   using Words = Math<float>::I;
@@ -52,7 +52,13 @@ template <class S> struct Draw {
     __builtin_memcpy(to, &one, sizeof one);
   }
 
-  static void bernoulli(Twister& generator, int64_t threshold, int64_t n, S* output) {
+  static void store(uint8_t* to, Signed is_one) {
+    typedef uint8_t Bytes __attribute__((vector_size(pairs)));
+    const Bytes one = __builtin_convertvector(is_one, Bytes) & uint8_t(1);
+    __builtin_memcpy(to, &one, sizeof one);
+  }
+
+  template <class T> static void bernoulli(Twister& generator, int64_t threshold, int64_t n, T* output) {
     // The block that is drawn from, the next one, and what a last vector reads besides.
     uint32_t x[2 * size + words] = {};
     __builtin_memcpy(x, generator.words, sizeof generator.words);
@@ -65,7 +71,7 @@ template <class S> struct Draw {
       int64_t i = 0;
       for (; i + pairs <= count; i += pairs) store(output + i, are_below(x + used + 2 * i, threshold));
       if (i < count) {
-        S rest[pairs];
+        T rest[pairs];
         store(rest, are_below(x + used + 2 * i, threshold));
         for (int64_t j = 0; i + j < count && j < pairs; j++) output[i + j] = rest[j];
       }
@@ -79,5 +85,26 @@ template <class S> struct Draw {
     }
     __builtin_memcpy(generator.words, x, sizeof generator.words);
     generator.used = int(used);
+  }
+
+  // A product also where the factor is zero: what is infinite becomes NaN then, as by torch.
+  static void drop(int64_t n, const S* x, const uint8_t* kept, double scale, S* out) {
+    using M = Math<S>;
+    using Bits = typename M::I;
+    typedef uint8_t Bytes __attribute__((vector_size(M::lanes)));
+    const Bits by = Bits(M::fill(scale));
+    for (int64_t i = 0; i < n; i += M::lanes) {
+      uint8_t last[M::lanes] = {};
+      const uint8_t* from = kept + i;
+      if (n - i < M::lanes) {
+        for (int j = 0; j < n - i; j++) last[j] = from[j];
+        from = last;
+      }
+      Bytes bytes;
+      __builtin_memcpy(&bytes, from, sizeof bytes);
+      // A byte of 1 becomes all bits of a lane.
+      const auto factor = typename M::V(-__builtin_convertvector(bytes, Bits) & by);
+      store_up_to(out + i, load_up_to(x + i, n - i) * factor, n - i);
+    }
   }
 };
