@@ -53,8 +53,13 @@ template <class S> struct Draw {
   }
 
   static void store(uint8_t* to, Signed is_one) {
-    typedef uint8_t Bytes __attribute__((vector_size(pairs)));
-    const Bytes one = __builtin_convertvector(is_one, Bytes) & uint8_t(1);
+    typedef int32_t Words __attribute__((vector_size(4 * pairs)));
+    typedef int16_t Shorts __attribute__((vector_size(2 * pairs)));
+    typedef int8_t Bytes __attribute__((vector_size(pairs)));
+    // Step by step, because GCC converts by a factor of more than 2 lane by lane.
+    const Words words = __builtin_convertvector(is_one, Words);
+    const Shorts shorts = __builtin_convertvector(words, Shorts);
+    const Bytes one = __builtin_convertvector(shorts, Bytes) & int8_t(1);
     __builtin_memcpy(to, &one, sizeof one);
   }
 
@@ -87,24 +92,30 @@ template <class S> struct Draw {
     generator.used = int(used);
   }
 
+  // A vector with as many lanes as one of S.
+  template <class T> struct Lanes {
+    typedef T Vector __attribute__((vector_size(sizeof(T) * Math<S>::lanes)));
+  };
+
+  // `by` in the lanes whose byte is 1, zero in those whose byte is 0.
+  static typename Math<S>::V factors(const uint8_t* kept, typename Math<S>::I by) {
+    typename Lanes<uint8_t>::Vector bytes;
+    __builtin_memcpy(&bytes, kept, sizeof bytes);
+    const auto shorts = __builtin_convertvector(bytes, typename Lanes<uint16_t>::Vector);
+    const auto words = __builtin_convertvector(shorts, typename Lanes<uint32_t>::Vector);
+    // A byte of 1 becomes all bits of a lane.
+    return typename Math<S>::V(-__builtin_convertvector(words, typename Math<S>::I) & by);
+  }
+
   // A product also where the factor is zero: what is infinite becomes NaN then, as by torch.
   static void drop(int64_t n, const S* x, const uint8_t* kept, double scale, S* out) {
     using M = Math<S>;
-    using Bits = typename M::I;
-    typedef uint8_t Bytes __attribute__((vector_size(M::lanes)));
-    const Bits by = Bits(M::fill(scale));
-    for (int64_t i = 0; i < n; i += M::lanes) {
-      uint8_t last[M::lanes] = {};
-      const uint8_t* from = kept + i;
-      if (n - i < M::lanes) {
-        for (int j = 0; j < n - i; j++) last[j] = from[j];
-        from = last;
-      }
-      Bytes bytes;
-      __builtin_memcpy(&bytes, from, sizeof bytes);
-      // A byte of 1 becomes all bits of a lane.
-      const auto factor = typename M::V(-__builtin_convertvector(bytes, Bits) & by);
-      store_up_to(out + i, load_up_to(x + i, n - i) * factor, n - i);
-    }
+    const auto by = typename M::I(M::fill(scale));
+    int64_t i = 0;
+    for (; i + M::lanes <= n; i += M::lanes) M::store(out + i, M::load(x + i) * factors(kept + i, by));
+    if (i == n) return;
+    uint8_t last[M::lanes] = {};
+    for (int64_t j = i; j < n; j++) last[j - i] = kept[j];
+    M::store_first(out + i, M::load_first(x + i, n - i) * factors(last, by), n - i);
   }
 };
