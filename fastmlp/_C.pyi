@@ -60,6 +60,7 @@ def register_modules(
     linear: type[nn.Module],
     fused_linear: type[nn.Module],
     dropout: type[nn.Module],
+    norm: type[nn.Module],
     sequential: type[nn.Module],
     activations: Mapping[type[nn.Module], tuple[str, tuple[str, ...]]],
     kinds: Mapping[str, int],

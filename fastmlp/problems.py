@@ -15,13 +15,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 
-from fastmlp import optim
+from fastmlp import optim, reference
 from fastmlp._errors import shortened
 from fastmlp._load import _C
+from fastmlp.activations import IDENTITY
 from fastmlp.chain import Link, Uncompared, ends_of, layers_of, links
 from fastmlp.hooks import has_hooks
 from fastmlp.linear import Linear
-from fastmlp.runs import Alone, Run, parts, why_called
+from fastmlp.runs import why_called
 
 __all__ = [
     "CALLS",
@@ -155,7 +156,7 @@ def _model_problems(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if type(module).__call__ not in CALLS and not isinstance(module, fx.GraphModule)
     ]
-    return called or _chain_problems(layers_of(chain)) or _parameter_problems(chain)
+    return called or _chain_problems(layers_of(chain)) or _parameter_problems(chain) or _norm_problems(chain)
 
 
 def _child_problems(name: str, module: nn.Module) -> list[str]:
@@ -163,7 +164,7 @@ def _child_problems(name: str, module: nn.Module) -> list[str]:
         return [
             f"{link.name} ({type(link.module).__name__}) cannot run with the others: {reason}"
             for link in layers_of(links(module, name))
-            if (reason := why_called(link.module)) is not None
+            if (reason := _obstacle(link.module)) is not None
         ]
     except TypeError as error:
         return [str(error).removeprefix("fastmlp: ")]
@@ -171,12 +172,40 @@ def _child_problems(name: str, module: nn.Module) -> list[str]:
 
 def _chain_problems(chain: Sequence[Link]) -> list[str]:
     found = []
-    for part in parts({str(i): link.module for i, link in enumerate(chain)}):
-        if isinstance(part, Alone):
-            name, module = chain[int(part.name)]
-            text = f"{name or 'model'} ({type(module).__name__}) cannot run with the others: {part.reason}"
+    for name, module in chain:
+        reason = _obstacle(module)
+        if reason is not None:
+            text = f"{name or 'model'} ({type(module).__name__}) cannot run with the others: {reason}"
             found.append(_beyond(text))
     return found if found or chain else ["model has no layers"]
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why a module of a chain is not computed in a step, or None."""
+    if type(module) is nn.BatchNorm1d:
+        return _norm_obstacle(module)
+    if type(module) is not nn.Dropout or module.training is False or module.p == 0:
+        return why_called(module)
+    if module.inplace is not False:
+        return "it works in place, in training mode"
+    is_number = isinstance(module.p, (int, float))
+    return None if is_number and 0 < module.p <= 1 else f"its p is {shortened(module.p)}, expected a number of 0 to 1"
+
+
+def _norm_obstacle(norm: nn.BatchNorm1d) -> str | None:
+    own = {**norm._parameters, **norm._buffers}
+    if not {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"} <= own.keys():
+        return "its parameters and buffers are not where torch.nn.BatchNorm1d keeps them"
+    if (own["running_mean"] is None) != (own["running_var"] is None):
+        return "it has one of running_mean and running_var, expected both or none"
+    for name in ("eps", "momentum"):
+        number = getattr(norm, name)
+        if not (isinstance(number, (int, float)) or (name == "momentum" and number is None)):
+            return f"its {name} is {shortened(number)}, expected a number"
+    for name in ("training", "track_running_stats"):
+        if not isinstance(getattr(norm, name), bool):
+            return f"its {name} is {shortened(getattr(norm, name))}, expected True or False"
+    return None
 
 
 def _parameter_problems(chain: Sequence[Link]) -> list[str]:
@@ -220,9 +249,12 @@ def _parameter_problems(chain: Sequence[Link]) -> list[str]:
 
 
 def _shape_problems(chain: Sequence[Link]) -> list[str]:
-    found = []
-    before = None
+    found: list[str] = []
+    before: tuple[str, int] | None = None
     for name, module in chain:
+        if type(module) is nn.BatchNorm1d:
+            before = _norm_shapes(name, module, before, found)
+            continue
         weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
         if weight is None:
             continue
@@ -232,15 +264,69 @@ def _shape_problems(chain: Sequence[Link]) -> list[str]:
             break
         if before is not None and weight.shape[1] != before[1]:
             found.append(
-                f"{own} has shape {tuple(weight.shape)}, expected {before[1]} in the last dimension, the out_features "
-                f"of {before[0]}"
+                f"{own} has shape {tuple(weight.shape)}, expected {before[1]} in the last dimension, the {before[0]}"
             )
         if bias is not None and bias.shape != weight.shape[:1]:
             found.append(
                 f"{name}.bias".removeprefix(".")
                 + f" has shape {tuple(bias.shape)}, expected ({weight.shape[0]},), the out_features of {own}"
             )
-        before = own, weight.shape[0]
+        before = f"out_features of {own}", weight.shape[0]
+    return found
+
+
+def _norm_shapes(
+    name: str, norm: nn.BatchNorm1d, before: tuple[str, int] | None, found: list[str]
+) -> tuple[str, int] | None:
+    """Adds what is wrong with the shapes of a norm; the features that it has, and what says so."""
+    for key, vector in _vectors(norm):
+        own = f"{name}.{key}".removeprefix(".")
+        if vector.dim() != 1 or vector.numel() == 0:
+            found.append(f"{own} has shape {tuple(vector.shape)}, expected a number for each of some features")
+        elif before is not None and len(vector) != before[1]:
+            found.append(f"{own} has shape {tuple(vector.shape)}, expected ({before[1]},), the {before[0]}")
+        else:
+            before = before or (f"features of {own}", len(vector))
+    return before
+
+
+def _vectors(norm: nn.BatchNorm1d) -> list[tuple[str, Tensor]]:
+    """Parameters of a norm, and the statistics that its forward uses."""
+    uses = norm.track_running_stats or not norm.training
+    buffers = ("running_mean", "running_var") if uses else ()
+    own = {**norm._parameters, **{key: norm._buffers[key] for key in buffers}}
+    return [(key, vector) for key, vector in own.items() if vector is not None]
+
+
+def _norm_problems(chain: Sequence[Link]) -> list[str]:
+    """What is wrong with the buffers of norms."""
+    found: list[str] = []
+    seen: dict[Tensor, str] = {}
+    first = next(p for link in chain for p in link.module._parameters.values() if p is not None)
+    for name, norm in chain:
+        if type(norm) is not nn.BatchNorm1d:
+            continue
+        count = norm._buffers["num_batches_tracked"] if norm.training and norm.track_running_stats else None
+        counts = [] if count is None else [("num_batches_tracked", count)]
+        for key, buffer in [*_vectors(norm), *counts]:
+            own = f"{name}.{key}".removeprefix(".")
+            if key in norm._parameters:
+                continue
+            dtype = torch.int64 if key == "num_batches_tracked" else first.dtype
+            if buffer in seen:
+                found.append(_beyond(f"{own} is {seen[buffer]} once more, and one step would move it twice"))
+            seen.setdefault(buffer, own)
+            if buffer.device != first.device:
+                found.append(f"{own} is on {buffer.device}, expected {first.device}, where the parameters are")
+            if buffer.dtype != dtype:
+                found.append(f"{own} has dtype {buffer.dtype}, expected {dtype}")
+            if buffer.requires_grad or buffer.is_inference() or not buffer.is_contiguous():
+                expected = "a contiguous tensor that requires no gradient, made outside of torch.inference_mode"
+                found.append(f"{own} must be {expected}")
+            elif (reason := _C.obstacle(buffer.to(first.dtype), ())) is not None:
+                found.append(f"{own} must be a plain tensor: {reason}")
+            elif key == "num_batches_tracked" and buffer.numel() != 1:
+                found.append(f"{own} has shape {tuple(buffer.shape)}, expected one number")
     return found
 
 
@@ -348,9 +434,16 @@ def _ending_problems(model: nn.Module, loss_fn: nn.Module) -> list[str]:
 
 
 def _last_activation(chain: Sequence[Link]) -> str:
-    last = parts({str(i): link.module for i, link in enumerate(chain)})[-1]
-    assert isinstance(last, Run)
-    return last.layers[-1].activation.name
+    """The name of the activation that nothing follows, "identity" if there is none."""
+    for _, module in reversed(chain):
+        drops = isinstance(module, nn.Dropout) and module.training and module.p > 0
+        if isinstance(module, Linear):
+            return module.activation.name
+        if drops or isinstance(module, (nn.Linear, nn.BatchNorm1d)):
+            break
+        if not isinstance(module, (nn.Dropout, nn.Identity)):
+            return reference.MODULES[type(module)]
+    return IDENTITY.name
 
 
 def _ownership_problems(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -73,10 +73,11 @@ def register(sequential: type[nn.Module]) -> None:
         nn.Linear,
         Linear,
         nn.Dropout,
+        nn.BatchNorm1d,
         sequential,
         {kind: (name, tuple(DEFAULTS[name])) for kind, name in reference.MODULES.items()},
         {name: kind for kind, name in enumerate(DEFAULTS)},
-        original_forwards(FUSABLE),
+        original_forwards([*FUSABLE, nn.BatchNorm1d]),
         GLOBAL_HOOKS,
     )
     _C.set_composed_forward(composed_forward)

@@ -58,11 +58,14 @@ class TrainStep:
 
     Args:
         model: a `fastmlp.Sequential`, `MLP` or `Linear`, their counterparts of `torch.nn`, or any module whose forward
-            is one chain of layers and activations. It may begin by flattening its input: with a `torch.nn.Flatten()`,
-            or by a call such as `x.flatten(1)` or `x.view(x.size(0), -1)`. It may end by giving its output another
-            shape, with a `torch.nn.Flatten` or `Unflatten`, or by calls such as `x.squeeze(-1)` and `x.view(-1, 2, 3)`.
-            Parameters are float32 or float64, each once, and on the CPU: on another device the loop's own four lines
-            are the way.
+            is one chain of layers, activations, `Dropout` and `BatchNorm1d`, each in whatever mode it is at a call. It
+            may begin by flattening its input: with a `torch.nn.Flatten()`, or by a call such as `x.flatten(1)` or
+            `x.view(x.size(0), -1)`. It may end by giving its output another shape, with a `torch.nn.Flatten` or
+            `Unflatten`, or by calls such as `x.squeeze(-1)` and `x.view(-1, 2, 3)`. Parameters are float32 or float64,
+            each once, and on the CPU: on another device the loop's own four lines are the way. Dropout draws the masks
+            of the loop from torch's default generator, and leaves it where the loop does; running statistics of norms
+            and `num_batches_tracked` move as in the loop. In training mode a `Dropout(inplace=True)`, and one before
+            the first layer for an input with gaps in memory, are refused.
         loss_fn: exactly an `nn.MSELoss`, `L1Loss`, `HuberLoss`, `SmoothL1Loss`, `BCEWithLogitsLoss` (without `weight`)
             or `CrossEntropyLoss`, with the reduction "mean" or "sum"; after a `Sigmoid` at the end of the model also a
             `BCELoss` (without `weight`), and after a `LogSoftmax` along the features only an `NLLLoss`. Or one of
@@ -90,7 +93,8 @@ class TrainStep:
 
     Shape:
         input (*, in_features), or where the model begins by flattening (N, ...) with in_features elements in all
-        dimensions after the first together; target as `loss_fn` takes it: of the output's shape, or for
+        dimensions after the first together; with a `BatchNorm1d` exactly (N, in_features), and of two rows at least
+        where it normalises by the batch; target as `loss_fn` takes it: of the output's shape, or for
         `CrossEntropyLoss` and `NLLLoss` class indices of shape (N) for an output (N, C).
 
     Example:
@@ -153,7 +157,9 @@ class TrainStep:
         Raises:
             RuntimeError: for arguments that do not belong together, under `torch.no_grad`, `torch.inference_mode` or
                 autocast, or if model, loss or optimizer can no longer be run in one call. Nothing has been written
-                then. Also, for a `BCELoss`, if an output is NaN, as the loop raises: after its `zero_grad`.
+                or drawn then. Also, for a `BCELoss`, if an output is NaN, as the loop raises: after its `zero_grad`
+                and forward.
+            ValueError: for a batch of one row where a `BatchNorm1d` normalises by the batch, as torch raises it.
             IndexError: for a class index out of range.
         """
         loss = self._native.run(input, target)

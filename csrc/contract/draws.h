@@ -16,7 +16,8 @@ struct Twister {
 // n numbers of 1 with probability p and 0 else, as torch's kernel for one thread draws them: of each 64 bits of the
 // generator, the first word above the second, the lower 53 as a fraction, which is compared with p.
 struct BernoulliDraw {
-  DType dtype = DType::float32;  // float32 or float64
+  enum class Element { float32, float64, byte };
+  Element element = Element::float32;
   int64_t n = 0;
   void* output = nullptr;
   double p = 0;

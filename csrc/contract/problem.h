@@ -33,10 +33,17 @@ struct ActivationSpec {
   bool operator==(const ActivationSpec&) const = default;
 };
 
+// What a layer makes of its input before its activation. Layers of a run are products; in a training step there are
+// also batch normalisations, and layers that leave it as it is, for an activation or a dropout that follows no layer.
+enum class Map { product, batch_norm, none };
+
 // What a layer is besides its tensors.
 struct LayerSpec {
   bool has_bias = false;
   ActivationSpec activation;
+  Map map = Map::product;
+  bool has_weight = true;
+  double dropout = 0;  // the probability with which an element is dropped after the activation
   bool operator==(const LayerSpec&) const = default;
 };
 
@@ -62,12 +69,33 @@ struct FrozenEnds {
   Head head = Head::none;
 };
 
+// Batch normalisation, whose numbers are those of contract/rows.h. Vectors hold a number for each feature.
+struct Normalisation {
+  const void *weight = nullptr, *bias = nullptr;              // or null
+  void *running_mean = nullptr, *running_variance = nullptr;  // null only if of_batch
+  bool of_batch = false;                                      // else by the running statistics
+  double momentum = 0, eps = 0;
+  void *mean = nullptr, *rstd = nullptr;  // where forward leaves those of the batch for backward; null unless of_batch
+};
+
+// Dropout: each element times `scale` where its byte in `kept` is 1, and times zero where that is 0.
+struct Dropout {
+  double p = 0;  // of being dropped. 0: there is no dropout
+  double scale = 1;
+  uint8_t* kept = nullptr;  // [rows, out_features], row-major without gaps
+};
+
 struct Layer {
   int64_t in_features = 0;
   int64_t out_features = 0;
-  Matrix weight;  // [out_features, in_features]
-  Vector bias;    // [out_features]
+  Matrix weight;  // [out_features, in_features], of a product
+  Vector bias;    // [out_features], of a product
   ActivationSpec activation;
+  Map map = Map::product;
+  Normalisation norm;
+  Dropout dropout;
+
+  bool drops() const { return dropout.p > 0; }
 };
 
 struct Network {
@@ -77,23 +105,24 @@ struct Network {
   Matrix input;  // [rows, layers[0].in_features]
 };
 
-// What layer l keeps for backward: its output, or its pre-activation where the derivative needs
-// that (keeps_output of activation.h decides). All are row-major without gaps.
+// What layer l keeps for backward: its output before dropout, or its pre-activation where the derivative needs
+// that (keeps_output of activation.h decides). All are row-major without gaps. A first layer that is no product reads
+// an input without gaps.
 struct ForwardPass {
   Network network;
   // One entry a layer, each null or [rows, out_features]. The last layer's output is `output`, so
-  // its own entry is given only where its pre-activation is kept. Empty: nothing is kept.
+  // its own entry is given only where something else is kept. Empty: nothing is kept, and nothing is dropped.
   std::vector<void*> kept;
   void* output = nullptr;  // [rows, layers.back().out_features]
 };
 
 struct BackwardPass {
   Network network;
-  Matrix grad_output;         // [rows, layers.back().out_features]
+  Matrix grad_output;         // [rows, layers.back().out_features]; gapless if the last layer drops or is no product
   std::vector<Matrix> saved;  // one a layer; the last one's data may be null if it is identity
   // Where to write; null for a gradient that is not asked for. Row-major without gaps.
   void* grad_input = nullptr;       // [rows, layers[0].in_features]
-  std::vector<void*> grad_weights;  // [out_features, in_features] each
+  std::vector<void*> grad_weights;  // [out_features, in_features] each, [out_features] of a batch normalisation
   std::vector<void*> grad_biases;   // [out_features] each
 };
 

@@ -26,16 +26,20 @@ inline int64_t widest_hidden(const Network& network) {
   return width;
 }
 
-// Where a layer's output and its pre-activation go; null for what is not kept.
+// Where a layer's output before dropout, its pre-activation, and its output after dropout go. Null for what is not
+// kept; the third one also where nothing is dropped.
 struct LayerOutputs {
   void* output;
   void* pre_activation;
+  void* dropped;
 };
 
 inline LayerOutputs outputs_of(const ForwardPass& pass, size_t l) {
-  const bool last = l + 1 == pass.network.layers.size(), keeps = keeps_output(pass.network.layers[l].activation);
+  const Layer& layer = pass.network.layers[l];
+  const bool last = l + 1 == pass.network.layers.size(), keeps = keeps_output(layer.activation);
   void* const kept = pass.kept.empty() ? nullptr : pass.kept[l];
-  return {last ? pass.output : keeps ? kept : nullptr, keeps ? nullptr : kept};
+  void* const end = last ? pass.output : nullptr;
+  return {end && !layer.drops() ? end : keeps ? kept : nullptr, keeps ? nullptr : kept, layer.drops() ? end : nullptr};
 }
 
 // The first layer that a gradient is asked of; as many as there are layers if there is none.

@@ -203,6 +203,9 @@ template <class S> struct Kernels {
   const ElementFolds<S>* element_folds;
   // n numbers of 1 where 53 bits of the generator are below the threshold, and of 0 else. Null for 16 bits.
   void (*bernoulli)(Twister& generator, int64_t threshold, int64_t n, S* output);
+  void (*bernoulli_bytes)(Twister& generator, int64_t threshold, int64_t n, uint8_t* output);
+  // out[i] = x[i] * (kept[i] ? scale : 0), for bytes of 0 and 1; out may be x. Null for 16 bits.
+  void (*drop)(int64_t n, const S* x, const uint8_t* kept, double scale, S* out);
   // Rows [begin, end) of a pass; null for 16 bits. The backward pass adds to weight_sums and bias_sums, which may be
   // null, the shares that its rows have in the gradients of weight and bias.
   void (*layer_norm)(const LayerNormPass&, int64_t begin, int64_t end);

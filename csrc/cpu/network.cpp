@@ -7,6 +7,7 @@
 
 #include "../contract/activation_info.h"
 #include "../contract/shape.h"
+#include "column_layers.h"
 #include "dispatch.h"
 #include "gemm.h"
 #include "parallel.h"
@@ -44,10 +45,20 @@ void layers_forward(const KernelTable& table, const Network& network, const Laye
     if (layers.narrow && !(alone && network.layers[layers.first].in_features <= streamed_depth))
       return forward_blocks(table, network, layers, input, rows, places, threads);
   }
+  const Layer& layer = network.layers[layers.first];
   const Place<S>& place = places[layers.first];
-  Product<S> p;
-  set_forward(p, network.layers[layers.first], rows, input, place.output, place.pre_activation);
-  multiply(table, p, threads);
+  S* const output = place.output ? place.output : place.dropped;
+  if (layer.map == Map::product) {
+    Product<S> p;
+    set_forward(p, layer, rows, input, output, place.pre_activation);
+    multiply(table, p, threads);
+  }
+  if constexpr (in_itself<S>) {
+    const ColumnLayers<S> columns(table, network, threads);
+    if (layer.map != Map::product)
+      columns.forward(layers.first, static_cast<const S*>(input.data), output, place.pre_activation);
+    if (layer.drops()) columns.drop_rows(layers.first, output, place.dropped);
+  }
 }
 
 template <class S> void forward_keeping(const ForwardPass& pass, int threads) {
@@ -60,20 +71,25 @@ template <class S> void forward_keeping(const ForwardPass& pass, int threads) {
   std::vector<Place<S>> places(network.layers.size());
   for (size_t l = 0; l <= last; l++) {
     const LayerOutputs outputs = outputs_of(pass, l);
-    places[l] = {static_cast<S*>(outputs.output), static_cast<S*>(outputs.pre_activation)};
+    places[l] = {static_cast<S*>(outputs.output), static_cast<S*>(outputs.pre_activation),
+                 static_cast<S*>(outputs.dropped)};
   }
+  // Where the next part finds what this one makes.
+  const auto end_of = [&](const Layers& part) -> S*& {
+    Place<S>& place = places[part.end - 1];
+    return network.layers[part.end - 1].drops() ? place.dropped : place.output;
+  };
   Carver measure;
   measure.take<S>(network.rows * widest_hidden(network));
   bool spare = false;
-  for (const Layers& part : parts) spare |= !places[part.end - 1].output;
+  for (const Layers& part : parts) spare |= !end_of(part);
   const Workspace workspace(spare ? 2 * measure.used() : 0);
   Matrix input = network.input;
   for (size_t i = 0; i < parts.size(); i++) {
-    const size_t end = parts[i].end - 1;
-    S*& output = places[end].output;
+    S*& output = end_of(parts[i]);
     if (!output) output = reinterpret_cast<S*>(workspace.data() + i % 2 * measure.used());
     layers_forward(table, network, parts[i], input, network.rows, places.data(), threads);
-    input = gapless(output, network.layers[end].out_features);
+    input = gapless(output, network.layers[parts[i].end - 1].out_features);
   }
 }
 
@@ -118,7 +134,8 @@ template <class S> Operand<S> formed_gradient(Operand<S> grad, const Operand<S>&
 
 // grad_weight = dz^T input; grad_bias = the column sums of dz.
 template <class S>
-void layer_wgrad(const KernelTable& table, const BackwardPass& pass, size_t l, const Matrix& grad, int threads) {
+void layer_wgrad(const KernelTable& table, const BackwardPass& pass, size_t l, const Matrix& grad, const Matrix& input,
+                 int threads) {
   const Network& network = pass.network;
   const Layer& layer = network.layers[l];
   Product<S> p;
@@ -126,8 +143,8 @@ void layer_wgrad(const KernelTable& table, const BackwardPass& pass, size_t l, c
   p.n = pass.grad_weights[l] ? layer.in_features : 0;
   p.k = network.rows;
   p.a = formed_gradient(columns_of<S>(grad), columns_of<S>(pass.saved[l]), layer.activation);
-  p.b = columns_of<S>(l == 0 ? network.input : pass.saved[l - 1]);
-  if (l > 0 && !keeps_output(network.layers[l - 1].activation)) {
+  p.b = columns_of<S>(input);
+  if (l > 0 && input.data == pass.saved[l - 1].data && !keeps_output(network.layers[l - 1].activation)) {
     p.b.form = Form::value;
     p.b.activation = network.layers[l - 1].activation;
   }
@@ -154,15 +171,52 @@ void layer_dgrad(const KernelTable& table, const BackwardPass& pass, size_t l, c
   multiply(table, p, threads);
 }
 
+// Memory beside the gradients that go from layer to layer, where has_column_layers(): for a layer's gradient before
+// dropout, and for its input where that is not what the layer below has saved.
+template <class S> struct Spare {
+  bool needed = false;
+  S *grad = nullptr, *input = nullptr;
+};
+
+// The input of layer l as its own backward reads it. A product may read the layer's pre-activation instead, of which it
+// computes the output itself while it packs it.
+template <class S>
+Matrix input_of(const BackwardPass& pass, size_t l, const ColumnLayers<S>& columns, const Spare<S>& spare) {
+  const Network& network = pass.network;
+  if (l == 0) return network.input;
+  const Layer& below = network.layers[l - 1];
+  const bool is_product = network.layers[l].map == Map::product;
+  if (!below.drops() && (is_product || keeps_output(below.activation))) return pass.saved[l - 1];
+  columns.output_again(l - 1, static_cast<const S*>(pass.saved[l - 1].data), spare.input);
+  return gapless(spare.input, below.out_features);
+}
+
 // Computes the gradients asked for, and that with respect to the layers' input unless `output` is null.
 template <class S>
-void layers_backward(const KernelTable& table, const BackwardPass& pass, const Layers& layers, const Matrix& grad,
-                     S* output, int threads) {
+void layers_backward(const KernelTable& table, const BackwardPass& pass, const Layers& layers, Matrix grad, S* output,
+                     const Spare<S>& spare, int threads) {
+  const size_t l = layers.first;
+  const Network& network = pass.network;
+  const bool asked = pass.grad_weights[l] || pass.grad_biases[l];
+  Matrix input = l == 0 ? network.input : pass.saved[l - 1];
   if constexpr (in_itself<S>) {
     if (layers.narrow) return backward_blocks(table, pass, layers, grad, output, threads);
+    if (spare.needed) {
+      const Layer& layer = network.layers[l];
+      const ColumnLayers<S> columns(table, network, threads);
+      if (layer.drops()) {
+        columns.drop_rows(l, static_cast<const S*>(grad.data), spare.grad);
+        grad = gapless(spare.grad, layer.out_features);
+      }
+      const bool is_product = layer.map == Map::product;
+      if (asked || layer.map == Map::batch_norm) input = input_of(pass, l, columns, spare);
+      if (!is_product) {
+        return columns.backward(l, static_cast<const S*>(grad.data), static_cast<const S*>(input.data),
+                                static_cast<const S*>(pass.saved[l].data), pass, output, spare.grad);
+      }
+    }
   }
-  const size_t l = layers.first;
-  if (pass.grad_weights[l] || pass.grad_biases[l]) layer_wgrad<S>(table, pass, l, grad, threads);
+  if (asked) layer_wgrad<S>(table, pass, l, grad, input, threads);
   if (output) layer_dgrad(table, pass, l, grad, output, threads);
 }
 
@@ -182,13 +236,24 @@ template <class S> void backward_of(const BackwardPass& pass, int threads) {
   }
   Carver measure;
   measure.take<S>(network.rows * widest_hidden(network));
-  const Workspace workspace(parts.size() > 1 ? 2 * measure.used() : 0);
+  const size_t between = parts.size() > 1 ? 2 * measure.used() : 0;
+  Spare<S> spare;
+  spare.needed = has_column_layers(network);
+  const int64_t most = std::max(widest_hidden(network), network.layers.back().out_features);
+  Carver size;
+  if (spare.needed) size.take<S>(network.rows * most);
+  const Workspace workspace(between + 2 * size.used());
+  if (spare.needed) {
+    Carver carver(workspace.data() + between);
+    spare.grad = carver.take<S>(network.rows * most);
+    spare.input = carver.take<S>(network.rows * most);
+  }
   Matrix grad = pass.grad_output;
   for (size_t i = parts.size(); i-- > 0;) {
     const size_t l = parts[i].first;
     S* output = static_cast<S*>(pass.grad_input);
     if (l > 0) output = i == 0 ? nullptr : reinterpret_cast<S*>(workspace.data() + i % 2 * measure.used());
-    layers_backward(table, pass, parts[i], grad, output, threads);
+    layers_backward(table, pass, parts[i], grad, output, spare, threads);
     grad = gapless(output, network.layers[l].in_features);
   }
 }

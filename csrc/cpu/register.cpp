@@ -5,6 +5,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -57,6 +58,97 @@ struct Device {
 
 using Cpu = Operations<Device>;
 
+// Random numbers.
+
+using Drawn = BernoulliDraw::Element;
+
+void draw_from(const std::optional<at::Generator>& given, const BernoulliDraw& all) {
+  if (all.n == 0) return;
+  auto* const generator =
+      at::get_generator_or_default<at::CPUGeneratorImpl>(given, at::detail::getDefaultCPUGenerator());
+  const std::lock_guard<std::mutex> lock(generator->mutex_);
+  at::mt19937 engine = generator->engine();
+  at::mt19937_data_pod data = engine.data();
+  static_assert(sizeof data.state_ == sizeof Twister::words);
+  Twister twister;
+  std::memcpy(twister.words, data.state_.data(), sizeof twister.words);
+  // Torch counts the words that are left, and one more. After seeding none is, though `next_` is 0.
+  twister.used = Twister::size + 1 - data.left_;
+  draw(all, twister);
+  std::memcpy(data.state_.data(), twister.words, sizeof twister.words);
+  data.left_ = Twister::size + 1 - twister.used;
+  data.next_ = uint32_t(twister.used);
+  engine.set_data(data);
+  generator->set_engine(engine);
+}
+
+void bernoulli(const at::Tensor& tensor, double p, const std::optional<at::Generator>& generator) {
+  const at::ScalarType dtype = tensor.scalar_type();
+  const Drawn element = dtype == at::kByte ? Drawn::byte : dtype == at::kFloat ? Drawn::float32 : Drawn::float64;
+  draw_from(generator, {element, tensor.numel(), tensor.mutable_data_ptr(), p});
+}
+
+// Torch's operator may draw otherwise: on other processors, or in another release. Compared on generators of their own.
+bool same_draws(at::ScalarType dtype, double p, int64_t n, uint64_t seed) {
+  at::Generator torchs = at::detail::createCPUGenerator(seed), ours = at::detail::createCPUGenerator(seed);
+  for (at::CPUGeneratorImpl* generator :
+       {at::check_generator<at::CPUGeneratorImpl>(torchs), at::check_generator<at::CPUGeneratorImpl>(ours)}) {
+    // Seeds of one parity begin within a block of words, at its second one.
+    if (seed % 2 == 1) generator->random();
+  }
+  at::Tensor expected = allocate({n}, dtype), found = allocate({n}, dtype);
+  at::cpu::bernoulli_(expected, p, torchs);
+  bernoulli(found, p, ours);
+  return std::memcmp(expected.const_data_ptr(), found.const_data_ptr(), found.nbytes()) == 0 &&
+         at::cpu::equal(at::Tensor(torchs.get_state()), at::Tensor(ours.get_state()));
+}
+
+bool compare_draws() {
+  for (const at::ScalarType dtype : {at::kFloat, at::kDouble, at::kByte}) {
+    for (const double p : {0.0, 0.1, 0.5, 0.9, 1.0}) {
+      for (const int64_t n : {1, 7, 311, 312, 2000}) {
+        for (const uint64_t seed : {0, 1, 20, 4711}) {
+          if (!same_draws(dtype, p, n, seed)) return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
+bool draws_as_torch() {
+  static const bool same = compare_draws();
+  return same;
+}
+
+// Memory for what is drawn for layers that drop.
+void carve_masks(Network& network, Carver& carver) {
+  for (Layer& layer : network.layers) {
+    if (layer.drops()) layer.dropout.kept = carver.take<uint8_t>(network.rows * layer.out_features);
+  }
+}
+
+// Layer by layer, in the order in which torch draws in a forward pass; and by its own operator where ours draws
+// otherwise. The numbers do not depend on the dtype. Torch draws nothing for a layer that drops everything.
+void draw_masks(const Network& network) {
+  for (const Layer& layer : network.layers) {
+    if (!layer.drops()) continue;
+    const int64_t n = network.rows * layer.out_features;
+    const double p = 1 - layer.dropout.p;
+    uint8_t* const kept = layer.dropout.kept;
+    if (p == 0) {
+      std::fill_n(kept, n, uint8_t(0));
+    } else if (draws_as_torch()) {
+      draw_from(std::nullopt, {Drawn::byte, n, kept, p});
+    } else if (n > 0) {
+      at::Tensor mask = at::from_blob(kept, {n}, at::kByte);
+      at::cpu::bernoulli_(mask, p);
+    }
+  }
+}
+
+// Training.
+
 void check_classes(const at::Tensor& target, const LossSpec& spec, int64_t columns) {
   const int64_t* const all = target.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < target.numel(); i++) {
@@ -76,14 +168,23 @@ void check_probabilities(const at::Tensor& target) {
 }
 
 at::Tensor train_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters, const LossSpec& spec,
-                      const at::Tensor& target, const at::Tensor& weight, at::TensorList grads, at::Tensor& memory) {
+                      const at::Tensor& target, const at::Tensor& weight, c10::ArrayRef<NormTensors> norms,
+                      at::TensorList grads, at::Tensor& memory) {
+  StepTensors tensors = step_pass(Device::name, stack, input, parameters, spec, target, weight, norms, grads);
+  Network& network = tensors.pass.backward.network;
   const LossInfo& info = loss_info(spec.kind);
-  if (info.takes_classes) check_classes(target, spec, parameters[stack.weight(stack.layers() - 1)].size(0));
+  if (info.takes_classes) check_classes(target, spec, network.layers.back().out_features);
   if (info.takes_probabilities) check_probabilities(target);
-  const StepTensors tensors = step_pass(Device::name, stack, input, parameters, spec, target, weight, grads);
-  const int64_t bytes = int64_t(train_bytes(tensors.pass));
-  if (bytes > 0 && (!memory.defined() || memory.numel() < bytes)) memory = allocate({bytes}, at::kByte);
+  Carver masks;
+  carve_masks(network, masks);
+  const int64_t bytes = int64_t(train_bytes(tensors.pass)), all = bytes + int64_t(masks.used());
+  if (all > 0 && (!memory.defined() || memory.numel() < all)) memory = allocate({all}, at::kByte);
   at::Tensor result = allocate({}, input.scalar_type());
+  if (masks.used() > 0) {
+    Carver carver(static_cast<char*>(memory.data_ptr()) + bytes);
+    carve_masks(network, carver);
+    draw_masks(network);
+  }
   const std::optional<double> trained = train(tensors.pass, bytes > 0 ? memory.data_ptr() : nullptr, threads());
   if (!trained) return {};
   const double loss = *trained;
@@ -99,61 +200,6 @@ void update_all(const std::vector<Update>& updates, c10::Device) { update(update
 
 std::unique_ptr<ElementwiseRun> plan_elementwise(const ElementProgram& program) {
   return plan_elements(program, &threads);
-}
-
-// Random numbers.
-
-void bernoulli(const at::Tensor& tensor, double p, const std::optional<at::Generator>& given) {
-  if (tensor.numel() == 0) return;
-  auto* const generator =
-      at::get_generator_or_default<at::CPUGeneratorImpl>(given, at::detail::getDefaultCPUGenerator());
-  const std::lock_guard<std::mutex> lock(generator->mutex_);
-  at::mt19937 engine = generator->engine();
-  at::mt19937_data_pod data = engine.data();
-  static_assert(sizeof data.state_ == sizeof Twister::words);
-  Twister twister;
-  std::memcpy(twister.words, data.state_.data(), sizeof twister.words);
-  // Torch counts the words that are left, and one more. After seeding none is, though `next_` is 0.
-  twister.used = Twister::size + 1 - data.left_;
-  draw({*dtype_of(tensor.scalar_type()), tensor.numel(), tensor.mutable_data_ptr(), p}, twister);
-  std::memcpy(data.state_.data(), twister.words, sizeof twister.words);
-  data.left_ = Twister::size + 1 - twister.used;
-  data.next_ = uint32_t(twister.used);
-  engine.set_data(data);
-  generator->set_engine(engine);
-}
-
-// Torch's operator may draw otherwise: on other processors, or in another release. Compared on generators of their own.
-bool same_draws(at::ScalarType dtype, double p, int64_t n, uint64_t seed) {
-  at::Generator torchs = at::detail::createCPUGenerator(seed), ours = at::detail::createCPUGenerator(seed);
-  for (at::CPUGeneratorImpl* generator :
-       {at::check_generator<at::CPUGeneratorImpl>(torchs), at::check_generator<at::CPUGeneratorImpl>(ours)}) {
-    // Seeds of one parity begin within a block of words, at its second one.
-    if (seed % 2 == 1) generator->random();
-  }
-  at::Tensor expected = allocate({n}, dtype), found = allocate({n}, dtype);
-  at::cpu::bernoulli_(expected, p, torchs);
-  bernoulli(found, p, ours);
-  return std::memcmp(expected.const_data_ptr(), found.const_data_ptr(), found.nbytes()) == 0 &&
-         at::cpu::equal(at::Tensor(torchs.get_state()), at::Tensor(ours.get_state()));
-}
-
-bool compare_draws() {
-  for (const at::ScalarType dtype : {at::kFloat, at::kDouble}) {
-    for (const double p : {0.0, 0.1, 0.5, 0.9, 1.0}) {
-      for (const int64_t n : {1, 7, 311, 312, 2000}) {
-        for (const uint64_t seed : {0, 1, 20, 4711}) {
-          if (!same_draws(dtype, p, n, seed)) return false;
-        }
-      }
-    }
-  }
-  return true;
-}
-
-bool draws_as_torch() {
-  static const bool same = compare_draws();
-  return same;
 }
 
 // Frozen networks.

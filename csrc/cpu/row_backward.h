@@ -143,6 +143,10 @@ template <class S> class RowBackward {
     for (size_t l = layers.end; l-- > layers.first;) {
       const Layer& layer = network.layers[l];
       S* const own_grad = own.grad[l % 2];
+      if (layer.drops()) {
+        drop(kernels, layer, range, grad, own_grad);
+        grad = own_grad;
+      }
       if (layer.activation.kind != identity_kind) {
         kernels.activations[layer.activation.kind].gradient(m * layer.out_features, grad, own.saved[l], own_grad,
                                                             layer.activation.scalars);
@@ -150,7 +154,7 @@ template <class S> class RowBackward {
       }
       const LayerSums<S>& sum = sums[l - layers.first];
       if (sum.bias) kernels.column_sums(m, layer.out_features, grad, sum.bias, add);
-      if (sum.weight) multiply_rows(kernels, wgrad(l, rows.input, m, grad, own, sum.weight, add), own.tile);
+      if (sum.weight) multiply_rows(kernels, wgrad(l, rows.input, range, grad, own, sum.weight, add), own.tile);
       if (!needs_dgrad(l)) break;
       S* const output = l == layers.first ? grad_input + range.begin * layer.in_features : own.grad[(l + 1) % 2];
       multiply_rows(kernels, dgrad(l, m, grad, shared[l - layers.first], output), own.tile);
@@ -159,12 +163,13 @@ template <class S> class RowBackward {
   }
 
   // grad_weight (+)= grad^T input, where `input` is that of the whole network.
-  RowProduct<S> wgrad(size_t l, const Matrix& input, int64_t m, const S* grad, const Own& own, S* sum, bool add) const {
+  RowProduct<S> wgrad(size_t l, const Matrix& input, Range range, const S* grad, const Own& own, S* sum,
+                      bool add) const {
     const Layer& layer = network.layers[l];
     RowProduct<S> p;
     p.m = layer.out_features;
     p.n = layer.in_features;
-    p.k = m;
+    p.k = range.size();
     p.a = grad;
     p.a_step = 1;
     p.a_k_step = layer.out_features;
@@ -172,12 +177,17 @@ template <class S> class RowBackward {
     if (l == 0) {
       p.b = static_cast<const S*>(input.data);
       p.b_step = input.row_stride;
-    } else if (keeps_output(network.layers[l - 1].activation)) {
-      p.b = own.saved[l - 1];
     } else {
-      const ActivationSpec& below = network.layers[l - 1].activation;
-      kernels.activations[below.kind].value(p.k * p.n, own.saved[l - 1], own.layer_input, below.scalars);
-      p.b = own.layer_input;
+      const Layer& below = network.layers[l - 1];
+      p.b = own.saved[l - 1];
+      if (const ActivationSpec& act = below.activation; !keeps_output(act)) {
+        kernels.activations[act.kind].value(p.k * p.n, p.b, own.layer_input, act.scalars);
+        p.b = own.layer_input;
+      }
+      if (below.drops()) {
+        drop(kernels, below, range, p.b, own.layer_input);
+        p.b = own.layer_input;
+      }
     }
     p.b_panel = kernels.nr;
     p.b_padded = false;

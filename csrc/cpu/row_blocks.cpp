@@ -17,7 +17,8 @@ constexpr int64_t layer_bytes = 128 << 10, group_bytes = 256 << 10, most_feature
 
 template <class S> bool is_narrow(const Layer& layer) {
   const int64_t bytes = layer.in_features * layer.out_features * int64_t(sizeof(S));
-  return in_itself<S> && bytes <= layer_bytes && std::max(layer.in_features, layer.out_features) <= most_features;
+  return in_itself<S> && layer.map == Map::product && bytes <= layer_bytes &&
+         std::max(layer.in_features, layer.out_features) <= most_features;
 }
 
 }  // namespace
@@ -39,6 +40,15 @@ template <class S> std::vector<Layers> divide(const Network& network) {
     }
   }
   return all;
+}
+
+template <class S> bool is_narrow_throughout(const Network& network) {
+  int64_t bytes = 0;
+  for (const Layer& layer : network.layers) {
+    if (!is_narrow<S>(layer)) return false;
+    bytes += layer.in_features * layer.out_features * int64_t(sizeof(S));
+  }
+  return bytes <= group_bytes;
 }
 
 template <class S>
@@ -85,11 +95,15 @@ double train_blocks(const KernelTable& table, const StepPass& pass, const BatchL
     Own own{forward.carve_own(carver), carver.take<S>(block * outputs), carver.take<S>(block * outputs)};
     for (size_t l = 0; l < layers.end; l++) {
       const Layer& layer = network.layers[l];
-      const bool last = l + 1 == layers.end, keeps = keeps_output(layer.activation);
-      S* const kept = last && keeps ? own.output : carver.take<S>(block * layer.out_features);
+      const bool keeps = keeps_output(layer.activation);
+      S* const end = l + 1 == layers.end ? own.output : nullptr;
+      S* const kept = end && keeps && !layer.drops() ? end : carver.take<S>(block * layer.out_features);
       if (!saved) continue;
       saved[l] = kept;
-      own.forward.places[l] = {last ? own.output : keeps ? kept : nullptr, keeps ? nullptr : kept};
+      own.forward.places[l] = {end && !layer.drops() ? end
+                               : keeps               ? kept
+                                                     : nullptr,
+                               keeps ? nullptr : kept, layer.drops() ? end : nullptr};
     }
     return own;
   };
@@ -100,7 +114,7 @@ double train_blocks(const KernelTable& table, const StepPass& pass, const BatchL
     Carver carver(memory);
     const Own own = carve(carver, rows.saved);
     const Matrix input = forward.input_of(range, own.forward);
-    forward.run_rows(input, range.size(), own.forward);
+    forward.run_rows(input, range, own.forward);
     losses[size_t(chunk)] += loss.rows(range, own.output, own.grad);
     return typename RowBackward<S>::Block{input, own.grad};
   });
@@ -113,6 +127,8 @@ template std::vector<Layers> divide<float>(const Network&);
 template std::vector<Layers> divide<double>(const Network&);
 template std::vector<Layers> divide<BFloat16>(const Network&);
 template std::vector<Layers> divide<Float16>(const Network&);
+template bool is_narrow_throughout<float>(const Network&);
+template bool is_narrow_throughout<double>(const Network&);
 template void forward_blocks(const KernelTable&, const Network&, const Layers&, const Matrix&, int64_t,
                              const Place<float>*, int);
 template void forward_blocks(const KernelTable&, const Network&, const Layers&, const Matrix&, int64_t,

@@ -22,16 +22,20 @@ struct Layers {
 // Divides a whole network, from its first layer to its last, into layers that go together.
 template <class S> std::vector<Layers> divide(const Network& network);
 
+// Whether that makes one part, which is narrow.
+template <class S> bool is_narrow_throughout(const Network& network);
+
 // Where a layer writes its values of all rows, without gaps; null for what need not be kept.
 template <class S> struct Place {
-  S* output;
+  S* output;  // before dropout
   S* pre_activation;
+  S* dropped;  // the output after dropout
 };
 
 // In the functions below S is float or double, because layers of other dtypes are never narrow.
 //
 // Runs narrow layers on `rows` rows of input. places[l] belongs to layer l of the network; the last layer's output must
-// have a place.
+// have a place, after dropout if it drops.
 template <class S>
 void forward_blocks(const KernelTable& table, const Network& network, const Layers& layers, const Matrix& input,
                     int64_t rows, const Place<S>* places, int threads);

@@ -104,13 +104,16 @@ template <class S> class RowForward {
 
   int64_t rows_of_block() const { return block; }
 
-  // Takes `m` rows through all layers, and writes to own.places.
-  void run_rows(Matrix x, int64_t m, const Own& own) const {
+  // Takes the rows of the range, which x holds, through all layers, and writes to own.places.
+  void run_rows(Matrix x, Range range, const Own& own) const {
     for (size_t l = layers.first; l < layers.end; l++) {
+      const Layer& layer = network.layers[l];
       const Place<S>& place = own.places[l];
-      S* const output = place.output ? place.output : own.hidden[l % 2];
-      run_layer(network.layers[l], steps[l - layers.first], m, x, output, place, own);
-      x = {output, network.layers[l].out_features, 1};
+      S* const dropped = place.dropped ? place.dropped : own.hidden[l % 2];
+      S* const output = place.output ? place.output : dropped;
+      run_layer(layer, steps[l - layers.first], range.size(), x, output, place, own);
+      if (layer.drops()) drop(kernels, layer, range, output, dropped);
+      x = {layer.drops() ? dropped : output, layer.out_features, 1};
     }
   }
 
@@ -126,9 +129,9 @@ template <class S> class RowForward {
     for (size_t l = layers.first; l < layers.end; l++) {
       const int64_t at = range.begin * network.layers[l].out_features;
       const auto here = [&](S* place) { return place ? place + at : nullptr; };
-      own.places[l] = {here(places[l].output), here(places[l].pre_activation)};
+      own.places[l] = {here(places[l].output), here(places[l].pre_activation), here(places[l].dropped)};
     }
-    run_rows(input_of(range, own), range.size(), own);
+    run_rows(input_of(range, own), range, own);
   }
 
   void run_layer(const Layer& layer, const Step& step, int64_t m, const Matrix& x, S* output, const Place<S>& place,

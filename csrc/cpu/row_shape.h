@@ -50,6 +50,12 @@ inline bool is_gapless(const Matrix& x, int64_t rows, int64_t columns) {
   return (columns <= 1 || x.column_stride == 1) && (rows <= 1 || x.row_stride == columns);
 }
 
+// What dropout after a layer makes of a range of its rows, of which x and out hold no others; out may be x.
+template <class S> void drop(const Kernels<S>& kernels, const Layer& layer, Range rows, const S* x, S* out) {
+  const int64_t columns = layer.out_features;
+  kernels.drop(rows.size() * columns, x, layer.dropout.kept + rows.begin * columns, layer.dropout.scale, out);
+}
+
 // Copies a block of rows to `buffer`, without gaps.
 template <class S> Matrix copied(const Matrix& x, Range rows, int64_t columns, S* buffer) {
   S* out = buffer;

@@ -22,35 +22,45 @@ void update_part(const KernelTable& table, const Part<Update>& part) {
   });
 }
 
-template <class S> bool is_narrow_throughout(const Network& network) {
-  const std::vector<Layers> parts = divide<S>(network);
-  return parts.size() == 1 && parts.front().narrow;
-}
-
 // What the two passes keep, layer by layer.
 template <class S> struct Kept {
+  struct Moments {
+    S *mean, *rstd;  // of the batch; null for layers that do not normalise by it
+  };
   std::vector<S*> layers;
+  std::vector<Moments> moments;
   S *output, *grad;
 
   Kept(const Network& network, Carver& carver) {
+    const Layer& last = network.layers.back();
     layers.reserve(network.layers.size());
-    for (const Layer& layer : network.layers) layers.push_back(carver.take<S>(network.rows * layer.out_features));
-    const int64_t outputs = network.layers.back().out_features;
-    output = keeps_output(network.layers.back().activation) ? layers.back() : carver.take<S>(network.rows * outputs);
-    grad = carver.take<S>(network.rows * outputs);
+    moments.reserve(network.layers.size());
+    for (const Layer& layer : network.layers) {
+      layers.push_back(carver.take<S>(network.rows * layer.out_features));
+      const bool has_moments = layer.map == Map::batch_norm && layer.norm.of_batch;
+      const auto take = [&] { return has_moments ? carver.take<S>(layer.out_features) : nullptr; };
+      moments.push_back({take(), take()});
+    }
+    const int64_t outputs = network.rows * last.out_features;
+    output = keeps_output(last.activation) && !last.drops() ? layers.back() : carver.take<S>(outputs);
+    grad = carver.take<S>(outputs);
   }
 };
 
 template <class S> double train_layers(const StepPass& pass, const BatchLoss<S>& loss, char* memory, int threads) {
-  const Network& network = pass.backward.network;
   Carver carver(memory);
+  BackwardPass backward_pass = pass.backward;
+  Network& network = backward_pass.network;
   const Kept<S> kept(network, carver);
+  for (size_t l = 0; l < network.layers.size(); l++) {
+    network.layers[l].norm.mean = kept.moments[l].mean;
+    network.layers[l].norm.rstd = kept.moments[l].rstd;
+  }
   ForwardPass forward_pass{network, {kept.layers.begin(), kept.layers.end()}, kept.output};
-  // The last one's entry is for its pre-activation.
+  // The last one's entry is for what is not its output.
   if (kept.output == kept.layers.back()) forward_pass.kept.back() = nullptr;
   forward(forward_pass, threads);
   const double sum = loss.rows({0, network.rows}, kept.output, kept.grad);
-  BackwardPass backward_pass = pass.backward;
   backward_pass.saved.clear();
   for (size_t l = 0; l < network.layers.size(); l++) {
     backward_pass.saved.push_back({kept.layers[l], network.layers[l].out_features, 1});
@@ -79,8 +89,8 @@ std::optional<double> train(const StepPass& pass, void* memory, int threads) {
   const auto of = [&](auto storage) {
     using S = decltype(storage);
     const BatchLoss<S> loss(kernels_of<S>(table), pass.targets, network.rows, network.layers.back().out_features);
-    return loss.of(memory ? train_layers(pass, loss, static_cast<char*>(memory), threads)
-                          : train_blocks(table, pass, loss, threads));
+    return loss.of(is_narrow_throughout<S>(network) ? train_blocks(table, pass, loss, threads)
+                                                    : train_layers(pass, loss, static_cast<char*>(memory), threads));
   };
   return network.dtype == DType::float64 ? of(double{}) : of(float{});
 }

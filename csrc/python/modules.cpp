@@ -15,7 +15,7 @@ namespace fastmlp {
 
 namespace {
 
-enum class Role { linear, fused_linear, activation, dropout };
+enum class Role { linear, fused_linear, activation, dropout, norm };
 
 // A class that may be part of a run, while it computes by the forward that it came with.
 struct Class {
@@ -128,15 +128,86 @@ bool Run::add_layer(PyObject* attributes, const ActivationSpec& activation) {
 // False if the layer's weight is not of the kind of those before it.
 bool Run::add_tensors(PyObject* weight, PyObject* bias, const ActivationSpec& activation) {
   if (!weight || !bias || !THPVariable_Check(weight)) return false;
-  if (!empty()) {
+  if (!parameters_.empty()) {
     const at::Tensor& first = THPVariable_Unpack(parameters_[0]);
     const at::Tensor& own = THPVariable_Unpack(weight);
     if (own.scalar_type() != first.scalar_type() || own.device() != first.device()) return false;
   }
   parameters_.push_back(weight);
   if (bias != Py_None) parameters_.push_back(bias);
-  layers_.push_back({bias != Py_None, {}});
+  layers_.emplace_back().has_bias = bias != Py_None;
   set_activation(activation);
+  return true;
+}
+
+void Run::add_empty_layer() {
+  LayerSpec& layer = layers_.emplace_back();
+  layer.map = Map::none;
+  layer.has_weight = false;
+  activated_ = false;
+}
+
+bool Run::add_activation(const ActivationSpec& activation) {
+  if (activation.kind == identity_kind) return true;
+  if (empty() || activated_) {
+    if (!trains_) return false;
+    add_empty_layer();
+  }
+  set_activation(activation);
+  return true;
+}
+
+bool Run::add_dropout(PyObject* attributes) {
+  PyObject* training = item(attributes, names().training);
+  const std::optional<double> p = number_of(item(attributes, names().p));
+  if (training == Py_False || p == 0.0) return true;
+  // In place, it would change what somebody else may hold, such as the input.
+  if (!trains_ || training != Py_True || !p || !(*p > 0 && *p <= 1) || item(attributes, names().inplace) != Py_False)
+    return false;
+  if (empty() || layers_.back().dropout > 0) add_empty_layer();
+  layers_.back().dropout = *p;
+  activated_ = true;
+  return true;
+}
+
+// As torch's module reads itself in its forward.
+bool Run::add_norm(PyObject* attributes) {
+  PyObject* parameters = item(attributes, names().parameters);
+  PyObject* buffers = item(attributes, names().buffers);
+  PyObject* training = item(attributes, names().training);
+  PyObject* tracks = item(attributes, names().tracks);
+  const auto is_flag = [](PyObject* object) { return object == Py_True || object == Py_False; };
+  if (!parameters || !buffers || !PyDict_Check(parameters) || !PyDict_Check(buffers) || !is_flag(training) ||
+      !is_flag(tracks))
+    return false;
+  const std::optional<double> eps = number_of(item(attributes, names().eps));
+  PyObject* momentum = item(attributes, names().momentum);
+  RunNorm norm;
+  norm.momentum = number_of(momentum);
+  if (!eps || !(norm.momentum || momentum == Py_None)) return false;
+  norm.eps = *eps;
+  PyObject *weight = item(parameters, names().weight), *bias = item(parameters, names().bias);
+  PyObject* mean = item(buffers, names().running_mean);
+  PyObject* variance = item(buffers, names().running_variance);
+  PyObject* batches = item(buffers, names().batches);
+  // Attributes in place of parameters and buffers: the module knows where they are.
+  if (!weight || !bias || !mean || !variance || !batches || (mean == Py_None) != (variance == Py_None)) return false;
+  norm.of_batch = training == Py_True || mean == Py_None;
+  const bool moves = training == Py_True && tracks == Py_True;
+  if (mean != Py_None && (moves || training == Py_False)) {
+    norm.running_mean = mean;
+    norm.running_variance = variance;
+  }
+  if (moves && batches != Py_None) norm.batches = batches;
+  LayerSpec& layer = layers_.emplace_back();
+  layer.map = Map::batch_norm;
+  layer.has_weight = weight != Py_None;
+  layer.has_bias = bias != Py_None;
+  for (PyObject* parameter : {weight, bias}) {
+    if (parameter != Py_None) parameters_.push_back(parameter);
+  }
+  norms_.push_back(norm);
+  activated_ = false;
   return true;
 }
 
@@ -155,7 +226,7 @@ bool Run::extend(PyObject* module) {
     return add_tensors(PyTuple_GET_ITEM(module, 0), PyTuple_GET_ITEM(module, 1), ActivationSpec{identity_kind, {}});
   }
   const Class* c = class_of(module);
-  if (!c || (empty() && c->role != Role::linear && c->role != Role::fused_linear)) return false;
+  if (!c || (!trains_ && empty() && c->role != Role::linear && c->role != Role::fused_linear)) return false;
   const py::object attributes = attributes_of(module);
   if (must_be_called(attributes.ptr())) return false;
   switch (c->role) {
@@ -164,13 +235,12 @@ bool Run::extend(PyObject* module) {
     case Role::fused_linear:
       return add_fused_layer(attributes.ptr());
     case Role::dropout:
-      return item(attributes.ptr(), names().training) == Py_False ||
-             number_of(item(attributes.ptr(), names().p)).value_or(1) == 0;
+      return add_dropout(attributes.ptr());
+    case Role::norm:
+      return trains_ && add_norm(attributes.ptr());
     case Role::activation: {
       const std::optional<ActivationSpec> activation = activation_of(*c, attributes.ptr());
-      if (!activation || (activated_ && activation->kind != identity_kind)) return false;
-      if (!activated_) set_activation(*activation);
-      return true;
+      return activation && add_activation(*activation);
     }
   }
   return false;
@@ -181,10 +251,12 @@ c10::intrusive_ptr<Stack> Run::stack() const {
   static std::array<c10::intrusive_ptr<Stack>, 256> recent;
   size_t hash = layers_.size();
   const auto mix = [&](size_t value) { hash = (hash ^ value) * 0x9e3779b97f4a7c15u; };
-  for (const auto& [has_bias, activation] : layers_) {
-    mix(size_t(2 * activation.kind + has_bias));
+  for (const LayerSpec& layer : layers_) {
+    const ActivationSpec& activation = layer.activation;
+    mix(size_t(((activation.kind * 3 + int(layer.map)) * 2 + layer.has_bias) * 2 + layer.has_weight));
     mix(std::hash<double>()(activation.scalars.a));
     mix(std::hash<double>()(activation.scalars.b));
+    mix(std::hash<double>()(layer.dropout));
   }
   c10::intrusive_ptr<Stack>& place = recent[hash >> 56];
   if (!place || place->specs() != layers()) {
@@ -194,8 +266,9 @@ c10::intrusive_ptr<Stack> Run::stack() const {
 }
 
 void register_modules(const py::object& linear, const py::object& fused_linear, const py::object& dropout,
-                      const py::object& sequential, const py::dict& activations, const py::dict& kinds,
-                      const py::dict& forwards, const py::tuple& watchers) {
+                      const py::object& norm, const py::object& sequential,
+                      const py::dict& activations, const py::dict& kinds, const py::dict& forwards,
+                      const py::tuple& watchers) {
   const auto forever = [](py::handle object) { return object.inc_ref().ptr(); };
   const auto type_of = [&](py::handle type) { return reinterpret_cast<PyTypeObject*>(forever(type)); };
   known.module = type_of(py::module_::import("torch.nn").attr("Module"));
@@ -220,6 +293,7 @@ void register_modules(const py::object& linear, const py::object& fused_linear, 
     if (name == "gelu") known.gelu = c.type;
   }
   add(dropout, Role::dropout);
+  add(norm, Role::norm);
   known.layer_forward = _PyType_Lookup(type_of(fused_linear), names().forward);
   known.sequential_forward = _PyType_Lookup(type_of(sequential), names().forward);
   known.gelu_tanh_kind = kinds["gelu_tanh"].cast<int>();

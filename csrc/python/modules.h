@@ -7,6 +7,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <array>
+#include <optional>
 
 #include "../tensors/stack.h"
 
@@ -15,18 +16,32 @@ namespace fastmlp {
 // What fastmlp/modules.py knows and this file is told once: the exact classes of torch.nn and of ours that may be part
 // of a run.
 //   linear, fused_linear: classes of layers; dropout: one that does nothing outside of training
+//   norm: one that normalises columns by a batch, which only training steps take
 //   sequential: the class whose forward is run_children
 //   activations: {class: (name, (attribute of each parameter, ...))}
 //   kinds: {name: kind}
 //   forwards: {class: how it computes}; a class that is not in it, or computes otherwise by now, is called
 //   watchers: dictionaries of hooks on all modules; while one holds anything every child is called
 void register_modules(const py::object& linear, const py::object& fused_linear, const py::object& dropout,
-                      const py::object& sequential, const py::dict& activations, const py::dict& kinds,
-                      const py::dict& forwards, const py::tuple& watchers);
+                      const py::object& norm, const py::object& sequential,
+                      const py::dict& activations, const py::dict& kinds, const py::dict& forwards,
+                      const py::tuple& watchers);
+
+// What a batch normalisation has besides parameters. The tensors are borrowed, and null where it has none.
+struct RunNorm {
+  PyObject *running_mean = nullptr, *running_variance = nullptr;
+  PyObject* batches = nullptr;     // how many batches it has seen, which this one is about to join
+  bool of_batch = false;           // normalises by the batch, not by the running statistics
+  std::optional<double> momentum;  // none: statistics are means over all batches
+  double eps = 0;
+};
 
 // Layers and their activations, one after another. Borrows the tensors: no Python code may run that could free them.
 class Run {
  public:
+  // trains: takes what only a training step computes, too: dropout, batch normalisation, and activations anywhere.
+  explicit Run(bool trains = false) : trains_(trains) {}
+
   // Takes in a module, or a pair of tensors (weight, and bias or None) that are a layer without a module; false, and
   // nothing changed, if it cannot be next.
   bool extend(PyObject* module);
@@ -34,6 +49,8 @@ class Run {
   bool add_fused_layer(PyObject* attributes);
 
   bool empty() const { return layers_.empty(); }
+  // One for each batch normalisation.
+  c10::ArrayRef<RunNorm> norms() const { return norms_; }
   c10::ArrayRef<PyObject*> parameters() const { return parameters_; }
   c10::ArrayRef<LayerSpec> layers() const { return layers_; }
   c10::intrusive_ptr<Stack> stack() const;
@@ -41,11 +58,18 @@ class Run {
  private:
   bool add_layer(PyObject* attributes, const ActivationSpec& activation);
   bool add_tensors(PyObject* weight, PyObject* bias, const ActivationSpec& activation);
+  bool add_activation(const ActivationSpec& activation);
+  bool add_dropout(PyObject* attributes);
+  bool add_norm(PyObject* attributes);
+  // A layer that leaves its input as it is, for what follows no layer.
+  void add_empty_layer();
   void set_activation(const ActivationSpec& activation);
 
+  bool trains_;
   c10::SmallVector<PyObject*, 16> parameters_;
   c10::SmallVector<LayerSpec, 8> layers_;
-  bool activated_ = false;  // the last layer has its activation
+  c10::SmallVector<RunNorm, 2> norms_;
+  bool activated_ = false;  // the last layer has its activation, or dropout, which comes after that
 };
 
 // Of a module's attributes the dictionary of its children, borrowed; null if it has none.

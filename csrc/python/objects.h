@@ -35,6 +35,13 @@ struct Names {
   PyObject* approximate = interned("approximate");
   PyObject* training = interned("training");
   PyObject* p = interned("p");
+  PyObject* inplace = interned("inplace");
+  PyObject* momentum = interned("momentum");
+  PyObject* eps = interned("eps");
+  PyObject* tracks = interned("track_running_stats");
+  PyObject* running_mean = interned("running_mean");
+  PyObject* running_variance = interned("running_var");
+  PyObject* batches = interned("num_batches_tracked");
   PyObject* reduction = interned("reduction");
   // Of an optimizer.
   PyObject* param_groups = interned("param_groups");

@@ -225,8 +225,18 @@ at::Tensor TrainStep::pass(Call& call) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   Borrowed grads;
   for (const Slot& slot : slots_) grads.push_back(slot.grad);
-  return operations_for(input).train_into(*call.stack, input, parameters_, call.spec, *call.target, call.weight, grads,
-                                          memory_);
+  return operations_for(input).train_into(*call.stack, input, parameters_, call.spec, *call.target, call.weight,
+                                          call.norms, grads, memory_);
+}
+
+// As the forward of BatchNorm1d does. Frozen networks see by it that the statistics moved.
+void TrainStep::count_batches(const Call& call) const {
+  for (const RunNorm& norm : call.run.norms()) {
+    if (!norm.batches) continue;
+    const at::Tensor& batches = THPVariable_Unpack(norm.batches);
+    ++*batches.mutable_data_ptr<int64_t>();
+    batches.unsafeGetTensorImpl()->bump_version();
+  }
 }
 
 // What must live while code of Python may run.
@@ -235,6 +245,7 @@ void TrainStep::hold_all(Call& call) const {
   call.tensors.take(parameters_);
   for (const Slot& slot : slots_) call.tensors.take(slot.grad);
   for (PyObject* parameter : others_) call.tensors.take(THPVariable_Unpack(parameter));
+  for (const NormTensors& norm : call.norms) call.tensors.take({norm.running_mean, norm.running_variance});
   if (call.own_step) call.own_step->hold(call.tensors);
 }
 
@@ -262,6 +273,7 @@ std::optional<at::Tensor> TrainStep::step(PyObject* input, PyObject* target) {
   if (!read_all(call)) return std::nullopt;
   plan(call);
   at::Tensor loss = pass(call);
+  count_batches(call);
   if (!loss.defined()) {
     drop_grads();
     TORCH_CHECK(false, "fastmlp: the model's output holds NaN, expected numbers between 0 and 1, which ",

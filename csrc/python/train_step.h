@@ -81,7 +81,9 @@ class TrainStep {
   // What one call is given, reads and decides.
   struct Call {
     PyObject *input_object, *target_object;  // that the caller holds
-    Run run;
+    Run run{true};
+    c10::SmallVector<NormTensors, 2> norms;  // one for each of the run
+    int64_t in_features = 0, out_features = 0;
     c10::MaybeOwned<at::Tensor> input;  // as the first layer takes it
     c10::intrusive_ptr<Stack> stack;
     LossSpec spec;
@@ -107,6 +109,8 @@ class TrainStep {
   bool read(Call& call);
   bool read_model(Run& run) const;
   bool read_parameters(Call& call);
+  bool read_norms(Call& call) const;
+  bool read_features(Call& call) const;
   bool read_loss(Call& call) const;
   bool ends_as_expected(const Run& run) const;
   bool read_optimizer() const;
@@ -115,6 +119,7 @@ class TrainStep {
   void check_modes(c10::DeviceType device) const;
   // Finds the input as the first layer takes it.
   void check_input(Call& call) const;
+  void check_rows(const Call& call) const;
   void check_target(Call& call) const;
 
   Slot* slot_of(PyObject* parameter, size_t& next);
@@ -122,6 +127,7 @@ class TrainStep {
   void place_grads(bool keep);
   void read_step(std::optional<OptimizerStep>& step);
   void plan(Call& call);
+  void count_batches(const Call& call) const;
   at::Tensor pass(Call& call);
   void hold_all(Call& call) const;
   void finish_grads(bool keep);

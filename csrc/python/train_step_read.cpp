@@ -10,6 +10,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <algorithm>
 #include <optional>
 #include <string_view>
 
@@ -91,18 +92,8 @@ bool is_as_before(PyObject* module, PyObject* expected) {
   return true;
 }
 
-// Whether each layer takes what the one before it gives.
-bool go_together(const Stack& stack, const Borrowed& parameters) {
-  for (size_t l = 0; l < stack.layers(); l++) {
-    const at::Tensor& weight = parameters[stack.weight(l)];
-    if (weight.dim() != 2) return false;
-    if (l > 0 && weight.size(1) != parameters[stack.weight(l - 1)].size(0)) return false;
-    if (!stack.has_bias(l)) continue;
-    const at::Tensor& bias = parameters[stack.bias(l)];
-    if (bias.dim() != 1 || bias.size(0) != weight.size(0)) return false;
-  }
-  return true;
-}
+// A vector of a batch normalisation.
+bool is_vector(const at::Tensor& tensor, int64_t features) { return tensor.dim() == 1 && tensor.size(0) == features; }
 
 }  // namespace
 
@@ -122,15 +113,17 @@ bool has_hooks(const at::Tensor& parameter) {
 }
 
 bool TrainStep::read(Call& call) {
-  return read_model(call.run) && read_parameters(call) && read_loss(call) && ends_as_expected(call.run) &&
-         read_optimizer();
+  return read_model(call.run) && read_parameters(call) && read_norms(call) && read_features(call) && read_loss(call) &&
+         ends_as_expected(call.run) && read_optimizer();
 }
 
 // Whether the last layer's rows are what the loss takes: of probabilities, logarithms of a softmax, or any.
 bool TrainStep::ends_as_expected(const Run& run) const {
   const char* const expected = loss_info(kind_).follows;
   if (ends_.head != "none") return expected && ends_.head == expected;
-  return !expected || activation_info(run.layers().back().activation.kind).name == std::string_view(expected);
+  if (!expected) return true;
+  const LayerSpec& last = run.layers().back();
+  return last.dropout == 0 && activation_info(last.activation.kind).name == std::string_view(expected);
 }
 
 bool TrainStep::read_model(Run& run) const {
@@ -152,6 +145,7 @@ bool TrainStep::read_parameters(Call& call) {
   const c10::ArrayRef<PyObject*> objects = call.run.parameters();
   slots_.clear();
   parameters_.clear();
+  if (objects.empty()) return false;
   bool any_needed = false;
   const c10::Device device = THPVariable_Unpack(objects[0]).device();
   if (!trains(device.type())) return false;
@@ -174,7 +168,77 @@ bool TrainStep::read_parameters(Call& call) {
   if (!any_needed) return false;
   if (has_repeats(objects)) return false;
   call.stack = call.run.stack();
-  return go_together(*call.stack, parameters_);
+  return true;
+}
+
+// Buffers of batch normalisations.
+bool TrainStep::read_norms(Call& call) const {
+  if (call.run.norms().empty()) return true;
+  c10::SmallVector<PyObject*, 8> buffers;
+  const auto read = [&](PyObject* object) -> const at::Tensor& {
+    static const at::Tensor none;
+    if (!object) return none;
+    buffers.push_back(object);
+    return is_plain(object) ? THPVariable_Unpack(object) : none;
+  };
+  const at::Tensor& like = parameters_[0];
+  const auto is_statistic = [&](const at::Tensor& tensor) {
+    return tensor.defined() && tensor.device() == like.device() && tensor.scalar_type() == like.scalar_type() &&
+           tensor.is_contiguous() && !tensor.requires_grad() && !tensor.is_inference();
+  };
+  for (const RunNorm& norm : call.run.norms()) {
+    NormTensors& own = call.norms.emplace_back();
+    own.of_batch = norm.of_batch;
+    own.eps = norm.eps;
+    own.momentum = norm.momentum.value_or(0);
+    if (norm.running_mean) {
+      own.running_mean = read(norm.running_mean);
+      own.running_variance = read(norm.running_variance);
+      if (!is_statistic(own.running_mean) || !is_statistic(own.running_variance)) return false;
+    }
+    if (!norm.batches) continue;
+    const at::Tensor& batches = read(norm.batches);
+    if (!batches.defined() || batches.numel() != 1 || batches.scalar_type() != at::kLong || !batches.is_cpu() ||
+        batches.is_inference())
+      return false;
+    if (!norm.momentum) own.momentum = 1 / double(*batches.const_data_ptr<int64_t>() + 1);
+  }
+  for (PyObject* buffer : buffers) call.hold(buffer);
+  return !has_repeats(buffers);
+}
+
+// How many features go in and come out. False if layers do not go together, or nothing says how many there are.
+bool TrainStep::read_features(Call& call) const {
+  const Stack& stack = *call.stack;
+  int64_t first = -1, now = -1;
+  const auto takes = [&](int64_t features) {
+    if (first < 0) first = features;
+    return now < 0 || now == features;
+  };
+  size_t norms = 0;
+  for (size_t l = 0; l < stack.layers(); l++) {
+    const Map map = stack.specs()[l].map;
+    if (map == Map::product) {
+      const at::Tensor& weight = parameters_[stack.weight(l)];
+      if (weight.dim() != 2 || !takes(weight.size(1))) return false;
+      now = weight.size(0);
+      if (stack.has_bias(l) && !is_vector(parameters_[stack.bias(l)], now)) return false;
+    } else if (map == Map::batch_norm) {
+      const NormTensors& norm = call.norms[norms++];
+      c10::SmallVector<const at::Tensor*, 4> vectors;
+      if (stack.has_weight(l)) vectors.push_back(&parameters_[stack.weight(l)]);
+      if (stack.has_bias(l)) vectors.push_back(&parameters_[stack.bias(l)]);
+      if (norm.running_mean.defined()) vectors.insert(vectors.end(), {&norm.running_mean, &norm.running_variance});
+      for (const at::Tensor* vector : vectors) {
+        if (vector->dim() != 1 || vector->size(0) == 0 || !takes(vector->size(0))) return false;
+        now = vector->size(0);
+      }
+      if (now == 0) return false;
+    }
+  }
+  call.in_features = first;
+  call.out_features = now;
+  return first >= 0;
 }
 
 bool TrainStep::read_loss(Call& call) const {
@@ -242,31 +306,55 @@ void TrainStep::check_modes(c10::DeviceType device) const {
 
 void TrainStep::check_input(Call& call) const {
   const at::Tensor& input = THPVariable_Unpack(call.input_object);
-  const at::Tensor& weight = parameters_[0];
-  check_device("input", input, weight);
-  const at::ScalarType dtype = input.scalar_type(), expected = weight.scalar_type();
+  const at::Tensor& first = parameters_[0];
+  check_device("input", input, first);
+  const at::ScalarType dtype = input.scalar_type(), expected = first.scalar_type();
   TORCH_CHECK(dtype == expected, "fastmlp: input has dtype ", dtype_name(dtype),
               ", expected that of the model's parameters, ", dtype_name(expected), ": convert it by input.to(",
               dtype_name(expected), ')');
   TORCH_CHECK(!input.requires_grad(),
               "fastmlp: input requires a gradient, which TrainStep does not compute: give input.detach()");
-  const int64_t features = weight.size(1);
+  const int64_t features = call.in_features;
   TORCH_CHECK(ends_.flattens || !ends_.matrices_only || input.dim() == 2, "fastmlp: input has shape ", input.sizes(),
               ", expected two dimensions, since the model's LogSoftmax takes the second one");
   if (ends_.flattens) {
     check_flattened(input.sizes(), features, "the model's first layer");
   } else {
     TORCH_CHECK(input.dim() >= 1, "fastmlp: input has no dimension, expected at least one, of size ", features,
-                ", the in_features of the model's first layer");
+                ", the features that the model's first layer takes");
     TORCH_CHECK(input.sizes().back() == features, "fastmlp: input has shape ", input.sizes(), ", expected ", features,
-                " in the last dimension, the in_features of the model's first layer");
+                " in the last dimension, the features that the model's first layer takes");
   }
+  check_rows(call);
   const char* const why = obstacle(call.input_object, {});
   TORCH_CHECK(!why, "fastmlp: TrainStep cannot run: ", why);
   call.input = c10::MaybeOwned<at::Tensor>::borrowed(input);
   if (!ends_.flattens || input.dim() == 2) return;
   const at::AutoDispatchBelowADInplaceOrView guard;
   call.input = c10::MaybeOwned<at::Tensor>::owned(input.reshape({input.size(0), features}));
+}
+
+// What batch normalisation and dropout ask of the input's rows.
+void TrainStep::check_rows(const Call& call) const {
+  const at::Tensor& input = THPVariable_Unpack(call.input_object);
+  const auto norms = call.run.norms();
+  if (!norms.empty()) {
+    TORCH_CHECK(input.dim() == 2 || ends_.flattens, "fastmlp: input has shape ", input.sizes(), ", expected (N, ",
+                call.in_features, "), because BatchNorm1d normalises columns of a batch of rows");
+    const bool of_batch = std::any_of(norms.begin(), norms.end(), [](const RunNorm& norm) { return norm.of_batch; });
+    TORCH_CHECK(input.size(0) > 0, "fastmlp: input has no rows, expected one at least for BatchNorm1d");
+    TORCH_CHECK_VALUE(!of_batch || input.size(0) > 1, "fastmlp: input has one row, expected two at least, because ",
+                      "BatchNorm1d in training mode normalises by the variance of the batch");
+  }
+  // Torch draws in the order of memory. A first layer that is a product makes rows without gaps.
+  const c10::ArrayRef<LayerSpec> layers = call.stack->specs();
+  if (ends_.flattens || input.is_contiguous()) return;
+  for (const LayerSpec& layer : layers) {
+    if (layer.map == Map::product) return;
+    TORCH_CHECK(layer.dropout == 0, "fastmlp: input has strides ", input.strides(), " for shape ", input.sizes(),
+                ", expected rows without gaps, because Dropout comes before the first layer and draws in the order of ",
+                "memory: give input.contiguous()");
+  }
 }
 
 // Finds the target as the loss takes it. The weight of the loss becomes one for each column.
@@ -278,7 +366,7 @@ void TrainStep::check_target(Call& call) const {
   TORCH_CHECK(!given.requires_grad(),
               "fastmlp: target requires a gradient, which TrainStep does not compute: give target.detach()");
   const LossInfo& loss = loss_info(call.spec.kind);
-  const int64_t columns = parameters_[call.stack->weight(call.stack->layers() - 1)].size(0);
+  const int64_t columns = call.out_features;
   at::DimVector output(input.sizes());
   output.back() = columns;
   for (const Reshaping& reshaping : ends_.reshapings) reshaping.apply(output);

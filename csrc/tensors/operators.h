@@ -47,10 +47,12 @@ using Empty = at::Tensor(at::IntArrayRef sizes, const at::Tensor& like);
 // Forward, loss and backward at once: returns the loss, which has no dimension, and writes the gradients that are
 // defined. The target of a loss of classes holds these, in int64; those that do not exist raise IndexError before
 // anything is written. An undefined loss, and gradients of no use, if the loss takes probabilities and some output is
-// none. `weight` is undefined where there is none. `memory` is kept by the caller for the next call.
+// none. `weight` is undefined where there is none. What batch normalisations have besides parameters is in `norms`, one
+// for each, in order; running statistics are moved. Dropout draws from the device's default generator, as
+// torch.nn.Dropout does. `memory` is kept by the caller for the next call.
 using TrainInto = at::Tensor(const Stack& stack, const at::Tensor& input, at::TensorList parameters,
                              const LossSpec& spec, const at::Tensor& target, const at::Tensor& weight,
-                             at::TensorList grads, at::Tensor& memory);
+                             c10::ArrayRef<NormTensors> norms, at::TensorList grads, at::Tensor& memory);
 
 // A step of an optimizer: moves all parameters, whose memory is on the device.
 using UpdateAll = void(const std::vector<Update>& updates, c10::Device device);

@@ -32,9 +32,20 @@ void set_gradients(BackwardPass& pass, const Stack& stack, at::TensorList grads)
   pass.grad_weights.reserve(stack.layers());
   pass.grad_biases.reserve(stack.layers());
   for (size_t l = 0; l < stack.layers(); l++) {
-    pass.grad_weights.push_back(data_of(stack.weight(l)));
+    pass.grad_weights.push_back(stack.has_weight(l) ? data_of(stack.weight(l)) : nullptr);
     pass.grad_biases.push_back(stack.has_bias(l) ? data_of(stack.bias(l)) : nullptr);
   }
+}
+
+// Of a layer that is a product.
+void set_product(Layer& layer, const Stack& stack, size_t l, at::TensorList parameters) {
+  const at::Tensor& weight = parameters[stack.weight(l)];
+  layer.in_features = weight.size(1);
+  layer.out_features = weight.size(0);
+  layer.weight = matrix_of(weight);
+  if (!stack.has_bias(l)) return;
+  const at::Tensor& bias = parameters[stack.bias(l)];
+  layer.bias = {bias.data_ptr(), bias.stride(0)};
 }
 
 // `input` is the two-dimensional form, which the caller keeps alive.
@@ -48,18 +59,45 @@ Network network_of(const char* device, const Stack& stack, const at::Tensor& inp
   network.input = matrix_of(input);
   network.layers.resize(stack.layers());
   for (size_t l = 0; l < stack.layers(); l++) {
-    const at::Tensor& weight = parameters[stack.weight(l)];
+    const LayerSpec& spec = stack.specs()[l];
     Layer& layer = network.layers[l];
-    layer.in_features = weight.size(1);
-    layer.out_features = weight.size(0);
-    layer.weight = matrix_of(weight);
-    if (stack.has_bias(l)) {
-      const at::Tensor& bias = parameters[stack.bias(l)];
-      layer.bias = {bias.data_ptr(), bias.stride(0)};
+    layer.map = spec.map;
+    if (spec.map == Map::product) {
+      set_product(layer, stack, l, parameters);
+    } else {
+      layer.in_features = layer.out_features = l == 0 ? input.size(1) : network.layers[l - 1].out_features;
     }
-    layer.activation = stack.activation(l);
+    layer.activation = spec.activation;
+    layer.dropout.p = spec.dropout;
+    // Torch divides the numbers that it drew by 1 - p, in their dtype.
+    const double left = 1 - spec.dropout;
+    layer.dropout.scale = spec.dropout == 1 ? 0 : *dtype == DType::float64 ? 1 / left : double(1 / float(left));
   }
   return network;
+}
+
+// Vectors of batch normalisations are read without gaps.
+const void* gapless_data(const at::Tensor& vector, c10::SmallVector<at::Tensor, 4>& copies) {
+  if (vector.is_contiguous()) return vector.data_ptr();
+  copies.push_back(vector.contiguous());
+  return copies.back().data_ptr();
+}
+
+void set_norms(StepTensors& tensors, const Stack& stack, at::TensorList parameters, c10::ArrayRef<NormTensors> norms) {
+  const auto data_of = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; };
+  size_t next = 0;
+  for (size_t l = 0; l < stack.layers(); l++) {
+    Layer& layer = tensors.pass.backward.network.layers[l];
+    if (layer.map != Map::batch_norm) continue;
+    const NormTensors& own = norms[next++];
+    layer.norm = {.running_mean = data_of(own.running_mean),
+                  .running_variance = data_of(own.running_variance),
+                  .of_batch = own.of_batch,
+                  .momentum = own.momentum,
+                  .eps = own.eps};
+    if (stack.has_weight(l)) layer.norm.weight = gapless_data(parameters[stack.weight(l)], tensors.gapless);
+    if (stack.has_bias(l)) layer.norm.bias = gapless_data(parameters[stack.bias(l)], tensors.gapless);
+  }
 }
 
 }  // namespace
@@ -96,11 +134,16 @@ BackwardTensors backward_pass(const char* device, const Stack& stack, const at::
 }
 
 StepTensors step_pass(const char* device, const Stack& stack, const at::Tensor& input, at::TensorList parameters,
-                      const LossSpec& spec, const at::Tensor& target, const at::Tensor& weight, at::TensorList grads) {
+                      const LossSpec& spec, const at::Tensor& target, const at::Tensor& weight,
+                      c10::ArrayRef<NormTensors> norms, at::TensorList grads) {
   StepTensors tensors;
   tensors.input = as_rows(input, rows_of(input));
+  // Only products read rows with gaps.
+  if (stack.specs()[0].map != Map::product && !tensors.input->is_contiguous())
+    tensors.input = c10::MaybeOwned<at::Tensor>::owned(tensors.input->contiguous());
   StepPass& pass = tensors.pass;
   pass.backward.network = network_of(device, stack, *tensors.input, parameters);
+  set_norms(tensors, stack, parameters, norms);
   set_gradients(pass.backward, stack, grads);
   Network& network = pass.backward.network;
   // Where no row has an output, rows that are all the same give what one of them gives. They take no memory, so that

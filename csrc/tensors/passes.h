@@ -30,6 +30,7 @@ struct BackwardTensors {
 struct StepTensors {
   StepPass pass;
   c10::MaybeOwned<at::Tensor> input;
+  c10::SmallVector<at::Tensor, 4> gapless;  // vectors of batch normalisations that had to be copied
 };
 
 // `device` is for the error if there are no kernels for the dtype: "CPU". No `hidden` means that nothing is kept.
@@ -41,9 +42,11 @@ BackwardTensors backward_pass(const char* device, const Stack& stack, const at::
                               at::TensorList saved, at::TensorList parameters, at::TensorList grads);
 
 // One gradient for each parameter; an undefined one is not asked for. The target of a loss of classes holds these;
-// `weight` is undefined where there is none.
+// `weight` is undefined where there is none; `norms` has an entry for each batch normalisation. Nothing is drawn yet
+// for layers that drop.
 StepTensors step_pass(const char* device, const Stack& stack, const at::Tensor& input, at::TensorList parameters,
-                      const LossSpec& spec, const at::Tensor& target, const at::Tensor& weight, at::TensorList grads);
+                      const LossSpec& spec, const at::Tensor& target, const at::Tensor& weight,
+                      c10::ArrayRef<NormTensors> norms, at::TensorList grads);
 
 // Sizes of a result of so many features for each row of the input.
 c10::SmallVector<int64_t, 5> sizes_with(const at::Tensor& input, int64_t features);

@@ -25,7 +25,8 @@ std::vector<LayerSpec> layers_of(const std::vector<bool>& has_bias, c10::IntArra
   std::vector<LayerSpec> layers(n);
   for (size_t l = 0; l < n; l++) {
     check_kind(activations[l], l);  // before the number is cut to an int
-    layers[l] = {has_bias[l], {int(activations[l]), {scalars[2 * l], scalars[2 * l + 1]}}};
+    layers[l].has_bias = has_bias[l];
+    layers[l].activation = {int(activations[l]), {scalars[2 * l], scalars[2 * l + 1]}};
   }
   return layers;
 }
@@ -35,11 +36,12 @@ std::vector<LayerSpec> layers_of(const std::vector<bool>& has_bias, c10::IntArra
 Stack::Stack(std::vector<LayerSpec> layers) : specs_(std::move(layers)) {
   TORCH_CHECK_VALUE(!specs_.empty(), "fastmlp: a network needs at least one layer, got none");
   for (size_t l = 0; l < specs_.size(); l++) {
-    const auto& [has_bias, activation] = specs_[l];
-    check_kind(activation.kind, l);
-    fits_float_ = fits_float_ && fits_float(activation.scalars.a) && fits_float(activation.scalars.b);
+    const LayerSpec& spec = specs_[l];
+    const Scalars& scalars = spec.activation.scalars;
+    check_kind(spec.activation.kind, l);
+    fits_float_ = fits_float_ && fits_float(scalars.a) && fits_float(scalars.b);
     weights_.push_back(parameters_);
-    parameters_ += has_bias ? 2 : 1;
+    parameters_ += size_t(spec.has_weight) + size_t(spec.has_bias);
   }
 }
 
@@ -51,10 +53,10 @@ bool Stack::fits_float(double scalar) {
 }
 
 LayerLists::LayerLists(c10::ArrayRef<LayerSpec> layers) {
-  for (const auto& [bias, activation] : layers) {
-    has_bias.push_back(bias);
-    activations.push_back(activation.kind);
-    scalars.insert(scalars.end(), {activation.scalars.a, activation.scalars.b});
+  for (const LayerSpec& layer : layers) {
+    has_bias.push_back(layer.has_bias);
+    activations.push_back(layer.activation.kind);
+    scalars.insert(scalars.end(), {layer.activation.scalars.a, layer.activation.scalars.b});
   }
 }
 

@@ -3,6 +3,7 @@
 // checks.h and by every device's register file. Must not change after it was made, because threads share it.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <ATen/core/ivalue.h>
 #include <c10/util/ArrayRef.h>
 
@@ -23,11 +24,12 @@ class Stack : public torch::CustomClassHolder {
   size_t layers() const { return specs_.size(); }
   c10::ArrayRef<LayerSpec> specs() const { return specs_; }
   bool has_bias(size_t layer) const { return specs_[layer].has_bias; }
+  bool has_weight(size_t layer) const { return specs_[layer].has_weight; }
   const ActivationSpec& activation(size_t layer) const { return specs_[layer].activation; }
   // Positions in the flat list of parameters: weight, bias (if any), weight, ...
   size_t parameters() const { return parameters_; }
   size_t weight(size_t layer) const { return weights_[layer]; }
-  size_t bias(size_t layer) const { return weights_[layer] + 1; }
+  size_t bias(size_t layer) const { return weights_[layer] + (has_weight(layer) ? 1 : 0); }
 
   // Whether a parameter of an activation is still a number in float32, in which all dtypes but float64 are computed.
   static bool fits_float(double scalar);
@@ -46,6 +48,14 @@ class Stack : public torch::CustomClassHolder {
   std::vector<size_t> weights_;
   size_t parameters_ = 0;
   bool fits_float_ = true;
+};
+
+// What a batch normalisation in a training step has besides its parameters and its place in the stack. Running
+// statistics are gapless, and undefined where it has none.
+struct NormTensors {
+  at::Tensor running_mean, running_variance;
+  bool of_batch = false;  // normalises by the mean and variance of the batch
+  double momentum = 0, eps = 0;
 };
 
 // Layers as the lists from which a Stack is made, for Python.

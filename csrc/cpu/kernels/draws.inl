@@ -1,5 +1,5 @@
-// Random numbers of the Mersenne Twister, in vectors, and what is drawn from them. Included by kernels.inl inside an
-// ISA's namespace and target region, after math.inl; must not include anything.
+// Random numbers of the Mersenne Twister, in vectors, what is drawn from them, and dropout by what was drawn. Included
+// by kernels.inl inside an ISA's namespace and target region, after math.inl; must not include anything.
 
 template <class S> struct Draw {
   using Words = Math<float>::I;
@@ -52,7 +52,18 @@ template <class S> struct Draw {
     __builtin_memcpy(to, &one, sizeof one);
   }
 
-  static void bernoulli(Twister& generator, int64_t threshold, int64_t n, S* output) {
+  static void store(uint8_t* to, Signed is_one) {
+    typedef int32_t Words __attribute__((vector_size(4 * pairs)));
+    typedef int16_t Shorts __attribute__((vector_size(2 * pairs)));
+    typedef int8_t Bytes __attribute__((vector_size(pairs)));
+    // Step by step, because GCC converts by a factor of more than 2 lane by lane.
+    const Words words = __builtin_convertvector(is_one, Words);
+    const Shorts shorts = __builtin_convertvector(words, Shorts);
+    const Bytes one = __builtin_convertvector(shorts, Bytes) & int8_t(1);
+    __builtin_memcpy(to, &one, sizeof one);
+  }
+
+  template <class T> static void bernoulli(Twister& generator, int64_t threshold, int64_t n, T* output) {
     // The block that is drawn from, the next one, and what a last vector reads besides.
     uint32_t x[2 * size + words] = {};
     __builtin_memcpy(x, generator.words, sizeof generator.words);
@@ -65,7 +76,7 @@ template <class S> struct Draw {
       int64_t i = 0;
       for (; i + pairs <= count; i += pairs) store(output + i, are_below(x + used + 2 * i, threshold));
       if (i < count) {
-        S rest[pairs];
+        T rest[pairs];
         store(rest, are_below(x + used + 2 * i, threshold));
         for (int64_t j = 0; i + j < count && j < pairs; j++) output[i + j] = rest[j];
       }
@@ -79,5 +90,32 @@ template <class S> struct Draw {
     }
     __builtin_memcpy(generator.words, x, sizeof generator.words);
     generator.used = int(used);
+  }
+
+  // A vector with as many lanes as one of S.
+  template <class T> struct Lanes {
+    typedef T Vector __attribute__((vector_size(sizeof(T) * Math<S>::lanes)));
+  };
+
+  // `by` in the lanes whose byte is 1, zero in those whose byte is 0.
+  static typename Math<S>::V factors(const uint8_t* kept, typename Math<S>::I by) {
+    typename Lanes<uint8_t>::Vector bytes;
+    __builtin_memcpy(&bytes, kept, sizeof bytes);
+    const auto shorts = __builtin_convertvector(bytes, typename Lanes<uint16_t>::Vector);
+    const auto words = __builtin_convertvector(shorts, typename Lanes<uint32_t>::Vector);
+    // A byte of 1 becomes all bits of a lane.
+    return typename Math<S>::V(-__builtin_convertvector(words, typename Math<S>::I) & by);
+  }
+
+  // A product also where the factor is zero: what is infinite becomes NaN then, as by torch.
+  static void drop(int64_t n, const S* x, const uint8_t* kept, double scale, S* out) {
+    using M = Math<S>;
+    const auto by = typename M::I(M::fill(scale));
+    int64_t i = 0;
+    for (; i + M::lanes <= n; i += M::lanes) M::store(out + i, M::load(x + i) * factors(kept + i, by));
+    if (i == n) return;
+    uint8_t last[M::lanes] = {};
+    for (int64_t j = i; j < n; j++) last[j - i] = kept[j];
+    M::store_first(out + i, M::load_first(x + i, n - i) * factors(last, by), n - i);
   }
 };

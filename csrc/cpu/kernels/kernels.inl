@@ -440,7 +440,9 @@ template <class S> struct Leaf {
     if constexpr (in_itself<S>) {
       k.elements = Elements<S>::template Table<ElementOperations, Activations>::rows;
       k.element_folds = Elements<S>::folds;
-      k.bernoulli = &Draw<S>::bernoulli;
+      k.bernoulli = &Draw<S>::template bernoulli<S>;
+      k.bernoulli_bytes = &Draw<S>::template bernoulli<uint8_t>;
+      k.drop = &Draw<S>::drop;
       k.layer_norm = &Rows<S>::layer_norm;
       k.layer_norm_backward = &Rows<S>::layer_norm_backward;
       k.batch_norm = &Columns<S>::kernels;
