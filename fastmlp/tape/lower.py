@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fastmlp import optim
 from fastmlp._load import _C
-from fastmlp.tape.calls import Calls, write_in_place
+from fastmlp.tape.calls import Calls
 from fastmlp.tape.elements import Numbers, layout_of
 from fastmlp.tape.fuse import fuse
+from fastmlp.tape.in_place import write_in_place
 from fastmlp.tape.trace import Check, Event, GradSet, Node, Operation, OptimizerStep, Ref, Run, Trace, Value, refs
 
 __all__ = ["Lowered", "lower"]
