@@ -87,11 +87,10 @@ def _over_input(memories: _Memories, i: int, event: Run, output: Output) -> None
         return
     made, *lying = layout_of(values[output.value], output.space)
     whole = math.prod(event.sizes) * values[output.value].dtype.itemsize == trace.memories[made].bytes
-    written = {values[other.value].memory for other in event.outputs}
     layouts = [layout_of(values[value], space) for value, space in event.inputs]
     for register in _by_last_use(event):
         over, *others = layouts[register]
-        alone = over not in written and sum(layout[0] == over for layout in layouts) == 1
+        alone = sum(layout[0] == over for layout in layouts) == 1
         if whole and alone and lying == others and memories.may_be_one(i, over, made):
             memories.make_one(over, made)
             return
