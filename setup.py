@@ -161,7 +161,7 @@ class Build(build_ext):  # type: ignore[misc]
         info = {
             "torch": torch.__version__,
             "cxx11_abi": torch.compiled_with_cxx11_abi(),
-            "cuda": torch.version.cuda if wants_cuda() else None,
+            "cuda_version": torch.version.cuda if wants_cuda() else None,
         }
         path = Path(self.get_ext_fullpath("fastmlp._C")).with_name("_build.json")
         path.write_text(json.dumps(info) + "\n", encoding="utf-8")

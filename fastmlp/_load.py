@@ -53,7 +53,7 @@ def check_build(info: Path, found: Torch) -> None:
             f"tree; if not, run there: {REBUILD}"
         )
     build = json.loads(info.read_text(encoding="utf-8"))
-    needs = Torch(build["torch"], build.get("cxx11_abi", False), build["cuda"] or None)
+    needs = Torch(build["torch"], build.get("cxx11_abi", False), build.get("cuda_version"))
     if (needs.minor, needs.cxx11_abi) != (found.minor, found.cxx11_abi) or not _has_cuda_of(needs, found):
         raise ImportError(
             f"fastmlp: it was built with torch {needs}, but torch {found} is installed. In its source tree run: "
@@ -68,7 +68,7 @@ def _has_cuda_of(needs: Torch, found: Torch) -> bool:
 
 
 def read_build() -> dict[str, Any]:
-    """What the build wrote about itself: "torch", the version, and "cuda", that of its kernels or None."""
+    """What the build wrote about itself: "torch", the version, and "cuda_version", that of its kernels or None."""
     build: dict[str, Any] = json.loads(_INFO.read_text(encoding="utf-8"))
     return build
 

@@ -232,7 +232,7 @@ BUILT = Torch("2.13.0+cpu", True, None)
 
 def check(tmp_path: Path, built: Torch, found: Torch) -> None:
     info = tmp_path / "_build.json"
-    info.write_text(json.dumps({"torch": built.version, "cxx11_abi": built.cxx11_abi, "cuda": built.cuda}))
+    info.write_text(json.dumps({"torch": built.version, "cxx11_abi": built.cxx11_abi, "cuda_version": built.cuda}))
     check_build(info, found)
 
 
@@ -281,7 +281,7 @@ def test_the_guard_comes_before_the_binary(tmp_path: Path) -> None:
     for file in source.glob("*.py"):
         (package / file.name).write_bytes(file.read_bytes())
     (package / "_C.so").write_bytes(b"not a library")
-    (package / "_build.json").write_text(json.dumps({"torch": "1.2.3", "cxx11_abi": True, "cuda": None}))
+    (package / "_build.json").write_text(json.dumps({"torch": "1.2.3", "cxx11_abi": True, "cuda_version": None}))
     done = subprocess.run(
         [sys.executable, "-c", "import fastmlp"],
         capture_output=True,

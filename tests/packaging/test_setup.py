@@ -143,7 +143,7 @@ def test_a_wheel_depends_on_the_minor_version_of_the_torch_around_it(tmp_path: P
 
 
 def test_devices_are_those_of_the_build() -> None:
-    with_cuda = read_build()["cuda"]
+    with_cuda = read_build()["cuda_version"]
     assert _C.devices() == (["cpu", "cuda"] if with_cuda else ["cpu"])
     assert list(_C.absent_devices()) == ([] if with_cuda else ["cuda"])
     assert _C.training_devices() == _C.packing_devices() == ["cpu"]
@@ -153,7 +153,7 @@ def test_devices_are_those_of_the_build() -> None:
 
 def test_cuda_tensors_name_the_rebuild() -> None:
     why = _C.device_obstacle("cuda")
-    if read_build()["cuda"]:
+    if read_build()["cuda_version"]:
         assert why is None
     else:
         assert why is not None
