@@ -1,6 +1,7 @@
-// What derivatives.h declares. The components of a block of rows are stacked, values first, so that a layer is one
-// product for all that have no bias; a block goes through all layers before the next one begins, and so stays in a
-// cache. Takes its scratch before it starts threads.
+// What derivatives.h declares. A block of points goes through all layers before the next one begins, and so stays in a
+// cache. Within a block components follow each other, and each holds a row of points for each feature: vectors run
+// along points, of which there are enough to fill them, while a layer may have 50 features, or one. Products then read
+// weights where they lie. Takes its scratch before it starts threads.
 #include "derivatives.h"
 
 #include <algorithm>
@@ -18,54 +19,70 @@
 namespace fastmlp::cpu {
 namespace {
 
-// What both directions know of a pass, and how they divide its rows.
-template <class S> class Stacked {
+// Points of a block are a multiple of so many bytes, which fill the widest register tile.
+constexpr int64_t unit_bytes = 128;
+// What all components of a block may take in its widest layer.
+constexpr int64_t component_bytes = 32 << 10;
+
+// What both directions know of a pass, and how they divide its points.
+template <class S> class Blocks {
  public:
-  Stacked(const Network& network, const Directions& directions)
+  Blocks(const Network& network, const Directions& directions)
       : table(active()),
         kernels(kernels_of<S>(table)),
         network(network),
         directions(directions),
         count(directions.components()),
-        rows(network.rows),
-        width(widest(network, {0, network.layers.size(), true})),
-        block(std::clamp<int64_t>(
-            ceil_divide(block_rows<S>(network, {0, network.layers.size(), true}, rows * count), count), 1,
-            std::max<int64_t>(rows, 1))),
-        chunks(chunks_of_rows(rows * count)) {}
+        points(network.rows),
+        width(std::max<int64_t>(1, widest(network, {0, network.layers.size(), true}))),
+        block(unit * std::max<int64_t>(1, component_bytes / (unit_bytes * count * width))),
+        chunks(chunks_of_rows(points * count)) {}
 
-  // Calls run(rows, is_first) for each block of a chunk; once for a chunk without rows.
+  // Calls run(points, is_first) for each block of a chunk; once for a chunk without points.
   template <class Run> void for_blocks(int64_t chunk, const Run& run) const {
-    const Range range = part_of(rows, 1, chunk, chunks);
-    const int64_t blocks = std::max<int64_t>(1, ceil_divide(range.size(), block));
-    for (int64_t b = 0; b < blocks; b++) {
-      const Range part = part_of(range.size(), 1, b, blocks);
-      run(Range{range.begin + part.begin, range.begin + part.end}, b == 0);
-    }
+    const Range range = part_of(points, unit, chunk, chunks);
+    int64_t begin = range.begin;
+    do {
+      const int64_t end = std::min(begin + block, range.end);
+      run(Range{begin, end}, begin == range.begin);
+      begin = end;
+    } while (begin < range.end);
   }
 
   int threads_of(double passes, int threads) const {
-    const double work = passes * double(count) * multiply_adds(network, {0, network.layers.size(), true}, rows);
+    const double work = passes * double(count) * multiply_adds(network, {0, network.layers.size(), true}, points);
     return int(std::min<int64_t>(useful_threads(work, threads), chunks));
   }
 
-  // All components of the rows, one after the other, in so many features; vectors may be read past their end.
+  // All components of a block in so many features; vectors may be read past their end.
   S* take_components(Carver& carver, int64_t features) const {
     return carver.take<S>(count * block * features + kernels.lanes);
   }
+  S* take_tile(Carver& carver) const { return carver.take<S>(kernels.mr * kernels.nr); }
 
-  // Where what is kept of a block begins. Of each block it is layer after layer, so that it does not depend on how
-  // many blocks there are.
+  // Where what is kept of a block begins: layer after layer, so that it does not depend on how many blocks there are.
   int64_t kept_at(Range range) const { return range.begin * count * kept_features(network); }
 
   // The components of the input itself: its derivative along an axis is 1 there, and all others are 0.
   void load_input(Range range, S* out) const {
     const int64_t m = range.size(), features = network.layers[0].in_features;
-    copied(network.input, range, features, out);
+    load(network.input, range, features, out);
     std::fill_n(out + m * features, (count - 1) * m * features, S(0));
     for (int i = 0; i < directions.firsts(); i++) {
-      S* const seeds = out + (1 + i) * m * features + directions.axes[size_t(i)];
-      for (int64_t row = 0; row < m; row++) seeds[row * features] = S(1);
+      std::fill_n(out + ((1 + i) * features + directions.axes[size_t(i)]) * m, m, S(1));
+    }
+  }
+
+  // Some rows of a matrix, as a row of points for each column; and back.
+  static void load(const Matrix& x, Range range, int64_t columns, S* out) {
+    for (int64_t j = 0; j < columns; j++) {
+      const S* const column = static_cast<const S*>(x.data) + j * x.column_stride;
+      for (int64_t i = range.begin; i < range.end; i++) *out++ = column[i * x.row_stride];
+    }
+  }
+  static void store(const S* x, Range range, int64_t columns, S* out) {
+    for (int64_t j = 0; j < columns; j++) {
+      for (int64_t i = range.begin; i < range.end; i++) out[i * columns + j] = *x++;
     }
   }
 
@@ -84,21 +101,21 @@ template <class S> class Stacked {
   }
   const ComponentKernels<S>& activation(const Layer& layer) const { return kernels.components[layer.activation.kind]; }
 
-  // A product of rows that lie one after the other with packed weights.
-  RowProduct<S> by_panels(int64_t m, int64_t n, int64_t k, const S* a, const S* panels, S* output) const {
+  // output (+)= weight input, for m points of one component. `weight` may be transposed.
+  RowProduct<S> product(const Matrix& weight, int64_t rows, int64_t k, int64_t m, const S* input, S* output) const {
     RowProduct<S> p;
-    p.m = m;
-    p.n = n;
+    p.m = rows;
+    p.n = m;
     p.k = k;
-    p.a = a;
-    p.a_step = k;
-    p.a_k_step = 1;
-    p.b = panels;
-    p.b_panel = k * kernels.nr;
-    p.b_step = kernels.nr;
-    p.b_padded = true;
+    p.a = static_cast<const S*>(weight.data);
+    p.a_step = weight.row_stride;
+    p.a_k_step = weight.column_stride;
+    p.b = input;
+    p.b_panel = kernels.nr;
+    p.b_step = m;
+    p.b_padded = false;
     p.output = output;
-    p.output_step = n;
+    p.output_step = m;
     return p;
   }
 
@@ -106,62 +123,41 @@ template <class S> class Stacked {
   const Kernels<S>& kernels;
   const Network& network;
   const Directions& directions;
-  const int64_t count, rows, width, block, chunks;
+  const int64_t count, points, width, block, chunks;
+
+ private:
+  static constexpr int64_t unit = unit_bytes / int64_t(sizeof(S));
 };
 
-template <class S> class Forward : Stacked<S> {
+template <class S> class Forward : Blocks<S> {
  public:
-  explicit Forward(const DerivativesForward& pass) : Stacked<S>(pass.network, pass.directions), pass(pass) {}
+  explicit Forward(const DerivativesForward& pass) : Blocks<S>(pass.network, pass.directions), pass(pass) {}
 
-  void run(int threads) {
+  void run(int threads) const {
     threads = this->threads_of(1, threads);
-    Carver measure, own_size;
-    carve_shared(measure);
-    carve_own(own_size);
-    const Workspace workspace(measure.used() + size_t(threads) * own_size.used());
-    Carver carver(workspace.data());
-    carve_shared(carver);
-    prepare();
+    Carver own_size;
+    carve(own_size);
+    const Workspace workspace(size_t(threads) * own_size.used());
     run_tasks(this->chunks, threads, [&](int64_t chunk, int slot) {
-      Carver own(workspace.data() + measure.used() + size_t(slot) * own_size.used());
+      Carver carver(workspace.data() + size_t(slot) * own_size.used());
       this->table.mark();
-      const Own memory = carve_own(own);
-      this->for_blocks(chunk, [&](Range range, bool) { run_block(range, memory); });
+      const Own own = carve(carver);
+      this->for_blocks(chunk, [&](Range range, bool) { run_block(range, own); });
     });
   }
 
  private:
-  struct Packed {
-    S *panels, *bias;  // bias null if there is none
-  };
   struct Own {
     S *tile, *input;
     S* values[2];
   };
 
-  void carve_shared(Carver& carver) {
-    packed.clear();
-    for (const Layer& layer : this->network.layers) {
-      S* const panels = carver.take<S>(panels_size(this->kernels, layer.out_features, layer.in_features));
-      S* const bias = layer.bias.data ? carver.take<S>(round_up(layer.out_features, this->kernels.nr)) : nullptr;
-      packed.push_back({panels, bias});
-    }
-  }
-  Own carve_own(Carver& carver) const {
+  Own carve(Carver& carver) const {
     Own own;
-    own.tile = carver.take<S>(this->kernels.mr * this->kernels.nr);
+    own.tile = this->take_tile(carver);
     own.input = this->take_components(carver, this->network.layers[0].in_features);
     for (S*& values : own.values) values = this->take_components(carver, this->width);
     return own;
-  }
-
-  void prepare() const {
-    for (size_t l = 0; l < packed.size(); l++) {
-      const Layer& layer = this->network.layers[l];
-      pack_panels(this->kernels, layer.weight, layer.out_features, layer.in_features, true, packed[l].panels);
-      const S* const bias = static_cast<const S*>(layer.bias.data);
-      for (int64_t j = 0; bias && j < layer.out_features; j++) packed[l].bias[j] = bias[j * layer.bias.stride];
-    }
   }
 
   void run_block(Range range, const Own& own) const {
@@ -169,12 +165,12 @@ template <class S> class Forward : Stacked<S> {
     this->load_input(range, own.input);
     const S* x = own.input;
     S* kept = pass.kept ? static_cast<S*>(pass.kept) + this->kept_at(range) : nullptr;
-    for (size_t l = 0; l < packed.size(); l++) {
+    for (size_t l = 0; l < this->network.layers.size(); l++) {
       const Layer& layer = this->network.layers[l];
       const bool keeps = kept && keeps_components(this->network, l);
       S* const output = own.values[l % 2];
       S* const pre = keeps ? kept : output;
-      multiply(layer, packed[l], m, x, pre, own.tile);
+      multiply(layer, m, x, pre, own.tile);
       if (keeps) kept += this->count * m * layer.out_features;
       x = pre;
       if (layer.activation.kind == identity_kind) continue;
@@ -183,83 +179,68 @@ template <class S> class Forward : Stacked<S> {
     }
     const int64_t outputs = this->network.layers.back().out_features;
     for (size_t c = 0; c < pass.outputs.size(); c++) {
-      std::copy_n(x + int64_t(c) * m * outputs, m * outputs, static_cast<S*>(pass.outputs[c]) + range.begin * outputs);
+      this->store(x + int64_t(c) * m * outputs, range, outputs, static_cast<S*>(pass.outputs[c]));
     }
   }
 
-  // Values have the bias; a derivative of it is 0.
-  void multiply(const Layer& layer, const Packed& weights, int64_t m, const S* x, S* output, S* tile) const {
+  // Products are added to the bias, which the values have; the derivatives of it are 0.
+  void multiply(const Layer& layer, int64_t m, const S* x, S* output, S* tile) const {
     const int64_t n = layer.out_features, k = layer.in_features;
-    RowProduct<S> values = this->by_panels(m, n, k, x, weights.panels, output);
-    values.bias = weights.bias;
-    multiply_rows(this->kernels, values, tile);
-    const int64_t others = (this->count - 1) * m;
-    multiply_rows(this->kernels, this->by_panels(others, n, k, x + m * k, weights.panels, output + m * n), tile);
+    const S* const bias = static_cast<const S*>(layer.bias.data);
+    for (int64_t c = 0; c < this->count; c++) {
+      RowProduct<S> p = this->product(layer.weight, n, k, m, x + c * m * k, output + c * m * n);
+      if (c == 0 && bias) {
+        for (int64_t j = 0; j < n; j++) std::fill_n(output + j * m, m, bias[j * layer.bias.stride]);
+        p.sums = p.add = true;
+      }
+      multiply_rows(this->kernels, p, tile);
+    }
   }
 
   const DerivativesForward& pass;
-  std::vector<Packed> packed;
 };
 
-template <class S> class Backward : Stacked<S> {
+template <class S> class Backward : Blocks<S> {
  public:
   explicit Backward(const DerivativesBackward& pass)
-      : Stacked<S>(pass.pass.network, pass.directions),
+      : Blocks<S>(pass.pass.network, pass.directions),
         pass(pass),
         layers(pass.pass.network.layers.size()),
         lowest(lowest_layer(pass.pass)) {}
 
-  void run(int threads) {
+  void run(int threads) const {
     if (lowest == layers) return;
     threads = this->threads_of(2, threads);
     GradientSums<S> sums(pass.pass, {0, layers, true}, this->chunks);
-    Carver measure, own_size;
-    carve_shared(measure);
-    carve_own(own_size);
-    const Workspace workspace(measure.used() + sums.bytes() + size_t(threads) * own_size.used());
-    Carver carver(workspace.data());
-    carve_shared(carver);
-    sums.place(workspace.data() + measure.used());
-    char* const owns = workspace.data() + measure.used() + sums.bytes();
-    for (size_t l = 0; l < layers; l++) {
-      const Layer& layer = this->network.layers[l];
-      if (panels[l]) {
-        pack_panels(this->kernels, layer.weight, layer.in_features, layer.out_features, false, panels[l]);
-      }
-    }
+    Carver own_size;
+    carve(own_size);
+    const Workspace workspace(sums.bytes() + size_t(threads) * own_size.used());
+    sums.place(workspace.data());
     run_tasks(this->chunks, threads, [&](int64_t chunk, int slot) {
-      Carver own(owns + size_t(slot) * own_size.used());
+      Carver carver(workspace.data() + sums.bytes() + size_t(slot) * own_size.used());
       this->table.mark();
-      const Own memory = carve_own(own);
+      const Own own = carve(carver);
       this->for_blocks(chunk,
-                       [&](Range range, bool is_first) { run_block(range, !is_first, sums.of_chunk(chunk), memory); });
+                       [&](Range range, bool is_first) { run_block(range, !is_first, sums.of_chunk(chunk), own); });
     });
     sums.add_up();
   }
 
  private:
   struct Own {
-    S *tile, *input, *output;
+    S *tile, *input, *output, *panels;
     S* grad[2];
+    double* bias;
   };
 
-  // Whether a gradient goes on to what is below a layer.
-  bool goes_below(size_t l) const { return l > lowest || (l == 0 && pass.pass.grad_input); }
-
-  void carve_shared(Carver& carver) {
-    panels.clear();
-    for (size_t l = 0; l < layers; l++) {
-      const Layer& layer = this->network.layers[l];
-      const int64_t size = panels_size(this->kernels, layer.in_features, layer.out_features);
-      panels.push_back(goes_below(l) ? carver.take<S>(size) : nullptr);
-    }
-  }
-  Own carve_own(Carver& carver) const {
+  Own carve(Carver& carver) const {
     Own own;
-    own.tile = carver.take<S>(this->kernels.mr * this->kernels.nr);
+    own.tile = this->take_tile(carver);
     own.input = this->take_components(carver, this->network.layers[0].in_features);
     own.output = this->take_components(carver, this->width);
+    own.panels = carver.take<S>(panels_size(this->kernels, this->width, this->block));
     for (S*& grad : own.grad) grad = this->take_components(carver, this->width);
+    own.bias = carver.take<double>(this->width);
     return own;
   }
 
@@ -275,37 +256,33 @@ template <class S> class Backward : Stacked<S> {
       S* const grad = own.grad[l % 2];
       const S* const above = own.grad[(l + 1) % 2];
       if (keeps_components(this->network, l)) kept -= count * m * layer.out_features;
-      const S* output = kept;
       if (l < lowest) {
         // Only the output is asked for.
         if (has_activation) this->activation(layer).forward(this->through(layer, m, kept, own.output, nullptr));
       } else {
-        if (!is_last) multiply_rows(this->kernels, dgrad(l + 1, count * m, above, grad), own.tile);
+        if (!is_last) multiply_down(this->network.layers[l + 1], count, m, above, grad, own.tile);
         if (has_activation) this->activation(layer).backward(this->through(layer, m, kept, own.output, grad));
-        if (sums[l].bias) this->kernels.column_sums(m, layer.out_features, grad, sums[l].bias, add);
+        if (sums[l].bias) add_rows(layer.out_features, m, grad, sums[l].bias, add, own.bias);
       }
-      if (has_activation) output = own.output;
-      if (!is_last && sums[l + 1].weight) {
-        multiply_rows(this->kernels, wgrad(l + 1, m, above, output, has_activation, sums[l + 1].weight, add), own.tile);
-      }
+      if (!is_last) add_weights(l + 1, m, above, has_activation ? own.output : kept, sums[l + 1].weight, add, own);
       if (l < lowest) return;
     }
     if (sums[0].weight) {
       this->load_input(range, own.input);
-      multiply_rows(this->kernels, wgrad(0, m, own.grad[0], own.input, true, sums[0].weight, add), own.tile);
+      add_weights(0, m, own.grad[0], own.input, sums[0].weight, add, own);
     }
     if (!pass.pass.grad_input) return;
     // Only values depend on the input, which its derivatives do not.
+    multiply_down(this->network.layers[0], 1, m, own.grad[0], own.output, own.tile);
     const int64_t features = this->network.layers[0].in_features;
-    S* const output = static_cast<S*>(pass.pass.grad_input) + range.begin * features;
-    multiply_rows(this->kernels, dgrad(0, m, own.grad[0], output), own.tile);
+    this->store(own.output, range, features, static_cast<S*>(pass.pass.grad_input));
   }
 
   void load_grads(Range range, S* out) const {
     const int64_t outputs = this->network.layers.back().out_features, size = range.size() * outputs;
     for (const Matrix& grad : pass.grads) {
       if (grad.data) {
-        copied(grad, range, outputs, out);
+        this->load(grad, range, outputs, out);
       } else {
         std::fill_n(out, size, S(0));
       }
@@ -313,36 +290,42 @@ template <class S> class Backward : Stacked<S> {
     }
   }
 
-  // grad_weight (+)= grad^T input, over all components.
-  RowProduct<S> wgrad(size_t l, int64_t m, const S* grad, const S* input, bool is_padded, S* sum, bool add) const {
-    const Layer& layer = this->network.layers[l];
-    RowProduct<S> p;
-    p.m = layer.out_features;
-    p.n = layer.in_features;
-    p.k = this->count * m;
-    p.a = grad;
-    p.a_step = 1;
-    p.a_k_step = layer.out_features;
-    p.b = input;
-    p.b_panel = this->kernels.nr;
-    p.b_step = layer.in_features;
-    p.b_padded = is_padded;
-    p.output = sum;
-    p.output_step = layer.in_features;
-    p.sums = true;
-    p.add = add;
-    return p;
+  // output = weight^T grad, for some components.
+  void multiply_down(const Layer& layer, int64_t components, int64_t m, const S* grad, S* output, S* tile) const {
+    const int64_t n = layer.in_features, k = layer.out_features;
+    const Matrix transposed{layer.weight.data, layer.weight.column_stride, layer.weight.row_stride};
+    for (int64_t c = 0; c < components; c++) {
+      multiply_rows(this->kernels, this->product(transposed, n, k, m, grad + c * m * k, output + c * m * n), tile);
+    }
   }
 
-  // output = grad weight, for `m` rows of the components.
-  RowProduct<S> dgrad(size_t l, int64_t m, const S* grad, S* output) const {
+  // sum (+)= grad input^T, over all components.
+  void add_weights(size_t l, int64_t m, const S* grad, const S* input, S* sum, bool add, const Own& own) const {
+    if (!sum) return;
     const Layer& layer = this->network.layers[l];
-    return this->by_panels(m, layer.in_features, layer.out_features, grad, panels[l], output);
+    const int64_t rows = layer.out_features, n = layer.in_features;
+    RowProduct<S> p = this->product({nullptr, m, 1}, rows, m, n, own.panels, sum);
+    p.b_panel = this->kernels.nr * m;
+    p.b_step = this->kernels.nr;
+    p.b_padded = p.sums = true;
+    for (int64_t c = 0; c < this->count; c++) {
+      const Matrix x{const_cast<S*>(input) + c * m * n, m, 1};
+      pack_panels(this->kernels, x, n, m, true, own.panels);
+      p.a = grad + c * m * rows;
+      p.add = add || c > 0;
+      multiply_rows(this->kernels, p, own.tile);
+    }
+  }
+
+  // sum[j] (+)= the sum of row j.
+  void add_rows(int64_t rows, int64_t m, const S* grad, S* sum, bool add, double* totals) const {
+    std::fill_n(totals, rows, 0.0);
+    this->kernels.element_folds[0].rows(rows, m, grad, totals);
+    for (int64_t j = 0; j < rows; j++) sum[j] = add ? S(sum[j] + S(totals[j])) : S(totals[j]);
   }
 
   const DerivativesBackward& pass;
   const size_t layers, lowest;
-  std::vector<S*> panels;  // packed weights of each layer; null where no gradient goes through
 };
 
 template <class F> void with_dtype(DType dtype, const F& f) { dtype == DType::float64 ? f(double{}) : f(float{}); }

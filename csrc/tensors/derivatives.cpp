@@ -1,7 +1,7 @@
 // What derivatives.h declares. Must not compute: the device's entries in the table do.
 #include "derivatives.h"
 
-#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 
 #include <vector>
 
