@@ -25,7 +25,15 @@ int64_t rows_of(const at::Tensor& input) {
   return rows;
 }
 
-// Where those of the parameters go.
+// Raises RuntimeError if the device has no kernels for the dtype.
+Network network_on(const char* device, const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
+  TORCH_CHECK(dtype_of(input.scalar_type()), "fastmlp: input has dtype ", dtype_name(input.scalar_type()),
+              ", expected float32, float64, bfloat16 or float16, for which this build has ", device, " kernels");
+  return network_of(stack, input, parameters);
+}
+
+}  // namespace
+
 void set_gradients(BackwardPass& pass, const Stack& stack, at::TensorList grads) {
   const auto data_of = [&](size_t i) { return grads[i].defined() ? grads[i].data_ptr() : nullptr; };
   pass.grad_weights.reserve(stack.layers());
@@ -36,13 +44,9 @@ void set_gradients(BackwardPass& pass, const Stack& stack, at::TensorList grads)
   }
 }
 
-// `input` is the two-dimensional form, which the caller keeps alive.
-Network network_of(const char* device, const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
+Network network_of(const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
   Network network;
-  const std::optional<DType> dtype = dtype_of(input.scalar_type());
-  TORCH_CHECK(dtype, "fastmlp: input has dtype ", dtype_name(input.scalar_type()),
-              ", expected float32, float64, bfloat16 or float16, for which this build has ", device, " kernels");
-  network.dtype = *dtype;
+  network.dtype = *dtype_of(input.scalar_type());
   network.rows = input.size(0);
   network.input = matrix_of(input);
   network.layers.resize(stack.layers());
@@ -61,14 +65,12 @@ Network network_of(const char* device, const Stack& stack, const at::Tensor& inp
   return network;
 }
 
-}  // namespace
-
 ForwardTensors forward_pass(const char* device, const Stack& stack, const at::Tensor& input, at::TensorList parameters,
                             const at::Tensor& output, at::TensorList hidden) {
   ForwardTensors tensors;
   tensors.input = as_rows(input, rows_of(input));
   ForwardPass& pass = tensors.pass;
-  pass.network = network_of(device, stack, *tensors.input, parameters);
+  pass.network = network_on(device, stack, *tensors.input, parameters);
   if (!hidden.empty()) pass.kept.resize(stack.layers(), nullptr);
   for (size_t l = 0; l < hidden.size(); l++) pass.kept[l] = hidden[l].data_ptr();
   pass.output = output.data_ptr();
@@ -82,7 +84,7 @@ BackwardTensors backward_pass(const char* device, const Stack& stack, const at::
   tensors.input = as_rows(input, rows);
   tensors.grad = as_rows(grad, rows);
   BackwardPass& pass = tensors.pass;
-  pass.network = network_of(device, stack, *tensors.input, parameters);
+  pass.network = network_on(device, stack, *tensors.input, parameters);
   pass.grad_output = matrix_of(*tensors.grad);
   pass.saved.resize(stack.layers());
   for (size_t l = 0; l < saved.size(); l++) {
@@ -99,7 +101,7 @@ StepTensors step_pass(const char* device, const Stack& stack, const at::Tensor& 
   StepTensors tensors;
   tensors.input = as_rows(input, rows_of(input));
   StepPass& pass = tensors.pass;
-  pass.backward.network = network_of(device, stack, *tensors.input, parameters);
+  pass.backward.network = network_on(device, stack, *tensors.input, parameters);
   set_gradients(pass.backward, stack, grads);
   Network& network = pass.backward.network;
   // Where no row has an output, rows that are all the same give what one of them gives. They take no memory, so that
