@@ -290,7 +290,7 @@ class FrozenMLP(_C.Frozen):
                         for stages, layers in zip(chains, networks, strict=True)
                     ],
                     plan.recipe,
-                    plan.values(tensors, own),
+                    plan.values(tensors, networks[0][0]),
                     self._dtype is not None,
                     plan.matrices_only,
                 )

@@ -237,13 +237,12 @@ class _Reader:
         """The results of the forward."""
         env: dict[fx.Node, Any] = dict(zip(self._inputs, arguments, strict=True))
         passed: set[fx.Node] = set()
-        for node in self._nodes:
+        *nodes, output = self._nodes
+        for node in nodes:
             if node in passed:
                 continue
             before = len(recorder.trace.events)
             self._now = node.name
-            if node.op == "output":
-                return self._returned(recorder, fx.node.map_arg(node.args[0], env.__getitem__))
             if node.op == "get_attr":
                 env[node] = self._attribute(node)
                 continue
@@ -256,7 +255,7 @@ class _Reader:
                 env[node] = self._called(node, env)
             for event in recorder.trace.events[before:]:
                 event.place = node.name
-        raise AssertionError("a graph of torch.fx ends with its output")
+        return self._returned(recorder, fx.node.map_arg(output.args[0], env.__getitem__))
 
     def _group_from(self, node: fx.Node) -> list[fx.Node]:
         """The calls of layers, activations and norms from here on of which nobody else sees what they pass on."""

@@ -148,9 +148,9 @@ class GraphPlan:
         found = (tensor for place in places for tensor in tensors[place].values())
         return [tensor if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in found]
 
-    def values(self, tensors: Tensors, dtype: torch.dtype) -> list[Tensor]:
-        """The constants as they are now."""
-        device = torch.device("cpu")
+    def values(self, tensors: Tensors, first: Layer) -> list[Tensor]:
+        """The constants as they are now, where the first layer is and of its dtype."""
+        device, dtype = first.weight.device, first.dtype
         found = []
         for place, (name, key, features), norm in self.constants:
             if norm is not None:

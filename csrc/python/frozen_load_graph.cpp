@@ -49,7 +49,8 @@ GraphForm::Step step_of(const py::tuple& given) {
   if (kind == "network") return GraphForm::NetworkStep{given[1].cast<int>(), place_of(given[2]), place_of(given[3])};
   if (kind == "elementwise") return element_step(given);
   if (kind == "softmax") return GraphForm::SoftmaxStep{place_of(given[1]), place_of(given[2]), given[3].cast<bool>()};
-  TORCH_CHECK_VALUE(kind == "layer_norm", "fastmlp: a step of a frozen graph cannot be ", kind);
+  const bool is_norm = kind == "layer_norm";
+  TORCH_CHECK_VALUE(is_norm, "fastmlp: a step of a frozen graph cannot be ", kind);
   return GraphForm::NormStep{place_of(given[1]), maybe_place(given[2]), maybe_place(given[3]), given[4].cast<double>(),
                              place_of(given[5]), place_of(given[6]),    place_of(given[7])};
 }
@@ -58,7 +59,8 @@ GraphForm::Memory::Kind kind_of(const std::string& name) {
   if (name == "input") return GraphForm::Memory::input;
   if (name == "output") return GraphForm::Memory::output;
   if (name == "arena") return GraphForm::Memory::arena;
-  TORCH_CHECK_VALUE(name == "constant", "fastmlp: a memory of a frozen graph cannot be ", name);
+  const bool is_constant = name == "constant";
+  TORCH_CHECK_VALUE(is_constant, "fastmlp: a memory of a frozen graph cannot be ", name);
   return GraphForm::Memory::constant;
 }
 

@@ -55,6 +55,39 @@ void check_dtype(const Call& call, const TensorArgument& given, bool is_out) {
 
 const std::string input_name = "input", out_name = "out";
 
+bool is_alike(const Call& call, PyObject* object) {
+  const at::Tensor& tensor = THPVariable_Unpack(object);
+  return tensor.scalar_type() == call.dtype() && tensor.device() == call.device();
+}
+
+// Whether check_tensors has nothing to say of these: the common case, which is spared that call.
+bool are_fine(const Call& call, PyObject* input, PyObject* out) {
+  if (!is_alike(call, input) || (out && !is_alike(call, out))) return false;
+  if (obstacle(input, out ? c10::ArrayRef<PyObject*>(out) : c10::ArrayRef<PyObject*>())) return false;
+  return !(THPVariable_Unpack(input).requires_grad() && c10::GradMode::is_enabled());
+}
+
+inline void read_view(const at::Tensor& input, View& x) {
+  x.dims = int(input.dim());
+  check_dimensions(x.dims);
+  const int64_t element = input.element_size();
+  for (int d = 0; d < x.dims; d++) {
+    x.sizes[d] = input.size(d);
+    x.steps[d] = input.stride(d) * element;
+  }
+  x.data = static_cast<const char*>(input.const_data_ptr());
+}
+
+inline void check_writable(const std::string& name, const at::Tensor& output, c10::IntArrayRef shape) {
+  TORCH_CHECK(output.sizes() == shape, "fastmlp: ", name, " has shape ", output.sizes(), ", expected ", shape);
+  TORCH_CHECK(output.is_contiguous(), "fastmlp: ", name, " has strides ", output.strides(),
+              ", expected a contiguous tensor");
+  TORCH_CHECK(!(output.requires_grad() && c10::GradMode::is_enabled()), "fastmlp: ", name,
+              " requires grad, but a frozen network has no gradients");
+  TORCH_CHECK(!output.is_inference() || c10::InferenceMode::is_enabled(), "fastmlp: ", name,
+              " is an inference tensor, which may be written in torch.inference_mode() only");
+}
+
 }  // namespace
 
 void check_tensors(const Call& call, c10::ArrayRef<TensorArgument> inputs, c10::ArrayRef<TensorArgument> outs) {
@@ -82,29 +115,14 @@ void check_tensors(const Call& call, c10::ArrayRef<TensorArgument> inputs, c10::
 }
 
 View view_of_tensor(PyObject* object) {
-  const at::Tensor& input = THPVariable_Unpack(object);
   View x;
-  x.dims = int(input.dim());
-  check_dimensions(x.dims);
-  const int64_t element = input.element_size();
-  for (int d = 0; d < x.dims; d++) {
-    x.sizes[d] = input.size(d);
-    x.steps[d] = input.stride(d) * element;
-  }
-  x.data = static_cast<const char*>(input.const_data_ptr());
+  read_view(THPVariable_Unpack(object), x);
   return x;
 }
 
 void* memory_of_tensor(const TensorArgument& out, c10::IntArrayRef shape) {
   const at::Tensor& output = THPVariable_Unpack(out.object);
-  const std::string& name = out.name;
-  TORCH_CHECK(output.sizes() == shape, "fastmlp: ", name, " has shape ", output.sizes(), ", expected ", shape);
-  TORCH_CHECK(output.is_contiguous(), "fastmlp: ", name, " has strides ", output.strides(),
-              ", expected a contiguous tensor");
-  TORCH_CHECK(!(output.requires_grad() && c10::GradMode::is_enabled()), "fastmlp: ", name,
-              " requires grad, but a frozen network has no gradients");
-  TORCH_CHECK(!output.is_inference() || c10::InferenceMode::is_enabled(), "fastmlp: ", name,
-              " is an inference tensor, which may be written in torch.inference_mode() only");
+  check_writable(out.name, output, shape);
   return output.mutable_data_ptr();
 }
 
@@ -114,10 +132,12 @@ void count_change(PyObject* out) {
 }
 
 PyObject* call_tensor(const Call& call, PyObject* object, PyObject* out) {
-  const TensorArgument given{input_name, object}, into{out_name, out};
-  check_tensors(call, given, out ? c10::ArrayRef<TensorArgument>(into) : c10::ArrayRef<TensorArgument>());
   const at::Tensor& input = THPVariable_Unpack(object);
-  const View x = view_of_tensor(object);
+  const TensorArgument given{input_name, object}, into{out_name, out};
+  const bool fine = are_fine(call, object, out);
+  if (!fine) check_tensors(call, given, out ? c10::ArrayRef<TensorArgument>(into) : c10::ArrayRef<TensorArgument>());
+  View x;
+  read_view(input, x);
   check_shape(call, x);
   const View result = result_of(call, x);
   if (!out) {
@@ -126,9 +146,10 @@ PyObject* call_tensor(const Call& call, PyObject* object, PyObject* out) {
     return THPVariable_Wrap(std::move(output));
   }
   const at::Tensor& output = THPVariable_Unpack(out);
-  void* const data = memory_of_tensor(into, result.shape());
+  check_writable(out_name, output, result.shape());
+  void* const data = output.mutable_data_ptr();
   check_apart(x, static_cast<const char*>(data), int64_t(output.nbytes()), input.element_size());
-  count_change(out);
+  if (!output.is_inference()) output.unsafeGetTensorImpl()->bump_version();
   run(call, x, input, output, data);
   return Py_NewRef(out);
 }
