@@ -134,8 +134,10 @@ class _Reader:
 
     def example(self) -> tuple[Tensor, ...]:
         """Arguments of the forward."""
+        like = self._like
         return tuple(
-            torch.linspace(-1, 1, 2 * features, dtype=self._like.dtype).view(2, features) for features in self._features
+            torch.linspace(-1, 1, 2 * size, dtype=like.dtype, device=like.device).view(2, size)
+            for size in self._features
         )
 
     def tried(self, rows: tuple[int, ...]) -> Graph | None:
@@ -152,8 +154,10 @@ class _Reader:
         self._tensors: list[tuple[str, str]] = []
         self._constants: dict[int, tuple[Tensor, Constant]] = {}  # by their tensors
         self._now = ""  # the name of the node that is executed
-        arguments = [torch.zeros(*rows, features, dtype=self._like.dtype) for features in self._features]
-        with torch.no_grad():
+        device = self._like.device
+        # Whatever modes the caller is in: what is frozen are tensors as a model outside of them has.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            arguments = [self._like.new_zeros(*rows, features) for features in self._features]
             recorder = Recorder(type(self.model).__name__, arguments, [], False)
             try:
                 with recorder:

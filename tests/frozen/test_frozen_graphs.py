@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastmlp
 from fastmlp import FrozenMLP, freeze
@@ -18,7 +19,8 @@ from fastmlp.config import get_isa, set_isa
 from tests.support.graphs import GRAPHS, Actor, Critic, Gaussian, NeRF, ResNet, ResNetBlock, Twins
 from tests.support.small import norm
 
-WORKS = (torch.float32, torch.float64)
+X = torch.zeros(2, 17)
+DTYPES = (torch.float32, torch.float64)
 #: Numbers of rows that are one piece, several, and more than the largest.
 BATCHES = (1, 2, 3, 7, 16, 37, 127, 128, 129, 300)
 
@@ -63,7 +65,7 @@ def assert_near(name: str, model: nn.Module, found: Any, inputs: tuple[Tensor, .
         assert (ours.double() - exact).abs().max() <= bound * exact.abs().max().clamp_min(1), name
 
 
-@pytest.mark.parametrize("dtype", WORKS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", GRAPHS)
 def test_graphs(name: str, dtype: torch.dtype) -> None:
     model, inputs = model_of(name, dtype), inputs_of(name, dtype=dtype)
@@ -80,7 +82,7 @@ def test_graphs(name: str, dtype: torch.dtype) -> None:
         assert (ours.double() - right).abs().max() <= allowed
 
 
-@pytest.mark.parametrize("dtype", WORKS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", GRAPHS)
 def test_rows_have_the_same_bits_in_any_batch(name: str, dtype: torch.dtype) -> None:
     model = model_of(name, dtype)
@@ -415,6 +417,97 @@ def test_every_module_is_watched() -> None:
     assert torch.equal(frozen(x) * -2, before)
 
 
+@pytest.mark.parametrize("mode", ["inference", "autocast", "default device", "default dtype", "no gradients"])
+def test_modes_around_it_change_nothing(mode: str) -> None:
+    """When it is frozen, when it follows a change, and when it is called."""
+    model, (x,) = model_of("gaussian"), inputs_of("gaussian")
+    plain = freeze(model)
+    modes: dict[str, Any] = {
+        "inference": torch.inference_mode(),
+        "autocast": torch.autocast("cpu", torch.bfloat16),
+        "default device": torch.device("meta"),
+        "default dtype": torch.no_grad(),
+        "no gradients": torch.no_grad(),
+    }
+    dtype = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64 if mode == "default dtype" else dtype)
+        with modes[mode]:
+            frozen = freeze(model)
+            found = frozen(x)
+            model.get_submodule("trunk.1").__dict__["eps"] = 0.3
+            followed = frozen(x[:21])
+    finally:
+        torch.set_default_dtype(dtype)
+    assert not torch.equal(found[0], plain(x)[0])
+    assert all(map(torch.equal, followed, plain(x[:21])))
+    model.get_submodule("trunk.1").__dict__["eps"] = 1e-5
+    assert all(map(torch.equal, found, plain(x)))
+
+
+def test_arrays_under_a_mode() -> None:
+    """Tapes are made of ordinary memory, also within a mode that would give tensors of another kind."""
+    frozen, (x,) = freeze(model_of("actor")), inputs_of("actor", (19,))
+    expected = freeze(model_of("actor"))(x)
+    array = x.numpy()
+    with FakeTensorMode():
+        found = frozen(array)
+    assert all(np.array_equal(a, b.numpy()) for a, b in zip(found, expected, strict=True))
+
+
+def test_converted_models() -> None:
+    model, (x,) = model_of("rtdl"), inputs_of("rtdl")
+    expected = freeze(model)(x)
+    assert torch.equal(freeze(fastmlp.convert(copy.deepcopy(model), trace=True))(x), expected)
+    assert torch.equal(freeze(fastmlp.convert(model))(x), expected)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_narrow_graphs(width: int) -> None:
+    for kind in (nn.BatchNorm1d, nn.LayerNorm):
+        model = ResNet(width, width, width, width, norm=kind).eval()
+        frozen, x = freeze(model), torch.randn(9, width)
+        assert_near("narrow", model, frozen(x), (x,), 1e-4)
+        assert torch.equal(frozen(x[3:4]), frozen(x)[3:4])
+
+
+def damaged(recipe: Any, change: Callable[[list[Any], list[Any]], Any]) -> Any:
+    memories, steps, squeezed = copy.deepcopy(recipe)
+    steps = [list(step) for step in steps]
+    change(memories, steps)
+    return memories, [tuple(step) for step in steps], squeezed
+
+
+#: What a pickle may say that is no graph, as changes of memories and steps.
+DAMAGES: dict[str, tuple[Callable[[list[Any], list[Any]], Any], str]] = {
+    "a memory that is not there": (lambda m, s: s[0].__setitem__(2, (99, 0, 17, 17, 1)), "has no memory 99"),
+    "a negative memory": (lambda m, s: s[0].__setitem__(2, (-1, 0, 17, 17, 1)), "has no memory -1"),
+    "past the end of a row": (lambda m, s: s[0].__setitem__(2, (0, 3, 17, 17, 1)), "reaches outside of memory 0"),
+    "before a row": (lambda m, s: s[0].__setitem__(2, (0, -1, 17, 17, 1)), "reaches outside"),
+    "a long step": (lambda m, s: s[0].__setitem__(2, (0, 0, 17, 17, 1 << 40)), "reaches outside"),
+    "other rows": (lambda m, s: s[0].__setitem__(2, (0, 0, 17, 18, 1)), "reaches outside"),
+    "no such network": (lambda m, s: s[0].__setitem__(1, 7), "no such network"),
+    "a network of other features": (lambda m, s: s[0].__setitem__(2, (0, 0, 16, 17, 1)), "expected 17 columns"),
+    "a result in the input": (lambda m, s: s[0].__setitem__(3, (0, 0, 17, 17, 1)), "writes an input"),
+    "nothing is written": (lambda m, s: s.pop(0), "reads what none has written"),
+    "a memory of nothing": (lambda m, s: m.append(("arena", 0)), "has 0 elements a row"),
+    "an order": (lambda m, s: m.append(("input", 3)), "not in their order"),
+    "a kind of memory": (lambda m, s: m.append(("heap", 3)), "cannot be heap"),
+    "a kind of step": (lambda m, s: s.append(["jump"]), "cannot be jump"),
+    "a constant that is not there": (lambda m, s: m.append(("constant", 3)), "expected more"),
+    "a memory that nobody writes": (lambda m, s: m.append(("arena", 3)), "never written"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_recipes(name: str) -> None:
+    change, message = DAMAGES[name]
+    build, (kind, layers, recipe, *rest) = freeze(model_of("actor")).__reduce__()
+    with pytest.raises(ValueError, match=f"^fastmlp: .*{message}"):
+        build(kind, layers, damaged(recipe, change), *rest)
+    assert build(kind, layers, damaged(recipe, lambda m, s: None), *rest)(X)[0].shape == (2, 6)
+
+
 #: Forwards that are refused, and what the error says.
 REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "the mean of the batch": (lambda m, x: m.fc1(x) - x.mean(0), "other rows|depends? on|summed"),
@@ -473,7 +566,6 @@ def test_refused_modules() -> None:
         freeze(Critic().eval())
 
 
-X = torch.zeros(2, 17)
 BAD: dict[str, tuple[type[Exception], str, Callable[[], tuple[Any, ...]]]] = {
     "none": (TypeError, "takes 1 input, got 0", lambda: ()),
     "many": (TypeError, "takes 1 input and out, got 3 arguments", lambda: (X, None, None)),
