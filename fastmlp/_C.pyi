@@ -118,6 +118,9 @@ class Frozen:
     def __call__(self, input: Tensor, out: Tensor | None = None) -> Tensor: ...
     @overload
     def __call__(self, input: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]: ...
+    # Of a graph with several inputs or outputs.
+    @overload
+    def __call__(self, *inputs: Any, out: Any = None) -> Any: ...
 
 class Watch:
     plan: Any
@@ -154,6 +157,29 @@ def load_frozen_on_device(
 def unload_frozen(
     frozen: Frozen, /
 ) -> tuple[list[Tensor], list[Tensor | None], list[int], list[float], bool, bool, bool]: ...
+def load_frozen_graph(
+    frozen: Frozen,
+    watch: Watch | None,
+    networks: Sequence[tuple[Sequence[Tensor], Sequence[Tensor | None], Sequence[int], Sequence[float]]],
+    recipe: tuple[Sequence[tuple[str, int]], Sequence[tuple[Any, ...]], Sequence[bool]],
+    constants: Sequence[Tensor],
+    float32_ends: bool,
+    matrices_only: bool,
+    /,
+) -> None: ...
+def unload_frozen_graph(
+    frozen: Frozen, /
+) -> (
+    tuple[
+        list[tuple[list[Tensor], list[Tensor | None], list[int], list[float]]],
+        tuple[list[tuple[str, int]], list[tuple[Any, ...]], list[bool]],
+        list[Tensor],
+        bool,
+        bool,
+    ]
+    | None
+): ...
+def describe_frozen_graph(frozen: Frozen, /) -> tuple[list[int], list[int], int, str, bool, int] | None: ...
 def describe_frozen(frozen: Frozen, /) -> tuple[list[int], list[int], list[float], str, bool, bool, str, int]: ...
 
 # Of each activation its name, its parameters' defaults, whether kernels keep its output for backward, and whether

@@ -18,13 +18,13 @@ from fastmlp.modules import Sequential
 from fastmlp.runs import FUSABLE, form_obstacle, original_forwards, watched_obstacle
 from fastmlp.trace import activation_of, flattening_of, place_of_inner, record, run_chain
 
-__all__ = ["Link", "Uncompared", "flattens", "layers_of", "links"]
+__all__ = ["LEAVES", "Link", "Uncompared", "flattens", "layers_of", "links", "replaced"]
 
 #: The classes of the modules that a chain is made of.
 _KINDS: tuple[type[nn.Module], ...] = (*FUSABLE, nn.AlphaDropout, nn.BatchNorm1d, nn.Flatten)
 
 #: The forward of each of them, unless somebody has replaced it.
-_LEAVES = original_forwards(_KINDS)
+LEAVES = original_forwards(_KINDS)
 
 #: The forwards of containers that call one child after another. Containers are dissolved.
 _CONTAINERS = (nn.Sequential.forward, Sequential.forward)
@@ -99,13 +99,13 @@ def _links(name: str, module: nn.Module) -> Iterator[Link]:
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         _refuse(name, module, "it is a module of torch.jit, which runs its own code; use the model that was scripted")
-    if kind in _LEAVES:
-        reason = _replaced(module, _LEAVES[kind]) or watched_obstacle(module) or _form_obstacle(module)
+    if kind in LEAVES:
+        reason = replaced(module, LEAVES[kind]) or watched_obstacle(module) or _form_obstacle(module)
         if reason is not None:
             _refuse(name, module, reason)
         yield Link(name, module)
     elif kind.forward in _CONTAINERS:
-        reason = _replaced(module, kind.forward) or watched_obstacle(module)
+        reason = replaced(module, kind.forward) or watched_obstacle(module)
         if reason is not None:
             _refuse(name, module, reason)
         for key, child in module._modules.items():
@@ -125,7 +125,8 @@ def _links(name: str, module: nn.Module) -> Iterator[Link]:
         yield from _recorded(name, module)
 
 
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> str | None:
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> str | None:
+    """What is to be said of a module whose class computes by another forward than this one; None if it does not."""
     kind = type(module)
     own = kind.forward is not forward or kind.__call__ not in (nn.Module.__call__, Linear.__call__)
     return f"the forward of {kind.__name__} was replaced" if own else None

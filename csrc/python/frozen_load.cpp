@@ -69,21 +69,13 @@ at::ScalarType dtype_of_weights(const Tensors& weights) {
   return dtype;
 }
 
-// Puts a network in place in the form that its device has for it, and the watch of the model that it was read from,
-// null if there is none to follow.
+// Puts a network in place, and the watch of the model that it was read from, null if there is none to follow.
 void load(const py::handle& self, const std::shared_ptr<Watch>& watch, const Tensors& weights, const Biases& biases,
           const std::vector<int64_t>& activations, const std::vector<double>& scalars, bool float32_ends,
           bool matrices_only, bool flattens) {
   State& state = state_of(self.ptr());
-  const Stack stack(has_bias(biases), activations, scalars);
-  const at::ScalarType dtype = dtype_of_weights(weights);
-  check_layers(stack, weights, biases, c10::elementSize(dtype) == 2 ? at::kFloat : dtype);
-  const c10::Device device = weights.front().device();
-  TORCH_CHECK(packs(device.type()), "fastmlp: weights[0] is on ", device, ", expected ", devices_in_words(&packs));
-  TORCH_CHECK_VALUE(!float32_ends || dtype == at::kBFloat16,
-                    "fastmlp: input and output are float32 with weights in torch.bfloat16 only, got ",
-                    dtype_name(dtype));
-  state.network = operations_on(device.type())->freeze(stack, {weights, biases}, float32_ends);
+  state.network = network_of(weights, biases, activations, scalars, float32_ends);
+  state.graph.reset();
   state.matrices_only = matrices_only;
   state.flattens = flattens;
   state.watch = watch;
@@ -99,23 +91,21 @@ void load_on_device(const py::handle& self, const std::shared_ptr<Watch>& watch,
   const FrozenNetwork::Parameters parameters{weights, biases};
   if (!state.network || !state.network->refill(stack, parameters))
     state.network = std::make_shared<DeviceNetwork>(stack, parameters);
+  state.graph.reset();
   state.matrices_only = matrices_only;
   state.flattens = flattens;
   state.watch = watch;
 }
 
-// Up to date with the model, as a call is. Without a network there is nothing to follow, or to read.
-const State& followed(const py::handle& self) {
-  State& state = state_of(self.ptr());
-  check_filled(state);
-  follow(self.ptr(), state);
-  return state;
+void check_chain(const State& state) {
+  TORCH_CHECK(state.network, "fastmlp: the model of the frozen network has just become a graph; call again");
 }
 
 // Features, activations and their scalars, dtype of weights, whether input and output are float32, whether inputs are
 // flattened, device, and bytes.
 py::tuple describe(const py::handle& self) {
   const State& state = followed(self);
+  check_chain(state);
   const std::shared_ptr<const FrozenNetwork> network = state.network;
   const FrozenNetwork::Form& form = network->form();
   const LayerLists lists(form.layers);
@@ -126,6 +116,7 @@ py::tuple describe(const py::handle& self) {
 // What load takes, of one moment; tensors of a device are its own and not copies.
 py::tuple unload(const py::handle& self) {
   const State& state = followed(self);
+  check_chain(state);
   const std::shared_ptr<const FrozenNetwork> network = state.network;
   const bool matrices_only = state.matrices_only, flattens = state.flattens;
   const FrozenNetwork::Form& form = network->form();
@@ -136,6 +127,27 @@ py::tuple unload(const py::handle& self) {
 }
 
 }  // namespace
+
+std::shared_ptr<FrozenNetwork> network_of(const Tensors& weights, const Biases& biases,
+                                          const std::vector<int64_t>& activations, const std::vector<double>& scalars,
+                                          bool float32_ends) {
+  const Stack stack(has_bias(biases), activations, scalars);
+  const at::ScalarType dtype = dtype_of_weights(weights);
+  check_layers(stack, weights, biases, c10::elementSize(dtype) == 2 ? at::kFloat : dtype);
+  const c10::Device device = weights.front().device();
+  TORCH_CHECK(packs(device.type()), "fastmlp: weights[0] is on ", device, ", expected ", devices_in_words(&packs));
+  TORCH_CHECK_VALUE(!float32_ends || dtype == at::kBFloat16,
+                    "fastmlp: input and output are float32 with weights in torch.bfloat16 only, got ",
+                    dtype_name(dtype));
+  return operations_on(device.type())->freeze(stack, {weights, biases}, float32_ends);
+}
+
+const State& followed(const py::handle& self) {
+  State& state = state_of(self.ptr());
+  check_filled(state);
+  follow(self.ptr(), state);
+  return state;
+}
 
 // Functions of the module and not methods: only calls have to be fast.
 void add_loading(py::module_& module) {
