@@ -60,7 +60,6 @@ def register_modules(
     linear: type[nn.Module],
     fused_linear: type[nn.Module],
     dropout: type[nn.Module],
-    flatten: type[nn.Module],
     sequential: type[nn.Module],
     activations: Mapping[type[nn.Module], tuple[str, tuple[str, ...]]],
     kinds: Mapping[str, int],
@@ -69,7 +68,7 @@ def register_modules(
     /,
 ) -> None: ...
 def set_composed_forward(function: Callable[..., Tensor], /) -> None: ...
-def run_children(children: Mapping[str, nn.Module | None], input: Any, /) -> Any: ...
+def run_children(children: Mapping[str, nn.Module | tuple[Tensor, Tensor | None] | None], input: Any, /) -> Any: ...
 def call_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], /) -> Any: ...
 def run_layer(layer: nn.Module, input: Any, /) -> Tensor | None: ...
 def rules() -> list[tuple[list[str], bool]]: ...
@@ -85,13 +84,18 @@ def clip_grad_norm(
 ) -> Tensor | None: ...
 def clip_grad_value(parameters: Tensor | list[Tensor] | tuple[Tensor, ...], clip_value: float, /) -> bool: ...
 def register_optimizer_hooks(hooks: tuple[Mapping[int, Callable[..., object]], ...], /) -> None: ...
-def losses() -> list[tuple[str, tuple[str, float, float, str] | None, str | None, str | None]]: ...
+def losses() -> list[tuple[str, tuple[str, float, float, str] | None, str | None, str | None, str | None]]: ...
 
 class TrainStep:
     waiting: int
     def __init__(
         self,
         links: tuple[nn.Module, ...],
+        others: dict[nn.Module, tuple[Any, ...]],
+        flattens: bool,
+        matrices_only: bool,
+        head: str,
+        reshapings: Sequence[tuple[str, Sequence[int]]],
         holders: dict[nn.Module, tuple[Any, ...]],
         loss: nn.Module,
         kind: int,
@@ -141,6 +145,8 @@ def load_frozen(
     float32_ends: bool,
     matrices_only: bool,
     flattens: bool,
+    head: str,
+    reshapings: Sequence[tuple[str, Sequence[int]]],
     /,
 ) -> None: ...
 def load_frozen_on_device(
@@ -152,11 +158,23 @@ def load_frozen_on_device(
     scalars: Sequence[float],
     matrices_only: bool,
     flattens: bool,
+    head: str,
+    reshapings: Sequence[tuple[str, Sequence[int]]],
     /,
 ) -> None: ...
 def unload_frozen(
     frozen: Frozen, /
-) -> tuple[list[Tensor], list[Tensor | None], list[int], list[float], bool, bool, bool]: ...
+) -> tuple[
+    list[Tensor],
+    list[Tensor | None],
+    list[int],
+    list[float],
+    bool,
+    bool,
+    bool,
+    str,
+    list[tuple[str, list[int]]],
+]: ...
 def load_frozen_graph(
     frozen: Frozen,
     watch: Watch | None,
@@ -180,7 +198,9 @@ def unload_frozen_graph(
     | None
 ): ...
 def describe_frozen_graph(frozen: Frozen, /) -> tuple[list[int], list[int], int, str, bool, int] | None: ...
-def describe_frozen(frozen: Frozen, /) -> tuple[list[int], list[int], list[float], str, bool, bool, str, int]: ...
+def describe_frozen(
+    frozen: Frozen, /
+) -> tuple[list[int], list[int], list[float], str, bool, bool, str, list[tuple[str, list[int]]], str, int]: ...
 
 # Of each activation its name, its parameters' defaults, whether kernels keep its output for backward, and whether
 # gradient_from_output computes its gradient.

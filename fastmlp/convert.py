@@ -47,7 +47,8 @@ def convert(model: nn.Module, trace: bool = False, inputs: tuple[Any, ...] | Non
 
     With `trace` the model stays as it is, and a `torch.fx.GraphModule` with the same modules, parameters and keys is
     returned, in which activations are fused however they are called: `torch.relu(self.fc1(x))`,
-    `self.fc1(x).relu_()`, `self.act(self.fc1(x))`. A layer takes part where its output has one user. Modules with
+    `self.fc1(x).relu_()`, `self.act(self.fc1(x))`. A layer takes part where its output has one user; so does one that
+    is called as a function with tensors of the model: `F.linear(x, self.weight, self.bias)`. Modules with
     hooks, and those of torch.nn that hold layers, such as `torch.nn.TransformerEncoderLayer`, are called.
 
     A forward is recorded by executing it, on a copy of the modules, and then it and what was recorded are executed on
@@ -58,7 +59,9 @@ def convert(model: nn.Module, trace: bool = False, inputs: tuple[Any, ...] | Non
     or logs is not looked at: it happens while recording, and not again. Values of Python that the forward only reads,
     such as `self.flag`, stay as they were. An argument that has a default is recorded as that default where the forward
     asks for it (`if scale is None`); the recorded module refuses any other value, and `inputs` is the way to record
-    one.
+    one. With `inputs` a forward may also ask its arguments for their shapes, lengths and places (`if x.dim() == 1`,
+    `len(x)`, `if x.is_cuda`): it is recorded as it goes with the examples, and the recorded module refuses arguments
+    of which it would get another answer.
 
     `fusion_report` says what came of it. Converting twice is converting once. Code that looks for exactly
     `torch.nn.Linear`, such as `model.apply(init)` with `if type(m) == nn.Linear`, passes converted layers by without a

@@ -5,7 +5,7 @@ The reasons for a child of a `Sequential` are those of runs.py; those for an inp
 """
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,8 +16,8 @@ from fastmlp._load import _C
 from fastmlp.autograd import autocast, why_not_direct
 from fastmlp.linear import Linear
 from fastmlp.modules import Sequential
-from fastmlp.runs import Alone, Layer, Run, parts
-from fastmlp.trace import activation_of, run_chain
+from fastmlp.runs import Alone, Child, Layer, Run, parts
+from fastmlp.trace import activation_of, held, names_in, run_chain
 
 __all__ = ["Entry", "Report", "Route", "explain", "fusion_report"]
 
@@ -197,22 +197,32 @@ def _found(module: nn.Module) -> Iterator[_Found]:
             yield names, [m for m in modules if _matters(m)], reason
 
 
-def _found_in_children(children: Mapping[str, nn.Module], names: Mapping[str, str]) -> Iterator[_Found]:
+def _found_in_children(children: Mapping[str, Child], names: Mapping[str, str]) -> Iterator[_Found]:
     for part in parts(children):
         keys, reason = ([part.name], part.reason) if isinstance(part, Alone) else (part.names, "")
-        yield [names[key] for key in keys], [children[key] for key in keys], reason
+        modules = [child for child in map(children.__getitem__, keys) if isinstance(child, nn.Module)]
+        yield [names[key] for key in keys], modules, reason
 
 
 def _found_in_graph(module: fx.GraphModule) -> Iterator[_Found]:
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target is run_chain:
-            nodes: dict[str, fx.Node] = node.args[1]
-            names = {key: str(attribute.target) for key, attribute in nodes.items()}
-            yield from _found_in_children({key: module.get_submodule(name) for key, name in names.items()}, names)
+            nodes: dict[str, Any] = node.args[1]
+            names = dict(zip(nodes, names_in(nodes), strict=True))
+            yield from _found_in_children({key: _child(module, layer) for key, layer in nodes.items()}, names)
         elif node.op == "call_module" and type(module.get_submodule(node.target)) in reference.MODULES:
             yield [node.target], [module.get_submodule(node.target)], _why_not_in_a_chain(node)
         elif activation_of(node) is not None:
             yield [node.name], [], _why_not_in_a_chain(node)
+
+
+def _child(module: fx.GraphModule, layer: Any) -> Child:
+    """What a chain in a graph runs."""
+    if isinstance(layer, tuple):
+        weight, bias = (None if node is None else held(module, str(node.target)) for node in layer)
+        assert weight is not None
+        return weight, bias
+    return module.get_submodule(str(layer.target))
 
 
 def _matters(module: nn.Module) -> bool:

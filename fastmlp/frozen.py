@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastmlp._load import _C
 from fastmlp.activations import DEFAULTS, IDENTITY, Activation
 from fastmlp.recipe import Recipe
-from fastmlp.stages import GraphPlan, Layer, Plan, Stage, Tensors, seen
+from fastmlp.stages import GraphPlan, Plan, Tensors, check_alike, layers_of_stages, seen
 
 __all__ = ["FrozenMLP", "freeze"]
 
@@ -28,7 +28,10 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None, inputs: tuple[
     `Linear`, nested ones, and any module that `convert(model, trace=True)` would record as one chain. `BatchNorm1d` is
     folded into the layer before or after it, computed in float64; `Dropout`, `AlphaDropout` and `Identity` vanish. The
     chain may begin with a `torch.nn.Flatten()` or a call that does the same: `x.flatten(1)`, `torch.flatten(x, 1)`,
-    `x.view(x.size(0), -1)`, `x.view(-1, in_features)`, and these with `reshape`.
+    `x.view(x.size(0), -1)`, `x.view(-1, in_features)`, and these with `reshape`. It may end with a `torch.nn.Softmax`
+    or `LogSoftmax` along the features, and after that with another shape of the same elements: a `torch.nn.Flatten` or
+    `Unflatten`, or calls of `squeeze`, `unsqueeze`, `flatten`, `unflatten`, `view` and `reshape` with numbers. Each of
+    these may be a module or a call of a function or method.
 
     And it takes what is a graph of layers in float32 or float64 on the CPU, with any number of inputs and one tensor or
     a tuple of tensors as its result. Between chains there may be residual additions and other elementwise operations,
@@ -92,7 +95,9 @@ class FrozenMLP(_C.Frozen):
     - Shapes are those of the model: input (*, in_features), output (*, out_features); with a `BatchNorm1d` exactly two
       dimensions. Where the model begins by flattening: input (N, ...) with in_features elements in all dimensions after
       the first together, output (N, out_features). It may be strided as it likes, even where the model calls
-      `view`. `out` is of the output's shape and dtype, contiguous, and does not overlap the input; it is returned.
+      `view`. Where the model ends by giving its output another shape, so does the frozen network. With a softmax along
+      dimension 1 the input of the layers has two dimensions. `out` is of the output's shape and dtype, contiguous, and
+      does not overlap the input; it is returned.
     - A graph of several inputs is called as `frozen(x, y)`, or `frozen(x, y, out=out)`; all inputs have the same
       dimensions but for the last. One of several results returns a tuple, and takes one as `out`. Exactly two
       dimensions are expected where the forward counts dimensions from the first.
@@ -159,7 +164,10 @@ class FrozenMLP(_C.Frozen):
 
     @property
     def out_features(self) -> int | tuple[int, ...]:
-        """Size of the last dimension of the output; of a graph with several outputs a tuple."""
+        """Size of the last dimension of the output, before it is given another shape.
+
+        Of a graph with several outputs a tuple.
+        """
         graph = _C.describe_frozen_graph(self)
         return _C.describe_frozen(self)[0][-1] if graph is None else _one_or_all(graph[1])
 
@@ -179,7 +187,7 @@ class FrozenMLP(_C.Frozen):
             graph = _C.describe_frozen_graph(self)
             if graph is not None:
                 return self._graph_repr(*graph)
-            sizes, kinds, scalars, dtype, float32_ends, flattens, device, _ = _C.describe_frozen(self)
+            sizes, kinds, scalars, dtype, float32_ends, flattens, head, reshapings, device, _ = _C.describe_frozen(self)
         except (RuntimeError, TypeError, ValueError) as error:
             return f"{type(self).__name__}({error})"
         steps = [
@@ -188,6 +196,8 @@ class FrozenMLP(_C.Frozen):
         ]
         ends = _ends(dtype, float32_ends)
         first = f"{'flatten -> ' if flattens else ''}{sizes[0]}"
+        steps += [f" -> {head}"] if head != "none" else []
+        steps += [f" -> {name}({', '.join(map(str, numbers))})" for name, numbers in reshapings]
         place = "" if _is_packed(torch.device(device)) else f", {device}"
         return f"{type(self).__name__}({first}{''.join(steps)}, {ends}{place})"
 
@@ -217,8 +227,9 @@ class FrozenMLP(_C.Frozen):
         if graph is not None:
             _C.load_frozen_graph(copied, None, *graph)
             return copied
-        weights, biases, kinds, scalars, *rest = _C.unload_frozen(self)
-        _load(copied, None, weights, biases, _activations(kinds, scalars), *rest)
+        weights, biases, kinds, scalars, float32_ends, only, flattens, head, reshapings = _C.unload_frozen(self)
+        activations = _activations(kinds, scalars)
+        _load(copied, None, weights, biases, activations, float32_ends, only, flattens, head, reshapings)
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -271,10 +282,10 @@ class FrozenMLP(_C.Frozen):
         plan: Plan | GraphPlan = watch.plan
         chains = plan.networks if isinstance(plan, GraphPlan) else [plan.stages]
         with torch.no_grad():
-            networks = [_layers_of(stages, tensors) for stages in chains]
+            networks = [layers_of_stages(stages, tensors) for stages in chains]
             own = networks[0][0].dtype
             for stages, layers in zip(chains, networks, strict=True):
-                _check_alike(stages[0], layers[0], chains[0][0], networks[0][0])
+                check_alike(stages[0], layers[0], chains[0][0], networks[0][0])
             dtype = self._dtype or own
             if isinstance(plan, GraphPlan):
                 plan.sizes = plan.sizes_of(tensors)
@@ -303,34 +314,11 @@ class FrozenMLP(_C.Frozen):
                 [layer.bias for layer in layers],
                 [stage.activation for stage in stages],
                 self._dtype is not None,
-                any(stage.before or stage.after for stage in stages),
-                plan.flattens,
+                plan.matrices_only,
+                plan.ends.flattens,
+                plan.ends.head,
+                plan.ends.reshapings,
             )
-
-
-def _check_alike(stage: Stage, layer: Layer, first: Stage, expected: Layer) -> None:
-    """Raises unless a layer has the dtype and the device of the first one."""
-    name = stage.where("weight")
-    if layer.dtype != expected.dtype:
-        raise RuntimeError(
-            f"fastmlp: {name} has dtype {layer.dtype}, expected {expected.dtype}, that of {first.where('weight')}"
-        )
-    if layer.weight.device != expected.weight.device:
-        where = f"expected {expected.weight.device}, where {first.where('weight')} is"
-        raise RuntimeError(f"fastmlp: {name} is on {layer.weight.device}, {where}")
-
-
-def _layers_of(stages: Sequence[Stage], tensors: Tensors) -> list[Layer]:
-    """The layers of a chain as they are now, which fit together."""
-    layers = [stage.layer(tensors) for stage in stages]
-    for stage, layer, before in zip(stages, layers, [None, *layers], strict=False):
-        _check_alike(stage, layer, stages[0], layers[0])
-        if before is not None and layer.weight.shape[1] != before.weight.shape[0]:
-            raise RuntimeError(
-                f"fastmlp: {stage.where('weight')} has shape {list(layer.weight.shape)}, expected "
-                f"{before.weight.shape[0]} in the last dimension, the out_features of the layer before"
-            )
-    return layers
 
 
 def _load(
@@ -342,6 +330,8 @@ def _load(
     float32_ends: bool,
     matrices_only: bool,
     flattens: bool,
+    head: str = "none",
+    reshapings: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> None:
     """Puts a network in place, and the watch of the model that it was read from, in one step."""
     if not weights:
@@ -351,14 +341,18 @@ def _load(
     packed = _is_packed(device)
     biases = _biases_for(weights, biases, packed)
     if packed:
-        _C.load_frozen(frozen, watch, weights, biases, kinds, scalars, float32_ends, matrices_only, flattens)
+        _C.load_frozen(
+            frozen, watch, weights, biases, kinds, scalars, float32_ends, matrices_only, flattens, head, reshapings
+        )
     elif float32_ends:
         raise ValueError(
             f"fastmlp: dtype=torch.bfloat16 is for networks on the CPU, and this one is on {device}; freeze the "
             "model in bfloat16 (model.bfloat16()), input and output included"
         )
     else:
-        _C.load_frozen_on_device(frozen, watch, weights, biases, kinds, scalars, matrices_only, flattens)
+        _C.load_frozen_on_device(
+            frozen, watch, weights, biases, kinds, scalars, matrices_only, flattens, head, reshapings
+        )
 
 
 def _biases_for(weights: Sequence[Tensor], biases: Sequence[Tensor | None], packed: bool) -> list[Tensor | None]:
@@ -448,6 +442,8 @@ def _rebuild(
     float32_ends: bool,
     matrices_only: bool,
     flattens: bool = False,
+    head: str = "none",
+    reshapings: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> FrozenMLP:
     obstacle = _C.device_obstacle(str(torch.device(device)))
     if obstacle is not None:
@@ -455,7 +451,7 @@ def _rebuild(
     frozen = kind()
     own = [_tensor_of(raw).to(device) for raw in weights]
     own_biases = [None if raw is None else _tensor_of(raw).to(device) for raw in biases]
-    _load(frozen, None, own, own_biases, activations, float32_ends, matrices_only, flattens)
+    _load(frozen, None, own, own_biases, activations, float32_ends, matrices_only, flattens, head, reshapings)
     return frozen
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from fastmlp._errors import place_of
 from fastmlp._load import _C
 from fastmlp.activations import IDENTITY, module_of
-from fastmlp.chain import LEAVES, Link, replaced
+from fastmlp.chain import AT_ENDS, LEAVES, Link, link_of_tensors, replaced
 from fastmlp.linear import Linear
 from fastmlp.recipe import Constant, Description, Recipe, Refusal, refuse
 from fastmlp.runs import FUSABLE, form_obstacle, watched_obstacle
@@ -33,12 +33,14 @@ __all__ = ["CALLED", "Graph", "read"]
 #: The modules between networks that are called as they are, with the attributes and parameters that they compute with.
 CALLED: dict[type[nn.Module], tuple[Sequence[str], Sequence[str]]] = {
     nn.LayerNorm: (("eps", "normalized_shape"), ("weight", "bias")),
-    nn.Softmax: (("dim",), ()),
-    nn.LogSoftmax: (("dim",), ()),
+    **{kind: (AT_ENDS[kind], ()) for kind in (nn.Softmax, nn.LogSoftmax)},
     nn.Hardtanh: (("min_val", "max_val", "inplace"), ()),
     nn.ReLU6: (("min_val", "max_val", "inplace"), ()),
 }
 _CALLED_FORWARDS = {kind: kind.forward for kind in CALLED}
+
+#: The forwards of the modules that networks are made of.
+_IN_NETWORKS = {kind: forward for kind, forward in LEAVES.items() if kind not in AT_ENDS}
 
 #: Functions and methods whose result has as many features as their input.
 _KEEPING_SIZE = frozenset(
@@ -114,7 +116,7 @@ class _Reader:
         self.model = model
         self._recorded = recorded
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._activations: dict[fx.Node, Link] = {}
+        self._links: dict[fx.Node, list[Link]] = {}
         nodes = list(recorded.graph.nodes)
         self._inputs = [node for node in nodes if node.op == "placeholder" and (node.users or not node.args)]
         self._nodes = [node for node in nodes if node.op != "placeholder"]
@@ -225,17 +227,28 @@ class _Reader:
 
     def _links_of(self, node: fx.Node) -> list[Link]:
         """The modules that a node calls one after another; none for what is no module or activation."""
-        if node.op == "call_function" and node.target is run_chain:
-            layers: dict[str, fx.Node] = node.args[1]  # type: ignore[assignment]
-            names = [str(layer.target) for layer in layers.values()]
+        if node not in self._links:
+            self._links[node] = list(self._found_in(node))
+        return self._links[node]
+
+    def _found_in(self, node: fx.Node) -> Iterator[Link]:
+        if _is_chain(node):
+            for layer in node.args[1].values():  # type: ignore[union-attr]
+                yield self._layer_of(node, layer) if isinstance(layer, tuple) else self._link(layer)  # type: ignore[arg-type]
         elif node.op == "call_module":
-            names = [str(node.target)]
-        else:
-            activation = None if _is_in_place(node) else activation_of(node)
-            if activation is not None and node not in self._activations:
-                self._activations[node] = Link(node.name, module_of(activation))
-            return [] if activation is None else [self._activations[node]]
-        return [Link(name, self._recorded.get_submodule(name)) for name in names]
+            yield self._link(node)
+        elif not _is_in_place(node) and (activation := activation_of(node)) is not None:
+            yield Link(node.name, module_of(activation))
+
+    def _link(self, node: fx.Node) -> Link:
+        return Link(str(node.target), self._recorded.get_submodule(str(node.target)))
+
+    def _layer_of(self, node: fx.Node, pair: tuple[fx.Node, fx.Node | None]) -> Link:
+        """A layer that the forward calls as a function."""
+        link = link_of_tensors(self.model, self._recorded, pair)
+        if link is None:
+            refuse(self.model, "its forward calls linear with other tensors than the weight and bias of one module")
+        return link
 
     def _execute(self, recorder: Recorder, arguments: Sequence[Tensor]) -> list[Tensor]:
         """The results of the forward."""
@@ -248,7 +261,8 @@ class _Reader:
             before = len(recorder.trace.events)
             self._now = node.name
             if node.op == "get_attr":
-                env[node] = self._attribute(node)
+                if not all(_is_chain(user) and user.args[0] is not node for user in node.users):
+                    env[node] = self._attribute(node)
                 continue
             group = self._group_from(node)
             if group:
@@ -274,13 +288,12 @@ class _Reader:
         return group
 
     def _layers_in(self, node: fx.Node) -> int:
-        """How many of a node's inputs are modules."""
-        is_chain = node.op == "call_function" and node.target is run_chain
-        return len({*node.args[1].values()}) if is_chain else 0  # type: ignore[union-attr]
+        """How many of a node's inputs are modules, or tensors of layers."""
+        return sum(each.op == "get_attr" for each in node.all_input_nodes) if _is_chain(node) else 0
 
     def _is_of_sequence(self, node: fx.Node) -> bool:
         links = self._links_of(node)
-        return bool(links) and all(type(link.module) in LEAVES for link in links)
+        return bool(links) and all(type(link.module) in _IN_NETWORKS for link in links)
 
     def _sequence(self, recorder: Recorder, node: fx.Node, links: Sequence[Link], x: Any) -> Tensor:
         """What modules compute one after another: networks as long as can be, and what is left between them."""
@@ -316,13 +329,11 @@ class _Reader:
         reason = None
         if link.name in self._modules:
             self._check_above(link.name)
-            reason = replaced(module, LEAVES[kind]) or watched_obstacle(module) or form_obstacle(module)
+            reason = replaced(module, _IN_NETWORKS[kind]) or watched_obstacle(module) or form_obstacle(module)
         if isinstance(module, nn.BatchNorm1d):
             self.has_norm = True
             if module.running_mean is None or module.running_var is None:
                 reason = reason or "it has no running statistics"
-        if isinstance(module, nn.Flatten):
-            reason = reason or "only a chain of layers may flatten its input"
         random = isinstance(module, (nn.Dropout, nn.AlphaDropout)) and module.p > 0
         if module.training and (random or isinstance(module, nn.BatchNorm1d)):
             reason = reason or "it is in training mode; call model.eval() first"
@@ -390,14 +401,15 @@ class _Reader:
             self.refuse(node.name, f"{type(error).__name__}: {error}")
 
     def _call_module(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        link = Link(str(node.target), self._recorded.get_submodule(str(node.target)))
+        link = self._link(node)
         module, kind = link.module, type(link.module)
-        if kind not in CALLED:
-            raise Refusal(
-                f"fastmlp: {place_of(*link)} cannot be frozen: {kind.__name__} is not a module that is frozen"
-            )
         self._check_above(link.name)
-        reason = replaced(module, _CALLED_FORWARDS[kind]) or watched_obstacle(module)
+        if kind in AT_ENDS and kind not in CALLED:
+            reason: str | None = "only a chain of layers may begin or end with it"
+        elif kind not in CALLED:
+            reason = f"{kind.__name__} is not a module that is frozen"
+        else:
+            reason = replaced(module, _CALLED_FORWARDS[kind]) or watched_obstacle(module)
         if reason is not None:
             raise Refusal(f"fastmlp: {place_of(*link)} cannot be frozen: {reason}")
         self._between.append(link)
@@ -432,6 +444,10 @@ def _weight(link: Link) -> Tensor:
     weight = link.module.weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def _is_chain(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is run_chain
 
 
 def _is_layer(link: Link) -> bool:

@@ -18,10 +18,10 @@ from torch.nn.modules.loss import _Loss
 from fastmlp import optim
 from fastmlp._errors import shortened
 from fastmlp._load import _C
-from fastmlp.chain import Link, Uncompared, layers_of, links
+from fastmlp.chain import Link, Uncompared, ends_of, layers_of, links
 from fastmlp.hooks import has_hooks
 from fastmlp.linear import Linear
-from fastmlp.runs import Alone, parts, why_called
+from fastmlp.runs import Alone, Run, parts, why_called
 
 __all__ = [
     "CALLS",
@@ -45,18 +45,20 @@ class Loss:
         number: an attribute that is a number: its name, the least and the most that it may be, and that in words.
         index: the name of an attribute that is an integer.
         unweighted: the name of a buffer that has to be None.
+        follows: the activation, or `log_softmax`, that the model has to end with; None for any.
     """
 
     kind: int
     number: tuple[str, float, float, str] | None
     index: str | None
     unweighted: str | None
+    follows: str | None
 
 
 #: Classes that can be trained with, exactly.
 LOSSES: dict[type[nn.Module], Loss] = {
-    getattr(nn, name): Loss(kind, number, index, unweighted)
-    for kind, (name, number, index, unweighted) in enumerate(_C.losses())
+    getattr(nn, name): Loss(kind, number, index, unweighted, follows)
+    for kind, (name, number, index, unweighted, follows) in enumerate(_C.losses())
 }
 
 #: Functions that compute, with their default arguments, what modules of these classes do.
@@ -67,6 +69,8 @@ _FUNCTIONS: dict[Callable[..., Any], type[nn.Module]] = {
     F.huber_loss: nn.HuberLoss,
     F.cross_entropy: nn.CrossEntropyLoss,
     F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    F.binary_cross_entropy: nn.BCELoss,
+    F.nll_loss: nn.NLLLoss,
 }
 OPTIMIZERS: dict[type[torch.optim.Optimizer], int] = {
     getattr(module, name): rule for module in (torch.optim, optim) for name, (rule, _) in optim.RULES.items()
@@ -125,9 +129,10 @@ def explain(
     model: nn.Module, loss_fn: nn.Module | Callable[..., Tensor], optimizer: torch.optim.Optimizer
 ) -> tuple[str, ...]:
     """A sentence for each obstacle, and a last one where `fastmlp.capture` needs no change at all."""
-    of_model, of_optimizer = _model_problems(model), _optimizer_problems(optimizer)
-    together = [] if of_model or of_optimizer else _ownership_problems(model, optimizer)
-    found = [*of_model, *_loss_problems(loss_fn), *of_optimizer, *together]
+    of_model, of_loss, of_optimizer = _model_problems(model), _loss_problems(loss_fn), _optimizer_problems(optimizer)
+    together = [] if of_model or of_loss else _ending_problems(model, module_of_loss(loss_fn))
+    together += [] if of_model or of_optimizer else _ownership_problems(model, optimizer)
+    found = [*of_model, *of_loss, *of_optimizer, *together]
     beyond = all(isinstance(problem, _Beyond) for problem in found)
     if found and beyond and all(parameter.device.type in _DEVICES for parameter in model.parameters()):
         found.append(_CAPTURE)
@@ -318,6 +323,34 @@ def _optimizer_problems(optimizer: torch.optim.Optimizer) -> list[str]:
     if kind.zero_grad is not ZERO_GRADS[kind] or "zero_grad" in optimizer.__dict__:
         found.append("the zero_grad of optimizer was replaced")
     return found
+
+
+#: What losses that follow an activation or a softmax take, and the loss that takes what the layer before it gives.
+_TAKEN = {
+    "sigmoid": ("probabilities", nn.Sigmoid, nn.BCEWithLogitsLoss),
+    "log_softmax": ("logarithms of probabilities", nn.LogSoftmax, nn.CrossEntropyLoss),
+}
+
+
+def _ending_problems(model: nn.Module, loss_fn: nn.Module) -> list[str]:
+    chain = links(model)
+    head, follows, name = ends_of(chain).head, LOSSES[type(loss_fn)].follows, type(loss_fn).__name__
+    if head == "softmax":
+        return [_beyond("model ends with a softmax, and no loss of a TrainStep takes probabilities of several classes")]
+    if head != "none" and head != follows:
+        return [_beyond(f"model ends with the logarithm of a softmax, which {name} does not take: NLLLoss does")]
+    last = head if head != "none" else _last_activation(layers_of(chain))
+    if follows in (None, last):
+        return []
+    what, module, other = _TAKEN[follows]
+    text = f"loss_fn is {name}, which takes {what}, and model does not end with {module.__name__}"
+    return [_beyond(f"{text}: {other.__name__} takes what a layer gives")]
+
+
+def _last_activation(chain: Sequence[Link]) -> str:
+    last = parts({str(i): link.module for i, link in enumerate(chain)})[-1]
+    assert isinstance(last, Run)
+    return last.layers[-1].activation.name
 
 
 def _ownership_problems(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -22,6 +22,7 @@ from fastmlp.ops import Stack, stack_of
 __all__ = [
     "FUSABLE",
     "Alone",
+    "Child",
     "Layer",
     "Run",
     "form_obstacle",
@@ -32,6 +33,9 @@ __all__ = [
     "watched_obstacle",
     "why_called",
 ]
+
+#: What a `Sequential` runs: a module, or of a recorded forward the weight and bias of a layer that has no module.
+Child: TypeAlias = nn.Module | tuple[Tensor, Tensor | None]
 
 #: What a module is in a run: a layer, the activation of the layer before it, or nothing (a `Dropout` outside of
 #: training).
@@ -69,17 +73,16 @@ def register(sequential: type[nn.Module]) -> None:
         nn.Linear,
         Linear,
         nn.Dropout,
-        nn.Flatten,
         sequential,
         {kind: (name, tuple(DEFAULTS[name])) for kind, name in reference.MODULES.items()},
         {name: kind for kind, name in enumerate(DEFAULTS)},
-        original_forwards([*FUSABLE, nn.Flatten]),
+        original_forwards(FUSABLE),
         GLOBAL_HOOKS,
     )
     _C.set_composed_forward(composed_forward)
 
 
-def run_parts(children: Mapping[str, nn.Module | None], input: Any) -> Any:
+def run_parts(children: Mapping[str, Child | None], input: Any) -> Any:
     """What a `Sequential` of these children computes, for Dynamo, which cannot see into `_C.run_children`."""
     for part in parts(children):
         if isinstance(part, Alone):
@@ -137,7 +140,7 @@ class Alone(NamedTuple):
     reason: str
 
 
-def parts(children: Mapping[str, nn.Module | None]) -> list[Run | Alone]:
+def parts(children: Mapping[str, Child | None]) -> list[Run | Alone]:
     """What a `Sequential` of these children executes, one after the other.
 
     Raises:
@@ -152,16 +155,30 @@ def parts(children: Mapping[str, nn.Module | None]) -> list[Run | Alone]:
     for name, child in children.items():
         if child is None:
             raise not_a_child(name)
+        if isinstance(child, tuple):
+            run = _run_for(run, child[0], found)
+            run.names.append(name)
+            run.layers.append(Layer(name, *child, IDENTITY))
+            continue
         reason = why_called(child) or _why_not_in(run, child)
         if reason is not None:
             found.append(Alone(name, child, reason))
             run = None
             continue
-        if run is None or _is_of_another_kind(run, child):
-            run = Run(is_first=not found)
-            found.append(run)
+        run = _run_for(run, child._parameters.get("weight"), found)
         _take(run, name, child)
     return found
+
+
+def _run_for(run: Run | None, weight: Tensor | None, found: list[Run | Alone]) -> Run:
+    """The run that goes on, or a new one, where the weight of a child is of another kind than those before it."""
+    if run is not None:
+        first = run.layers[0].weight
+        if weight is None or (weight.dtype, weight.device) == (first.dtype, first.device):
+            return run
+    run = Run(is_first=not found)
+    found.append(run)
+    return run
 
 
 def why_called(child: nn.Module) -> str | None:
@@ -219,11 +236,6 @@ def _why_not_in(run: Run | None, child: nn.Module) -> str | None:
     if role == "activation" and run.layers[-1].activation != IDENTITY:
         return "the layer before it has an activation already"
     return None
-
-
-def _is_of_another_kind(run: Run, child: nn.Module) -> bool:
-    weight, first = child._parameters.get("weight"), run.layers[0].weight
-    return weight is not None and (weight.dtype != first.dtype or weight.device != first.device)
 
 
 def _take(run: Run, name: str, child: nn.Module) -> None:

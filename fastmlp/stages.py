@@ -14,12 +14,12 @@ from fastmlp import reference
 from fastmlp._errors import described, place_of
 from fastmlp._load import _C
 from fastmlp.activations import DEFAULTS, IDENTITY, Activation, resolve
-from fastmlp.chain import Link, flattens, layers_of, links
+from fastmlp.chain import AT_ENDS, Ends, Link, ends_of, layers_of, links
 from fastmlp.frozen_graph import CALLED, Graph, read
 from fastmlp.linear import Linear
 from fastmlp.recipe import Constant, Recipe
 
-__all__ = ["GraphPlan", "Layer", "Plan", "Stage", "Tensors", "seen"]
+__all__ = ["GraphPlan", "Layer", "Plan", "Stage", "Tensors", "check_alike", "layers_of_stages", "seen"]
 
 #: For each module that is watched, its parameters and buffers by name.
 Tensors: TypeAlias = Sequence[Mapping[str, Tensor | None]]
@@ -109,11 +109,41 @@ class Stage:
         return Layer(weight, bias, dtype)
 
 
+def check_alike(stage: Stage, layer: Layer, first: Stage, expected: Layer) -> None:
+    """Raises unless a layer has the dtype and the device of the first one."""
+    name = stage.where("weight")
+    if layer.dtype != expected.dtype:
+        raise RuntimeError(
+            f"fastmlp: {name} has dtype {layer.dtype}, expected {expected.dtype}, that of {first.where('weight')}"
+        )
+    if layer.weight.device != expected.weight.device:
+        where = f"expected {expected.weight.device}, where {first.where('weight')} is"
+        raise RuntimeError(f"fastmlp: {name} is on {layer.weight.device}, {where}")
+
+
+def layers_of_stages(stages: Sequence[Stage], tensors: Tensors) -> list[Layer]:
+    """The layers of a chain as they are now, which fit together."""
+    layers = [stage.layer(tensors) for stage in stages]
+    for stage, layer, before in zip(stages, layers, [None, *layers], strict=False):
+        check_alike(stage, layer, stages[0], layers[0])
+        if before is not None and layer.weight.shape[1] != before.weight.shape[0]:
+            raise RuntimeError(
+                f"fastmlp: {stage.where('weight')} has shape {list(layer.weight.shape)}, expected "
+                f"{before.weight.shape[0]} in the last dimension, the out_features of the layer before"
+            )
+    return layers
+
+
 class Plan(NamedTuple):
-    """A chain: its layers, and whether it flattens its input."""
+    """A chain: its layers, and what it does before and after them."""
 
     stages: list[Stage]
-    flattens: bool
+    ends: Ends
+
+    @property
+    def matrices_only(self) -> bool:
+        """Whether inputs must have two dimensions, but for those that are flattened."""
+        return self.ends.matrices_only or any(stage.before or stage.after for stage in self.stages)
 
     def fits(self, tensors: Tensors) -> bool:
         """Whether it is still what the model is, with these tensors."""
@@ -272,7 +302,7 @@ def _watch_of(model: nn.Module, inputs: tuple[Any, ...] | None) -> _C.Watch:
         chain = links(model)
         entries, places = _watched(model, chain, None)
         watch = _C.Watch(entries)
-        watch.plan = Plan(_stages_of(layers_of(chain), places), flattens(chain))
+        watch.plan = Plan(_stages_of(layers_of(chain), places), ends_of(chain))
     except TypeError as error:
         if not isinstance(model, nn.Module):
             raise
@@ -349,31 +379,35 @@ def _watched(
         tensors: of a graph, the parameters and buffers that are watched besides: names of modules, and their own. Of
             a graph all modules are watched.
     """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    # An activation that the forward calls as a function is no module of the model, so it cannot be watched. Of a layer
+    # that it calls so the module is watched that holds its parameters, as a layer or as what it is besides.
+    watched: dict[str, nn.Module] = {}
+    for link in chain:
+        module = modules.get(link.name)
+        if link.module is module:
+            watched[link.name] = link.module
+        elif module is not None and link.module._parameters is module._parameters:
+            watched.setdefault(link.name, link.module)
     places: dict[str, int] = {}
     found: list[_Watched] = []
 
-    def add(name: str, module: nn.Module, leaf: bool) -> int:
+    def add(name: str) -> int:
         if name not in places:
             parent, _, key = name.rpartition(".")
-            above = add(parent, model.get_submodule(parent), False) if name else 0
+            above = add(parent) if name else 0
             places[name] = len(found)
-            attributes, parameters, buffers = _what_matters(module)
+            module, link = modules[name], watched.get(name)
+            attributes, parameters, buffers = _what_matters(link or module)
             own = [key for other, key in tensors or () if other == name]
             parameters = [*dict.fromkeys([*parameters, *(key for key in own if key in module._parameters)])]
             buffers = [*dict.fromkeys([*buffers, *(key for key in own if key in module._buffers)])]
-            children = -1 if leaf else len(module._modules)
+            children = -1 if link is module else len(module._modules)
             found.append((above, key, module, children, attributes, parameters, buffers))
         return places[name]
 
-    modules = dict(model.named_modules(remove_duplicate=False))
-    whole = {} if tensors is None else modules
-    add("", model, any(model is link.module for link in chain))
-    for link in chain:
-        # An activation that the forward calls as a function is no module of the model, so it cannot be watched.
-        if modules.get(link.name) is link.module:
-            add(link.name, link.module, True)
-    for name, module in whole.items():
-        add(name, module, False)
+    for name in ("", *watched, *(() if tensors is None else modules)):
+        add(name)
     return found, places
 
 
@@ -385,8 +419,8 @@ def _what_matters(module: nn.Module) -> tuple[Sequence[str], Sequence[str], Sequ
         # The number of batches is watched, because training changes the statistics without raising their version
         # counters, but raises that of this number.
         return ("training", "eps"), ("weight", "bias"), ("running_mean", "running_var", "num_batches_tracked")
-    if isinstance(module, nn.Flatten):
-        return ("start_dim", "end_dim"), (), ()
+    if type(module) in AT_ENDS:
+        return AT_ENDS[type(module)], (), ()
     if isinstance(module, (nn.Dropout, nn.AlphaDropout)):
         return ("training", "p"), (), ()
     if type(module) in CALLED:

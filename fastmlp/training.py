@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmlp import problems
 from fastmlp._load import _C
-from fastmlp.chain import links
+from fastmlp.chain import AT_ENDS, ends_of, layers_of, links
 
 __all__ = ["TrainStep"]
 
@@ -59,12 +59,16 @@ class TrainStep:
     Args:
         model: a `fastmlp.Sequential`, `MLP` or `Linear`, their counterparts of `torch.nn`, or any module whose forward
             is one chain of layers and activations. It may begin by flattening its input: with a `torch.nn.Flatten()`,
-            or by a call such as `x.flatten(1)` or `x.view(x.size(0), -1)`. Parameters are float32 or float64, each
-            once, and on the CPU: on another device the loop's own four lines are the way.
+            or by a call such as `x.flatten(1)` or `x.view(x.size(0), -1)`. It may end by giving its output another
+            shape, with a `torch.nn.Flatten` or `Unflatten`, or by calls such as `x.squeeze(-1)` and `x.view(-1, 2, 3)`.
+            Parameters are float32 or float64, each once, and on the CPU: on another device the loop's own four lines
+            are the way.
         loss_fn: exactly an `nn.MSELoss`, `L1Loss`, `HuberLoss`, `SmoothL1Loss`, `BCEWithLogitsLoss` (without `weight`)
-            or `CrossEntropyLoss`, with the reduction "mean" or "sum"; or one of torch.nn.functional's `mse_loss`,
-            `l1_loss`, `huber_loss`, `smooth_l1_loss`, `binary_cross_entropy_with_logits` and `cross_entropy`, which
-            stand for these modules as they are by default.
+            or `CrossEntropyLoss`, with the reduction "mean" or "sum"; after a `Sigmoid` at the end of the model also a
+            `BCELoss` (without `weight`), and after a `LogSoftmax` along the features only an `NLLLoss`. Or one of
+            torch.nn.functional's `mse_loss`, `l1_loss`, `huber_loss`, `smooth_l1_loss`,
+            `binary_cross_entropy_with_logits`, `cross_entropy`, `binary_cross_entropy` and `nll_loss`, which stand for
+            these modules as they are by default.
         optimizer: exactly an `SGD`, `Adam`, `AdamW` or `RMSprop` of `torch.optim` or `fastmlp.optim`. It has a
             parameter of the model, at least one; those that it lacks get gradients, which are added up, and do not
             move. Parameters that the model does not have keep no gradient, and so do not move.
@@ -87,7 +91,7 @@ class TrainStep:
     Shape:
         input (*, in_features), or where the model begins by flattening (N, ...) with in_features elements in all
         dimensions after the first together; target as `loss_fn` takes it: of the output's shape, or for
-        `CrossEntropyLoss` class indices of shape (N) for an output (N, C).
+        `CrossEntropyLoss` and `NLLLoss` class indices of shape (N) for an output (N, C).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(10, 50), nn.ReLU(), nn.Linear(50, 1))
@@ -149,7 +153,7 @@ class TrainStep:
         Raises:
             RuntimeError: for arguments that do not belong together, under `torch.no_grad`, `torch.inference_mode` or
                 autocast, or if model, loss or optimizer can no longer be run in one call. Nothing has been written
-                then.
+                then. Also, for a `BCELoss`, if an output is NaN, as the loop raises: after its `zero_grad`.
             IndexError: for a class index out of range.
         """
         loss = self._native.run(input, target)
@@ -301,18 +305,20 @@ class TrainStep:
     def _build(self) -> None:
         chain = links(self.model)
         leaves = {link.module for link in chain}
-        holders = {
-            module: (
-                inspect.getattr_static(type(module), "forward"),
-                inspect.getattr_static(type(module), "__call__"),
-                *module._modules.values(),
-            )
-            for module in self.model.modules()
-            if module not in leaves
-        }
+        holders: dict[nn.Module, tuple[Any, ...]] = {}
+        others: dict[nn.Module, tuple[Any, ...]] = {}
+        for module in self.model.modules():
+            functions = [inspect.getattr_static(type(module), name) for name in ("forward", "__call__")]
+            if module not in leaves:
+                holders[module] = (*functions, *module._modules.values())
+            elif type(module) in AT_ENDS:
+                pairs = ((name, getattr(module, name)) for name in AT_ENDS[type(module)])
+                others[module] = (*functions, *(part for pair in pairs for part in pair))
         kind, loss = type(self.optimizer), problems.module_of_loss(self.loss_fn)
         self._native = _C.TrainStep(
-            tuple(link.module for link in chain),
+            tuple(link.module for link in layers_of(chain)),
+            others,
+            *ends_of(chain),
             holders,
             loss,
             problems.LOSSES[type(loss)].kind,

@@ -26,6 +26,8 @@ struct LossInfo {
   const char* weight = nullptr;      // the buffer with a number for each column
   const char* unweighted = nullptr;  // a buffer that has to be None
   bool takes_classes = false;        // a target holds a class for each row, not a number for each element
+  bool takes_probabilities = false;  // an output or a target that is none is an error
+  const char* follows = nullptr;     // the activation or head of a model that it is taken after, if after one alone
 };
 
 struct MeanSquaredError {
@@ -107,6 +109,25 @@ struct BinaryCrossEntropy {
   }
 };
 
+// Of probabilities. The logarithms are at least -100, and the divisor of the derivative at least 1e-12, a float, as
+// torch has them. So it is not the loss above of what the sigmoid was taken of, where that saturates.
+struct ProbabilityBinaryCrossEntropy {
+  static constexpr LossInfo info = {
+      .name = "BCELoss", .unweighted = "weight", .takes_probabilities = true, .follows = "sigmoid"};
+  template <class M> static typename M::V value(typename M::V y, typename M::V t, typename M::V, Scalars) {
+    return (t - M::fill(1)) * bounded<M>(M::log1p(-y)) - t * bounded<M>(M::log(y));
+  }
+  template <class M>
+  static typename M::V gradient(typename M::V g, typename M::V y, typename M::V t, typename M::V, Scalars) {
+    const auto least = M::fill(1e-12f), variance = (M::fill(1) - y) * y;
+    return g * (y - t) / (variance < least ? least : variance);
+  }
+  template <class M> static typename M::V bounded(typename M::V log) {
+    const auto least = M::fill(-100);
+    return log < least ? least : log;
+  }
+};
+
 struct CrossEntropy {
   static constexpr LossInfo info = {.name = "CrossEntropyLoss",
                                     .number = {"label_smoothing", 0, 1, "0 to 1"},
@@ -115,27 +136,26 @@ struct CrossEntropy {
                                     .takes_classes = true};
 };
 
+// Of the logarithms of a softmax, which makes it the cross entropy of what that was taken of.
+struct NegativeLogLikelihood {
+  static constexpr LossInfo info = {
+      .name = "NLLLoss", .index = "ignore_index", .weight = "weight", .takes_classes = true, .follows = "log_softmax"};
+};
+
 template <class... L> struct LossList {
   static constexpr int size = sizeof...(L);
 };
 
 // The order is the numbering that LossSpec::kind uses.
-using Losses = LossList<MeanSquaredError, MeanAbsoluteError, Huber, SmoothL1, BinaryCrossEntropy, CrossEntropy>;
-
-template <class L, class... Others> constexpr int position_in(LossList<Others...>) {
-  const bool same[] = {__is_same(L, Others)...};
-  int position = 0;
-  while (!same[position]) position++;
-  return position;
-}
-constexpr int cross_entropy_kind = position_in<CrossEntropy>(Losses{});
+using Losses = LossList<MeanSquaredError, MeanAbsoluteError, Huber, SmoothL1, BinaryCrossEntropy, CrossEntropy,
+                        ProbabilityBinaryCrossEntropy, NegativeLogLikelihood>;
 
 // As torch's module has it. The sum over the batch, or its mean, is divided by `divisor` too.
 struct LossSpec {
   int kind = 0;
   bool mean = true;
   double number = 0;         // what LossInfo::number names
-  int64_t ignore_index = 0;  // of cross entropy
+  int64_t ignore_index = 0;  // of losses of classes
   double divisor = 1;
 };
 
@@ -143,7 +163,7 @@ struct LossSpec {
 struct Targets {
   LossSpec spec;
   const void* target = nullptr;      // [rows, columns], or null
-  const int64_t* classes = nullptr;  // [rows], of cross entropy, in range or ignore_index
+  const int64_t* classes = nullptr;  // [rows], in range or ignore_index; of losses of classes
   const void* weight = nullptr;      // null, or [columns]: of classes, or of positive targets
 };
 

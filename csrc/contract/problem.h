@@ -53,6 +53,15 @@ struct Matrix {
   int64_t column_stride = 0;
 };
 
+// What a frozen network makes of each row after its last layer: nothing, its softmax, or the logarithm of that.
+enum class Head { none, softmax, log_softmax };
+
+// How a frozen network begins and ends.
+struct FrozenEnds {
+  bool float32 = false;  // input and output are float32, for weights in bfloat16 alone
+  Head head = Head::none;
+};
+
 struct Layer {
   int64_t in_features = 0;
   int64_t out_features = 0;

@@ -2,7 +2,10 @@
 // arithmetic is behind the table.
 #pragma once
 
-#include "../contract/loss.h"
+#include <atomic>
+#include <optional>
+
+#include "../contract/training_info.h"
 #include "kernel_table.h"
 #include "parallel.h"
 
@@ -15,9 +18,10 @@ template <class S> class BatchLoss {
         targets(targets),
         spec(targets.spec),
         columns(columns),
+        info(loss_info(targets.spec.kind)),
         weight(static_cast<const S*>(targets.weight)) {
     count = double(rows * columns);
-    if (spec.kind == cross_entropy_kind) {
+    if (info.takes_classes) {
       weights = double(columns);
       if (weight) {
         weights = 0;
@@ -31,7 +35,8 @@ template <class S> class BatchLoss {
 
   // The sum over some rows, whose outputs are given, gapless like the gradient that is written.
   double rows(Range range, const S* output, S* grad) const {
-    if (spec.kind == cross_entropy_kind) return cross_entropy(range, output, grad);
+    if (info.takes_classes) return cross_entropy(range, output, grad);
+    if (info.takes_probabilities && !(kernels.clip->largest(range.size() * columns, output) <= 1)) is_outside_ = true;
     const Scalars scalars{spec.number, 0};
     const auto kernel = kernels.losses[spec.kind];
     const S* target = static_cast<const S*>(targets.target) + range.begin * columns;
@@ -43,8 +48,12 @@ template <class S> class BatchLoss {
     return sum;
   }
 
-  // The loss, from the sum over all rows. The mean of nothing is no number.
-  double of(double sum) const { return !spec.mean ? sum : (count == 0 ? 0.0 : sum) / count; }
+  // The loss, from the sum over all rows. The mean of nothing is no number. None if it takes probabilities, and some
+  // output is none.
+  std::optional<double> of(double sum) const {
+    if (is_outside_) return std::nullopt;
+    return !spec.mean ? sum : (count == 0 ? 0.0 : sum) / count;
+  }
 
  private:
   bool is_ignored(int64_t row) const { return targets.classes[row] == spec.ignore_index; }
@@ -70,10 +79,12 @@ template <class S> class BatchLoss {
   const Targets& targets;
   const LossSpec& spec;
   const int64_t columns;
+  const LossInfo& info;
   const S* const weight;
-  double weights = 0;  // of all classes
-  double count = 0;    // what a mean divides by
-  double scale = 1;    // of the gradient
+  double weights = 0;                             // of all classes
+  double count = 0;                               // what a mean divides by
+  double scale = 1;                               // of the gradient
+  mutable std::atomic<bool> is_outside_ = false;  // some output is no probability
 };
 
 }  // namespace fastmlp::cpu

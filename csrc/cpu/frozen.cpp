@@ -42,11 +42,11 @@ namespace {
 
 template <class S> class Packed final : public PackedNetwork {
  public:
-  Packed(const KernelTable& table, const Network& network, bool float32_ends)
-      : PackedNetwork(table, network, float32_ends),
+  Packed(const KernelTable& table, const Network& network, const FrozenEnds& ends)
+      : PackedNetwork(table, network, ends),
         packed(kernels_of<S>(table), network),
-        rows_form(table, packed, float32_ends),
-        columns_form(table, packed, float32_ends, rows_form),
+        rows_form(table, packed, ends.float32),
+        columns_form(table, packed, ends.float32, rows_form),
         nr(kernels_of<S>(table).nr),
         rows_cost(rows_form.cost()),
         columns_cost(columns_form.cost()) {
@@ -80,8 +80,17 @@ template <class S> class Packed final : public PackedNetwork {
       Carver carver(workspace.data() + size_t(slot) * own.used());
       const FrozenScratch<S> scratch = form.carve(carver, longest);
       table_.mark();
-      form.run(input, part_of(rows, unit, b, blocks), output, scratch);
+      const Range part = part_of(rows, unit, b, blocks);
+      form.run(input, part, output, scratch);
+      if (ends_.head == Head::none) return;
+      ends_.float32 ? apply_head<float>(part, output) : apply_head<S>(part, output);
     });
+  }
+
+  // To some rows of an output of elements T.
+  template <class T> void apply_head(Range rows, void* output) const {
+    T* const first = static_cast<T*>(output) + rows.begin * out_features();
+    kernels_of<T>(table_).head(rows.size(), out_features(), ends_.head == Head::log_softmax, first);
   }
 
   const PackedLayers<S> packed;
@@ -93,8 +102,8 @@ template <class S> class Packed final : public PackedNetwork {
 
 }  // namespace
 
-PackedNetwork::PackedNetwork(const KernelTable& table, const Network& network, bool float32_ends)
-    : table_(table), dtype_(network.dtype), float32_ends_(float32_ends) {
+PackedNetwork::PackedNetwork(const KernelTable& table, const Network& network, const FrozenEnds& ends)
+    : table_(table), dtype_(network.dtype), ends_(ends) {
   for (const Layer& layer : network.layers) {
     layers_.push_back({layer.in_features, layer.out_features, layer.bias.data != nullptr, layer.activation});
     multiply_adds_ += double(layer.in_features) * double(layer.out_features);
@@ -102,9 +111,9 @@ PackedNetwork::PackedNetwork(const KernelTable& table, const Network& network, b
 }
 
 std::shared_ptr<const PackedNetwork> PackedNetwork::pack(const KernelTable& table, const Network& network,
-                                                         bool float32_ends) {
+                                                         const FrozenEnds& ends) {
   return with_storage(network.dtype, [&](auto storage) -> std::shared_ptr<const PackedNetwork> {
-    return std::make_shared<Packed<decltype(storage)>>(table, network, float32_ends);
+    return std::make_shared<Packed<decltype(storage)>>(table, network, ends);
   });
 }
 
@@ -127,7 +136,7 @@ std::shared_ptr<const PackedNetwork> PackedNetwork::packed_for(const KernelTable
     }
     unpack(l, layer.weight.data, layer.bias.data);
   }
-  return pack(table, network, float32_ends_);
+  return pack(table, network, ends_);
 }
 
 }  // namespace fastmlp::cpu

@@ -46,8 +46,9 @@ struct FrozenLayer {
 class PackedNetwork {
  public:
   // Packs the layers of a network, whose rows and input are ignored, for an instruction set. Biases are of the type
-  // that the dtype is computed in. With `float32_ends`, for bfloat16 alone, input and output are float32.
-  static std::shared_ptr<const PackedNetwork> pack(const KernelTable& table, const Network& network, bool float32_ends);
+  // that the dtype is computed in.
+  static std::shared_ptr<const PackedNetwork> pack(const KernelTable& table, const Network& network,
+                                                   const FrozenEnds& ends);
   virtual ~PackedNetwork() = default;
 
   // `output` has rows without gaps.
@@ -58,8 +59,6 @@ class PackedNetwork {
 
   const KernelTable& table() const { return table_; }
   DType dtype() const { return dtype_; }
-  bool float32_ends() const { return float32_ends_; }
-  DType end_dtype() const { return float32_ends_ ? DType::float32 : dtype_; }
   const std::vector<FrozenLayer>& layers() const { return layers_; }
   int64_t in_features() const { return layers_.front().in_features; }
   int64_t out_features() const { return layers_.back().out_features; }
@@ -67,11 +66,11 @@ class PackedNetwork {
   int64_t bytes() const { return bytes_; }
 
  protected:
-  PackedNetwork(const KernelTable& table, const Network& network, bool float32_ends);
+  PackedNetwork(const KernelTable& table, const Network& network, const FrozenEnds& ends);
 
   const KernelTable& table_;
   const DType dtype_;
-  const bool float32_ends_;
+  const FrozenEnds ends_;
   std::vector<FrozenLayer> layers_;
   double multiply_adds_ = 0;
   int64_t bytes_ = 0;

@@ -209,10 +209,12 @@ template <class S> struct Kernels {
   void (*widen)(int64_t n, const S* x, C* out);
   void (*narrow)(int64_t n, const C* x, S* out);
   const ActivationKernels<S>* activations;
-  const ElementLoss<S>* losses;  // null for cross entropy
+  const ElementLoss<S>* losses;  // null for losses of classes
   // That of one row and the class it belongs to; `weights` is the sum of the weights, or the number of classes.
   double (*cross_entropy)(int64_t classes, const S* output, int64_t target, const S* weight, double weights,
                           double smoothing, double scale, S* grad);
+  // The softmax of each of some gapless rows, or its logarithm, in place. No row depends on another.
+  void (*head)(int64_t rows, int64_t columns, bool log, S* x);
   const UpdateKernel* updates;
   const ClipKernels<S>* clip;
   // By the numbers of contract/elementwise.h, and sum, max, min. Null for the dtypes that are not computed in

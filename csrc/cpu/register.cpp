@@ -15,6 +15,7 @@
 #include <optional>
 #include <utility>
 
+#include "../contract/training_info.h"
 #include "../tensors/derivatives.h"
 #include "../tensors/devices.h"
 #include "../tensors/dtypes.h"
@@ -66,15 +67,28 @@ void check_classes(const at::Tensor& target, const LossSpec& spec, int64_t colum
   }
 }
 
+void check_probabilities(const at::Tensor& target) {
+  const auto check = [&](auto zero) {
+    const auto* const all = target.const_data_ptr<decltype(zero)>();
+    for (int64_t i = 0; i < target.numel(); i++) {
+      TORCH_CHECK(all[i] >= 0 && all[i] <= 1, "fastmlp: target holds ", all[i], ", expected numbers between 0 and 1");
+    }
+  };
+  target.scalar_type() == at::kFloat ? check(0.0f) : check(0.0);
+}
+
 at::Tensor train_into(const Stack& stack, const at::Tensor& input, at::TensorList parameters, const LossSpec& spec,
                       const at::Tensor& target, const at::Tensor& weight, at::TensorList grads, at::Tensor& memory) {
-  if (spec.kind == cross_entropy_kind)
-    check_classes(target, spec, parameters[stack.weight(stack.layers() - 1)].size(0));
+  const LossInfo& info = loss_info(spec.kind);
+  if (info.takes_classes) check_classes(target, spec, parameters[stack.weight(stack.layers() - 1)].size(0));
+  if (info.takes_probabilities) check_probabilities(target);
   const StepTensors tensors = step_pass(Device::name, stack, input, parameters, spec, target, weight, grads);
   const int64_t bytes = int64_t(train_bytes(tensors.pass));
   if (bytes > 0 && (!memory.defined() || memory.numel() < bytes)) memory = allocate({bytes}, at::kByte);
   at::Tensor result = allocate({}, input.scalar_type());
-  const double loss = train(tensors.pass, bytes > 0 ? memory.data_ptr() : nullptr, threads());
+  const std::optional<double> trained = train(tensors.pass, bytes > 0 ? memory.data_ptr() : nullptr, threads());
+  if (!trained) return {};
+  const double loss = *trained;
   if (input.scalar_type() == at::kFloat) {
     *result.mutable_data_ptr<float>() = float(loss);
   } else {
@@ -186,7 +200,7 @@ class HostNetwork final : public FrozenNetwork {
 };
 
 std::shared_ptr<FrozenNetwork> freeze(const Stack& stack, const FrozenNetwork::Parameters& parameters,
-                                      bool float32_ends) {
+                                      const FrozenEnds& ends) {
   const auto& [weights, biases] = parameters;
   const at::ScalarType dtype = weights.front().scalar_type();
   Network network;
@@ -200,13 +214,14 @@ std::shared_ptr<FrozenNetwork> freeze(const Stack& stack, const FrozenNetwork::P
     layer.activation = stack.activation(l);
     if (biases[l]) layer.bias = {biases[l]->data_ptr(), biases[l]->stride(0)};
   }
-  auto packed = PackedNetwork::pack(active(), network, float32_ends);
+  auto packed = PackedNetwork::pack(active(), network, ends);
   HostNetwork::Form form{
       .layers = stack.specs().vec(),
       .features = features_of(weights),
       .device = weights.front().device(),
       .dtype = dtype,
-      .end_dtype = float32_ends ? at::kFloat : dtype,
+      .end_dtype = ends.float32 ? at::kFloat : dtype,
+      .head = ends.head,
       .bytes = packed->bytes(),
       .takes_arrays = true,
       .multiply_adds = packed->multiply_adds(),

@@ -73,7 +73,7 @@ size_t train_bytes(const StepPass& pass) {
   return network.dtype == DType::float64 ? of(double{}) : of(float{});
 }
 
-double train(const StepPass& pass, void* memory, int threads) {
+std::optional<double> train(const StepPass& pass, void* memory, int threads) {
   const KernelTable& table = active();
   const Network& network = pass.backward.network;
   const auto of = [&](auto storage) {

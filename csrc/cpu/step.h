@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <optional>
 #include <vector>
 
 #include "../contract/loss.h"
@@ -13,8 +14,9 @@ namespace fastmlp::cpu {
 // What `train` needs of the caller's memory, besides its own scratch: outputs of wide layers for the batch.
 size_t train_bytes(const StepPass& pass);
 
-// Returns the loss and writes the gradients of the pass. float32 and float64.
-double train(const StepPass& pass, void* memory, int threads);
+// Returns the loss and writes the gradients of the pass. float32 and float64. No loss if it takes probabilities, and
+// some output is none.
+std::optional<double> train(const StepPass& pass, void* memory, int threads);
 
 // All updates; their parts do not depend on each other, so the bits do not depend on the number of threads.
 void update(const std::vector<Update>& updates, int threads);

@@ -38,14 +38,16 @@ py::list activations() {
   return all;
 }
 
-// Of each loss what its module has: the class, a number with its limits, an index, and a buffer that has to be None.
+// Of each loss what its module has: the class, a number with its limits, an index, and a buffer that has to be None;
+// and the activation or head that it is taken after, if after one alone.
 py::list losses() {
   py::list all;
   for (int kind = 0; kind < Losses::size; kind++) {
     const LossInfo& info = loss_info(kind);
     const LossNumber& number = info.number;
     const auto limits = py::make_tuple(number.name, number.least, number.most, number.expected);
-    all.append(py::make_tuple(info.name, number.name ? py::object(limits) : py::none(), info.index, info.unweighted));
+    all.append(py::make_tuple(info.name, number.name ? py::object(limits) : py::none(), info.index, info.unweighted,
+                              info.follows));
   }
   return all;
 }
@@ -189,11 +191,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("clip_grad_value", &clip_grad_value);
   m.def("losses", &losses);
   py::class_<TrainStep>(m, "TrainStep", py::custom_type_setup(&collect_train_steps))
-      .def(py::init([](py::tuple links, py::dict holders, py::object loss, int kind, py::object optimizer, int rule,
-                       py::object call, py::object forward, py::object step, py::object zero_grad,
-                       std::optional<double> max_norm, std::optional<double> clip_value, int64_t accumulate,
-                       bool keep_grads) {
-        return std::make_unique<TrainStep>(links, holders, loss, kind, optimizer, rule,
+      .def(py::init([](py::tuple links, py::dict others, bool flattens, bool matrices_only, std::string head,
+                       const std::vector<Reshaping::Call>& reshapings, py::dict holders, py::object loss, int kind,
+                       py::object optimizer, int rule, py::object call, py::object forward, py::object step,
+                       py::object zero_grad, std::optional<double> max_norm, std::optional<double> clip_value,
+                       int64_t accumulate, bool keep_grads) {
+        NetworkEnds ends{flattens, matrices_only, std::move(head), Reshapings(reshapings.begin(), reshapings.end())};
+        return std::make_unique<TrainStep>(links, others, std::move(ends), holders, loss, kind, optimizer, rule,
                                            Originals{call, forward, step, zero_grad},
                                            TrainOptions{max_norm, clip_value, accumulate, keep_grads});
       }))

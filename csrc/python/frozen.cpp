@@ -94,7 +94,8 @@ void check_shape(const Call& call, const View& x) {
   TORCH_CHECK(x.sizes[x.dims - 1] == features, "fastmlp: input has shape ", x.shape(), ", expected ", features,
               " in the last dimension, the in_features of the frozen network");
   TORCH_CHECK(!call.matrices_only || x.dims == 2, "fastmlp: input has shape ", x.shape(),
-              ", expected two dimensions, since a BatchNorm1d takes its features from the second one");
+              ", expected two dimensions, since a BatchNorm1d or a softmax of the model takes the second one as its "
+              "features");
 }
 
 // The shape of the output of x.
@@ -103,6 +104,14 @@ View result_of(const Call& call, const View& x) {
   result.dims = call.flattens ? 2 : x.dims;
   std::copy_n(x.sizes, result.dims, result.sizes);
   result.sizes[result.dims - 1] = call.network->form().out_features();
+  if (!call.reshapings) return result;
+  at::DimVector shape(size_t(result.dims), 0);
+  std::copy_n(result.sizes, result.dims, shape.begin());
+  for (const Reshaping& reshaping : *call.reshapings) reshaping.apply(shape);
+  TORCH_CHECK(shape.size() <= View::most_dimensions, "fastmlp: the output would have ", shape.size(),
+              " dimensions, expected at most ", int(View::most_dimensions));
+  result.dims = int(shape.size());
+  std::copy(shape.begin(), shape.end(), result.sizes);
   return result;
 }
 

@@ -15,6 +15,7 @@
 
 #include "../capture/frozen_graph.h"
 #include "../tensors/frozen_network.h"
+#include "../tensors/reshaping.h"
 #include "frozen_watch.h"
 #include "gil.h"
 
@@ -24,12 +25,13 @@ namespace fastmlp::frozen {
 // replaced together and under the GIL: however many threads read the model at once, a network never stands beside a
 // watch that saw the model later.
 struct State {
-  std::shared_ptr<FrozenNetwork> network;  // of a chain, or
-  std::shared_ptr<FrozenGraph> graph;      // of a graph
-  py::object recipe;                       // what the graph was loaded from, besides tensors
-  bool matrices_only = false;              // inputs must have two dimensions
-  bool flattens = false;                   // inputs are flattened to two dimensions, whatever they have
-  std::shared_ptr<Watch> watch;            // null if there is no model to follow
+  std::shared_ptr<FrozenNetwork> network;        // of a chain, or
+  std::shared_ptr<FrozenGraph> graph;            // of a graph
+  py::object recipe;                             // what the graph was loaded from, besides tensors
+  bool matrices_only = false;                    // inputs must have two dimensions
+  bool flattens = false;                         // inputs are flattened to two dimensions, whatever they have
+  std::shared_ptr<const Reshapings> reshapings;  // of outputs of a chain; null if there are none
+  std::shared_ptr<Watch> watch;                  // null if there is no model to follow
 };
 
 // Raises TypeError for an object that is no FrozenMLP.
@@ -43,12 +45,16 @@ void follow(PyObject* self, State& state);
 struct Call {
   const std::shared_ptr<const FrozenNetwork> network;
   const bool matrices_only, flattens;
+  const std::shared_ptr<const Reshapings> reshapings;
 
   explicit Call(const State& state)
-      : network(state.network), matrices_only(state.matrices_only), flattens(state.flattens) {}
+      : network(state.network),
+        matrices_only(state.matrices_only),
+        flattens(state.flattens),
+        reshapings(state.reshapings) {}
   // Of a graph: a network of its, whose dtype and device are those of all.
   Call(const FrozenGraph& graph, bool matrices_only)
-      : network(graph.networks().front()), matrices_only(matrices_only), flattens(false) {}
+      : network(graph.networks().front()), matrices_only(matrices_only), flattens(false), reshapings(nullptr) {}
   at::Device device() const { return network->form().device; }
   at::ScalarType dtype() const { return network->form().end_dtype; }  // of input and output
   int64_t element() const { return int64_t(c10::elementSize(dtype())); }
@@ -100,7 +106,7 @@ void* memory_of_new_array(const py::object& array);
 std::shared_ptr<FrozenNetwork> network_of(const std::vector<at::Tensor>& weights,
                                           const std::vector<std::optional<at::Tensor>>& biases,
                                           const std::vector<int64_t>& activations, const std::vector<double>& scalars,
-                                          bool float32_ends);
+                                          const FrozenEnds& ends);
 // Up to date with the model, as a call is. Without a network there is nothing to follow, or to read.
 const State& followed(const py::handle& self);
 

@@ -3,8 +3,11 @@
 // letting other threads in between. Must name no device.
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
+#include <iterator>
 #include <limits>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -69,31 +72,55 @@ at::ScalarType dtype_of_weights(const Tensors& weights) {
   return dtype;
 }
 
+constexpr const char* head_names[] = {"none", "softmax", "log_softmax"};
+
+// What a call of a chain does to shapes, and what follows the last layer, as Python has it.
+struct Ends {
+  bool matrices_only, flattens;
+  Head head;
+  std::shared_ptr<const Reshapings> reshapings;
+
+  Ends(bool matrices_only, bool flattens, const std::string& name, const std::vector<Reshaping::Call>& calls)
+      : matrices_only(matrices_only), flattens(flattens) {
+    const auto found = std::find(std::begin(head_names), std::end(head_names), name);
+    TORCH_CHECK_VALUE(found != std::end(head_names), "fastmlp: a network ends with none, softmax or log_softmax, got ",
+                      name);
+    head = Head(found - std::begin(head_names));
+    if (!calls.empty()) reshapings = std::make_shared<const Reshapings>(calls.begin(), calls.end());
+  }
+  // To a network that is in place, instead of what was there.
+  void give(State& state) const {
+    state.graph.reset();
+    state.matrices_only = matrices_only;
+    state.flattens = flattens;
+    state.reshapings = reshapings;
+  }
+};
+
 // Puts a network in place, and the watch of the model that it was read from, null if there is none to follow.
 void load(const py::handle& self, const std::shared_ptr<Watch>& watch, const Tensors& weights, const Biases& biases,
           const std::vector<int64_t>& activations, const std::vector<double>& scalars, bool float32_ends,
-          bool matrices_only, bool flattens) {
+          bool matrices_only, bool flattens, const std::string& head, const std::vector<Reshaping::Call>& reshapings) {
+  const Ends ends(matrices_only, flattens, head, reshapings);
   State& state = state_of(self.ptr());
-  state.network = network_of(weights, biases, activations, scalars, float32_ends);
-  state.graph.reset();
-  state.matrices_only = matrices_only;
-  state.flattens = flattens;
+  state.network = network_of(weights, biases, activations, scalars, {float32_ends, ends.head});
+  ends.give(state);
   state.watch = watch;
 }
 
 // The same as a copy of the weights, with biases of their dtype, for a device that has no other form.
 void load_on_device(const py::handle& self, const std::shared_ptr<Watch>& watch, const Tensors& weights,
                     const Biases& biases, const std::vector<int64_t>& activations, const std::vector<double>& scalars,
-                    bool matrices_only, bool flattens) {
+                    bool matrices_only, bool flattens, const std::string& head,
+                    const std::vector<Reshaping::Call>& reshapings) {
+  const Ends ends(matrices_only, flattens, head, reshapings);
   State& state = state_of(self.ptr());
   const Stack stack(has_bias(biases), activations, scalars);
   check_layers(stack, weights, biases, dtype_of_weights(weights));
   const FrozenNetwork::Parameters parameters{weights, biases};
-  if (!state.network || !state.network->refill(stack, parameters))
-    state.network = std::make_shared<DeviceNetwork>(stack, parameters);
-  state.graph.reset();
-  state.matrices_only = matrices_only;
-  state.flattens = flattens;
+  if (!state.network || !state.network->refill(stack, parameters, ends.head))
+    state.network = std::make_shared<DeviceNetwork>(stack, parameters, ends.head);
+  ends.give(state);
   state.watch = watch;
 }
 
@@ -101,8 +128,15 @@ void check_chain(const State& state) {
   TORCH_CHECK(state.network, "fastmlp: the model of the frozen network has just become a graph; call again");
 }
 
+std::vector<Reshaping::Call> calls_of(const State& state) {
+  std::vector<Reshaping::Call> calls;
+  if (!state.reshapings) return calls;
+  for (const Reshaping& reshaping : *state.reshapings) calls.push_back(reshaping.call());
+  return calls;
+}
+
 // Features, activations and their scalars, dtype of weights, whether input and output are float32, whether inputs are
-// flattened, device, and bytes.
+// flattened, the name of the head, reshapings of the output, device, and bytes.
 py::tuple describe(const py::handle& self) {
   const State& state = followed(self);
   check_chain(state);
@@ -110,7 +144,8 @@ py::tuple describe(const py::handle& self) {
   const FrozenNetwork::Form& form = network->form();
   const LayerLists lists(form.layers);
   return py::make_tuple(form.features, lists.activations, lists.scalars, dtype_name(form.dtype),
-                        form.end_dtype != form.dtype, state.flattens, form.device.str(), form.bytes);
+                        form.end_dtype != form.dtype, state.flattens, head_names[int(form.head)], calls_of(state),
+                        form.device.str(), form.bytes);
 }
 
 // What load takes, of one moment; tensors of a device are its own and not copies.
@@ -119,27 +154,28 @@ py::tuple unload(const py::handle& self) {
   check_chain(state);
   const std::shared_ptr<const FrozenNetwork> network = state.network;
   const bool matrices_only = state.matrices_only, flattens = state.flattens;
+  const std::vector<Reshaping::Call> reshapings = calls_of(state);
   const FrozenNetwork::Form& form = network->form();
   const LayerLists lists(form.layers);
   const auto [weights, biases] = network->parameters();
   return py::make_tuple(weights, biases, lists.activations, lists.scalars, form.end_dtype != form.dtype, matrices_only,
-                        flattens);
+                        flattens, head_names[int(form.head)], reshapings);
 }
 
 }  // namespace
 
 std::shared_ptr<FrozenNetwork> network_of(const Tensors& weights, const Biases& biases,
                                           const std::vector<int64_t>& activations, const std::vector<double>& scalars,
-                                          bool float32_ends) {
+                                          const FrozenEnds& ends) {
   const Stack stack(has_bias(biases), activations, scalars);
   const at::ScalarType dtype = dtype_of_weights(weights);
   check_layers(stack, weights, biases, c10::elementSize(dtype) == 2 ? at::kFloat : dtype);
   const c10::Device device = weights.front().device();
   TORCH_CHECK(packs(device.type()), "fastmlp: weights[0] is on ", device, ", expected ", devices_in_words(&packs));
-  TORCH_CHECK_VALUE(!float32_ends || dtype == at::kBFloat16,
+  TORCH_CHECK_VALUE(!ends.float32 || dtype == at::kBFloat16,
                     "fastmlp: input and output are float32 with weights in torch.bfloat16 only, got ",
                     dtype_name(dtype));
-  return operations_on(device.type())->freeze(stack, {weights, biases}, float32_ends);
+  return operations_on(device.type())->freeze(stack, {weights, biases}, ends);
 }
 
 const State& followed(const py::handle& self) {

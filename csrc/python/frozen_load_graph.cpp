@@ -88,12 +88,13 @@ void load_graph(const py::handle& self, const std::shared_ptr<Watch>& watch, con
   State& state = state_of(self.ptr());
   std::vector<std::shared_ptr<FrozenNetwork>> packed;
   for (const auto& [weights, biases, activations, scalars] : networks)
-    packed.push_back(network_of(weights, biases, activations, scalars, float32_ends));
+    packed.push_back(network_of(weights, biases, activations, scalars, {float32_ends, Head::none}));
   state.graph = std::make_shared<FrozenGraph>(form_of(recipe, constants), std::move(packed));
   state.network.reset();
   state.recipe = recipe;
   state.matrices_only = matrices_only;
   state.flattens = false;
+  state.reshapings.reset();
   state.watch = watch;
 }
 

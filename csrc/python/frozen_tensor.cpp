@@ -22,10 +22,19 @@ at::Tensor flattened(const at::Tensor& input, int64_t rows, const Call& call) {
   return input.reshape({rows, call.network->form().in_features()});
 }
 
+// An output in the shape that the last layer gives it.
+at::Tensor as_of_layer(const at::Tensor& output, const at::Tensor& input, const Call& call) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  at::DimVector shape(input.sizes());
+  shape.back() = call.network->form().out_features();
+  return output.view(shape);
+}
+
 void run(const Call& call, const View& x, const at::Tensor& input, const at::Tensor& output, void* data) {
   if (call.network->form().takes_arrays) return run_on_host(call, x, data);
   // Handles of its own: without the GIL others may drop what the caller gave.
-  const at::Tensor own_input = call.flattens ? flattened(input, output.size(0), call) : input, own_output = output;
+  const at::Tensor own_input = call.flattens ? flattened(input, x.sizes[0], call) : input;
+  const at::Tensor own_output = call.reshapings ? as_of_layer(output, own_input, call) : output;
   const ReleasedGil released = release_for(call, x.rows());
   call.network->run({x, data, &own_input, &own_output});
 }

@@ -15,7 +15,7 @@ namespace fastmlp {
 
 namespace {
 
-enum class Role { linear, fused_linear, activation, dropout, flatten };
+enum class Role { linear, fused_linear, activation, dropout };
 
 // A class that may be part of a run, while it computes by the forward that it came with.
 struct Class {
@@ -111,27 +111,22 @@ bool must_be_called(PyObject* attributes) {
 }
 
 bool is_layer(PyObject* module) {
+  if (PyTuple_CheckExact(module)) return true;
   const Class* c = class_of(module);
   return c && (c->role == Role::linear || c->role == Role::fused_linear);
 }
 
-bool flattens_rows(PyObject* module) {
-  const Class* c = class_of(module);
-  if (!c || c->role != Role::flatten) return false;
-  const py::object attributes = attributes_of(module);
-  return !must_be_called(attributes.ptr()) && integer_of(item(attributes.ptr(), names().start_dim)) == 1 &&
-         integer_of(item(attributes.ptr(), names().end_dim)) == -1;
-}
-
 bool is_watched() { return std::any_of(known.watchers.begin(), known.watchers.end(), filled); }
 
-// False if the layer's weight is not of the kind of those before it.
 bool Run::add_layer(PyObject* attributes, const ActivationSpec& activation) {
   PyObject* parameters = item(attributes, names().parameters);
   if (!parameters || !PyDict_Check(parameters)) return false;
   // Attributes in place of parameters, as in replicas and parametrized layers: the module knows where they are.
-  PyObject* weight = item(parameters, names().weight);
-  PyObject* bias = item(parameters, names().bias);
+  return add_tensors(item(parameters, names().weight), item(parameters, names().bias), activation);
+}
+
+// False if the layer's weight is not of the kind of those before it.
+bool Run::add_tensors(PyObject* weight, PyObject* bias, const ActivationSpec& activation) {
   if (!weight || !bias || !THPVariable_Check(weight)) return false;
   if (!empty()) {
     const at::Tensor& first = THPVariable_Unpack(parameters_[0]);
@@ -156,6 +151,9 @@ bool Run::add_fused_layer(PyObject* attributes) {
 }
 
 bool Run::extend(PyObject* module) {
+  if (PyTuple_CheckExact(module)) {
+    return add_tensors(PyTuple_GET_ITEM(module, 0), PyTuple_GET_ITEM(module, 1), ActivationSpec{identity_kind, {}});
+  }
   const Class* c = class_of(module);
   if (!c || (empty() && c->role != Role::linear && c->role != Role::fused_linear)) return false;
   const py::object attributes = attributes_of(module);
@@ -168,8 +166,6 @@ bool Run::extend(PyObject* module) {
     case Role::dropout:
       return item(attributes.ptr(), names().training) == Py_False ||
              number_of(item(attributes.ptr(), names().p)).value_or(1) == 0;
-    case Role::flatten:
-      return false;
     case Role::activation: {
       const std::optional<ActivationSpec> activation = activation_of(*c, attributes.ptr());
       if (!activation || (activated_ && activation->kind != identity_kind)) return false;
@@ -198,8 +194,8 @@ c10::intrusive_ptr<Stack> Run::stack() const {
 }
 
 void register_modules(const py::object& linear, const py::object& fused_linear, const py::object& dropout,
-                      const py::object& flatten, const py::object& sequential, const py::dict& activations,
-                      const py::dict& kinds, const py::dict& forwards, const py::tuple& watchers) {
+                      const py::object& sequential, const py::dict& activations, const py::dict& kinds,
+                      const py::dict& forwards, const py::tuple& watchers) {
   const auto forever = [](py::handle object) { return object.inc_ref().ptr(); };
   const auto type_of = [&](py::handle type) { return reinterpret_cast<PyTypeObject*>(forever(type)); };
   known.module = type_of(py::module_::import("torch.nn").attr("Module"));
@@ -224,7 +220,6 @@ void register_modules(const py::object& linear, const py::object& fused_linear, 
     if (name == "gelu") known.gelu = c.type;
   }
   add(dropout, Role::dropout);
-  add(flatten, Role::flatten);
   known.layer_forward = _PyType_Lookup(type_of(fused_linear), names().forward);
   known.sequential_forward = _PyType_Lookup(type_of(sequential), names().forward);
   known.gelu_tanh_kind = kinds["gelu_tanh"].cast<int>();

@@ -15,20 +15,20 @@ namespace fastmlp {
 // What fastmlp/modules.py knows and this file is told once: the exact classes of torch.nn and of ours that may be part
 // of a run.
 //   linear, fused_linear: classes of layers; dropout: one that does nothing outside of training
-//   flatten: one that flattens, which is in no run, but which a chain of layers may begin with
 //   sequential: the class whose forward is run_children
 //   activations: {class: (name, (attribute of each parameter, ...))}
 //   kinds: {name: kind}
 //   forwards: {class: how it computes}; a class that is not in it, or computes otherwise by now, is called
 //   watchers: dictionaries of hooks on all modules; while one holds anything every child is called
 void register_modules(const py::object& linear, const py::object& fused_linear, const py::object& dropout,
-                      const py::object& flatten, const py::object& sequential, const py::dict& activations,
-                      const py::dict& kinds, const py::dict& forwards, const py::tuple& watchers);
+                      const py::object& sequential, const py::dict& activations, const py::dict& kinds,
+                      const py::dict& forwards, const py::tuple& watchers);
 
 // Layers and their activations, one after another. Borrows the tensors: no Python code may run that could free them.
 class Run {
  public:
-  // Takes a module in; false, and nothing changed, if it cannot be next.
+  // Takes in a module, or a pair of tensors (weight, and bias or None) that are a layer without a module; false, and
+  // nothing changed, if it cannot be next.
   bool extend(PyObject* module);
   // The same for a fastmlp.Linear that stands by itself, whose class is known.
   bool add_fused_layer(PyObject* attributes);
@@ -40,6 +40,7 @@ class Run {
 
  private:
   bool add_layer(PyObject* attributes, const ActivationSpec& activation);
+  bool add_tensors(PyObject* weight, PyObject* bias, const ActivationSpec& activation);
   void set_activation(const ActivationSpec& activation);
 
   c10::SmallVector<PyObject*, 16> parameters_;
@@ -50,10 +51,7 @@ class Run {
 // Of a module's attributes the dictionary of its children, borrowed; null if it has none.
 PyObject* children_of(PyObject* attributes);
 
-// Whether a module flattens all dimensions but the first, and does nothing else.
-bool flattens_rows(PyObject* module);
-
-// Whether a module is of a class of layers, with a weight and perhaps a bias.
+// Whether an object that Run::extend takes is a layer, with a weight and perhaps a bias.
 bool is_layer(PyObject* module);
 
 // The dictionaries of a module's hooks, borrowed, null for those that it lacks; and whether one holds anything.

@@ -35,8 +35,6 @@ struct Names {
   PyObject* approximate = interned("approximate");
   PyObject* training = interned("training");
   PyObject* p = interned("p");
-  PyObject* start_dim = interned("start_dim");
-  PyObject* end_dim = interned("end_dim");
   PyObject* reduction = interned("reduction");
   // Of an optimizer.
   PyObject* param_groups = interned("param_groups");

@@ -59,6 +59,9 @@ ModuleNames names_of(const py::dict& children, const c10::SmallVector<py::object
 bool overrides_torch(const py::object& object) { return py::hasattr(py::type::of(object), "__torch_function__"); }
 
 py::object call(const py::object& child, const py::object& input) {
+  if (PyTuple_CheckExact(child.ptr())) {
+    return py::module_::import("torch.nn.functional").attr("linear")(input, *py::reinterpret_borrow<py::tuple>(child));
+  }
   PyObject* output = PyObject_CallOneArg(child.ptr(), input.ptr());
   if (!output) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(output);

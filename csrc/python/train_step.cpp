@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "../contract/training_info.h"
 #include "clip.h"
 #include "gil.h"
 #include "objects.h"
@@ -56,10 +57,11 @@ struct Running {
 
 }  // namespace
 
-TrainStep::TrainStep(py::tuple links, py::dict holders, py::object loss, int kind, py::object optimizer, int rule,
-                     Originals originals, const TrainOptions& options)
+TrainStep::TrainStep(py::tuple links, py::dict others, NetworkEnds ends, py::dict holders, py::object loss, int kind,
+                     py::object optimizer, int rule, Originals originals, const TrainOptions& options)
     : links_(std::move(links)),
-      flattens_(links_.size() > 0 && flattens_rows(PyTuple_GET_ITEM(links_.ptr(), 0))),
+      at_ends_(std::move(others)),
+      ends_(std::move(ends)),
       holders_(std::move(holders)),
       loss_(std::move(loss)),
       kind_(kind),
@@ -69,15 +71,16 @@ TrainStep::TrainStep(py::tuple links, py::dict holders, py::object loss, int kin
       options_(options) {}
 
 int TrainStep::traverse(visitproc visit, void* arg) const {
-  for (PyObject* object : {links_.ptr(), holders_.ptr(), loss_.ptr(), optimizer_.ptr(), originals_.call.ptr(),
-                           originals_.forward.ptr(), originals_.step.ptr(), originals_.zero_grad.ptr()})
+  for (PyObject* object :
+       {links_.ptr(), at_ends_.ptr(), holders_.ptr(), loss_.ptr(), optimizer_.ptr(), originals_.call.ptr(),
+        originals_.forward.ptr(), originals_.step.ptr(), originals_.zero_grad.ptr()})
     Py_VISIT(object);
   return 0;
 }
 
 void TrainStep::clear() {
   links_ = py::tuple();
-  holders_ = py::dict();
+  at_ends_ = holders_ = py::dict();
   loss_ = optimizer_ = py::none();
   originals_ = {py::none(), py::none(), py::none(), py::none()};
 }
@@ -155,6 +158,16 @@ void TrainStep::finish_grads(bool keep) {
       grad = slot.grad;
     }
   }
+}
+
+// As zero_grad() leaves them, after a pass that has written into their memory and has no loss.
+void TrainStep::drop_grads() {
+  for (const Slot& slot : slots_) {
+    if (slot.stepped ? waiting == 0 : slot.needed && !slot.added)
+      THPVariable_Unpack(slot.object).mutable_grad().reset();
+  }
+  if (waiting > 0) return;
+  for (PyObject* parameter : others_) THPVariable_Unpack(parameter).mutable_grad().reset();
 }
 
 // As torch.nn.utils.clip_grad_norm_ and clip_grad_value_.
@@ -249,6 +262,11 @@ std::optional<at::Tensor> TrainStep::step(PyObject* input, PyObject* target) {
   if (!read_all(call)) return std::nullopt;
   plan(call);
   at::Tensor loss = pass(call);
+  if (!loss.defined()) {
+    drop_grads();
+    TORCH_CHECK(false, "fastmlp: the model's output holds NaN, expected numbers between 0 and 1, which ",
+                loss_info(kind_).name, " takes");
+  }
   finish_grads(call.keep);
   // If the optimizer's step raises, the gradients of a window still wait for it.
   waiting = options_.accumulate > 1 ? waiting + 1 : 0;

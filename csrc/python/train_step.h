@@ -13,6 +13,7 @@
 
 #include "../tensors/borrowed.h"
 #include "../contract/loss.h"
+#include "../tensors/reshaping.h"
 #include "modules.h"
 #include "../tensors/devices.h"
 #include "optimizer.h"
@@ -25,6 +26,14 @@ struct TrainOptions {
   bool keep_grads = true;
 };
 
+// What a network does before its first layer and after its last activation.
+struct NetworkEnds {
+  bool flattens;       // its input, to rows
+  bool matrices_only;  // takes an input of two dimensions alone
+  std::string head;    // of the last layer's rows: none, softmax or log_softmax
+  Reshapings reshapings;
+};
+
 // What the classes of loss and optimizer had when fastmlp was imported. Who replaces one of them wants it to be called.
 struct Originals {
   py::object call;     // that of torch.nn.Module
@@ -35,11 +44,12 @@ struct Originals {
 
 class TrainStep {
  public:
-  // links: the modules through which the input passes, of which the first may flatten it; holders: {module: (forward
-  // and __call__ of its class, and its children)} of the modules around them. loss: the module, and its kind, an index
-  // into Losses; optimizer: with its rule, an index into Rules.
-  TrainStep(py::tuple links, py::dict holders, py::object loss, int kind, py::object optimizer, int rule,
-            Originals originals, const TrainOptions& options);
+  // links: the layers and activations through which the input passes; others: {module: (forward and __call__ of its
+  // class, and names and values of attributes)} of the modules at the ends, which `ends` describes; holders: {module:
+  // (forward and __call__ of its class, and its children)} of the modules around them. loss: the module, and its kind,
+  // an index into Losses; optimizer: with its rule, an index into Rules.
+  TrainStep(py::tuple links, py::dict others, NetworkEnds ends, py::dict holders, py::object loss, int kind,
+            py::object optimizer, int rule, Originals originals, const TrainOptions& options);
 
   // The loss. None, and nothing done, if the model, the loss or the optimizer is no longer what it was or does not run
   // as one operation now: fastmlp/training.py says why. Raises for arguments that do not belong together, before
@@ -98,6 +108,7 @@ class TrainStep {
   bool read_model(Run& run) const;
   bool read_parameters(Call& call);
   bool read_loss(Call& call) const;
+  bool ends_as_expected(const Run& run) const;
   bool read_optimizer() const;
 
   // Raise for what is not as expected.
@@ -114,11 +125,13 @@ class TrainStep {
   at::Tensor pass(Call& call);
   void hold_all(Call& call) const;
   void finish_grads(bool keep);
+  void drop_grads();
   void clip() const;
   void take_step(std::optional<OptimizerStep>& step);
 
   py::tuple links_;
-  const bool flattens_;  // the first link flattens
+  py::dict at_ends_;
+  const NetworkEnds ends_;
   py::dict holders_;
   py::object loss_;
   int kind_;

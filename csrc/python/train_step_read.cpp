@@ -11,7 +11,9 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <optional>
+#include <string_view>
 
+#include "../contract/activation_info.h"
 #include "../contract/training_info.h"
 #include "../tensors/devices.h"
 #include "../tensors/dtypes.h"
@@ -76,6 +78,19 @@ void check_device(const char* name, const at::Tensor& tensor, const at::Tensor& 
               parameter.device(), ", the device of the model's parameters");
 }
 
+// Whether a module computes by the same functions and has just these attributes still.
+bool is_as_before(PyObject* module, PyObject* expected) {
+  if (!has_in_class(module, names().forward, PyTuple_GET_ITEM(expected, 0)) ||
+      !has_in_class(module, names().call, PyTuple_GET_ITEM(expected, 1)))
+    return false;
+  const py::object attributes = attributes_of(module);
+  if (must_be_called(attributes.ptr())) return false;
+  for (Py_ssize_t i = 2; i + 1 < PyTuple_GET_SIZE(expected); i += 2) {
+    if (item(attributes.ptr(), PyTuple_GET_ITEM(expected, i)) != PyTuple_GET_ITEM(expected, i + 1)) return false;
+  }
+  return true;
+}
+
 // Whether each layer takes what the one before it gives.
 bool go_together(const Stack& stack, const Borrowed& parameters) {
   for (size_t l = 0; l < stack.layers(); l++) {
@@ -107,7 +122,15 @@ bool has_hooks(const at::Tensor& parameter) {
 }
 
 bool TrainStep::read(Call& call) {
-  return read_model(call.run) && read_parameters(call) && read_loss(call) && read_optimizer();
+  return read_model(call.run) && read_parameters(call) && read_loss(call) && ends_as_expected(call.run) &&
+         read_optimizer();
+}
+
+// Whether the last layer's rows are what the loss takes: of probabilities, logarithms of a softmax, or any.
+bool TrainStep::ends_as_expected(const Run& run) const {
+  const char* const expected = loss_info(kind_).follows;
+  if (ends_.head != "none") return expected && ends_.head == expected;
+  return !expected || activation_info(run.layers().back().activation.kind).name == std::string_view(expected);
 }
 
 bool TrainStep::read_model(Run& run) const {
@@ -116,9 +139,10 @@ bool TrainStep::read_model(Run& run) const {
   for (Py_ssize_t at = 0; PyDict_Next(holders_.ptr(), &at, &module, &expected);) {
     if (!holds(module, expected)) return false;
   }
-  const c10::ArrayRef<PyObject*> links = items_of(links_.ptr());
-  if (flattens_ && !flattens_rows(links.front())) return false;
-  for (PyObject* link : links.slice(flattens_)) {
+  for (Py_ssize_t at = 0; PyDict_Next(at_ends_.ptr(), &at, &module, &expected);) {
+    if (!is_as_before(module, expected)) return false;
+  }
+  for (PyObject* link : items_of(links_.ptr())) {
     if (!run.extend(link)) return false;
   }
   return !run.empty();
@@ -177,10 +201,11 @@ bool TrainStep::read_loss(Call& call) const {
     if (!index) return false;
     spec.ignore_index = *index;
   }
-  if (!loss.weight) return true;
+  if (!loss.weight && !loss.unweighted) return true;
   PyObject* buffers = item(attributes.ptr(), names().buffers);
   if (!buffers || !PyDict_Check(buffers)) return false;
   if (loss.unweighted && item(buffers, loss.unweighted) != Py_None) return false;
+  if (!loss.weight) return true;
   // A parameter in place of the buffer stands elsewhere.
   PyObject* given = item(buffers, loss.weight);
   if (given == Py_None) return true;
@@ -226,7 +251,9 @@ void TrainStep::check_input(Call& call) const {
   TORCH_CHECK(!input.requires_grad(),
               "fastmlp: input requires a gradient, which TrainStep does not compute: give input.detach()");
   const int64_t features = weight.size(1);
-  if (flattens_) {
+  TORCH_CHECK(ends_.flattens || !ends_.matrices_only || input.dim() == 2, "fastmlp: input has shape ", input.sizes(),
+              ", expected two dimensions, since the model's LogSoftmax takes the second one");
+  if (ends_.flattens) {
     check_flattened(input.sizes(), features, "the model's first layer");
   } else {
     TORCH_CHECK(input.dim() >= 1, "fastmlp: input has no dimension, expected at least one, of size ", features,
@@ -237,7 +264,7 @@ void TrainStep::check_input(Call& call) const {
   const char* const why = obstacle(call.input_object, {});
   TORCH_CHECK(!why, "fastmlp: TrainStep cannot run: ", why);
   call.input = c10::MaybeOwned<at::Tensor>::borrowed(input);
-  if (!flattens_ || input.dim() == 2) return;
+  if (!ends_.flattens || input.dim() == 2) return;
   const at::AutoDispatchBelowADInplaceOrView guard;
   call.input = c10::MaybeOwned<at::Tensor>::owned(input.reshape({input.size(0), features}));
 }
@@ -254,9 +281,10 @@ void TrainStep::check_target(Call& call) const {
   const int64_t columns = parameters_[call.stack->weight(call.stack->layers() - 1)].size(0);
   at::DimVector output(input.sizes());
   output.back() = columns;
+  for (const Reshaping& reshaping : ends_.reshapings) reshaping.apply(output);
   const auto dtype = [&] { return dtype_name(input.scalar_type()); };  // for errors
   if (at::Tensor& weight = call.weight; weight.defined()) {
-    const bool fits = weight.dim() == 1 && weight.size(0) == columns;
+    const bool fits = weight.dim() == 1 && weight.size(0) == columns && !output.empty() && output.back() == columns;
     const bool one = !loss.takes_classes && weight.numel() == 1;
     TORCH_CHECK(fits || one, "fastmlp: ", loss.weight, " of the loss has shape ", weight.sizes(), ", expected [",
                 columns, "], one for each column of the output");
@@ -276,9 +304,10 @@ void TrainStep::check_target(Call& call) const {
     call.target = given.expect_contiguous();
     return;
   }
+  TORCH_CHECK(!output.empty() && output.size() <= 2 && output.back() == columns, "fastmlp: ", loss.name,
+              " got an output of shape ", at::IntArrayRef(output), ", expected (N, C) or (C) with C = ", columns,
+              ", the out_features of the model's last layer");
   const at::IntArrayRef leading(output.data(), output.size() - 1);
-  TORCH_CHECK(output.size() <= 2, "fastmlp: ", loss.name, " got an output of shape ", at::IntArrayRef(output),
-              ", expected (N, C) or (C)");
   TORCH_CHECK(given.scalar_type() == at::kLong, "fastmlp: target has dtype ", dtype_name(given.scalar_type()),
               ", expected class indices of dtype ", dtype_name(at::kLong));
   TORCH_CHECK(given.sizes() == leading, "fastmlp: target has shape ", given.sizes(), ", expected ", leading,

@@ -3,6 +3,8 @@
 #include "frozen_device.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/_log_softmax.h>
+#include <ATen/ops/_softmax.h>
 #include <ATen/ops/empty.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/InferenceMode.h>
@@ -26,7 +28,7 @@ std::vector<at::Tensor> flat(const FrozenNetwork::Parameters& parameters) {
   return all;
 }
 
-FrozenNetwork::Form form_of(const Stack& stack, const FrozenNetwork::Parameters& parameters) {
+FrozenNetwork::Form form_of(const Stack& stack, const FrozenNetwork::Parameters& parameters, Head head) {
   int64_t bytes = 0;
   for (const at::Tensor& parameter : flat(parameters)) bytes += int64_t(parameter.nbytes());
   const at::Tensor& first = parameters.weights.front();
@@ -36,6 +38,7 @@ FrozenNetwork::Form form_of(const Stack& stack, const FrozenNetwork::Parameters&
       .device = first.device(),
       .dtype = first.scalar_type(),
       .end_dtype = first.scalar_type(),
+      .head = head,
       .bytes = bytes,
       .takes_arrays = false,
       .multiply_adds = std::numeric_limits<double>::infinity(),
@@ -50,8 +53,8 @@ std::vector<int64_t> features_of(at::TensorList weights) {
   return features;
 }
 
-DeviceNetwork::DeviceNetwork(const Stack& stack, const Parameters& parameters)
-    : FrozenNetwork(form_of(stack, parameters)), stack_(stack) {
+DeviceNetwork::DeviceNetwork(const Stack& stack, const Parameters& parameters, Head head)
+    : FrozenNetwork(form_of(stack, parameters, head)), stack_(stack) {
   // Written again later, in whatever mode.
   const c10::InferenceMode inference(false);
   const at::NoGradGuard guard;
@@ -62,9 +65,9 @@ DeviceNetwork::DeviceNetwork(const Stack& stack, const Parameters& parameters)
   }
 }
 
-bool DeviceNetwork::refill(const Stack& stack, const Parameters& parameters) {
+bool DeviceNetwork::refill(const Stack& stack, const Parameters& parameters, Head head) {
   const std::vector<at::Tensor> given = flat(parameters);
-  bool same = stack.specs() == stack_.specs() && given.size() == flat_.size();
+  bool same = head == form().head && stack.specs() == stack_.specs() && given.size() == flat_.size();
   for (size_t i = 0; same && i < given.size(); i++) {
     same = given[i].sizes() == flat_[i].sizes() && given[i].device() == flat_[i].device() &&
            given[i].scalar_type() == flat_[i].scalar_type();
@@ -79,7 +82,12 @@ at::Tensor DeviceNetwork::empty(at::IntArrayRef sizes) const { return at::empty(
 
 void DeviceNetwork::run(const FrozenBatch& batch) const {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  forward_into(stack_, *batch.input_tensor, flat_, *batch.output_tensor, {});
+  const Head head = form().head;
+  if (head == Head::none) return forward_into(stack_, *batch.input_tensor, flat_, *batch.output_tensor, {});
+  const at::Tensor last = at::empty(batch.output_tensor->sizes(), batch.output_tensor->options());
+  forward_into(stack_, *batch.input_tensor, flat_, last, {});
+  at::Tensor output = *batch.output_tensor;
+  head == Head::softmax ? at::_softmax_out(output, last, -1, false) : at::_log_softmax_out(output, last, -1, false);
 }
 
 FrozenNetwork::Parameters DeviceNetwork::parameters() const {

@@ -10,14 +10,14 @@ namespace fastmlp {
 class DeviceNetwork final : public FrozenNetwork {
  public:
   // Copies the parameters, all of one device and one dtype.
-  DeviceNetwork(const Stack& stack, const Parameters& parameters);
+  DeviceNetwork(const Stack& stack, const Parameters& parameters, Head head);
 
   at::Tensor empty(at::IntArrayRef sizes) const override;
   // The input is strided as it likes.
   void run(const FrozenBatch& batch) const override;
   // The network's own tensors.
   Parameters parameters() const override;
-  bool refill(const Stack& stack, const Parameters& parameters) override;
+  bool refill(const Stack& stack, const Parameters& parameters, Head head) override;
 
  private:
   Stack stack_;

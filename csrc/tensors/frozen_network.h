@@ -50,7 +50,8 @@ class FrozenNetwork {
     c10::Device device;
     at::ScalarType dtype;      // of the weights
     at::ScalarType end_dtype;  // of input and output
-    int64_t bytes;             // of weights and biases, as they are held
+    Head head;
+    int64_t bytes;  // of weights and biases, as they are held
     // Whether memory of the host is enough to run, so that arrays are taken as well as tensors.
     bool takes_arrays;
     // Of one row, by which callers decide whether to keep Python's GIL meanwhile; infinite if that may never be.
@@ -76,7 +77,7 @@ class FrozenNetwork {
   virtual std::shared_ptr<FrozenNetwork> renewed() const { return nullptr; }
   // Writes other values over the old ones, where graphs that captured a call find them too. False, and nothing is done,
   // if the layers are not the same but for that, or if calls that run meanwhile would meet both.
-  virtual bool refill(const Stack&, const Parameters&) { return false; }
+  virtual bool refill(const Stack&, const Parameters&, Head) { return false; }
 
  protected:
   explicit FrozenNetwork(Form form) : form_(std::move(form)) {}
@@ -88,9 +89,8 @@ class FrozenNetwork {
 // The features of a network with these weights, as Form has them.
 std::vector<int64_t> features_of(at::TensorList weights);
 
-// Makes a network of layers that were checked, with biases in the dtype that sums have. With `float32_ends`, for
-// bfloat16 alone, input and output are float32.
+// Makes a network of layers that were checked, with biases in the dtype that sums have.
 using Freeze = std::shared_ptr<FrozenNetwork>(const Stack& stack, const FrozenNetwork::Parameters& parameters,
-                                              bool float32_ends);
+                                              const FrozenEnds& ends);
 
 }  // namespace fastmlp

@@ -46,8 +46,9 @@ using BackwardInto = void(const Stack& stack, const at::Tensor& grad, const at::
 using Empty = at::Tensor(at::IntArrayRef sizes, const at::Tensor& like);
 
 // Forward, loss and backward at once: returns the loss, which has no dimension, and writes the gradients that are
-// defined. The target of cross entropy holds classes, in int64; those that do not exist raise IndexError before
-// anything is written. `weight` is undefined where there is none. `memory` is kept by the caller for the next call.
+// defined. The target of a loss of classes holds these, in int64; those that do not exist raise IndexError before
+// anything is written. An undefined loss, and gradients of no use, if the loss takes probabilities and some output is
+// none. `weight` is undefined where there is none. `memory` is kept by the caller for the next call.
 using TrainInto = at::Tensor(const Stack& stack, const at::Tensor& input, at::TensorList parameters,
                              const LossSpec& spec, const at::Tensor& target, const at::Tensor& weight,
                              at::TensorList grads, at::Tensor& memory);

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "../contract/training_info.h"
 #include "dtypes.h"
 
 namespace fastmlp {
@@ -109,7 +110,7 @@ StepTensors step_pass(const char* device, const Stack& stack, const at::Tensor& 
   if (network.layers.back().out_features == 0 && (network.layers[0].in_features == 0 || network.input.row_stride == 0))
     network.rows = std::min<int64_t>(network.rows, 1);
   pass.targets.spec = spec;
-  if (spec.kind == cross_entropy_kind) {
+  if (loss_info(spec.kind).takes_classes) {
     pass.targets.classes = target.const_data_ptr<int64_t>();
   } else {
     pass.targets.target = target.data_ptr();

@@ -40,7 +40,7 @@ ForwardTensors forward_pass(const char* device, const Stack& stack, const at::Te
 BackwardTensors backward_pass(const char* device, const Stack& stack, const at::Tensor& grad, const at::Tensor& input,
                               at::TensorList saved, at::TensorList parameters, at::TensorList grads);
 
-// One gradient for each parameter; an undefined one is not asked for. The target of cross entropy holds classes;
+// One gradient for each parameter; an undefined one is not asked for. The target of a loss of classes holds these;
 // `weight` is undefined where there is none.
 StepTensors step_pass(const char* device, const Stack& stack, const at::Tensor& input, at::TensorList parameters,
                       const LossSpec& spec, const at::Tensor& target, const at::Tensor& weight, at::TensorList grads);

@@ -2,9 +2,10 @@
 
 `fastmlp.convert(model, trace=True)` makes them; `fastmlp.freeze` and `fastmlp.TrainStep` record what is no container.
 recording.py records a forward, comparison.py compares the recording with a call, fusing.py fuses the graph, and
-recorded.py is the class of what comes of it. flattening.py says whether a recording begins by flattening its input. In
-the graph one node, `run_chain`, stands for what a `fastmlp.Sequential` of the same modules would do; the modules stay
-where they are, and so do the keys of the `state_dict`.
+recorded.py is the class of what comes of it. flattening.py says whether a recording begins by flattening its input,
+ending.py whether it ends with a softmax or another shape. In the graph one node, `run_chain`, stands for what a
+`fastmlp.Sequential` of the same modules would do; the modules stay where they are, and so do the keys of the
+`state_dict`.
 """
 
 import re
@@ -19,18 +20,23 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastmlp._errors import described
 from fastmlp.trace.comparison import compare
+from fastmlp.trace.ending import Reshape, ending_of
 from fastmlp.trace.flattening import flattening_of
-from fastmlp.trace.fusing import activation_of, fuse, run_chain
+from fastmlp.trace.fusing import activation_of, fuse, held, names_in, run_chain
 from fastmlp.trace.outside import Outside, is_library
 from fastmlp.trace.recorded import Traced, class_for, load
 from fastmlp.trace.recording import Tracer
 
 __all__ = [
     "Recording",
+    "Reshape",
     "Traced",
     "activation_of",
+    "ending_of",
     "flattening_of",
+    "held",
     "load",
+    "names_in",
     "place_of_inner",
     "record",
     "run_chain",

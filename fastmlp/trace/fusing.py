@@ -4,22 +4,25 @@
 `run_chain` when it reports what runs fused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from fastmlp._load import _C
 from fastmlp.activations import BY_FUNCTION, DEFAULTS, Activation, module_of
-from fastmlp.runs import FUSABLE, run_parts
+from fastmlp.runs import FUSABLE, Child, run_parts
 
-__all__ = ["activation_of", "fuse", "run_chain"]
+__all__ = ["activation_of", "fuse", "held", "names_in", "run_chain"]
 
 
-def run_chain(input: Any, layers: dict[str, nn.Module]) -> Any:
+def run_chain(input: Any, layers: dict[str, Child]) -> Any:
     """What `fastmlp.Sequential` computes of these modules; the nodes of traced models call it.
+
+    A pair of tensors, weight and bias or None, is a layer that the forward calls as a function.
 
     Example:
         >>> run_chain(torch.ones(1, 1), {"fc": nn.Linear(1, 1), "act": nn.Sigmoid()}).shape
@@ -55,8 +58,50 @@ def activation_of(node: fx.Node) -> Activation | None:
     return Activation(name, **given)
 
 
-def _member(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """The module, or a new one that computes the same, with which a call may be part of a chain."""
+#: The weight and the bias of a layer that a forward calls as a function, as a graph reads them from a model.
+Tensors: TypeAlias = tuple[fx.Node, fx.Node | None]
+
+
+def _tensors_of(module: fx.GraphModule, node: fx.Node) -> Tensors | None:
+    """Those of a call of `torch.nn.functional.linear` with tensors that a model holds."""
+    if node.op != "call_function" or node.target is not F.linear or len(node.args) > 3:
+        return None
+    given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+    weight, bias = given.get("weight"), given.get("bias")
+    read = [part for part in (weight, bias) if part is not None]
+    if not isinstance(given.get("input"), fx.Node) or given["input"] in read:
+        return None
+    if not all(isinstance(part, fx.Node) and part.op == "get_attr" for part in read):
+        return None
+    assert isinstance(weight, fx.Node)
+    return (weight, bias) if held(module, str(weight.target)).dim() == 2 else None  # type: ignore[return-value]
+
+
+def held(module: fx.GraphModule, target: str) -> Tensor:
+    """A parameter, a buffer or another tensor of a graph's module, by its path."""
+    path, _, name = target.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(path), name)
+    return tensor
+
+
+def _input_of(node: fx.Node) -> Any:
+    """What a call of a chain gets of the one before it."""
+    return node.args[0] if node.args else node.kwargs.get("input")
+
+
+def _before(node: fx.Node) -> fx.Node:
+    """The call before another one; to read a tensor of the model is none."""
+    found = node.prev
+    while found.op == "get_attr":
+        found = found.prev
+    return found
+
+
+def _member(module: fx.GraphModule, node: fx.Node) -> nn.Module | Tensors | None:
+    """The module, or a new one that computes the same, with which a call may be part of a chain; or its tensors."""
+    tensors = _tensors_of(module, node)
+    if tensors is not None:
+        return tensors
     if len(node.all_input_nodes) != 1:
         return None
     if node.op == "call_module":
@@ -66,20 +111,20 @@ def _member(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return None if activation is None else module_of(activation)
 
 
-def _chain_from(module: fx.GraphModule, first: fx.Node) -> dict[fx.Node, nn.Module]:
+def _chain_from(module: fx.GraphModule, first: fx.Node) -> dict[fx.Node, nn.Module | Tensors]:
     """The calls that follow a layer, as long as nothing else sees what they pass on."""
     layer = _member(module, first)
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, (nn.Linear, tuple)):
         return {}
-    chain: dict[fx.Node, nn.Module] = {first: layer}
+    chain: dict[fx.Node, nn.Module | Tensors] = {first: layer}
     last, gapless = first, True
     while len(last.users) == 1:
         (node,) = last.users
         member = _member(module, node)
-        gapless = gapless and node.prev is last
+        gapless = gapless and _before(node) is last
         # A chain runs where its first call stood, so a Dropout joins it only if no other call stood between them:
         # random numbers must be drawn in the order of the forward.
-        if member is None or (type(member) is nn.Dropout and not gapless):
+        if member is None or _input_of(node) is not last or (type(member) is nn.Dropout and not gapless):
             break
         chain[node] = member
         last = node
@@ -96,13 +141,29 @@ def fuse(module: fx.GraphModule) -> None:
             continue
         taken.update(chain)
         with graph.inserting_before(first):
-            layers = {node.name: graph.get_attr(_place(module, node, member)) for node, member in chain.items()}
-            call = graph.call_function(run_chain, (first.all_input_nodes[0], layers))
+            layers = {node.name: _read(module, node, member) for node, member in chain.items()}
+            call = graph.call_function(run_chain, (_input_of(first), layers))
         list(chain)[-1].replace_all_uses_with(call)
         for node in reversed(chain):
             graph.erase_node(node)
+    for node in reversed(list(graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
     graph.lint()
     module.recompile()
+
+
+def _read(module: fx.GraphModule, node: fx.Node, member: nn.Module | Tensors) -> Any:
+    """What stands for a member in the call of a chain."""
+    if isinstance(member, tuple):
+        return tuple(None if part is None else module.graph.get_attr(str(part.target)) for part in member)
+    return module.graph.get_attr(_place(module, node, member))
+
+
+def names_in(layers: Mapping[str, Any]) -> Iterator[str]:
+    """How the model calls what a node of `run_chain` runs: modules, and for a pair of tensors its call."""
+    for name, layer in layers.items():
+        yield name if isinstance(layer, tuple) else str(layer.target)
 
 
 def _place(module: fx.GraphModule, node: fx.Node, member: nn.Module) -> str:

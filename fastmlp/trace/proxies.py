@@ -11,6 +11,8 @@ from typing import Any
 from torch import fx
 from torch.fx.proxy import Attribute as _Attribute
 
+from fastmlp.trace.settling import length
+
 __all__ = ["IN_PLACE", "Proxy"]
 
 #: Operators that change their first argument.
@@ -64,15 +66,33 @@ class Attribute(_Unknown, _Attribute):
         return self.is_called or self._node is not None or self.attr.startswith("_")
 
 
-def _refusal(text: str) -> Callable[..., Any]:
+def _refusal(text: str) -> str:
+    return f"it {text} a value that is computed from its arguments, which a recorded forward cannot"
+
+
+def _refusing(text: str) -> Callable[..., Any]:
     def refuse(self: Any, *args: Any) -> Any:
-        self.tracer.refuse(f"it {text} a value that is computed from its arguments, which a recorded forward cannot")
+        self.tracer.refuse(_refusal(text))
 
     return refuse
 
 
+def _length(self: Any) -> Any:
+    return self.tracer.settle(length(self), _refusal(_QUESTIONS["__len__"]))
+
+
+def _number(question: str, kind: type) -> Callable[[Any], Any]:
+    return lambda self: kind(self.tracer.settle(self, _refusal(_QUESTIONS[question])))
+
+
 for _name, _text in _QUESTIONS.items():
-    setattr(_Unknown, _name, _refusal(_text))
+    setattr(_Unknown, _name, _refusing(_text))
+for _name, _answer in {
+    "__len__": _length,
+    "__int__": _number("__int__", int),
+    "__float__": _number("__float__", float),
+}.items():
+    setattr(_Unknown, _name, _answer)
 
 
 def _in_place(name: str) -> Callable[[Proxy, Any], Any]:

@@ -4,8 +4,8 @@ Called by `fastmlp.trace`, which fuses the graph. torch.fx executes the forward 
 arguments, and takes that execution for the program. So whatever the forward reads, writes or decides besides arithmetic
 on them is looked for here. The forward is executed on a `Shadow` of the model. Functions of torch that are called with
 tensors of the model, or with no tensor at all, are recorded instead of computed. Optional arguments are recorded as
-their defaults, unless the forward does the same with any value. `comparison.py` then compares the graph with the
-forward itself.
+their defaults, unless the forward does the same with any value. What the forward asks of its arguments for Python is
+answered by `settling.py` where examples were given. `comparison.py` then compares the graph with the forward itself.
 """
 
 import inspect
@@ -30,6 +30,7 @@ from fastmlp.trace.guards import Guard, Guarded
 from fastmlp.trace.observing import Watch
 from fastmlp.trace.outside import LIBRARIES, RECORDING, is_library
 from fastmlp.trace.proxies import IN_PLACE, Attribute, Proxy
+from fastmlp.trace.settling import Values, length, settled
 from fastmlp.trace.shadow import Scripted, Shadow, untouched_generators
 from fastmlp.trace.written import is_array
 
@@ -157,6 +158,7 @@ class Tracer(fx.Tracer):
         self.asks_types = False
         self.refused: TraceError | None = None
         self.attributes: list[Attribute] = []
+        self._values: Values | None = None
         self._facts: dict[tuple[str, str], Any] = {}
         self._places: dict[int, str] = {}
 
@@ -230,6 +232,8 @@ class Tracer(fx.Tracer):
             for module_of_python in self._autowrap_search:
                 _symbolic_trace._autowrap_check(self._patcher, module_of_python.__dict__, self._autowrap_function_ids)
             args, kwargs = self._arguments(forward, free)
+            examples = dict(zip(self.names, self.inputs, strict=False))
+            self._values = Values(examples, shadow.root, _READS) if examples else None
             with _Functions(self), Watch(self.refuse), _watched_for(_TYPE_NAMES, self.refuse) as found:
                 output = forward(*args, **kwargs)
             if self.refused is not None:
@@ -256,15 +260,30 @@ class Tracer(fx.Tracer):
         raise self.refused
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """What `bool` of a value does, which is not known while a forward is recorded."""
-        self.refuse("symbolically traced variables cannot be used as inputs to control flow")
+        """What `bool` of a value does, which without an example is not known while a forward is recorded."""
+        value = self.settle(obj, "symbolically traced variables cannot be used as inputs to control flow")
+        return bool(value)
+
+    def settle(self, obj: fx.Proxy, refusal: str) -> Any:
+        """What a value is with the examples, and from then on has to be; raises with this reason if that is open."""
+        if self._values is None:
+            self.refuse(refusal)
+        try:
+            value = self._values.answer(obj.node)
+        except TraceError as error:
+            self.refuse(f"{refusal}: {error}")
+        if not _is_written(value):
+            self.refuse(refusal)
+        self.create_proxy("call_function", settled, (obj, value), {})
+        return value
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """What `iter` of a value does."""
         try:
             return super().iter(obj)
         except TraceError as error:
-            self.refuse(str(error))
+            parts: Any = obj
+            return iter([parts[i] for i in range(self.settle(length(obj), str(error)))])
 
     def _arguments(self, forward: Callable[..., Any], free: frozenset[str]) -> tuple[list[Any], dict[str, Any]]:
         args: list[Any] = []

@@ -154,12 +154,12 @@ def test_loading_checks_what_it_is_given(arguments: tuple[Any, ...], message: st
     load: Any = _C.load_frozen
     load_on_device: Any = _C.load_frozen_on_device
     with pytest.raises((RuntimeError, ValueError), match=message):
-        load(frozen, None, *arguments, False, False, False)
+        load(frozen, None, *arguments, False, False, False, "none", [])
     if "expected the CPU" not in message:
         with pytest.raises((RuntimeError, ValueError), match=message):
-            load_on_device(frozen, None, *arguments, False, False)
+            load_on_device(frozen, None, *arguments, False, False, "none", [])
     with pytest.raises(TypeError, match="expected a FrozenMLP, got Linear"):
-        load(nn.Linear(1, 1), None, [W], [None], [0], [0.0] * 2, False, False, False)
+        load(nn.Linear(1, 1), None, [W], [None], [0], [0.0] * 2, False, False, False, "none", [])
     assert torch.equal(frozen(X), expected)
 
 

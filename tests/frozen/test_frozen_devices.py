@@ -23,6 +23,7 @@ from fastmlp.activations import IDENTITY, resolve
 from tests.support import bounds
 from tests.support.bounds import assert_within
 from tests.support.derivatives import assert_same
+from tests.support.endings import FORMS, HEADS, body
 from tests.support.layouts import CUDA_LAYOUTS
 from tests.support.small import norm, sequential
 from tests.support.to_freeze import BAD, MODELS
@@ -49,6 +50,39 @@ def test_models(make: Callable[[], nn.Module]) -> None:
         assert torch.equal(copied(x), network(x))
         assert copied.nbytes == network.nbytes
         assert repr(copied) == repr(network)
+
+
+@pytest.mark.usefixtures("unpacked")
+@pytest.mark.parametrize(
+    ("outputs", "make"), [*((5, make) for _, make in HEADS.values()), *FORMS.values()], ids=[*HEADS, *FORMS]
+)
+def test_endings(outputs: int, make: Callable[[nn.Sequential], nn.Module]) -> None:
+    """A softmax is the device's own operation, and another shape a view."""
+    model: Any = make(body(outputs))
+    network = freeze(model)
+    for rows in (1, 2, 50):
+        x = torch.randn(rows, 6, dtype=torch.float64)
+        with torch.no_grad():
+            assert_same([network(x)], [model(x)])
+        out = torch.full_like(network(x), float("nan"))
+        assert network(x, out=out) is out
+        assert torch.equal(out, network(x))
+    for copied in (pickle.loads(pickle.dumps(network)), copy.copy(network)):
+        assert torch.equal(copied(x), network(x))
+        assert repr(copied) == repr(network)
+
+
+@pytest.mark.usefixtures("unpacked")
+def test_another_softmax_is_noticed() -> None:
+    model: Any = nn.Sequential(*body(5), nn.Softmax(-1))
+    network, x = freeze(model), torch.randn(3, 6, dtype=torch.float64)
+    model[5] = nn.LogSoftmax(-1)
+    assert_follows(network, model, x)
+    with torch.no_grad():
+        model[4].bias.add_(1)
+    assert_follows(network, model, x)
+    del model[5]
+    assert_follows(network, model, x)
 
 
 @pytest.mark.usefixtures("unpacked")

@@ -97,21 +97,33 @@ OTHERWISE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "later": (
         lambda: nn.Sequential(nn.Linear(4, 3), nn.Flatten(), nn.Linear(3, 1)),
-        r"1 \(Flatten\) .* only the first module of a chain may flatten",
+        r"1 \(Flatten\) .* only the first module of a chain may flatten .* 2 \(Linear\) follows",
     ),
     "twice": (
         lambda: nn.Sequential(nn.Flatten(), Quickstart(body())),
-        r"1.flatten \(Flatten\) .* only the first module of a chain may flatten",
+        r"1.flatten \(Flatten\) .* only the first module of a chain may flatten .* \(Linear\) follows",
     ),
-    "unflatten": (lambda: nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Linear(2, 1)), r"0 \(Unflatten\) .* not a module"),
-    "a call from dimension 2": (lambda: Called(lambda x: x.flatten(2), body()), r"calls flatten, which is not part"),
+    "unflatten": (
+        lambda: nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Linear(2, 1)),
+        r"0 \(Unflatten\) .* only behind the last layer, but 1 \(Linear\) follows",
+    ),
+    "a call from dimension 2": (
+        lambda: Called(lambda x: x.flatten(2), body()),
+        r"flatten \(Reshape\) .* only behind the last layer, but body.0 \(Linear\) follows",
+    ),
     "a call with three sizes": (
         lambda: Called(lambda x: x.view(x.size(0), -1, FEATURES), body()),
         r"x 2 times|calls (view|size)",
     ),
     "columns for rows": (lambda: Called(lambda x: x.view(x.size(1), -1), body()), r"x 2 times|calls (view|size)"),
-    "rows that are written": (lambda: Called(lambda x: x.view(6, FEATURES), body()), r"calls view"),
-    "a flat result": (lambda: Called(lambda x: x.view(FEATURES, -1), body()), r"calls view"),
+    "rows that are written": (
+        lambda: Called(lambda x: x.view(6, FEATURES), body()),
+        r"view \(Reshape\) .* only behind the last layer, but body.0 \(Linear\) follows",
+    ),
+    "a flat result": (
+        lambda: Called(lambda x: x.view(FEATURES, -1), body()),
+        r"cannot record the forward of Called.* no example of its arguments",
+    ),
     "used twice": (
         lambda: Called(lambda x: x.flatten(1) + x.view(-1, FEATURES), body()),
         r"uses its input x 2 times",

@@ -435,6 +435,7 @@ template <class S> struct Leaf {
     k.activations = Activation<Activations>::rows;
     k.losses = Loss<S>::template Table<Losses>::rows;
     k.cross_entropy = &Loss<S>::cross_entropy;
+    k.head = &Loss<S>::head;
     k.updates = Step<S>::template Table<Rules>::rows;
     k.clip = &Clip<S>::kernels;
     if constexpr (in_itself<S>) {

@@ -1,5 +1,5 @@
-// Losses and their gradients on runs and rows of an output. Included by kernels.inl inside an ISA's namespace and
-// target region, after storage.inl; must not include anything.
+// Losses and their gradients on runs and rows of an output, and the softmax of rows. Included by kernels.inl inside an
+// ISA's namespace and target region, after storage.inl; must not include anything.
 
 // Adds up in double what lies in vectors, in short chains of them.
 template <class S> struct Total {
@@ -73,19 +73,36 @@ template <class S> struct Loss {
     return most;
   }
 
+  // The sum of e^(x - shift) over a row.
+  static double sum_of_exponentials(int64_t n, const S* x, V shift) {
+    Total<S> total;
+    for (int64_t i = 0; i < n; i += lanes) {
+      const V e = M::exp(load_up_to(x + i, n - i) - shift);
+      n - i < lanes ? total.add_first(e, n - i) : total.add(e);
+    }
+    total.flush();
+    return total.sum;
+  }
+
+  static void head(int64_t rows, int64_t n, bool log, S* x) {
+    for (int64_t row = 0; n > 0 && row < rows; row++, x += n) {
+      const V shift = M::fill(largest(n, x));
+      const double sum = sum_of_exponentials(n, x, shift);
+      const V by = M::fill(log ? __builtin_log(sum) : sum);
+      for (int64_t i = 0; i < n; i += lanes) {
+        const V d = load_up_to(x + i, n - i) - shift;
+        store_up_to(x + i, log ? d - by : M::exp(d) / by, n - i);
+      }
+    }
+  }
+
   // -sum over c of q_c log p_c, where p is the softmax of the output and q_c the weight w_c times (1 - smoothing for
   // the row's class, 0 else) + smoothing / classes. Its gradient is p_c sum(q) - q_c, times `scale`.
   static double cross_entropy(int64_t n, const S* output, int64_t target, const S* weight, double weights,
                               double smoothing, double scale, S* grad) {
     const double most = largest(n, output);
     const V shift = M::fill(most);
-    Total<S> total;
-    for (int64_t i = 0; i < n; i += lanes) {
-      const V e = M::exp(load_up_to(output + i, n - i) - shift);
-      n - i < lanes ? total.add_first(e, n - i) : total.add(e);
-    }
-    total.flush();
-    const double sum = total.sum, log_sum = __builtin_log(sum);
+    const double sum = sum_of_exponentials(n, output, shift), log_sum = __builtin_log(sum);
     const double even = smoothing / double(n);
     const double own = (1 - smoothing) * (weight ? load_one(weight + target) : 1.0);
     const double at_target = load_one(output + target) - most;
