@@ -35,8 +35,8 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None, inputs: tuple[
 
     And it takes what is a graph of layers in float32 or float64 on the CPU, with any number of inputs and one tensor or
     a tuple of tensors as its result. Between chains there may be residual additions and other elementwise operations,
-    also with parameters and buffers, that `capture` has instructions for; `torch.cat`, `stack`, `split`, `chunk` and
-    slices of features; `LayerNorm` of the last dimension; a `BatchNorm1d` that cannot be folded; `softmax` and
+    also with parameters and buffers, that `capture` has instructions for; `torch.cat`, `split`, `chunk` and slices of
+    features; `LayerNorm` of the last dimension; a `BatchNorm1d` that cannot be folded; `softmax` and
     `log_softmax` of up to 15 features. What makes an element of one row depend on another row, sums along rows, and
     random numbers are refused.
 

@@ -184,7 +184,9 @@ class Description:
         if dtype != self._dtype:
             self._refuse_event(event, f"a tensor is of {dtype}, where the model is of {self._dtype}")
         if steps != expected or step < 0 or offset + (features - 1) * step >= width:
-            self._refuse_event(event, "an element depends on other rows than its own")
+            self._refuse_event(
+                event, "an element depends on other rows than its own, or rows are not the first dimension"
+            )
         return number, offset, features, row_step, step
 
     def _matrix(self, event: Any, ref: Ref) -> Place:
