@@ -66,23 +66,23 @@ def _run_of(model: nn.Module) -> Run:
     """The layers of a model that is one run of them."""
     if not isinstance(model, nn.Module):
         raise not_a_module(model)
-    found = parts(dict(_leaves("", model)))
-    for part in found:
+    runs: list[Run] = []
+    for part in parts(dict(_leaves("", model))):
         if not isinstance(part, Run):
             raise _refused(part.name, part.child, part.reason)
-    if not found:
+        runs.append(part)
+    if not runs:
         raise _refused("", model, "it has no layer")
-    if len(found) > 1:
-        one, other = [part.layers[-1 if i == 0 else 0].name for i, part in enumerate(found[:2])]
+    if len(runs) > 1:
+        one, other = runs[0].layers[-1].name, runs[1].layers[0].name
         raise _refused("", model, f"the parameters of {one} and of {other} differ in dtype or device")
-    return found[0]
+    return runs[0]
 
 
 def _leaves(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if type(module).forward not in _CONTAINERS:
         if not name:
-            reason = "only containers such as fastmlp.Sequential are; pass the one that it holds"
-            raise _refused("", module, reason)
+            raise _refused("", module, "only containers such as fastmlp.Sequential are; pass the one that it holds")
         yield name, module
         return
     reason = watched_obstacle(module)

@@ -39,8 +39,9 @@ def _with_step(z: Tensor, value: Tensor, below: float) -> tuple[Tensor, Tensor, 
 
 def _with_bend(z: Tensor, value: Tensor, scale: float, below: float) -> tuple[Tensor, Tensor, Tensor]:
     """Of a function that is straight above zero, and exponential below."""
-    bend = below * z.clamp(max=0).exp()
-    return value, torch.where(z > 0, scale, bend), torch.where(z > 0, torch.zeros_like(z), bend)
+    # Without clamp, whose gradient at zero is that of the exponential.
+    bend = below * torch.where(z < 0, z, torch.zeros_like(z)).exp()
+    return value, torch.where(z > 0, scale, bend), torch.where(z >= 0, torch.zeros_like(z), bend)
 
 
 def _sigmoid(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -197,9 +197,10 @@ def _plan(
 
     axes = list(range(features)) if first is None else [axis_of("first", axis) for axis in first]
     firsts = len(axes)
-    sums = [((axis_of("second", i), axis_of("second", j)),) for i, j in second]
+    sums = [[(axis_of("second", i), axis_of("second", j))] for i, j in second]
     if laplacian:
-        sums.append(tuple([(axis_of("laplacian", i),) * 2 for i in laplacian]))  # type: ignore[misc]
+        along = [axis_of("laplacian", axis) for axis in laplacian]
+        sums.append([(axis, axis) for axis in along])
     for pairs in sums:
         for axis in [axis for pair in pairs for axis in pair]:
             if axis not in axes:

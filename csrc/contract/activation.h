@@ -98,7 +98,7 @@ struct Elu {
   }
   template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars p) {
     const auto zero = M::fill(0), bend = M::fill(p.a) * M::exp(z);
-    const auto curvature = z > zero ? zero : bend;
+    const auto curvature = z >= zero ? zero : bend;
     return {value<M>(z, p), z > zero ? M::fill(1) : bend, curvature, curvature};
   }
 };
@@ -118,7 +118,7 @@ struct Selu {
   }
   template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars p) {
     const auto zero = M::fill(0), bend = M::fill(alpha * scale) * M::exp(z);
-    const auto curvature = z > zero ? zero : bend;
+    const auto curvature = z >= zero ? zero : bend;
     return {value<M>(z, p), z > zero ? M::fill(scale) : bend, curvature, curvature};
   }
 };

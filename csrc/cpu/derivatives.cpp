@@ -299,21 +299,29 @@ template <class S> class Backward : Blocks<S> {
     }
   }
 
-  // sum (+)= grad input^T, over all components.
+  // sum (+)= grad input^T, over all components. Products run along the layer's inputs. Those that would leave most
+  // lanes of a vector empty are inner products along points, and so is all where there is but one output.
   void add_weights(size_t l, int64_t m, const S* grad, const S* input, S* sum, bool add, const Own& own) const {
     if (!sum) return;
     const Layer& layer = this->network.layers[l];
-    const int64_t rows = layer.out_features, n = layer.in_features;
+    const Kernels<S>& kernels = this->kernels;
+    const int64_t rows = layer.out_features, n = layer.in_features, rest = n % kernels.lanes;
+    const int64_t by_dots = rows == 1 ? n : 4 * rest <= kernels.lanes ? rest : 0;
     RowProduct<S> p = this->product({nullptr, m, 1}, rows, m, n, own.panels, sum);
-    p.b_panel = this->kernels.nr * m;
-    p.b_step = this->kernels.nr;
+    p.n = n - by_dots;
+    p.b_panel = kernels.nr * m;
+    p.b_step = kernels.nr;
     p.b_padded = p.sums = true;
-    for (int64_t c = 0; c < this->count; c++) {
-      const Matrix x{const_cast<S*>(input) + c * m * n, m, 1};
-      pack_panels(this->kernels, x, n, m, true, own.panels);
-      p.a = grad + c * m * rows;
+    for (int64_t c = 0; c < this->count; c++, grad += m * rows, input += m * n) {
+      p.a = grad;
       p.add = add || c > 0;
-      multiply_rows(this->kernels, p, own.tile);
+      if (rows == 1) {
+        kernels.dot_tile(n, 1, m, input, m, grad, m, sum, 1, p.add);
+        continue;
+      }
+      pack_panels(kernels, {const_cast<S*>(input), m, 1}, p.n, m, true, own.panels);
+      multiply_rows(kernels, p, own.tile);
+      kernels.dot_tile(rows, by_dots, m, grad, m, input + p.n * m, m, sum + p.n, n, p.add);
     }
   }
 

@@ -41,10 +41,6 @@ def expected(input: Tensor, *parameters: Tensor, acts: list[Activation], bias: l
     return value, torch.stack(others[:2], -1), torch.stack(others[2:4], -1), others[4]
 
 
-def loss_of(found: tuple[Tensor, ...]) -> Tensor:
-    return sum((i + 1) * (t * t.detach().sin() + t).sum() + t.pow(3).sum() for i, t in enumerate(found))  # type: ignore[return-value]
-
-
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_values_first_and_second_gradients(name: str) -> None:
     torch.manual_seed(5)
@@ -53,12 +49,11 @@ def test_values_first_and_second_gradients(name: str) -> None:
     results = []
     for function in (asked, expected):
         found = function(*case.tensors, acts=case.acts, bias=case.bias)
-        first = torch.autograd.grad(loss_of(found), case.tensors, create_graph=True, materialize_grads=True)
-        second = torch.autograd.grad(
-            sum(g.pow(2).sum() for g in first), case.tensors, create_graph=True, materialize_grads=True
-        )
-        third = torch.autograd.grad(sum(g.sin().sum() for g in second), case.tensors, materialize_grads=True)
-        results.append([*found, *first, *second, *third])
+        loss = torch.stack([(i + 1) * t.sin().sum() for i, t in enumerate(found)]).sum()
+        plain = torch.autograd.grad(loss, case.tensors, retain_graph=True, materialize_grads=True)
+        first = torch.autograd.grad(loss, case.tensors, create_graph=True, materialize_grads=True)
+        second = torch.autograd.grad([g.sin().sum() for g in first], case.tensors, materialize_grads=True)
+        results.append([*found, *plain, *first, *second])
     assert_same(*results)
 
 
@@ -76,7 +71,8 @@ def test_of_a_model() -> None:
     model = double_mlp(outputs=3)
     x = torch.randn(17, 2, dtype=torch.float64)
     value, first, second, laplacian = derivatives(model, x, [-1], [(0, -1)], [0, 1])
-    weights, biases = [m.weight for m in model[::2]], [m.bias for m in model[::2]]
+    tensors = list(model.parameters())
+    weights, biases = tensors[::2], tensors[1::2]
     acts = [Activation("tanh"), Activation("tanh"), Activation("identity")]
     y, y_x, _, y_tx, both = nested(x, weights, biases, acts, [1, 0], [[(1, 0)], [(0, 0), (1, 1)]])
     assert value.shape == (17, 3)
@@ -124,8 +120,15 @@ def test_changes_of_the_model_are_seen() -> None:
     model[1] = nn.Sigmoid()
     assert not torch.allclose(derivatives(model, x, second=[0]).second, before.second)
     with torch.no_grad():
-        model[4].bias.add_(1)
-    assert derivatives(model, x).value.mean() > 0
+        first_weight(model).add_(1)
+    assert_same([derivatives(model, x).value], [model(x)])
+
+
+def first_weight(model: nn.Sequential) -> Tensor:
+    """The weight of the first layer."""
+    weight = model[0].weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def burgers_step(model: nn.Module, points: Tensor) -> Tensor:
@@ -146,7 +149,7 @@ def test_training_follows_nested_autograd() -> None:
     other = nn.Sequential(*[copy.deepcopy(child) for child in one])
     fastmlp.revert(other)
     points = torch.rand(40, 2, dtype=torch.float64)
-    losses = []
+    losses: list[list[float]] = []
     for model, step in ((one, burgers_step), (other, nested_step)):
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         losses.append([])
@@ -240,7 +243,7 @@ def test_transforms() -> None:
     leaves = [x.clone().requires_grad_(), *weights]
     assert_same(by_func, torch.autograd.grad(residual(*leaves), leaves))
     tangents = tuple(torch.ones_like(t) for t in (x, *weights))
-    _, slope = torch.func.jvp(residual, (x, *weights), tangents)
+    slope = torch.func.jvp(residual, (x, *weights), tangents)[1]
     assert_same([slope], [sum((g * t).sum() for g, t in zip(by_func, tangents, strict=True))])
 
 
@@ -248,7 +251,7 @@ def test_batched_gradients() -> None:
     model, x = double_mlp(outputs=2), torch.randn(4, 2, dtype=torch.float64)
     found = derivatives(model, x, second=[0]).second
     basis = torch.eye(found.numel(), dtype=torch.float64).reshape(-1, *found.shape)
-    weight = model[0].weight
+    weight = first_weight(model)
     (batched,) = torch.autograd.grad(found, weight, basis, is_grads_batched=True, retain_graph=True)
     single = torch.stack([torch.autograd.grad(found, weight, one, retain_graph=True)[0] for one in basis])
     assert_same([batched], [single])
@@ -269,8 +272,8 @@ def test_compiled() -> None:
     torch._dynamo.reset()
     found = compiled(Residual())(x)
     assert_same([found], [Residual()(x)])
-    gradients = torch.autograd.grad(found.sum(), model[0].weight)
-    assert_same(gradients, torch.autograd.grad(Residual()(x).sum(), model[0].weight))
+    gradients = torch.autograd.grad(found.sum(), first_weight(model))
+    assert_same(gradients, torch.autograd.grad(Residual()(x).sum(), first_weight(model)))
 
 
 def test_meta_tensors() -> None:
@@ -284,7 +287,7 @@ def test_parameters_changed_before_backward_are_noticed() -> None:
     model = double_mlp()
     found = derivatives(model, torch.rand(3, 2, dtype=torch.float64)).first.sum()
     with torch.no_grad():
-        model[0].weight.mul_(2)
+        first_weight(model).mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         found.backward()
 
@@ -294,11 +297,9 @@ def test_outputs_may_be_changed_in_place() -> None:
     found = derivatives(model, x, second=[0])
     for tensor in found[:3]:
         tensor.mul_(2)
-    sum(t.sum() for t in found[:3]).backward()
-    changed = model[0].weight.grad.clone()
-    model.zero_grad()
-    sum(2 * t.sum() for t in derivatives(model, x, second=[0])[:3]).backward()
-    assert_same([changed], [model[0].weight.grad])
+    changed = torch.autograd.grad([t.sum() for t in found[:3]], first_weight(model))
+    plain = derivatives(model, x, second=[0])
+    assert_same(changed, torch.autograd.grad([2 * t.sum() for t in plain[:3]], first_weight(model)))
 
 
 @pytest.mark.parametrize(
@@ -312,8 +313,8 @@ def test_outputs_may_be_changed_in_place() -> None:
         ({"second": [(0, 1, 1)]}, TypeError, r"fastmlp: second\[0\] must be .* a pair of them, got \(0, 1, 1\)"),
         ({"laplacian": [True]}, TypeError, r"fastmlp: laplacian\[0\] must be an axis of the input"),
         ({"input": [[0.0, 1.0]]}, TypeError, "fastmlp: input must be a torch.Tensor, got list"),
-        ({"input": torch.zeros(3, 5)}, RuntimeError, "fastmlp: input has shape .3, 5., expected 2 in the last dimension"),
-        ({"input": torch.zeros(3, 2).double()}, RuntimeError, "fastmlp: input has dtype torch.float64, expected torch.f"),
+        ({"input": torch.zeros(3, 5)}, RuntimeError, "fastmlp: input has shape .3, 5., expected 2 in"),
+        ({"input": torch.zeros(3, 2).double()}, RuntimeError, "fastmlp: input has dtype torch.float64"),
         ({"model": torch.tanh}, TypeError, "fastmlp: model must be a torch.nn.Module, got"),
         ({"model": nn.Linear(2, 1)}, TypeError, r"fastmlp: model \(Linear\) cannot be .* pass the one that it holds"),
         ({"model": nn.Sequential()}, TypeError, r"fastmlp: model \(Sequential\) cannot .* it has no layer"),
@@ -328,7 +329,7 @@ def test_outputs_may_be_changed_in_place() -> None:
     ids=str,
 )
 def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments = {"model": fastmlp.MLP(2, [3], 1, "tanh"), "input": torch.zeros(3, 2)} | change
+    arguments: dict[str, Any] = {"model": fastmlp.MLP(2, [3], 1, "tanh"), "input": torch.zeros(3, 2)} | change
     with pytest.raises(error, match=message):
         derivatives(**arguments)
 

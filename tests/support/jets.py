@@ -1,9 +1,9 @@
-"""Derivatives of networks along their input: by nested calls of torch's autograd, and with a bound on what kernels may err.
+"""Derivatives of networks along their input: by nested calls of torch's autograd, and with bounds.
 
-The bounds follow the formulas of csrc/contract/derivatives.h step by step, in the manner of `tests.support.bounds`: each
-sum and product carries the uncertainty of its operands along and adds its own rounding. An activation's derivatives may
-change as much as they do over the uncertainty of their argument, which is sampled, and evaluating one may err by `ULPS`
-units in the last place of its largest value.
+The bounds follow the formulas of csrc/contract/derivatives.h step by step, in the manner of `tests.support.bounds`.
+Each sum and product carries the uncertainty of its operands along and adds its own rounding. An activation's
+derivatives may change as much as they do over the uncertainty of their argument, which is sampled, and evaluating one
+may err by `ULPS` units in the last place of its largest value.
 """
 
 from collections.abc import Sequence
@@ -70,12 +70,12 @@ def largest(act: Activation) -> list[float]:
 
 def expanded(z: Bounded, act: Activation, dtype: torch.dtype) -> list[Bounded]:
     """The value and three derivatives with bounds."""
-    eps = torch.finfo(dtype).eps
+    eps, most = torch.finfo(dtype).eps, largest(act)
     parts = z.value.new_tensor([-1, -0.5, 0.5, 1]).view(-1, *[1] * z.value.dim())
     curves = expand(torch.cat([z.value[None], z.value + parts * z.error]), act)
-    scales = [curves[0][0].abs() + z.value.abs() * curves[1][0].abs(), *largest(act)]
+    scales = [curves[0][0].abs() + z.value.abs() * curves[1][0].abs(), *map(torch.tensor, most)]
     # As in bounds.activated: torch's formulas in float64 cancel as well.
-    own = torch.finfo(torch.float64).eps * (1 + z.value.abs()) * (1 + max(largest(act)))
+    own = torch.finfo(torch.float64).eps * (1 + z.value.abs()) * (1 + max(most))
     return [
         Bounded(curve[0], largest_change(curve) + ULPS * (eps * scale + own) + torch.finfo(dtype).tiny)
         for curve, scale in zip(curves, scales, strict=True)

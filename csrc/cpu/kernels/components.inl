@@ -64,6 +64,10 @@ template <class S> struct Jets {
         by_third += grad * products(row, z, c.pairs, pair, end);
         for (; pair < end; pair++) {
           const int one = 1 + c.pairs[pair].first, other = 1 + c.pairs[pair].second;
+          if (one == other) {
+            row.store(g, one, row.load(g, one) + (scaled + scaled) * row.load(z, one));
+            continue;
+          }
           row.store(g, one, row.load(g, one) + scaled * row.load(z, other));
           row.store(g, other, row.load(g, other) + scaled * row.load(z, one));
         }
