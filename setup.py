@@ -1,4 +1,6 @@
-"""Builds the extension fastmlp._C; all metadata stands in pyproject.toml.
+"""Builds the extension fastmlp._C; metadata stands in pyproject.toml, but for the torch that a build is bound to.
+
+Torch is imported when the extension is built, and not before: metadata and source archives need none.
 
 FASTMLP_CUDA=auto (default), 0 or 1: with CUDA kernels if torch and a toolkit have CUDA; without; with them or an error.
 They are compiled for the cards of this machine, for all architectures if it has none, or as TORCH_CUDA_ARCH_LIST says.
@@ -9,17 +11,47 @@ import json
 import os
 import re
 import subprocess
+import sys
+import sysconfig
 from functools import cache
 from glob import glob
+from importlib import metadata
 from pathlib import Path
 
-import torch
-from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+#: Where packages of the environment are. In an environment that pip makes for a build alone they are not on the path.
+AROUND = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+
+
+def installed_torch() -> str | None:
+    """The version of the torch that the extension will run with, without the import of it."""
+    found = next(iter(metadata.distributions(name="torch", path=[*sys.path, *AROUND])), None)
+    return None if found is None else found.version
+
+
+def required_torch() -> str:
+    """What a wheel depends on: an extension runs with the minor version of torch that it was built with."""
+    found = installed_torch()
+    return "torch>=2.11" if found is None or "sdist" in sys.argv else f"torch=={'.'.join(found.split('.')[:2])}.*"
+
+
+def provide_torch() -> None:
+    """Lets torch be imported: the one that is installed, in an environment of pip's own for this build too."""
+    if installed_torch() is None:
+        raise SystemExit(
+            "fastmlp: torch is not installed, expected 2.11 or newer, because the extension is built for the torch "
+            "that it will run with; run: pip install torch, and then this command again"
+        )
+    sys.path += [path for path in AROUND if path not in sys.path]
 
 
 def cuda_obstacle() -> str | None:
     """Why the CUDA kernels cannot be built here, or None."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if CUDA_HOME is None:
@@ -57,6 +89,8 @@ def architectures() -> str:
     Of the newest there is PTX too, which newer cards compile; but not of sm_75, whose code lacks the products of
     bfloat16 on tensor cores that newer cards are asked for.
     """
+    import torch
+
     if (listed := os.environ.get("TORCH_CUDA_ARCH_LIST")) is not None:
         if re.search(r"\b7\.\d\+PTX|\bTuring\+PTX", listed):
             raise SystemExit(
@@ -74,46 +108,68 @@ def architectures() -> str:
     return ";".join(names) + ("+PTX" if found[-1] >= (8, 0) else "")
 
 
-class Build(BuildExtension):
-    """Writes beside the extension which torch it belongs to, for fastmlp/_load.py to check."""
-
-    def run(self) -> None:
-        """As BuildExtension, then the note."""
-        super().run()
-        info = {"torch": torch.__version__, "cuda": wants_cuda()}
-        path = Path(self.get_ext_fullpath("fastmlp._C")).with_name("_build.json")
-        path.write_text(json.dumps(info) + "\n", encoding="utf-8")
-
-
-compile_flags = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
-link_flags = ["-fopenmp"]
-if sanitizers := os.environ.get("FASTMLP_SANITIZE"):
-    flags = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
-    compile_flags += ["-O1", "-g1", *flags]
-    link_flags += flags
-else:
-    link_flags += ["-Wl,--strip-debug"]
-
 #: What a build without CUDA kernels has in their place: it says how to build them.
 ABSENT = "csrc/cuda/absent.cpp"
-sources = {path for kind in ("cpp", "cu") for path in glob(f"csrc/**/*.{kind}", recursive=True)}
 
-if wants_cuda():
+
+def make_extension() -> Extension:
+    """The extension as this machine, its torch and the environment want it."""
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    compile_flags = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    link_flags = ["-fopenmp"]
+    if sanitizers := os.environ.get("FASTMLP_SANITIZE"):
+        flags = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
+        compile_flags += ["-O1", "-g1", *flags]
+        link_flags += flags
+    else:
+        link_flags += ["-Wl,--strip-debug"]
+    sources = {path for kind in ("cpp", "cu") for path in glob(f"csrc/**/*.{kind}", recursive=True)}
+    if not wants_cuda():
+        return CppExtension(
+            "fastmlp._C",
+            sorted(sources - set(glob("csrc/cuda/**", recursive=True)) | {ABSENT}),
+            extra_compile_args=compile_flags,
+            extra_link_args=link_flags,
+        )
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
     # activation.h is constexpr, which this flag lets device code call.
     nvcc_flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
-    extension = CUDAExtension(
+    return CUDAExtension(
         "fastmlp._C",
         sorted(sources - {ABSENT}),
         extra_compile_args={"cxx": compile_flags, "nvcc": nvcc_flags},
         extra_link_args=link_flags,
     )
-else:
-    extension = CppExtension(
-        "fastmlp._C",
-        sorted(sources - set(glob("csrc/cuda/**", recursive=True)) | {ABSENT}),
-        extra_compile_args=compile_flags,
-        extra_link_args=link_flags,
-    )
 
-setup(ext_modules=[extension], cmdclass={"build_ext": Build})
+
+class Build(build_ext):  # type: ignore[misc]
+    """Builds as torch's command does, and notes beside the extension which torch it is of, for fastmlp/_load.py."""
+
+    def run(self) -> None:
+        """Makes the extension, lets torch's command build it, and writes the note."""
+        provide_torch()
+        import torch
+        from torch.utils.cpp_extension import BuildExtension
+
+        self.extensions = self.distribution.ext_modules = [make_extension()]
+        command = BuildExtension(self.distribution)
+        for option in ("build_lib", "build_temp", "inplace", "editable_mode", "debug", "force", "parallel"):
+            setattr(command, option, getattr(self, option))
+        command.ensure_finalized()
+        command.run()
+        info = {
+            "torch": torch.__version__,
+            "cxx11_abi": torch.compiled_with_cxx11_abi(),
+            "cuda_version": torch.version.cuda if wants_cuda() else None,
+        }
+        path = Path(self.get_ext_fullpath("fastmlp._C")).with_name("_build.json")
+        path.write_text(json.dumps(info) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("fastmlp._C", [ABSENT])],
+        cmdclass={"build_ext": Build},
+        install_requires=[required_torch(), "numpy"],
+    )

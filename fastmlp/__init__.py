@@ -8,6 +8,7 @@ from fastmlp.clip import clip_grad_norm_, clip_grad_value_
 from fastmlp.config import get_isa, set_isa, show_config
 from fastmlp.convert import convert, revert
 from fastmlp.data import batches, epochs
+from fastmlp.derivatives import Derivatives, derivatives
 from fastmlp.explain import Route, explain, fusion_report
 from fastmlp.frozen import FrozenMLP, freeze
 from fastmlp.linear import Linear
@@ -23,6 +24,7 @@ __all__ = [
     "Activation",
     "CaptureError",
     "Captured",
+    "Derivatives",
     "FrozenMLP",
     "Linear",
     "Route",
@@ -36,6 +38,7 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "convert",
+    "derivatives",
     "epochs",
     "explain",
     "freeze",

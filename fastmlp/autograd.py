@@ -46,7 +46,7 @@ Gradients = Sequence[Tensor | None]
 Names = tuple[str, Sequence[str]] | None
 
 # As torch.autocast("cpu", enabled=False), at a sixth of its price.
-_without_autocast = torch._C._DisableAutocast
+without_autocast = torch._C._DisableAutocast
 
 
 def run(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...], names: Names = None) -> Tensor:
@@ -111,9 +111,7 @@ def _indirect(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...], names
 
 
 def _recorded(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...], names: Names) -> Tensor:
-    plain = all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in (input, *parameters))
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if not plain or transformed or input.dtype not in ops.DTYPES or not _has_kernels(input.device):
+    if not is_plain_in_recording(input, parameters) or not _has_kernels(input.device):
         return _composite(stack, input, parameters, names)
     input, *rest = autocast(input, *parameters)
     parameters = tuple(rest)
@@ -121,6 +119,13 @@ def _recorded(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...], names
     if torch.is_grad_enabled() and any(t.requires_grad for t in (input, *parameters)):
         return _Recorded.apply(stack, input, *parameters)
     return ops.infer(stack, input, parameters)
+
+
+def is_plain_in_recording(input: Tensor, others: tuple[Tensor, ...]) -> bool:
+    """Whether a recorder may hand tensors to registered operators, as far as that does not depend on their device."""
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in (input, *others))
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return plain and not transformed and input.dtype in ops.DTYPES
 
 
 def _captured(stack: Stack, input: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
@@ -197,7 +202,7 @@ def _composed_backward(
     # The others are slower to differentiate twice.
     known = all(a.name in HAS_GRADIENT_FROM_OUTPUT or not _keeps_output(a) for a in stack.activations)
     # A backward in an autocast region still belongs to the dtype that forward ran in.
-    with _without_autocast():
+    with without_autocast():
         if _is_direct(grad, (input, *parameters, *saved)):
             if not torch.is_grad_enabled():
                 return _C.backward(stack.native, grad, input, saved, parameters, needs)
@@ -215,14 +220,15 @@ def _vjp(stack: Stack, needs: Sequence[bool], grad: Tensor, input: Tensor, param
     with torch.enable_grad():
         # Views of their own, so that a parameter computed from another one is not differentiated
         # through: that is for the graph outside.
-        inputs = [_alias(t, need) for t, need in zip((input, *parameters), needs, strict=True)]
+        inputs = [alias(t, need) for t, need in zip((input, *parameters), needs, strict=True)]
         output = _reference(stack, inputs[0], inputs[1:])
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
         found = iter(torch.autograd.grad(output, wanted, grad, create_graph=create_graph))
     return [next(found) if need else None for need in needs]
 
 
-def _alias(tensor: Tensor, differentiate: bool) -> Tensor:
+def alias(tensor: Tensor, differentiate: bool) -> Tensor:
+    """A view of a tensor's own, if it is to be differentiated through, and the tensor itself otherwise."""
     if not differentiate:
         return tensor
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()

@@ -27,7 +27,18 @@ from fastmlp.trace import (
     run_chain,
 )
 
-__all__ = ["AT_ENDS", "Ends", "Link", "Uncompared", "ends_of", "layers_of", "links"]
+__all__ = [
+    "AT_ENDS",
+    "LEAVES",
+    "Ends",
+    "Link",
+    "Uncompared",
+    "ends_of",
+    "layers_of",
+    "link_of_tensors",
+    "links",
+    "replaced",
+]
 
 #: The modules that stand before the layers of a chain or after them, and the attributes that say what they do.
 AT_ENDS: dict[type[nn.Module], tuple[str, ...]] = {
@@ -45,7 +56,7 @@ _HEADS: dict[type[nn.Module], str] = {nn.Softmax: "softmax", nn.LogSoftmax: "log
 _KINDS: tuple[type[nn.Module], ...] = (*FUSABLE, nn.AlphaDropout, nn.BatchNorm1d, *AT_ENDS)
 
 #: The forward of each of them, unless somebody has replaced it.
-_LEAVES = original_forwards(_KINDS)
+LEAVES = original_forwards(_KINDS)
 
 #: The forwards of containers that call one child after another. Containers are dissolved.
 _CONTAINERS = (nn.Sequential.forward, Sequential.forward)
@@ -186,13 +197,13 @@ def _links(name: str, module: nn.Module) -> Iterator[Link]:
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         _refuse(name, module, "it is a module of torch.jit, which runs its own code; use the model that was scripted")
-    if kind in _LEAVES:
-        reason = _replaced(module, _LEAVES[kind]) or watched_obstacle(module) or _form_obstacle(module)
+    if kind in LEAVES:
+        reason = replaced(module, LEAVES[kind]) or watched_obstacle(module) or _form_obstacle(module)
         if reason is not None:
             _refuse(name, module, reason)
         yield Link(name, module)
     elif kind.forward in _CONTAINERS:
-        reason = _replaced(module, kind.forward) or watched_obstacle(module)
+        reason = replaced(module, kind.forward) or watched_obstacle(module)
         if reason is not None:
             _refuse(name, module, reason)
         for key, child in module._modules.items():
@@ -212,7 +223,8 @@ def _links(name: str, module: nn.Module) -> Iterator[Link]:
         yield from _recorded(name, module)
 
 
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> str | None:
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> str | None:
+    """What is to be said of a module whose class computes by another forward than this one; None if it does not."""
     kind = type(module)
     own = kind.forward is not forward or kind.__call__ not in (nn.Module.__call__, Linear.__call__)
     return f"the forward of {kind.__name__} was replaced" if own else None
@@ -292,7 +304,11 @@ def _links_of(name: str, module: nn.Module, traced: fx.GraphModule, node: fx.Nod
         layers: dict[str, Any] = node.args[1]  # type: ignore[assignment]
         for layer in layers.values():
             if isinstance(layer, tuple):
-                yield _link_of_tensors(name, module, traced, layer)
+                link = link_of_tensors(module, traced, layer)
+                if link is None:
+                    others = "other tensors than the weight and bias of one module"
+                    _refuse(name, module, f"its forward calls linear with {others}")
+                yield Link(_join(name, link.name) if link.name else name, link.module)
             else:
                 yield from _links(_join(name, str(layer.target)), traced.get_submodule(str(layer.target)))
         return
@@ -313,18 +329,24 @@ def _links_of(name: str, module: nn.Module, traced: fx.GraphModule, node: fx.Nod
         yield from _links(_join(name, target), traced.get_submodule(target))
 
 
-def _link_of_tensors(
-    name: str, module: nn.Module, traced: fx.GraphModule, pair: tuple[fx.Node, fx.Node | None]
-) -> Link:
-    """A layer that a forward calls as a function, with the weight and bias of one module, as a link of that module."""
+def link_of_tensors(module: nn.Module, traced: fx.GraphModule, pair: tuple[fx.Node, fx.Node | None]) -> Link | None:
+    """A layer that a forward calls as a function, with the weight and bias of one module, as a link of that module.
+
+    None if these tensors are not the weight and bias of one module.
+
+    Args:
+        module: whose forward it is.
+        traced: its recording.
+        pair: what reads the weight and the bias there.
+    """
     path = str(pair[0].target).rpartition(".")[0]
     # The recording has a dictionary of its own for the parameters of the module that was recorded.
     owner = traced.get_submodule(path) if path else module
     own = owner._parameters
     expected = [_join(path, key) if own.get(key) is not None else None for key in ("weight", "bias")]
     if not {"weight", "bias"} <= own.keys() or [part and str(part.target) for part in pair] != expected:
-        _refuse(name, module, "its forward calls linear with other tensors than the weight and bias of one module")
-    return Link(_join(name, path) if path else name, sharing(owner))
+        return None
+    return Link(path, sharing(owner))
 
 
 def sharing(owner: nn.Module) -> nn.Linear:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from fastmlp._load import _C
 from fastmlp.activations import DEFAULTS, IDENTITY, Activation
-from fastmlp.chain import Ends
-from fastmlp.stages import Stage, Tensors, seen
+from fastmlp.recipe import Recipe
+from fastmlp.stages import GraphPlan, Plan, Tensors, check_alike, layers_of_stages, seen
 
 __all__ = ["FrozenMLP", "freeze"]
 
 
-def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> "FrozenMLP":
+def freeze(model: nn.Module, *, dtype: torch.dtype | None = None, inputs: tuple[Any, ...] | None = None) -> "FrozenMLP":
     """A network that computes what the model does in eval mode, for serving, with little overhead.
 
     It takes what is one chain of layers: a `fastmlp.Sequential`, `MLP` or `Linear`, a `torch.nn.Sequential` or
@@ -33,6 +33,13 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> "FrozenMLP"
     `Unflatten`, or calls of `squeeze`, `unsqueeze`, `flatten`, `unflatten`, `view` and `reshape` with numbers. Each of
     these may be a module or a call of a function or method.
 
+    And it takes what is a graph of layers in float32 or float64 on the CPU, with any number of inputs and one tensor or
+    a tuple of tensors as its result. Between chains there may be residual additions and other elementwise operations,
+    also with parameters and buffers, that `capture` has instructions for; `torch.cat`, `split`, `chunk` and slices of
+    features; `LayerNorm` of the last dimension; a `BatchNorm1d` that cannot be folded; `softmax` and
+    `log_softmax` of up to 15 features. What makes an element of one row depend on another row, sums along rows, and
+    random numbers are refused.
+
     The model stays as it is. The frozen network follows it as long as it exists; see `FrozenMLP`.
 
     Args:
@@ -41,12 +48,15 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> "FrozenMLP"
         dtype: None, or torch.bfloat16 for a network with weights in bfloat16 whose input and output are float32. The
             weights and the input of each layer are rounded to bfloat16 (to nearest, ties to even), and sums, biases
             and activations are computed in float32; the output is not rounded. On the CPU only: the kernels of a GPU
-            round what they store to the dtype of the weights.
+            round what they store to the dtype of the weights. In a graph, what lies between its layers is computed in
+            float32.
+        inputs: of a graph, examples of its inputs, from which only the sizes of their last dimensions are taken. None
+            where these follow from its layers, as they do unless inputs meet in a `torch.cat`, or are chunked.
 
     Raises:
-        TypeError: naming the module and the reason, if the model cannot be frozen: if it is not one chain of layers,
-            each with at most one activation, or has hooks, or is in training mode with a `BatchNorm1d` or `Dropout`,
-            or is what `torch.compile` returned.
+        TypeError: naming the module and the reason, if the model cannot be frozen: if it is neither one chain of
+            layers, each with at most one activation, nor such a graph, or has hooks, or is in training mode with a
+            `BatchNorm1d` or `Dropout`, or is what `torch.compile` returned.
         ValueError: for another dtype, or torch.bfloat16 for a model that is not on the CPU.
         RuntimeError: for parameters of other dtypes, of several, or on devices without kernels, and of shapes that do
             not fit together.
@@ -57,11 +67,19 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> "FrozenMLP"
         FrozenMLP(10 -> 50 relu -> 1, torch.float32)
         >>> frozen(torch.zeros(3, 10)).shape
         torch.Size([3, 1])
+        >>> class Residual(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.fc, self.norm = nn.Linear(10, 10), nn.LayerNorm(10)
+        ...     def forward(self, x):
+        ...         return x + torch.relu(self.fc(self.norm(x)))
+        >>> freeze(Residual())
+        FrozenMLP(10 -> 10, graph of 1 network, torch.float32)
     """
     if dtype not in (None, torch.bfloat16):
         raise ValueError(f"fastmlp: dtype must be None or torch.bfloat16, got {dtype!r}")
     frozen = FrozenMLP()
-    frozen._dtype = dtype
+    frozen._dtype, frozen._inputs = dtype, inputs
     frozen._follow(model)
     frozen._model = ref(model)
     return frozen
@@ -80,9 +98,14 @@ class FrozenMLP(_C.Frozen):
       `view`. Where the model ends by giving its output another shape, so does the frozen network. With a softmax along
       dimension 1 the input of the layers has two dimensions. `out` is of the output's shape and dtype, contiguous, and
       does not overlap the input; it is returned.
+    - A graph of several inputs is called as `frozen(x, y)`, or `frozen(x, y, out=out)`; all inputs have the same
+      dimensions but for the last. One of several results returns a tuple, and takes one as `out`. Exactly two
+      dimensions are expected where the forward counts dimensions from the first.
     - Each row of the output has the same bits whatever the batch that it came in, however it lies in memory, and
       however many threads compute it. They do depend on the instruction set, which is the one that `set_isa` chose
       last: the weights are packed again for another one. Of a GPU none of that is promised.
+    - A graph runs on tapes of 1, 2, 4, ... 128 rows, which are made when they are first needed and kept; a batch goes
+      through them in pieces. Each thread that calls at the same time makes tapes of its own.
     - An input that requires grad is refused while gradients are recorded, as by `Tensor.numpy`: pass
       `input.detach()`, or call under `torch.no_grad()`.
     - Autocast has no effect. In transforms of `torch.func`, under dispatch modes, and with subclasses of
@@ -128,16 +151,25 @@ class FrozenMLP(_C.Frozen):
 
     _model: "ReferenceType[nn.Module] | None" = None
     _dtype: torch.dtype | None = None
+    _inputs: tuple[Any, ...] | None = None
 
     @property
-    def in_features(self) -> int:
-        """Size of the last dimension of the input; of all dimensions but the first together, if they are flattened."""
-        return _C.describe_frozen(self)[0][0]
+    def in_features(self) -> int | tuple[int, ...]:
+        """Size of the last dimension of the input; of all dimensions but the first together, if they are flattened.
+
+        Of a graph with several inputs a tuple.
+        """
+        graph = _C.describe_frozen_graph(self)
+        return _C.describe_frozen(self)[0][0] if graph is None else _one_or_all(graph[0])
 
     @property
-    def out_features(self) -> int:
-        """Size of the last dimension of the output, before it is given another shape."""
-        return _C.describe_frozen(self)[0][-1]
+    def out_features(self) -> int | tuple[int, ...]:
+        """Size of the last dimension of the output, before it is given another shape.
+
+        Of a graph with several outputs a tuple.
+        """
+        graph = _C.describe_frozen_graph(self)
+        return _C.describe_frozen(self)[0][-1] if graph is None else _one_or_all(graph[1])
 
     @property
     def nbytes(self) -> int:
@@ -146,11 +178,15 @@ class FrozenMLP(_C.Frozen):
         On the CPU panels are filled up with zeros; and bfloat16 and float16 take four bytes where the processor has no
         instructions for their products.
         """
-        return _C.describe_frozen(self)[-1]
+        graph = _C.describe_frozen_graph(self)
+        return _C.describe_frozen(self)[-1] if graph is None else graph[-1]
 
     def __repr__(self) -> str:
         # Debuggers and logs ask for a repr at any time, so an error that a call would raise becomes part of the text.
         try:
+            graph = _C.describe_frozen_graph(self)
+            if graph is not None:
+                return self._graph_repr(*graph)
             sizes, kinds, scalars, dtype, float32_ends, flattens, head, reshapings, device, _ = _C.describe_frozen(self)
         except (RuntimeError, TypeError, ValueError) as error:
             return f"{type(self).__name__}({error})"
@@ -158,24 +194,40 @@ class FrozenMLP(_C.Frozen):
             f" -> {size}" if act == IDENTITY else f" -> {size} {act!r}"
             for size, act in zip(sizes[1:], _activations(kinds, scalars), strict=True)
         ]
-        ends = f"torch.float32, weights {dtype}" if float32_ends else dtype
+        ends = _ends(dtype, float32_ends)
         first = f"{'flatten -> ' if flattens else ''}{sizes[0]}"
         steps += [f" -> {head}"] if head != "none" else []
         steps += [f" -> {name}({', '.join(map(str, numbers))})" for name, numbers in reshapings]
         place = "" if _is_packed(torch.device(device)) else f", {device}"
         return f"{type(self).__name__}({first}{''.join(steps)}, {ends}{place})"
 
+    def _graph_repr(
+        self, inputs: list[int], outputs: list[int], networks: int, dtype: str, float32_ends: bool, _: int
+    ) -> str:
+        count = "1 network" if networks == 1 else f"{networks} networks"
+        ends = f"{_one_or_all(inputs)} -> {_one_or_all(outputs)}"
+        return f"{type(self).__name__}({ends}, graph of {count}, {_ends(dtype, float32_ends)})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Tensors are pickled as bytes, because torch.multiprocessing would send file descriptors of their memory, which
         # is gone when another process asks for it. Activations are pickled by name, because another version may number
         # kinds otherwise.
+        graph = _C.unload_frozen_graph(self)
+        if graph is not None:
+            networks, recipe, constants, *more = graph
+            layers = [(*_raw_layers(w, b), _activations(kinds, scalars)) for w, b, kinds, scalars in networks]
+            return _rebuild_graph, (type(self), layers, recipe, [_raw(constant) for constant in constants], *more)
         weights, biases, kinds, scalars, *rest = _C.unload_frozen(self)
-        raw = [_raw(weight) for weight in weights], [None if bias is None else _raw(bias) for bias in biases]
+        raw = _raw_layers(weights, biases)
         return _rebuild, (type(self), str(weights[0].device), *raw, _activations(kinds, scalars), *rest)
 
     def __copy__(self) -> Self:
-        weights, biases, kinds, scalars, float32_ends, only, flattens, head, reshapings = _C.unload_frozen(self)
         copied = type(self)()
+        graph = _C.unload_frozen_graph(self)
+        if graph is not None:
+            _C.load_frozen_graph(copied, None, *graph)
+            return copied
+        weights, biases, kinds, scalars, float32_ends, only, flattens, head, reshapings = _C.unload_frozen(self)
         activations = _activations(kinds, scalars)
         _load(copied, None, weights, biases, activations, float32_ends, only, flattens, head, reshapings)
         return copied
@@ -207,7 +259,7 @@ class FrozenMLP(_C.Frozen):
         self._follow(model)
 
     def _follow(self, model: nn.Module) -> None:
-        watch, tensors = seen(model)
+        watch, tensors = seen(model, self._inputs)
         self._read(watch, tensors)
 
     def _reload(self, watch: _C.Watch | None) -> None:
@@ -220,34 +272,41 @@ class FrozenMLP(_C.Frozen):
         if model is None:  # it was deleted a moment ago, and what was read of it stays
             return
         tensors = None if watch is None else watch.read()
-        if watch is None or tensors is None:
+        if watch is None or tensors is None or not watch.plan.fits(tensors):
             self._follow(model)
         else:
             self._read(watch, tensors)
 
     def _read(self, watch: _C.Watch, tensors: Tensors) -> None:
         """Fills the network with the tensors that the watch has recorded."""
-        stages: list[Stage]
-        ends: Ends
-        stages, ends = watch.plan
+        plan: Plan | GraphPlan = watch.plan
+        chains = plan.networks if isinstance(plan, GraphPlan) else [plan.stages]
         with torch.no_grad():
-            layers = [stage.layer(tensors) for stage in stages]
-            first = stages[0].where("weight")
-            for stage, layer, before in zip(stages, layers, [None, *layers], strict=False):
-                name = stage.where("weight")
-                if layer.dtype != layers[0].dtype:
-                    raise RuntimeError(
-                        f"fastmlp: {name} has dtype {layer.dtype}, expected {layers[0].dtype}, that of {first}"
-                    )
-                if layer.weight.device != layers[0].weight.device:
-                    expected = f"expected {layers[0].weight.device}, where {first} is"
-                    raise RuntimeError(f"fastmlp: {name} is on {layer.weight.device}, {expected}")
-                if before is not None and layer.weight.shape[1] != before.weight.shape[0]:
-                    raise RuntimeError(
-                        f"fastmlp: {name} has shape {list(layer.weight.shape)}, expected {before.weight.shape[0]} in "
-                        "the last dimension, the out_features of the layer before"
-                    )
-            dtype = self._dtype or layers[0].dtype
+            networks = [layers_of_stages(stages, tensors) for stages in chains]
+            own = networks[0][0].dtype
+            for stages, layers in zip(chains, networks, strict=True):
+                check_alike(stages[0], layers[0], chains[0][0], networks[0][0])
+            dtype = self._dtype or own
+            if isinstance(plan, GraphPlan):
+                plan.sizes = plan.sizes_of(tensors)
+                _load_graph(
+                    self,
+                    watch,
+                    [
+                        (
+                            [layer.weight.to(dtype) for layer in layers],
+                            [layer.bias for layer in layers],
+                            [stage.activation for stage in stages],
+                        )
+                        for stages, layers in zip(chains, networks, strict=True)
+                    ],
+                    plan.recipe,
+                    plan.values(tensors, networks[0][0]),
+                    self._dtype is not None,
+                    plan.matrices_only,
+                )
+                return
+            (stages,), (layers,) = chains, networks
             _load(
                 self,
                 watch,
@@ -255,10 +314,10 @@ class FrozenMLP(_C.Frozen):
                 [layer.bias for layer in layers],
                 [stage.activation for stage in stages],
                 self._dtype is not None,
-                ends.matrices_only or any(stage.before or stage.after for stage in stages),
-                ends.flattens,
-                ends.head,
-                ends.reshapings,
+                plan.matrices_only,
+                plan.ends.flattens,
+                plan.ends.head,
+                plan.ends.reshapings,
             )
 
 
@@ -277,12 +336,10 @@ def _load(
     """Puts a network in place, and the watch of the model that it was read from, in one step."""
     if not weights:
         raise ValueError("fastmlp: a frozen network needs at least one layer, got none")
-    kinds, scalars = [act.kind for act in activations], [x for act in activations for x in act.scalars]
-    device, dtype = weights[0].device, weights[0].dtype
+    kinds, scalars = _numbers_of(activations)
+    device = weights[0].device
     packed = _is_packed(device)
-    # The kernels of the CPU add biases to sums, which for dtypes of 16 bits are float32.
-    of_biases = torch.float32 if packed and dtype.itemsize == 2 else dtype
-    biases = [None if bias is None else bias.to(of_biases) for bias in biases]
+    biases = _biases_for(weights, biases, packed)
     if packed:
         _C.load_frozen(
             frozen, watch, weights, biases, kinds, scalars, float32_ends, matrices_only, flattens, head, reshapings
@@ -296,6 +353,45 @@ def _load(
         _C.load_frozen_on_device(
             frozen, watch, weights, biases, kinds, scalars, matrices_only, flattens, head, reshapings
         )
+
+
+def _biases_for(weights: Sequence[Tensor], biases: Sequence[Tensor | None], packed: bool) -> list[Tensor | None]:
+    """Biases in the dtype in which they are added."""
+    dtype = weights[0].dtype
+    # The kernels of the CPU add biases to sums, which for dtypes of 16 bits are float32.
+    of_biases = torch.float32 if packed and dtype.itemsize == 2 else dtype
+    return [None if bias is None else bias.to(of_biases) for bias in biases]
+
+
+#: Of a network the weights, the biases, and the activations.
+_Layers: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor | None], Sequence[Activation]]
+
+
+def _load_graph(
+    frozen: FrozenMLP,
+    watch: _C.Watch | None,
+    networks: Sequence[_Layers],
+    recipe: Recipe,
+    constants: Sequence[Tensor],
+    float32_ends: bool,
+    matrices_only: bool,
+) -> None:
+    """Puts a graph in place, and the watch of the model that it was read from, in one step."""
+    given = [(weights, _biases_for(weights, biases, True), *_numbers_of(acts)) for weights, biases, acts in networks]
+    _C.load_frozen_graph(frozen, watch, given, recipe, constants, float32_ends, matrices_only)
+
+
+def _numbers_of(activations: Sequence[Activation]) -> tuple[list[int], list[float]]:
+    """Activations as kinds and scalars."""
+    return [act.kind for act in activations], [x for act in activations for x in act.scalars]
+
+
+def _one_or_all(sizes: Sequence[int]) -> int | tuple[int, ...]:
+    return sizes[0] if len(sizes) == 1 else tuple(sizes)
+
+
+def _ends(dtype: str, float32_ends: bool) -> str:
+    return f"torch.float32, weights {dtype}" if float32_ends else dtype
 
 
 def _activations(kinds: Sequence[int], scalars: Sequence[float]) -> list[Activation]:
@@ -316,6 +412,10 @@ _Raw: TypeAlias = tuple[str, tuple[int, ...], bytes]
 def _raw(tensor: Tensor) -> _Raw:
     own = tensor.cpu().contiguous()
     return str(own.dtype).removeprefix("torch."), tuple(own.shape), ctypes.string_at(own.data_ptr(), own.nbytes)
+
+
+def _raw_layers(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[list[_Raw], list[_Raw | None]]:
+    return [_raw(weight) for weight in weights], [None if bias is None else _raw(bias) for bias in biases]
 
 
 def _tensor_of(raw: _Raw) -> Tensor:
@@ -352,6 +452,23 @@ def _rebuild(
     own = [_tensor_of(raw).to(device) for raw in weights]
     own_biases = [None if raw is None else _tensor_of(raw).to(device) for raw in biases]
     _load(frozen, None, own, own_biases, activations, float32_ends, matrices_only, flattens, head, reshapings)
+    return frozen
+
+
+def _rebuild_graph(
+    kind: type[FrozenMLP],
+    layers: list[tuple[list[_Raw], list[_Raw | None], list[Activation]]],
+    recipe: Recipe,
+    constants: list[_Raw],
+    float32_ends: bool,
+    matrices_only: bool,
+) -> FrozenMLP:
+    frozen = kind()
+    networks: list[_Layers] = [
+        ([_tensor_of(raw) for raw in weights], [None if raw is None else _tensor_of(raw) for raw in biases], acts)
+        for weights, biases, acts in layers
+    ]
+    _load_graph(frozen, None, networks, recipe, [_tensor_of(raw) for raw in constants], float32_ends, matrices_only)
     return frozen
 
 

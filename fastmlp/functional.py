@@ -11,9 +11,10 @@ from fastmlp import reference
 from fastmlp._errors import described, not_a_tensor
 from fastmlp.activations import ActivationLike, resolve
 from fastmlp.autograd import run
-from fastmlp.ops import stack_of
+from fastmlp.ops import Stack, stack_of
+from fastmlp.taylor import Axis, Derivatives, run_derivatives
 
-__all__ = ["linear", "mlp"]
+__all__ = ["linear", "mlp", "mlp_derivatives"]
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: ActivationLike = None) -> Tensor:
@@ -81,6 +82,53 @@ def mlp(
         >>> mlp(torch.tensor([1.0, -1.0]), [w, w], [None, torch.ones(2)], ["relu", None])
         tensor([2., 1.])
     """
+    stack, parameters = _layers(weights, biases, activations)
+    return run(stack, input, parameters)
+
+
+def mlp_derivatives(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[ActivationLike],
+    first: Sequence[int] | None = None,
+    second: Sequence[Axis] = (),
+    laplacian: Sequence[int] = (),
+) -> Derivatives:
+    """A whole network with derivatives along features of its input, as `fastmlp.derivatives` returns them of a model.
+
+    Args:
+        input: (*, in_features of the first layer).
+        weights: (out_features, in_features) of each layer.
+        biases: (out_features) or None for each layer.
+        activations: one for each layer, None for the identity.
+        first: features of the input along which first derivatives are returned; None for all.
+        second: features of the input along which second derivatives are returned; for a mixed one a pair (i, j).
+        laplacian: features of the input over which second derivatives are added up to the Laplacian.
+
+    Returns:
+        Values and derivatives, each (*, out_features of the last layer, ...).
+
+    Raises:
+        RuntimeError: for shapes, dtypes or devices that do not belong together.
+        TypeError: for an argument of the wrong type.
+        ValueError: for lists of different lengths, no layer at all, or an activation without a fused form.
+        IndexError: for an axis that the input does not have.
+
+    Example:
+        >>> import torch
+        >>> x, w = torch.zeros(1, 1), torch.ones(1, 1)
+        >>> value, first, second, _ = mlp_derivatives(x, [2 * w, w], [None, None], ["sin", None], second=[0])
+        >>> value, first, second
+        (tensor([[0.]]), tensor([[[2.]]]), tensor([[[0.]]]))
+    """
+    stack, parameters = _layers(weights, biases, activations)
+    return run_derivatives(stack, input, parameters, first, second, laplacian)
+
+
+def _layers(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[ActivationLike]
+) -> tuple[Stack, tuple[Tensor, ...]]:
     for name, given in (("weights", weights), ("biases", biases), ("activations", activations)):
         _check_list(name, given)
     if not len(weights) == len(biases) == len(activations):
@@ -92,7 +140,7 @@ def mlp(
     parameters: list[Tensor] = []
     for weight, bias in zip(weights, biases, strict=True):
         parameters += (weight,) if bias is None else (weight, bias)
-    return run(stack_of(tuple([bias is not None for bias in biases]), acts), input, tuple(parameters))
+    return stack_of(tuple([bias is not None for bias in biases]), acts), tuple(parameters)
 
 
 def _check_list(name: str, given: Any) -> None:

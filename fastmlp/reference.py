@@ -6,6 +6,7 @@ docs/special_values.md lists the NaN, infinities and zeros where PyTorch's own l
 """
 
 from collections.abc import Callable, Sequence
+from math import pi, sqrt
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,85 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "hardswish": F.hardswish,
     "softplus": F.softplus,
     "sin": torch.sin,
+}
+
+
+def _with_step(z: Tensor, value: Tensor, below: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a function that is straight on both sides of zero, where NaN has the slope on the right."""
+    return value, torch.where(z <= 0, below, torch.ones_like(z)), torch.zeros_like(z)
+
+
+def _with_bend(z: Tensor, value: Tensor, scale: float, below: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a function that is straight above zero, and exponential below."""
+    # Without clamp, whose gradient at zero is that of the exponential.
+    bend = below * torch.where(z < 0, z, torch.zeros_like(z)).exp()
+    return value, torch.where(z > 0, scale, bend), torch.where(z >= 0, torch.zeros_like(z), bend)
+
+
+def _sigmoid(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.sigmoid(z)
+    return y, y * (1 - y), y * (1 - y) * (1 - 2 * y)
+
+
+def _tanh(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.tanh(z)
+    return y, 1 - y * y, -2 * y * (1 - y * y)
+
+
+def _times(z: Tensor, y: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The derivatives of z y(z) from y and its own."""
+    return y + z * first, 2 * first + z * second
+
+
+def _gelu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    density = torch.exp(-0.5 * z * z) / sqrt(2 * pi)
+    return F.gelu(z), torch.special.ndtr(z) + z * density, density * (2 - z * z)
+
+
+def _gelu_tanh(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scale, cubic = sqrt(8 / pi), 0.044715
+    y, first, second = _sigmoid(scale * (z + cubic * z**3))
+    slope, bend = scale * (1 + 3 * cubic * z * z), scale * 6 * cubic * z
+    return F.gelu(z, approximate="tanh"), *_times(z, y, first * slope, second * slope * slope + first * bend)
+
+
+def _mish(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    y, first, second = _tanh(F.softplus(z))
+    _, slope, bend = _slopes_of_softplus(z)
+    return F.mish(z), *_times(z, y, first * slope, second * slope * slope + first * bend)
+
+
+def _hardswish(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    zero, one, inside = torch.zeros_like(z), torch.ones_like(z), (z > -3) & (z < 3)
+    first = torch.where(inside, z / 3 + 0.5, torch.where(z <= -3, zero, one))
+    return F.hardswish(z), first, torch.where(inside, one / 3, zero)
+
+
+def _slopes_of_softplus(z: Tensor, beta: float = 1.0, threshold: float = 20.0) -> tuple[Tensor, Tensor, Tensor]:
+    x = z * beta
+    y, slope, _ = _sigmoid(x)
+    first = torch.where(x > threshold, torch.ones_like(z), y)
+    return F.softplus(z, beta, threshold), first, torch.where(x > threshold, torch.zeros_like(z), beta * slope)
+
+
+#: Name of each activation and the function that gives its value, its first and its second derivative. At kinks these
+#: are what PyTorch's autograd has.
+SLOPES: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
+    "identity": lambda z: (z, torch.ones_like(z), torch.zeros_like(z)),
+    "relu": lambda z: _with_step(z, torch.relu(z), 0.0),
+    "leaky_relu": lambda z, negative_slope=0.01: _with_step(z, F.leaky_relu(z, negative_slope), negative_slope),
+    "elu": lambda z, alpha=1.0: _with_bend(z, F.elu(z, alpha), 1.0, alpha),
+    # Scale, and alpha times it, of Klambauer et al., Self-Normalizing Neural Networks, 2017, equation 14.
+    "selu": lambda z: _with_bend(z, F.selu(z), 1.0507009873554804934193349852946, 1.7580993408473768599402175208123),
+    "sigmoid": _sigmoid,
+    "tanh": _tanh,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": lambda z: (F.silu(z), *_times(z, *_sigmoid(z))),
+    "mish": _mish,
+    "hardswish": _hardswish,
+    "softplus": _slopes_of_softplus,
+    "sin": lambda z: (torch.sin(z), torch.cos(z), -torch.sin(z)),
 }
 
 
@@ -140,3 +220,50 @@ def mlp(
     for weight, bias, (name, parameters) in zip(weights, biases, activations, strict=True):
         input = linear(input, weight, bias, name, parameters)
     return input
+
+
+def mlp_derivatives(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[tuple[str, dict[str, float]]],
+    axes: Sequence[int],
+    sums: Sequence[Sequence[tuple[int, int]]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A chain of `linear`, and its derivatives along features of the input.
+
+    With z before an activation f and h after it, derivatives go forward through a layer as h_i = f'(z) z_i and
+    h_ij = f''(z) z_i z_j + f'(z) z_ij (Griewank and Walther, Evaluating Derivatives, 2008, chapter 13).
+
+    Args:
+        input: (*, in_features of the first layer).
+        weights: (out_features, in_features) of each layer.
+        biases: (out_features) or None for each layer.
+        activations: name and parameters for each layer.
+        axes: features of the input that first derivatives are taken along.
+        sums: pairs of places in `axes`; the second derivatives along these are added up.
+
+    Returns:
+        The value (*, out_features), the first derivatives (*, out_features, len(axes)), and the sums of second
+        derivatives (*, out_features, len(sums)).
+
+    Example:
+        >>> w = [torch.tensor([[2.0]]), torch.tensor([[1.0]])]
+        >>> acts = [("sin", {}), ("identity", {})]
+        >>> mlp_derivatives(torch.zeros(1), w, [None, None], acts, [0], [[(0, 0)]])
+        (tensor([0.]), tensor([[2.]]), tensor([[0.]]))
+    """
+    value, first, second = input, input.new_zeros(0), input.new_zeros(0)
+    for layer, (weight, bias, (name, parameters)) in enumerate(zip(weights, biases, activations, strict=True)):
+        z = F.linear(value, weight, bias)
+        if layer == 0:
+            seeds = weight.t()[list(axes)].to(z.dtype)
+            first = seeds.view(len(axes), *[1] * (z.dim() - 1), z.shape[-1]).expand(len(axes), *z.shape)
+            second = torch.zeros_like(z).expand(len(sums), *z.shape)
+        else:
+            first, second = F.linear(first, weight), F.linear(second, weight)
+        value, slope, bend = SLOPES[name](z, **parameters)
+        squares = [sum((first[i] * first[j] for i, j in pairs), torch.zeros_like(z)) for pairs in sums]
+        second = bend * torch.stack(squares) + slope * second if squares else second
+        first = slope * first
+    return value, first.movedim(0, -1), second.movedim(0, -1)

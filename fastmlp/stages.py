@@ -5,7 +5,7 @@ Called when a model is frozen, and again after each change of it. frozen.py does
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, NoReturn, TypeAlias, cast
+from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,20 @@ from fastmlp import reference
 from fastmlp._errors import described, place_of
 from fastmlp._load import _C
 from fastmlp.activations import DEFAULTS, IDENTITY, Activation, resolve
-from fastmlp.chain import AT_ENDS, Link, ends_of, layers_of, links
+from fastmlp.chain import AT_ENDS, Ends, Link, ends_of, layers_of, links
+from fastmlp.frozen_graph import CALLED, Graph, read
 from fastmlp.linear import Linear
+from fastmlp.recipe import Constant, Recipe
 
-__all__ = ["Stage", "Tensors", "seen"]
+__all__ = ["GraphPlan", "Layer", "Plan", "Stage", "Tensors", "check_alike", "layers_of_stages", "seen"]
 
 #: For each module that is watched, its parameters and buffers by name.
 Tensors: TypeAlias = Sequence[Mapping[str, Tensor | None]]
 
 
 class Layer(NamedTuple):
+    """A layer as it is frozen: with what is folded into it."""
+
     weight: Tensor
     bias: Tensor | None
     dtype: torch.dtype  # of the weight before anything was folded into it
@@ -105,6 +109,92 @@ class Stage:
         return Layer(weight, bias, dtype)
 
 
+def check_alike(stage: Stage, layer: Layer, first: Stage, expected: Layer) -> None:
+    """Raises unless a layer has the dtype and the device of the first one."""
+    name = stage.where("weight")
+    if layer.dtype != expected.dtype:
+        raise RuntimeError(
+            f"fastmlp: {name} has dtype {layer.dtype}, expected {expected.dtype}, that of {first.where('weight')}"
+        )
+    if layer.weight.device != expected.weight.device:
+        where = f"expected {expected.weight.device}, where {first.where('weight')} is"
+        raise RuntimeError(f"fastmlp: {name} is on {layer.weight.device}, {where}")
+
+
+def layers_of_stages(stages: Sequence[Stage], tensors: Tensors) -> list[Layer]:
+    """The layers of a chain as they are now, which fit together."""
+    layers = [stage.layer(tensors) for stage in stages]
+    for stage, layer, before in zip(stages, layers, [None, *layers], strict=False):
+        check_alike(stage, layer, stages[0], layers[0])
+        if before is not None and layer.weight.shape[1] != before.weight.shape[0]:
+            raise RuntimeError(
+                f"fastmlp: {stage.where('weight')} has shape {list(layer.weight.shape)}, expected "
+                f"{before.weight.shape[0]} in the last dimension, the out_features of the layer before"
+            )
+    return layers
+
+
+class Plan(NamedTuple):
+    """A chain: its layers, and what it does before and after them."""
+
+    stages: list[Stage]
+    ends: Ends
+
+    @property
+    def matrices_only(self) -> bool:
+        """Whether inputs must have two dimensions, but for those that are flattened."""
+        return self.ends.matrices_only or any(stage.before or stage.after for stage in self.stages)
+
+    def fits(self, tensors: Tensors) -> bool:
+        """Whether it is still what the model is, with these tensors."""
+        return True
+
+
+@dataclass
+class GraphPlan:
+    """A graph, with the places of modules among those that are watched.
+
+    Attributes:
+        networks: the layers of each.
+        constants: of each its place, and that of the norm that it is of, if it is of one.
+        recipe: as `_C.load_frozen_graph` takes it.
+        matrices_only: whether inputs must have two dimensions.
+        sizes: of the layers, when it was read.
+    """
+
+    networks: list[list[Stage]]
+    constants: list[tuple[int, Constant, Norm | None]]
+    recipe: Recipe
+    matrices_only: bool
+    sizes: list[object] = field(default_factory=list)
+
+    def fits(self, tensors: Tensors) -> bool:
+        """Whether it is still what the model is, with these tensors: of the same shapes and dtypes."""
+        return self.sizes_of(tensors) == self.sizes
+
+    def sizes_of(self, tensors: Tensors) -> list[object]:
+        """Shapes and dtypes of all that it reads."""
+        places = [stage.place for stages in self.networks for stage in stages] + [one[0] for one in self.constants]
+        found = (tensor for place in places for tensor in tensors[place].values())
+        return [tensor if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in found]
+
+    def values(self, tensors: Tensors, first: Layer) -> list[Tensor]:
+        """The constants as they are now, where the first layer is and of its dtype."""
+        device, dtype = first.weight.device, first.dtype
+        found = []
+        for place, (name, key, features), norm in self.constants:
+            if norm is not None:
+                pair = norm.affine(features, "its num_features", tensors, device)
+                found.append(pair[key == "shift"].to(dtype))
+                continue
+            where = f"{name}.{key}" if name else key
+            tensor = _tensor(where, tensors[place].get(key), device)
+            if tensor.dtype != dtype:
+                raise RuntimeError(f"fastmlp: {where} has dtype {tensor.dtype}, expected {dtype}, that of the layers")
+            found.append(tensor.reshape(-1).clone())
+        return found
+
+
 def _tensor(name: str, tensor: Tensor | None, device: torch.device | None = None) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"fastmlp: {name} must be a torch.Tensor, got {described(tensor)}")
@@ -176,20 +266,18 @@ _Watched: TypeAlias = tuple[int, str, nn.Module, int, Sequence[str], Sequence[st
 _ATTEMPTS = 100
 
 
-def seen(model: nn.Module) -> tuple[_C.Watch, Tensors]:
+def seen(model: nn.Module, inputs: tuple[Any, ...] | None) -> tuple[_C.Watch, Tensors]:
     """A watch of a model, and the tensors that it recorded: all of one moment.
 
-    The plan of the watch is the model's stages, and its ends.
+    The plan of the watch is a `Plan`, or a `GraphPlan` where the model is no chain. `inputs` are examples of the
+    arguments of a graph, or None.
 
     The watch begins before anything is read that it compares, so that no change falls between.
     """
     for _ in range(_ATTEMPTS):
         before = _held(model)
         try:
-            chain = links(model)
-            entries, places = _watched(model, chain)
-            watch = _C.Watch(entries)
-            watch.plan = _stages_of(layers_of(chain), places), ends_of(chain)
+            watch = _watch_of(model, inputs)
         except Exception as error:
             # If something was exchanged meanwhile, the error may be about a mixture of old and new: read again.
             if _are_others(before, _held(model)):
@@ -207,6 +295,43 @@ def seen(model: nn.Module) -> tuple[_C.Watch, Tensors]:
         "fastmlp: another thread gave the model other modules or tensors again and again while it was read: call again "
         "when that thread is done"
     )
+
+
+def _watch_of(model: nn.Module, inputs: tuple[Any, ...] | None) -> _C.Watch:
+    try:
+        chain = links(model)
+        entries, places = _watched(model, chain, None)
+        watch = _C.Watch(entries)
+        watch.plan = Plan(_stages_of(layers_of(chain), places), ends_of(chain))
+    except TypeError as error:
+        if not isinstance(model, nn.Module):
+            raise
+        try:
+            return _watch_of_graph(model, read(model, inputs))
+        except TypeError as other:
+            if str(other) == str(error):
+                raise
+            text = str(other).removeprefix("fastmlp: ")
+            raise TypeError(f"{error}; nor is it a graph of layers: {text}") from other
+    return watch
+
+
+def _watch_of_graph(model: nn.Module, graph: Graph) -> _C.Watch:
+    links = [*(link for network in graph.networks for link in network), *graph.called]
+    entries, places = _watched(model, links, graph.tensors)
+    watch = _C.Watch(entries)
+    norms = {link.name: link.module for link in graph.called if isinstance(link.module, nn.BatchNorm1d)}
+    constants = [
+        (
+            places[constant.name],
+            constant,
+            Norm(constant.name, places[constant.name], norms[constant.name].eps) if constant.name in norms else None,
+        )
+        for constant in graph.constants
+    ]
+    networks = [_stages_of(chain, places) for chain in graph.networks]
+    watch.plan = GraphPlan(networks, constants, graph.recipe, graph.matrices_only)
+    return watch
 
 
 def _held(model: nn.Module) -> list[object]:
@@ -243,31 +368,47 @@ def _modules_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _watched(model: nn.Module, chain: Sequence[Link]) -> tuple[list[_Watched], dict[str, int]]:
-    """The modules of a chain and those that hold them, as `_C.Watch` takes them, and where each is in the list."""
+def _watched(
+    model: nn.Module, chain: Sequence[Link], tensors: Sequence[tuple[str, str]] | None
+) -> tuple[list[_Watched], dict[str, int]]:
+    """The modules of a chain and those that hold them, as `_C.Watch` takes them, and where each is in the list.
+
+    Args:
+        model: that they are of.
+        chain: the modules.
+        tensors: of a graph, the parameters and buffers that are watched besides: names of modules, and their own. Of
+            a graph all modules are watched.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    # An activation that the forward calls as a function is no module of the model, so it cannot be watched. Of a layer
+    # that it calls so the module is watched that holds its parameters, as a layer or as what it is besides.
+    watched: dict[str, nn.Module] = {}
+    for link in chain:
+        module = modules.get(link.name)
+        if link.module is module:
+            watched[link.name] = link.module
+        elif module is not None and link.module._parameters is module._parameters:
+            watched.setdefault(link.name, link.module)
     places: dict[str, int] = {}
     found: list[_Watched] = []
 
-    def add(name: str, module: nn.Module, link: nn.Module | None = None) -> int:
+    def add(name: str) -> int:
         if name not in places:
             parent, _, key = name.rpartition(".")
-            above = add(parent, model.get_submodule(parent)) if name else 0
+            above = add(parent) if name else 0
             places[name] = len(found)
-            found.append((above, key, module, -1 if link else len(module._modules), *_what_matters(link or module)))
+            module, link = modules[name], watched.get(name)
+            attributes, parameters, buffers = _what_matters(link or module)
+            own = [key for other, key in tensors or () if other == name]
+            parameters = [*dict.fromkeys([*parameters, *(key for key in own if key in module._parameters)])]
+            buffers = [*dict.fromkeys([*buffers, *(key for key in own if key in module._buffers)])]
+            children = -1 if link is module else len(module._modules)
+            found.append((above, key, module, children, attributes, parameters, buffers))
         return places[name]
 
-    modules = dict(model.named_modules(remove_duplicate=False))
-    # An activation that the forward calls as a function is no module of the model, so it cannot be watched. Of a layer
-    # that it calls so the module is watched that holds its parameters.
-    watched = {link.name: link.module for link in chain if _stands_for(link.module, modules.get(link.name))}
-    add("", model, watched.get(""))
-    for name, module in watched.items():
-        add(name, modules[name], module)
+    for name in ("", *watched, *(() if tensors is None else modules)):
+        add(name)
     return found, places
-
-
-def _stands_for(link: nn.Module, module: nn.Module | None) -> bool:
-    return link is module or (module is not None and link._parameters is module._parameters)
 
 
 def _what_matters(module: nn.Module) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
@@ -282,5 +423,7 @@ def _what_matters(module: nn.Module) -> tuple[Sequence[str], Sequence[str], Sequ
         return AT_ENDS[type(module)], (), ()
     if isinstance(module, (nn.Dropout, nn.AlphaDropout)):
         return ("training", "p"), (), ()
+    if type(module) in CALLED:
+        return (*CALLED[type(module)], ())
     name = reference.MODULES.get(type(module))
     return (*(DEFAULTS[name] if name else ()), *(("approximate",) if name == "gelu" else ())), (), ()

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <optional>
-#include <utility>
 
 #include "../tensors/devices.h"
 #include "../tensors/dtypes.h"

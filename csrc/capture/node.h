@@ -8,6 +8,8 @@
 #include <optional>
 #include <vector>
 
+#include "checks.h"
+
 namespace fastmlp {
 
 // A pointer of a node to the first element of a tensor.
@@ -49,6 +51,18 @@ class Node {
   template <class Place> void keep(const std::optional<at::Tensor>& tensor, Place& place) {
     if (tensor) keep(*tensor, place);
   }
+  // Keeps a tensor of these sizes without gaps, of the dtype and device of `like`, or raises an error that names it.
+  template <class Place>
+  void take(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, const at::Tensor& like, Place& place) {
+    check_like(tensor, name, sizes, like);
+    check_gapless(tensor, name);
+    keep(tensor, place);
+  }
+  template <class Place>
+  void take(const std::optional<at::Tensor>& tensor, const char* name, at::IntArrayRef sizes, const at::Tensor& like,
+            Place& place) {
+    if (tensor) take(*tensor, name, sizes, like, place);
+  }
 
  private:
   std::vector<Pointer> pointers_;
@@ -61,6 +75,7 @@ template <class Pass, class Result = void> class PassNode : public Node {
 
  protected:
   using Node::keep;
+  using Node::take;
 
   Pass pass_;
   Result (*operation_)(const Pass&) = nullptr;

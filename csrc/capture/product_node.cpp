@@ -1,8 +1,6 @@
 // The node declared in product_node.h: shapes are read once.
 #include "product_node.h"
 
-#include <utility>
-
 #include "../tensors/devices.h"
 #include "../tensors/dtypes.h"
 

@@ -79,6 +79,8 @@ class Tape {
 
   // What replaying asks for, in this order: fits(), start(), run() until it says that all is done, results(), end().
 
+  // Says where memory of the outside lies that belongs to no external, from the next start() on.
+  void put(int memory, void* data) { point(memory, data); }
   // Whether the externals are as they were. `arguments` are the tensors of the call.
   bool fits(at::TensorList arguments);
   void start();

@@ -6,6 +6,7 @@
 //
 // `gradient(g, s, p)` returns g * act'(z). Its s is the layer's output where keeps_output says so, the pre-activation z
 // otherwise, rounded to the dtype of the tensor that it was stored in. Values at kinks, NaN and infinity are torch's.
+// `expand(z, p)` returns the value and three derivatives, for derivatives of networks along their input.
 #pragma once
 
 #include "problem.h"
@@ -17,12 +18,36 @@ struct ParameterInfo {
   double initial = 0;
 };
 
+// The value of an activation at a point, and its derivatives there.
+template <class M> struct Taylor {
+  typename M::V value, first, second, third;
+};
+
+// The first three derivatives of a sigmoid y, in terms of y.
+template <class M> struct SigmoidSlopes {
+  typename M::V first, second, third;
+  static constexpr SigmoidSlopes of(typename M::V y) {
+    const auto one = M::fill(1), first = y * (one - y);
+    return {first, first * (one - M::fill(2) * y), first * (one - M::fill(6) * first)};
+  }
+};
+
+// Of z y(z), from y and its derivatives.
+template <class M>
+constexpr Taylor<M> times_argument(typename M::V z, typename M::V y, typename M::V first, typename M::V second,
+                                   typename M::V third) {
+  return {z * y, y + z * first, M::fill(2) * first + z * second, M::fill(3) * second + z * third};
+}
+
 struct Identity {
   static constexpr const char* name = "identity";
   static constexpr ParameterInfo parameters[2] = {};
   static constexpr bool keeps_output = true;
   template <class M> static constexpr typename M::V value(typename M::V z, Scalars) { return z; }
   template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V, Scalars) { return g; }
+  template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars) {
+    return {z, M::fill(1), M::fill(0), M::fill(0)};
+  }
 };
 
 struct Relu {
@@ -36,6 +61,10 @@ struct Relu {
   template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     const auto zero = M::fill(0);
     return s <= zero ? zero : g;
+  }
+  template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars p) {
+    const auto zero = M::fill(0);
+    return {value<M>(z, p), z <= zero ? zero : M::fill(1), zero, zero};
   }
 };
 
@@ -51,6 +80,10 @@ struct LeakyRelu {
   template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
     return s > M::fill(0) ? g : g * M::fill(p.a);
   }
+  template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars p) {
+    const auto zero = M::fill(0);
+    return {value<M>(z, p), z > zero ? M::fill(1) : M::fill(p.a), zero, zero};
+  }
 };
 
 struct Elu {
@@ -62,6 +95,11 @@ struct Elu {
   }
   template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
     return s > M::fill(0) ? g : g * (M::fill(p.a) * M::exp(s));
+  }
+  template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars p) {
+    const auto zero = M::fill(0), bend = M::fill(p.a) * M::exp(z);
+    const auto curvature = z >= zero ? zero : bend;
+    return {value<M>(z, p), z > zero ? M::fill(1) : bend, curvature, curvature};
   }
 };
 
@@ -78,6 +116,11 @@ struct Selu {
   template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     return g * (s > M::fill(0) ? M::fill(scale) : M::fill(alpha * scale) * M::exp(s));
   }
+  template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars p) {
+    const auto zero = M::fill(0), bend = M::fill(alpha * scale) * M::exp(z);
+    const auto curvature = z >= zero ? zero : bend;
+    return {value<M>(z, p), z > zero ? M::fill(scale) : bend, curvature, curvature};
+  }
 };
 
 struct Sigmoid {
@@ -88,6 +131,11 @@ struct Sigmoid {
   template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     return g * (s * (M::fill(1) - s));
   }
+  template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars) {
+    const auto y = M::sigmoid(z);
+    const auto slopes = SigmoidSlopes<M>::of(y);
+    return {y, slopes.first, slopes.second, slopes.third};
+  }
 };
 
 struct Tanh {
@@ -97,6 +145,10 @@ struct Tanh {
   template <class M> static constexpr typename M::V value(typename M::V z, Scalars) { return M::tanh(z); }
   template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     return g * (M::fill(1) - s * s);
+  }
+  template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars) {
+    const auto y = M::tanh(z), square = y * y, first = M::fill(1) - square;
+    return {y, first, M::fill(-2) * y * first, first * (M::fill(6) * square - M::fill(2))};
   }
 };
 
@@ -116,6 +168,13 @@ struct Gelu {
   template <class M> static constexpr typename M::V cumulative(typename M::V z, typename M::V bell) {
     const auto tail = bell * M::normal_tail(M::abs(z));
     return z > M::fill(0) ? M::fill(1) - tail : tail;
+  }
+  template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars) {
+    // Beyond 40 the density is 0 in both dtypes, and powers of z could overflow.
+    const auto top = M::fill(40), below = z > top ? top : z, x = below < -top ? -top : below, square = x * x;
+    const auto bell = M::exp(M::fill(-0.5) * square), phi = cumulative<M>(z, bell);
+    const auto density = bell * M::fill(inverse_sqrt_2pi);
+    return {z * phi, phi + x * density, density * (M::fill(2) - square), density * x * (square - M::fill(4))};
   }
 };
 
@@ -137,6 +196,19 @@ struct GeluTanh {
     const auto inner = scale * (one + M::fill(3 * cubic) * square);
     return g * (y + s * (y * (one - y)) * inner);
   }
+  template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars) {
+    // Beyond 20 the sigmoid is 0 or 1 in both dtypes, and powers of z could overflow.
+    const auto top = M::fill(20), one = M::fill(1), scale = M::fill(twice_sqrt_2_over_pi);
+    const auto below = z > top ? top : z, x = below < -top ? -top : below, square = x * x;
+    const auto y = M::sigmoid(scale * (x + M::fill(cubic) * (square * x)));
+    const auto slopes = SigmoidSlopes<M>::of(y);
+    // Derivatives of the sigmoid's argument.
+    const auto u1 = scale * (one + M::fill(3 * cubic) * square), u2 = scale * (M::fill(6 * cubic) * x);
+    const auto u3 = scale * M::fill(6 * cubic);
+    const auto second = slopes.second * (u1 * u1) + slopes.first * u2;
+    const auto third = slopes.third * (u1 * u1 * u1) + M::fill(3) * slopes.second * (u1 * u2) + slopes.first * u3;
+    return times_argument<M>(z, y, slopes.first * u1, second, third);
+  }
 };
 
 struct Silu {
@@ -148,6 +220,11 @@ struct Silu {
     const auto one = M::fill(1);
     const auto y = M::sigmoid(s);
     return g * (y * (one + s * (one - y)));
+  }
+  template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars) {
+    const auto y = M::sigmoid(z);
+    const auto slopes = SigmoidSlopes<M>::of(y);
+    return times_argument<M>(z, y, slopes.first, slopes.second, slopes.third);
   }
 };
 
@@ -175,6 +252,18 @@ struct Mish {
     const auto top = M::fill(20);
     return M::exp(z > top ? top : z);
   }
+  template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars) {
+    // y = tanh(softplus(z)), y' = q w with q = 1 - y^2 and w = sigmoid(z).
+    const auto zero = M::fill(0), one = M::fill(1), two = M::fill(2);
+    const auto e = exp_below_20<M>(z), n = e * (e + two), inverse = one / (n + two), y = n * inverse;
+    const auto curved = M::fill(4) * (e + one) * (e + one) * inverse * inverse;
+    const auto q = z > M::fill(20) ? zero : curved, w = e / (e + one);
+    const auto slopes = SigmoidSlopes<M>::of(w);
+    const auto first = q * w, inner = slopes.first - two * y * w * w;
+    const auto inner_slope = slopes.second - two * first * w * w - M::fill(4) * y * w * slopes.first;
+    const auto third = q * inner_slope - two * y * first * inner;
+    return times_argument<M>(z, y, first, q * inner, third);
+  }
 };
 
 struct Hardswish {
@@ -194,6 +283,12 @@ struct Hardswish {
     const auto middle = g * (s / three + M::fill(0.5));
     return s <= -three ? M::fill(0) : (s >= three ? g : middle);
   }
+  template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars p) {
+    const auto zero = M::fill(0), one = M::fill(1), three = M::fill(3);
+    const auto slope = z / three + M::fill(0.5), curvature = one / three;
+    const auto below = z <= -three ? zero : slope, bent = z > -three ? curvature : zero;
+    return {value<M>(z, p), z >= three ? one : below, z < three ? bent : zero, zero};
+  }
 };
 
 // log(1 + e^(beta z)) / beta, the identity where beta z exceeds the threshold.
@@ -211,6 +306,12 @@ struct Softplus {
     const auto x = s * M::fill(p.a);
     return x > M::fill(p.b) ? g : g * M::sigmoid(x);
   }
+  template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars p) {
+    const auto zero = M::fill(0), x = z * M::fill(p.a), limit = M::fill(p.b), y = M::sigmoid(x);
+    const auto slopes = SigmoidSlopes<M>::of(y);
+    const auto second = M::fill(p.a) * slopes.first, third = M::fill(p.a * p.a) * slopes.second;
+    return {value<M>(z, p), x > limit ? M::fill(1) : y, x > limit ? zero : second, x > limit ? zero : third};
+  }
 };
 
 struct Sin {
@@ -220,6 +321,10 @@ struct Sin {
   template <class M> static constexpr typename M::V value(typename M::V z, Scalars) { return M::sin(z); }
   template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
     return g * M::cos(s);
+  }
+  template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars) {
+    const auto y = M::sin(z), slope = M::cos(z);
+    return {y, slope, -y, -slope};
   }
 };
 

@@ -50,4 +50,17 @@ inline size_t lowest_layer(const BackwardPass& pass) {
   return lowest;
 }
 
+// What derivatives keep for backward (derivatives.h): what lies before the activation of each layer, except of a last
+// one that has none.
+inline bool keeps_components(const Network& network, size_t l) {
+  return l + 1 < network.layers.size() || network.layers[l].activation.kind != identity_kind;
+}
+inline int64_t kept_features(const Network& network) {
+  int64_t features = 0;
+  for (size_t l = 0; l < network.layers.size(); l++) {
+    if (keeps_components(network, l)) features += network.layers[l].out_features;
+  }
+  return features;
+}
+
 }  // namespace fastmlp

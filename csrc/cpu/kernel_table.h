@@ -12,6 +12,7 @@
 // A function of the table works on one panel, tile or run; it starts no thread and allocates nothing.
 #pragma once
 
+#include "../contract/derivatives.h"
 #include "../contract/draws.h"
 #include "../contract/loss.h"
 #include "../contract/problem.h"
@@ -159,6 +160,25 @@ template <class S> struct BatchNormKernels {
                    const S* scaled);
 };
 
+// The components of contract/derivatives.h of n elements, on their way through an activation. Each component lies
+// `step` elements behind the one before it.
+template <class S> struct Components {
+  int64_t n, step;
+  int firsts, seconds;
+  const AxisPair* pairs;
+  const int* pairs_end;
+  const S* pre;  // before the activation
+  S* output;     // after it; of `forward` it may be pre
+  S* grad;       // of `backward`: the gradient with respect to the output, which becomes that with respect to pre
+  Scalars scalars;
+};
+
+template <class S> struct ComponentKernels {
+  void (*forward)(const Components<S>&);
+  // Writes the output again, too.
+  void (*backward)(const Components<S>&);
+};
+
 template <class S> struct Kernels {
   using C = Compute<S>;
   int64_t mr, nr;      // register tile
@@ -211,6 +231,7 @@ template <class S> struct Kernels {
   void (*layer_norm)(const LayerNormPass&, int64_t begin, int64_t end);
   void (*layer_norm_backward)(const LayerNormBackwardPass&, int64_t begin, int64_t end, S* weight_sums, S* bias_sums);
   const BatchNormKernels<S>* batch_norm;  // null for 16 bits
+  const ComponentKernels<S>* components;  // by activation; null for 16 bits
   void (*softmax)(const SoftmaxPass&, int64_t begin, int64_t end);
   void (*softmax_backward)(const SoftmaxBackwardPass&, int64_t begin, int64_t end);
 

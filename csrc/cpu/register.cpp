@@ -17,11 +17,13 @@
 #include <utility>
 
 #include "../contract/training_info.h"
+#include "../tensors/derivatives.h"
 #include "../tensors/devices.h"
 #include "../tensors/dtypes.h"
 #include "../tensors/frozen_network.h"
 #include "../tensors/operations.h"
 #include "clip.h"
+#include "derivatives.h"
 #include "dispatch.h"
 #include "elementwise.h"
 #include "draws.h"
@@ -322,6 +324,8 @@ const RegisterDevice registered(c10::kCPU, [] {
   };
   all.scale_gradients = [](const std::vector<Gradient>& all, double by) { scale_gradients(all, by, threads()); };
   all.clamp_gradients = [](const std::vector<Gradient>& all, double limit) { clamp_gradients(all, limit, threads()); };
+  all.derivatives = [](const DerivativesForward& pass) { derivatives(pass, threads()); };
+  all.derivatives_backward = [](const DerivativesBackward& pass) { derivatives_backward(pass, threads()); };
   all.multiply = [](const ProductPass& pass) { multiply(pass, threads()); };
   all.elementwise = &plan_elementwise;
   all.freeze = &freeze;
@@ -351,6 +355,8 @@ TORCH_LIBRARY_IMPL(fastmlp, CPU, m) {
   m.impl("forward", &Cpu::forward_op);
   m.impl("infer", &Cpu::infer_op);
   m.impl("backward", &Cpu::backward_op);
+  m.impl("derivatives", &derivatives_op);
+  m.impl("derivatives_backward", &derivatives_backward_op);
 }
 
 }  // namespace fastmlp::cpu

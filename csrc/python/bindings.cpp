@@ -166,6 +166,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("obstacle", &obstacle_of);
   m.def("devices", [] { return device_names(&has_kernels); });
   m.def("training_devices", [] { return device_names(&trains); });
+  m.def("deriving_devices", [] { return device_names(&derives); });
   m.def("packing_devices", [] { return device_names(&packs); });
   m.def("absent_devices", [] {
     py::dict hints;
@@ -235,4 +236,12 @@ TORCH_LIBRARY(fastmlp, m) {
       "backward(Tensor grad, Tensor input, Tensor[] saved, Tensor[] parameters, bool[] has_bias, int[] activations,"
       " float[] scalars, bool[] needs) -> Tensor[]",
       tags);
+  // For fastmlp/derivatives.py, which does not call them under compilers.
+  m.def(
+      "derivatives(Tensor input, Tensor[] parameters, bool[] has_bias, int[] activations, float[] scalars, int[] axes,"
+      " int[] pairs, int[] pairs_end, bool keep) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "derivatives_backward(Tensor? grad, Tensor? grad_first, Tensor? grad_second, Tensor input, Tensor kept,"
+      " Tensor[] parameters, bool[] has_bias, int[] activations, float[] scalars, int[] axes, int[] pairs,"
+      " int[] pairs_end, bool[] needs) -> Tensor[]");
 }

@@ -1,6 +1,7 @@
 // Tensors and NumPy arrays -> FrozenNetwork::run. A class of the C API, because a call through it costs a third of one
-// through pybind11. Takes the arguments of a call apart and lets the network follow its model; frozen_tensor.cpp and
-// frozen_array.cpp check the rest before anything is written. Must name no device: the network knows its own.
+// through pybind11. Takes the arguments of a call apart and lets the network follow its model; frozen_tensor.cpp,
+// frozen_array.cpp and, of graphs, frozen_graph_call.cpp check the rest before anything is written. Must name no
+// device: the network knows its own.
 #include "frozen.h"
 
 #include <torch/csrc/Exceptions.h>
@@ -45,7 +46,11 @@ void follow_model(PyObject* self, State& state) {
 
 // If another instruction set was chosen since the network was made.
 void follow_isa(State& state) {
-  if (auto renewed = state.network->renewed()) state.network = std::move(renewed);
+  if (state.graph) {
+    if (auto renewed = state.graph->renewed()) state.graph = std::move(renewed);
+  } else if (auto renewed = state.network->renewed()) {
+    state.network = std::move(renewed);
+  }
 }
 
 // Whether [a, a + bytes) and the elements of a strided input may share memory.
@@ -68,7 +73,8 @@ State& state_of(PyObject* self) {
 }
 
 void check_filled(const State& state) {
-  TORCH_CHECK(state.network, "fastmlp: this FrozenMLP holds no network; fastmlp.freeze makes one that does");
+  TORCH_CHECK(state.network || state.graph,
+              "fastmlp: this FrozenMLP holds no network; fastmlp.freeze makes one that does");
 }
 
 void follow(PyObject* self, State& state) {
@@ -137,6 +143,11 @@ void run_on_host(const Call& call, const View& x, void* output) {
 namespace {
 
 PyObject* call_checked(PyObject* self, PyObject* args, PyObject* kwargs) {
+  State& state = *reinterpret_cast<Frozen*>(self)->state;
+  if (state.graph) {
+    follow(self, state);
+    if (state.graph) return call_graph(state, args, kwargs);
+  }
   PyObject* given[2] = {};
   const Py_ssize_t count = PyTuple_GET_SIZE(args);
   TORCH_CHECK_TYPE(count <= 2, "fastmlp: a frozen network takes input and out, got ", count, " arguments");
@@ -153,9 +164,9 @@ PyObject* call_checked(PyObject* self, PyObject* args, PyObject* kwargs) {
   PyObject* const input = given[0];
   PyObject* const out = given[1] == Py_None ? nullptr : given[1];
   TORCH_CHECK_TYPE(input, "fastmlp: a frozen network takes an input, got none");
-  State& state = *reinterpret_cast<Frozen*>(self)->state;
   check_filled(state);
   follow(self, state);
+  if (state.graph) return call_graph(state, args, kwargs);
   const Call call(state);
   const auto of_same_kind = [&](bool same) {
     TORCH_CHECK_TYPE(!out || same, "fastmlp: out is of type ", Py_TYPE(out)->tp_name, ", expected the kind of input, ",
@@ -222,6 +233,7 @@ void add_frozen(py::module_& module) {
   frozen::frozen_type = reinterpret_cast<PyTypeObject*>(type.ptr());
   module.attr("Frozen") = type;
   frozen::add_loading(module);
+  frozen::add_loading_of_graphs(module);
 }
 
 }  // namespace fastmlp

@@ -4,7 +4,6 @@
 #include <pybind11/numpy.h>
 
 #include <string>
-#include <string_view>
 
 #include "../tensors/dtypes.h"
 #include "frozen_call.h"
@@ -64,15 +63,14 @@ at::ScalarType scalar_type_of(const py::detail::PyArrayDescr_Proxy& descr) {
 
 const Array& array_of(PyObject* object) { return *reinterpret_cast<const Array*>(object); }
 
-void check_numpy_dtype(const Call& call, const char* name, PyObject* object) {
+void check_numpy_dtype(const Call& call, const std::string& name, PyObject* object, bool is_out) {
   const auto* descr = reinterpret_cast<const py::detail::PyArrayDescr_Proxy*>(array_of(object).descr);
   const int expected = numpy_type(call);
   if (descr->type_num == expected && (descr->byteorder == '=' || descr->byteorder == '|')) return;
   const auto own = py::str(py::reinterpret_borrow<py::object>(array_of(object).descr)).cast<std::string>();
   const auto wanted = py::str(py::dtype(expected)).cast<std::string>();
-  const std::string remedy = name == std::string_view("out")
-                                 ? "; make it with dtype=np." + wanted
-                                 : dtype_remedy(call, scalar_type_of(*descr), "input.astype(np." + wanted + ')');
+  const std::string remedy = is_out ? "; make it with dtype=np." + wanted
+                                    : dtype_remedy(call, scalar_type_of(*descr), name + ".astype(np." + wanted + ')');
   TORCH_CHECK(false, "fastmlp: ", name, " has dtype ", own, ", expected ", wanted,
               " in native byte order, the dtype of the frozen network", remedy);
 }
@@ -96,37 +94,54 @@ bool is_array(PyObject* object) {
   return api && Py_TYPE(object) == api->PyArray_Type_;
 }
 
-PyObject* call_array(const Call& call, PyObject* object, PyObject* out) {
-  using py::detail::npy_api;
-  check_numpy_dtype(call, "input", object);
+View view_of_array(const Call& call, const std::string& name, PyObject* object) {
+  check_numpy_dtype(call, name, object, false);
   check_dimensions(array_of(object).nd);
-  const View x = view_of(object);
-  check_shape(call, x);
-  const View result = result_of(call, x);
-  py::object made;
-  if (!out) {
-    const npy_api& api = *numpy();
-    Py_intptr_t sizes[View::most_dimensions];
-    std::copy_n(result.sizes, result.dims, sizes);
-    made = py::reinterpret_steal<py::object>(
-        api.PyArray_NewFromDescr_(api.PyArray_Type_, api.PyArray_DescrFromType_(numpy_type(call)), result.dims, sizes,
-                                  nullptr, nullptr, 0, nullptr));
-    if (!made) throw py::error_already_set();
-    run_on_host(call, x, array_of(made.ptr()).data);
-    return made.release().ptr();
-  }
-  check_numpy_dtype(call, "out", out);
+  return view_of(object);
+}
+
+py::object new_array(const Call& call, const View& result) {
+  using py::detail::npy_api;
+  const npy_api& api = *numpy();
+  Py_intptr_t sizes[View::most_dimensions];
+  std::copy_n(result.sizes, result.dims, sizes);
+  auto made = py::reinterpret_steal<py::object>(
+      api.PyArray_NewFromDescr_(api.PyArray_Type_, api.PyArray_DescrFromType_(numpy_type(call)), result.dims, sizes,
+                                nullptr, nullptr, 0, nullptr));
+  if (!made) throw py::error_already_set();
+  return made;
+}
+
+void* memory_of_array(const Call& call, const std::string& name, PyObject* out, c10::IntArrayRef shape) {
+  using py::detail::npy_api;
+  check_numpy_dtype(call, name, out, true);
   const Array& array = array_of(out);
   const View y = view_of(out);
-  TORCH_CHECK(y.shape() == result.shape(), "fastmlp: out has shape ", y.shape(), ", expected ", result.shape());
+  TORCH_CHECK(y.shape() == shape, "fastmlp: ", name, " has shape ", y.shape(), ", expected ", shape);
   const auto needs = [&](int flag, const char* what) {
-    TORCH_CHECK((array.flags & flag) != 0, "fastmlp: out is not ", what, ", expected an array that is");
+    TORCH_CHECK((array.flags & flag) != 0, "fastmlp: ", name, " is not ", what, ", expected an array that is");
   };
   needs(npy_api::NPY_ARRAY_C_CONTIGUOUS_, "contiguous");
   needs(npy_api::NPY_ARRAY_ALIGNED_, "aligned");
   needs(npy_api::NPY_ARRAY_WRITEABLE_, "writeable");
-  check_apart(x, array.data, c10::multiply_integers(y.shape()) * call.element(), call.element());
-  run_on_host(call, x, array.data);
+  return array.data;
+}
+
+void* memory_of_new_array(const py::object& array) { return array_of(array.ptr()).data; }
+
+PyObject* call_array(const Call& call, PyObject* object, PyObject* out) {
+  static const std::string input_name = "input", out_name = "out";
+  const View x = view_of_array(call, input_name, object);
+  check_shape(call, x);
+  const View result = result_of(call, x);
+  if (!out) {
+    py::object made = new_array(call, result);
+    run_on_host(call, x, memory_of_new_array(made));
+    return made.release().ptr();
+  }
+  auto* const data = static_cast<char*>(memory_of_array(call, out_name, out, result.shape()));
+  check_apart(x, data, c10::multiply_integers(result.shape()) * call.element(), call.element());
+  run_on_host(call, x, data);
   return Py_NewRef(out);
 }
 

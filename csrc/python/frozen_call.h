@@ -9,8 +9,11 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
+#include <vector>
 
+#include "../capture/frozen_graph.h"
 #include "../tensors/frozen_network.h"
 #include "../tensors/reshaping.h"
 #include "frozen_watch.h"
@@ -22,10 +25,12 @@ namespace fastmlp::frozen {
 // replaced together and under the GIL: however many threads read the model at once, a network never stands beside a
 // watch that saw the model later.
 struct State {
-  std::shared_ptr<FrozenNetwork> network;
+  std::shared_ptr<FrozenNetwork> network;        // of a chain, or
+  std::shared_ptr<FrozenGraph> graph;            // of a graph
+  py::object recipe;                             // what the graph was loaded from, besides tensors
   bool matrices_only = false;                    // inputs must have two dimensions
   bool flattens = false;                         // inputs are flattened to two dimensions, whatever they have
-  std::shared_ptr<const Reshapings> reshapings;  // of outputs; null if there are none
+  std::shared_ptr<const Reshapings> reshapings;  // of outputs of a chain; null if there are none
   std::shared_ptr<Watch> watch;                  // null if there is no model to follow
 };
 
@@ -47,6 +52,9 @@ struct Call {
         matrices_only(state.matrices_only),
         flattens(state.flattens),
         reshapings(state.reshapings) {}
+  // Of a graph: a network of its, whose dtype and device are those of all.
+  Call(const FrozenGraph& graph, bool matrices_only)
+      : network(graph.networks().front()), matrices_only(matrices_only), flattens(false), reshapings(nullptr) {}
   at::Device device() const { return network->form().device; }
   at::ScalarType dtype() const { return network->form().end_dtype; }  // of input and output
   int64_t element() const { return int64_t(c10::elementSize(dtype())); }
@@ -73,8 +81,37 @@ void run_on_host(const Call& call, const View& x, void* output);
 PyObject* call_tensor(const Call& call, PyObject* input, PyObject* out);
 PyObject* call_array(const Call& call, PyObject* input, PyObject* out);
 bool is_array(PyObject* object);
+// The same of a graph, with the arguments of the call.
+PyObject* call_graph(const State& state, PyObject* args, PyObject* kwargs);
 
-// Adds the functions that fill a network and read it.
+// What calls of chains and of graphs check alike. `name`: of the argument, for errors.
+struct TensorArgument {
+  const std::string& name;
+  PyObject* object;
+};
+// Raises unless these are plain tensors of the network's dtype and device, outside of transforms and modes.
+void check_tensors(const Call& call, c10::ArrayRef<TensorArgument> inputs, c10::ArrayRef<TensorArgument> outs);
+View view_of_tensor(PyObject* input);
+// The memory of an `out` that may be written, of this shape.
+void* memory_of_tensor(const TensorArgument& out, c10::IntArrayRef shape);
+// Counts a change of the tensor.
+void count_change(PyObject* out);
+
+View view_of_array(const Call& call, const std::string& name, PyObject* input);
+py::object new_array(const Call& call, const View& result);
+void* memory_of_array(const Call& call, const std::string& name, PyObject* out, c10::IntArrayRef shape);
+void* memory_of_new_array(const py::object& array);
+
+// A network of checked layers, in the form that its device has for it.
+std::shared_ptr<FrozenNetwork> network_of(const std::vector<at::Tensor>& weights,
+                                          const std::vector<std::optional<at::Tensor>>& biases,
+                                          const std::vector<int64_t>& activations, const std::vector<double>& scalars,
+                                          const FrozenEnds& ends);
+// Up to date with the model, as a call is. Without a network there is nothing to follow, or to read.
+const State& followed(const py::handle& self);
+
+// Adds the functions that fill a network and read it, those of graphs apart.
 void add_loading(py::module_& module);
+void add_loading_of_graphs(py::module_& module);
 
 }  // namespace fastmlp::frozen

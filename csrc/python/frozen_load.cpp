@@ -74,7 +74,7 @@ at::ScalarType dtype_of_weights(const Tensors& weights) {
 
 constexpr const char* head_names[] = {"none", "softmax", "log_softmax"};
 
-// What a call does to shapes, and what follows the last layer, as Python has it.
+// What a call of a chain does to shapes, and what follows the last layer, as Python has it.
 struct Ends {
   bool matrices_only, flattens;
   Head head;
@@ -88,29 +88,22 @@ struct Ends {
     head = Head(found - std::begin(head_names));
     if (!calls.empty()) reshapings = std::make_shared<const Reshapings>(calls.begin(), calls.end());
   }
+  // To a network that is in place, instead of what was there.
   void give(State& state) const {
+    state.graph.reset();
     state.matrices_only = matrices_only;
     state.flattens = flattens;
     state.reshapings = reshapings;
   }
 };
 
-// Puts a network in place in the form that its device has for it, and the watch of the model that it was read from,
-// null if there is none to follow.
+// Puts a network in place, and the watch of the model that it was read from, null if there is none to follow.
 void load(const py::handle& self, const std::shared_ptr<Watch>& watch, const Tensors& weights, const Biases& biases,
           const std::vector<int64_t>& activations, const std::vector<double>& scalars, bool float32_ends,
           bool matrices_only, bool flattens, const std::string& head, const std::vector<Reshaping::Call>& reshapings) {
   const Ends ends(matrices_only, flattens, head, reshapings);
   State& state = state_of(self.ptr());
-  const Stack stack(has_bias(biases), activations, scalars);
-  const at::ScalarType dtype = dtype_of_weights(weights);
-  check_layers(stack, weights, biases, c10::elementSize(dtype) == 2 ? at::kFloat : dtype);
-  const c10::Device device = weights.front().device();
-  TORCH_CHECK(packs(device.type()), "fastmlp: weights[0] is on ", device, ", expected ", devices_in_words(&packs));
-  TORCH_CHECK_VALUE(!float32_ends || dtype == at::kBFloat16,
-                    "fastmlp: input and output are float32 with weights in torch.bfloat16 only, got ",
-                    dtype_name(dtype));
-  state.network = operations_on(device.type())->freeze(stack, {weights, biases}, {float32_ends, ends.head});
+  state.network = network_of(weights, biases, activations, scalars, {float32_ends, ends.head});
   ends.give(state);
   state.watch = watch;
 }
@@ -131,12 +124,8 @@ void load_on_device(const py::handle& self, const std::shared_ptr<Watch>& watch,
   state.watch = watch;
 }
 
-// Up to date with the model, as a call is. Without a network there is nothing to follow, or to read.
-const State& followed(const py::handle& self) {
-  State& state = state_of(self.ptr());
-  check_filled(state);
-  follow(self.ptr(), state);
-  return state;
+void check_chain(const State& state) {
+  TORCH_CHECK(state.network, "fastmlp: the model of the frozen network has just become a graph; call again");
 }
 
 std::vector<Reshaping::Call> calls_of(const State& state) {
@@ -150,6 +139,7 @@ std::vector<Reshaping::Call> calls_of(const State& state) {
 // flattened, the name of the head, reshapings of the output, device, and bytes.
 py::tuple describe(const py::handle& self) {
   const State& state = followed(self);
+  check_chain(state);
   const std::shared_ptr<const FrozenNetwork> network = state.network;
   const FrozenNetwork::Form& form = network->form();
   const LayerLists lists(form.layers);
@@ -161,6 +151,7 @@ py::tuple describe(const py::handle& self) {
 // What load takes, of one moment; tensors of a device are its own and not copies.
 py::tuple unload(const py::handle& self) {
   const State& state = followed(self);
+  check_chain(state);
   const std::shared_ptr<const FrozenNetwork> network = state.network;
   const bool matrices_only = state.matrices_only, flattens = state.flattens;
   const std::vector<Reshaping::Call> reshapings = calls_of(state);
@@ -172,6 +163,27 @@ py::tuple unload(const py::handle& self) {
 }
 
 }  // namespace
+
+std::shared_ptr<FrozenNetwork> network_of(const Tensors& weights, const Biases& biases,
+                                          const std::vector<int64_t>& activations, const std::vector<double>& scalars,
+                                          const FrozenEnds& ends) {
+  const Stack stack(has_bias(biases), activations, scalars);
+  const at::ScalarType dtype = dtype_of_weights(weights);
+  check_layers(stack, weights, biases, c10::elementSize(dtype) == 2 ? at::kFloat : dtype);
+  const c10::Device device = weights.front().device();
+  TORCH_CHECK(packs(device.type()), "fastmlp: weights[0] is on ", device, ", expected ", devices_in_words(&packs));
+  TORCH_CHECK_VALUE(!ends.float32 || dtype == at::kBFloat16,
+                    "fastmlp: input and output are float32 with weights in torch.bfloat16 only, got ",
+                    dtype_name(dtype));
+  return operations_on(device.type())->freeze(stack, {weights, biases}, ends);
+}
+
+const State& followed(const py::handle& self) {
+  State& state = state_of(self.ptr());
+  check_filled(state);
+  follow(self.ptr(), state);
+  return state;
+}
 
 // Functions of the module and not methods: only calls have to be fast.
 void add_loading(py::module_& module) {

@@ -7,7 +7,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <string>
-#include <string_view>
 #include <utility>
 
 #include "../tensors/dtypes.h"
@@ -40,7 +39,8 @@ void run(const Call& call, const View& x, const at::Tensor& input, const at::Ten
   call.network->run({x, data, &own_input, &own_output});
 }
 
-void check_plain(const Call& call, const char* name, PyObject* object) {
+void check_plain(const Call& call, const TensorArgument& given) {
+  const auto& [name, object] = given;
   const at::Tensor& tensor = THPVariable_Unpack(object);
   TORCH_CHECK(tensor.defined(), "fastmlp: ", name, " is an undefined tensor");
   TORCH_CHECK(tensor.layout() == at::kStrided, "fastmlp: ", name,
@@ -52,33 +52,31 @@ void check_plain(const Call& call, const char* name, PyObject* object) {
               "; call the model that it was made from");
 }
 
-std::string remedy(const Call& call, const char* name, at::ScalarType given) {
-  if (name == std::string_view("out")) return std::string("; make it with dtype=") + dtype_name(call.dtype());
-  return at::isComplexType(given) ? "" : dtype_remedy(call, given, "input" + cast_to(call.dtype()));
+void check_dtype(const Call& call, const TensorArgument& given, bool is_out) {
+  const at::ScalarType own = THPVariable_Unpack(given.object).scalar_type();
+  if (own == call.dtype()) return;
+  const std::string remedy = is_out                   ? std::string("; make it with dtype=") + dtype_name(call.dtype())
+                             : at::isComplexType(own) ? std::string()
+                                                      : dtype_remedy(call, own, given.name + cast_to(call.dtype()));
+  TORCH_CHECK(false, "fastmlp: ", given.name, " has dtype ", dtype_name(own), ", expected ", dtype_name(call.dtype()),
+              ", the dtype of the frozen network", remedy);
 }
 
-void check_dtype(const Call& call, const char* name, const at::Tensor& tensor) {
-  const at::ScalarType own = tensor.scalar_type();
-  TORCH_CHECK(own == call.dtype(), "fastmlp: ", name, " has dtype ", dtype_name(own), ", expected ",
-              dtype_name(call.dtype()), ", the dtype of the frozen network", remedy(call, name, own));
+const std::string input_name = "input", out_name = "out";
+
+bool is_alike(const Call& call, PyObject* object) {
+  const at::Tensor& tensor = THPVariable_Unpack(object);
+  return tensor.scalar_type() == call.dtype() && tensor.device() == call.device();
 }
 
-}  // namespace
+// Whether check_tensors has nothing to say of these: the common case, which is spared that call.
+bool are_fine(const Call& call, PyObject* input, PyObject* out) {
+  if (!is_alike(call, input) || (out && !is_alike(call, out))) return false;
+  if (obstacle(input, out ? c10::ArrayRef<PyObject*>(out) : c10::ArrayRef<PyObject*>())) return false;
+  return !(THPVariable_Unpack(input).requires_grad() && c10::GradMode::is_enabled());
+}
 
-PyObject* call_tensor(const Call& call, PyObject* object, PyObject* out) {
-  const at::Tensor& input = THPVariable_Unpack(object);
-  check_dtype(call, "input", input);
-  const auto is_there = [&](PyObject* tensor) { return THPVariable_Unpack(tensor).device() == call.device(); };
-  const bool plain = !obstacle(object, out ? c10::ArrayRef<PyObject*>(out) : c10::ArrayRef<PyObject*>()) &&
-                     is_there(object) && (!out || is_there(out));
-  if (!plain) {
-    check_plain(call, "input", object);
-    if (out) check_plain(call, "out", out);
-  }
-  TORCH_CHECK(!(input.requires_grad() && c10::GradMode::is_enabled()),
-              "fastmlp: input requires grad, but a frozen network has no gradients; pass input.detach(), or call it "
-              "under torch.no_grad()");
-  View x;
+inline void read_view(const at::Tensor& input, View& x) {
   x.dims = int(input.dim());
   check_dimensions(x.dims);
   const int64_t element = input.element_size();
@@ -86,8 +84,70 @@ PyObject* call_tensor(const Call& call, PyObject* object, PyObject* out) {
     x.sizes[d] = input.size(d);
     x.steps[d] = input.stride(d) * element;
   }
-  check_shape(call, x);
   x.data = static_cast<const char*>(input.const_data_ptr());
+}
+
+inline void check_writable(const std::string& name, const at::Tensor& output, c10::IntArrayRef shape) {
+  TORCH_CHECK(output.sizes() == shape, "fastmlp: ", name, " has shape ", output.sizes(), ", expected ", shape);
+  TORCH_CHECK(output.is_contiguous(), "fastmlp: ", name, " has strides ", output.strides(),
+              ", expected a contiguous tensor");
+  TORCH_CHECK(!(output.requires_grad() && c10::GradMode::is_enabled()), "fastmlp: ", name,
+              " requires grad, but a frozen network has no gradients");
+  TORCH_CHECK(!output.is_inference() || c10::InferenceMode::is_enabled(), "fastmlp: ", name,
+              " is an inference tensor, which may be written in torch.inference_mode() only");
+}
+
+}  // namespace
+
+void check_tensors(const Call& call, c10::ArrayRef<TensorArgument> inputs, c10::ArrayRef<TensorArgument> outs) {
+  for (const TensorArgument& input : inputs) check_dtype(call, input, false);
+  constexpr size_t few = 16;
+  PyObject* others[few];
+  size_t count = 0;
+  bool plain = inputs.size() + outs.size() <= few;
+  const auto look = [&](const TensorArgument& given) {
+    plain = plain && THPVariable_Unpack(given.object).device() == call.device();
+    if (plain) others[count++] = given.object;
+  };
+  for (const TensorArgument& input : inputs) look(input);
+  for (const TensorArgument& out : outs) look(out);
+  if (!plain || obstacle(others[0], c10::ArrayRef<PyObject*>(others + 1, count - 1))) {
+    for (const TensorArgument& input : inputs) check_plain(call, input);
+    for (const TensorArgument& out : outs) check_plain(call, out);
+  }
+  for (const TensorArgument& input : inputs) {
+    TORCH_CHECK(!(THPVariable_Unpack(input.object).requires_grad() && c10::GradMode::is_enabled()),
+                "fastmlp: ", input.name, " requires grad, but a frozen network has no gradients; pass ", input.name,
+                ".detach(), or call it under torch.no_grad()");
+  }
+  for (const TensorArgument& out : outs) check_dtype(call, out, true);
+}
+
+View view_of_tensor(PyObject* object) {
+  View x;
+  read_view(THPVariable_Unpack(object), x);
+  return x;
+}
+
+void* memory_of_tensor(const TensorArgument& out, c10::IntArrayRef shape) {
+  const at::Tensor& output = THPVariable_Unpack(out.object);
+  check_writable(out.name, output, shape);
+  return output.mutable_data_ptr();
+}
+
+void count_change(PyObject* out) {
+  const at::Tensor& output = THPVariable_Unpack(out);
+  if (!output.is_inference()) output.unsafeGetTensorImpl()->bump_version();
+}
+
+PyObject* call_tensor(const Call& call, PyObject* object, PyObject* out) {
+  const at::Tensor& input = THPVariable_Unpack(object);
+  const TensorArgument given{input_name, object}, into{out_name, out};
+  const bool fine = are_fine(call, object, out);
+  if (!fine) check_tensors(call, given, out ? c10::ArrayRef<TensorArgument>(into) : c10::ArrayRef<TensorArgument>());
+  View x;
+  read_view(input, x);
+  check_shape(call, x);
   const View result = result_of(call, x);
   if (!out) {
     at::Tensor output = call.network->empty(result.shape());
@@ -95,16 +155,9 @@ PyObject* call_tensor(const Call& call, PyObject* object, PyObject* out) {
     return THPVariable_Wrap(std::move(output));
   }
   const at::Tensor& output = THPVariable_Unpack(out);
-  check_dtype(call, "out", output);
-  TORCH_CHECK(output.sizes() == result.shape(), "fastmlp: out has shape ", output.sizes(), ", expected ",
-              result.shape());
-  TORCH_CHECK(output.is_contiguous(), "fastmlp: out has strides ", output.strides(), ", expected a contiguous tensor");
-  TORCH_CHECK(!(output.requires_grad() && c10::GradMode::is_enabled()),
-              "fastmlp: out requires grad, but a frozen network has no gradients");
-  TORCH_CHECK(!output.is_inference() || c10::InferenceMode::is_enabled(),
-              "fastmlp: out is an inference tensor, which may be written in torch.inference_mode() only");
+  check_writable(out_name, output, result.shape());
   void* const data = output.mutable_data_ptr();
-  check_apart(x, static_cast<const char*>(data), int64_t(output.nbytes()), element);
+  check_apart(x, static_cast<const char*>(data), int64_t(output.nbytes()), input.element_size());
   if (!output.is_inference()) output.unsafeGetTensorImpl()->bump_version();
   run(call, x, input, output, data);
   return Py_NewRef(out);

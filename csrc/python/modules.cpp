@@ -266,9 +266,8 @@ c10::intrusive_ptr<Stack> Run::stack() const {
 }
 
 void register_modules(const py::object& linear, const py::object& fused_linear, const py::object& dropout,
-                      const py::object& norm, const py::object& sequential,
-                      const py::dict& activations, const py::dict& kinds, const py::dict& forwards,
-                      const py::tuple& watchers) {
+                      const py::object& norm, const py::object& sequential, const py::dict& activations,
+                      const py::dict& kinds, const py::dict& forwards, const py::tuple& watchers) {
   const auto forever = [](py::handle object) { return object.inc_ref().ptr(); };
   const auto type_of = [&](py::handle type) { return reinterpret_cast<PyTypeObject*>(forever(type)); };
   known.module = type_of(py::module_::import("torch.nn").attr("Module"));

@@ -23,9 +23,8 @@ namespace fastmlp {
 //   forwards: {class: how it computes}; a class that is not in it, or computes otherwise by now, is called
 //   watchers: dictionaries of hooks on all modules; while one holds anything every child is called
 void register_modules(const py::object& linear, const py::object& fused_linear, const py::object& dropout,
-                      const py::object& norm, const py::object& sequential,
-                      const py::dict& activations, const py::dict& kinds, const py::dict& forwards,
-                      const py::tuple& watchers);
+                      const py::object& norm, const py::object& sequential, const py::dict& activations,
+                      const py::dict& kinds, const py::dict& forwards, const py::tuple& watchers);
 
 // What a batch normalisation has besides parameters. The tensors are borrowed, and null where it has none.
 struct RunNorm {

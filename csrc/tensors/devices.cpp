@@ -67,6 +67,11 @@ bool trains(c10::DeviceType device) {
   return operations.train_into && operations.update;
 }
 
+bool derives(c10::DeviceType device) {
+  const DeviceOperations& operations = entry_of(device).operations;
+  return operations.derivatives && operations.derivatives_backward;
+}
+
 bool packs(c10::DeviceType device) { return entry_of(device).operations.freeze; }
 
 std::vector<std::string> device_names(bool (*is_true)(c10::DeviceType)) {

@@ -30,6 +30,8 @@ struct DeviceOperations {
   operation::GradientNorm* gradient_norm = nullptr;
   operation::ScaleGradients* scale_gradients = nullptr;
   operation::ClampGradients* clamp_gradients = nullptr;
+  operation::Derivatives* derivatives = nullptr;
+  operation::DerivativesGradient* derivatives_backward = nullptr;
   operation::Multiply* multiply = nullptr;
   operation::PlanElementwise* elementwise = nullptr;
   Freeze* freeze = nullptr;
@@ -81,9 +83,10 @@ const DeviceOperations& operations_for(const at::Tensor& input);
 // Null, or why tensors of the device cannot go to kernels. Without an index: of no device of the type.
 const char* device_obstacle(c10::Device device);
 
-// Questions to ask of a device: whether it can do all of a training step, and whether it has a form of its own for the
-// weights of frozen networks. False where there are no kernels.
+// Questions to ask of a device: whether it can do all of a training step, whether it has kernels for derivatives along
+// the input, and whether it has a form of its own for the weights of frozen networks. False where there are no kernels.
 bool trains(c10::DeviceType device);
+bool derives(c10::DeviceType device);
 bool packs(c10::DeviceType device);
 bool has_kernels(c10::DeviceType device);
 // The devices of which one of them is true, by name as torch spells it: {"cpu"}; and for errors: "the CPU".

@@ -72,4 +72,17 @@ FlatRows::FlatRows(const StridedView& x, int64_t features, int64_t element) {
   view_.steps[0] = features * element;
 }
 
+GaplessRows::GaplessRows(const StridedView& x, int64_t element) : data_(x.data) {
+  int64_t count = 1;
+  bool gapless = reinterpret_cast<uintptr_t>(x.data) % uintptr_t(element) == 0;
+  for (int d = x.dims; d-- > 0;) {
+    gapless = gapless && (x.sizes[d] == 1 || x.steps[d] == count * element);
+    count *= x.sizes[d];
+  }
+  if (gapless || count == 0) return;
+  copy_ = std::make_unique_for_overwrite<char[]>(size_t(count * element));
+  copy_from(x, 0, x.data, element, copy_.get());
+  data_ = copy_.get();
+}
+
 }  // namespace fastmlp

@@ -1,6 +1,6 @@
 // Inputs of a network that begins by flattening all dimensions but the first, as torch.nn.Flatten() does: which shapes
-// it takes, and for frozen networks the rows in the memory of the host. Used by python/train_step_read.cpp and
-// python/frozen.cpp.
+// it takes, and for frozen networks the rows in the memory of the host. Used by python/train_step_read.cpp,
+// python/frozen.cpp and capture/frozen_graph.cpp.
 #pragma once
 
 #include <c10/util/ArrayRef.h>
@@ -28,6 +28,20 @@ class FlatRows {
 
  private:
   StridedView view_;
+  std::unique_ptr<char[]> copy_;
+};
+
+// The elements of an input one after another, row by row: its own memory where they lie so, and a copy where they do
+// not.
+class GaplessRows {
+ public:
+  // `element`: bytes of one: 2, 4 or 8.
+  GaplessRows(const StridedView& x, int64_t element);
+
+  const char* data() const { return data_; }
+
+ private:
+  const char* data_;
   std::unique_ptr<char[]> copy_;
 };
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../contract/clip.h"
+#include "../contract/derivatives.h"
 #include "../contract/elementwise.h"
 #include "../contract/indices.h"
 #include "../contract/loss.h"
@@ -62,6 +63,10 @@ using UpdateAll = void(const std::vector<Update>& updates, c10::Device device);
 using GradientNorm = double(const std::vector<Gradient>& gradients, NormOrder order);
 using ScaleGradients = void(const std::vector<Gradient>& gradients, double factor);
 using ClampGradients = void(const std::vector<Gradient>& gradients, double limit);
+
+// Derivatives along the input, and their gradients, whose memory is on the device.
+using Derivatives = void(const DerivativesForward& pass);
+using DerivativesGradient = void(const DerivativesBackward& pass);
 
 // A product by itself, whose memory is on the device.
 using Multiply = void(const ProductPass& pass);

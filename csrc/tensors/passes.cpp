@@ -26,15 +26,11 @@ int64_t rows_of(const at::Tensor& input) {
   return rows;
 }
 
-// Where those of the parameters go.
-void set_gradients(BackwardPass& pass, const Stack& stack, at::TensorList grads) {
-  const auto data_of = [&](size_t i) { return grads[i].defined() ? grads[i].data_ptr() : nullptr; };
-  pass.grad_weights.reserve(stack.layers());
-  pass.grad_biases.reserve(stack.layers());
-  for (size_t l = 0; l < stack.layers(); l++) {
-    pass.grad_weights.push_back(stack.has_weight(l) ? data_of(stack.weight(l)) : nullptr);
-    pass.grad_biases.push_back(stack.has_bias(l) ? data_of(stack.bias(l)) : nullptr);
-  }
+// Raises RuntimeError if the device has no kernels for the dtype.
+Network network_on(const char* device, const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
+  TORCH_CHECK(dtype_of(input.scalar_type()), "fastmlp: input has dtype ", dtype_name(input.scalar_type()),
+              ", expected float32, float64, bfloat16 or float16, for which this build has ", device, " kernels");
+  return network_of(stack, input, parameters);
 }
 
 // Of a layer that is a product.
@@ -46,34 +42,6 @@ void set_product(Layer& layer, const Stack& stack, size_t l, at::TensorList para
   if (!stack.has_bias(l)) return;
   const at::Tensor& bias = parameters[stack.bias(l)];
   layer.bias = {bias.data_ptr(), bias.stride(0)};
-}
-
-// `input` is the two-dimensional form, which the caller keeps alive.
-Network network_of(const char* device, const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
-  Network network;
-  const std::optional<DType> dtype = dtype_of(input.scalar_type());
-  TORCH_CHECK(dtype, "fastmlp: input has dtype ", dtype_name(input.scalar_type()),
-              ", expected float32, float64, bfloat16 or float16, for which this build has ", device, " kernels");
-  network.dtype = *dtype;
-  network.rows = input.size(0);
-  network.input = matrix_of(input);
-  network.layers.resize(stack.layers());
-  for (size_t l = 0; l < stack.layers(); l++) {
-    const LayerSpec& spec = stack.specs()[l];
-    Layer& layer = network.layers[l];
-    layer.map = spec.map;
-    if (spec.map == Map::product) {
-      set_product(layer, stack, l, parameters);
-    } else {
-      layer.in_features = layer.out_features = l == 0 ? input.size(1) : network.layers[l - 1].out_features;
-    }
-    layer.activation = spec.activation;
-    layer.dropout.p = spec.dropout;
-    // Torch divides the numbers that it drew by 1 - p, in their dtype.
-    const double left = 1 - spec.dropout;
-    layer.dropout.scale = spec.dropout == 1 ? 0 : *dtype == DType::float64 ? 1 / left : double(1 / float(left));
-  }
-  return network;
 }
 
 // Vectors of batch normalisations are read without gaps.
@@ -102,12 +70,46 @@ void set_norms(StepTensors& tensors, const Stack& stack, at::TensorList paramete
 
 }  // namespace
 
+void set_gradients(BackwardPass& pass, const Stack& stack, at::TensorList grads) {
+  const auto data_of = [&](size_t i) { return grads[i].defined() ? grads[i].data_ptr() : nullptr; };
+  pass.grad_weights.reserve(stack.layers());
+  pass.grad_biases.reserve(stack.layers());
+  for (size_t l = 0; l < stack.layers(); l++) {
+    pass.grad_weights.push_back(stack.has_weight(l) ? data_of(stack.weight(l)) : nullptr);
+    pass.grad_biases.push_back(stack.has_bias(l) ? data_of(stack.bias(l)) : nullptr);
+  }
+}
+
+Network network_of(const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
+  Network network;
+  network.dtype = *dtype_of(input.scalar_type());
+  network.rows = input.size(0);
+  network.input = matrix_of(input);
+  network.layers.resize(stack.layers());
+  for (size_t l = 0; l < stack.layers(); l++) {
+    const LayerSpec& spec = stack.specs()[l];
+    Layer& layer = network.layers[l];
+    layer.map = spec.map;
+    if (spec.map == Map::product) {
+      set_product(layer, stack, l, parameters);
+    } else {
+      layer.in_features = layer.out_features = l == 0 ? input.size(1) : network.layers[l - 1].out_features;
+    }
+    layer.activation = spec.activation;
+    layer.dropout.p = spec.dropout;
+    // Torch divides the numbers that it drew by 1 - p, in their dtype.
+    const double left = 1 - spec.dropout;
+    layer.dropout.scale = spec.dropout == 1 ? 0 : network.dtype == DType::float64 ? 1 / left : double(1 / float(left));
+  }
+  return network;
+}
+
 ForwardTensors forward_pass(const char* device, const Stack& stack, const at::Tensor& input, at::TensorList parameters,
                             const at::Tensor& output, at::TensorList hidden) {
   ForwardTensors tensors;
   tensors.input = as_rows(input, rows_of(input));
   ForwardPass& pass = tensors.pass;
-  pass.network = network_of(device, stack, *tensors.input, parameters);
+  pass.network = network_on(device, stack, *tensors.input, parameters);
   if (!hidden.empty()) pass.kept.resize(stack.layers(), nullptr);
   for (size_t l = 0; l < hidden.size(); l++) pass.kept[l] = hidden[l].data_ptr();
   pass.output = output.data_ptr();
@@ -121,7 +123,7 @@ BackwardTensors backward_pass(const char* device, const Stack& stack, const at::
   tensors.input = as_rows(input, rows);
   tensors.grad = as_rows(grad, rows);
   BackwardPass& pass = tensors.pass;
-  pass.network = network_of(device, stack, *tensors.input, parameters);
+  pass.network = network_on(device, stack, *tensors.input, parameters);
   pass.grad_output = matrix_of(*tensors.grad);
   pass.saved.resize(stack.layers());
   for (size_t l = 0; l < saved.size(); l++) {
@@ -142,7 +144,7 @@ StepTensors step_pass(const char* device, const Stack& stack, const at::Tensor& 
   if (stack.specs()[0].map != Map::product && !tensors.input->is_contiguous())
     tensors.input = c10::MaybeOwned<at::Tensor>::owned(tensors.input->contiguous());
   StepPass& pass = tensors.pass;
-  pass.backward.network = network_of(device, stack, *tensors.input, parameters);
+  pass.backward.network = network_on(device, stack, *tensors.input, parameters);
   set_norms(tensors, stack, parameters, norms);
   set_gradients(pass.backward, stack, grads);
   Network& network = pass.backward.network;

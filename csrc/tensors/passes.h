@@ -48,6 +48,11 @@ StepTensors step_pass(const char* device, const Stack& stack, const at::Tensor& 
                       const LossSpec& spec, const at::Tensor& target, const at::Tensor& weight,
                       c10::ArrayRef<NormTensors> norms, at::TensorList grads);
 
+// Parts of such passes: the network of an input of two dimensions, whose dtype has kernels, and where the gradients of
+// its parameters go.
+Network network_of(const Stack& stack, const at::Tensor& input, at::TensorList parameters);
+void set_gradients(BackwardPass& pass, const Stack& stack, at::TensorList grads);
+
 // Sizes of a result of so many features for each row of the input.
 c10::SmallVector<int64_t, 5> sizes_with(const at::Tensor& input, int64_t features);
 

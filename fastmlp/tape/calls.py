@@ -5,20 +5,19 @@ for that. Random numbers are drawn in place. Everything else is called as it was
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastmlp._load import _C
-from fastmlp.tape.trace import Operation, Ref, Trace, refs
+from fastmlp.tape.trace import Operation, Ref
 from fastmlp.tape.variants import out_variant, writes_into_given
 
 if TYPE_CHECKING:
     from fastmlp.tape.lower import Lowered
 
-__all__ = ["PRIMS", "Calls", "write_in_place"]
+__all__ = ["PRIMS", "Calls"]
 
 #: Copies: what they return is their first argument, perhaps of another dtype.
 _COPIES = frozenset({"aten::clone", "aten::_to_copy", "aten::contiguous"})
@@ -156,32 +155,3 @@ def _as_tensor(argument: Any, entry: Any) -> Any:
     """A number where an operator takes a tensor, as the dispatcher would have it."""
     number = isinstance(argument, (bool, int, float, complex)) and str(entry.type) in ("Tensor", "Optional[Tensor]")
     return _C.wrapped_number(argument) if number else argument
-
-
-def write_in_place(trace: Trace, owners: list[str], writes_given: Callable[[Operation], bool]) -> None:
-    """Lets elementwise operations write over an operand that nothing reads later, as autograd does where it can."""
-    last: dict[int, int] = {}
-    for i, event in enumerate(trace.events):
-        for value in trace.refs(event):
-            last[trace.values[value].memory] = i
-    kept = {trace.values[value].memory for value, *_ in trace.results}
-    for i, event in enumerate(trace.events):
-        if not isinstance(event, Operation) or torch.Tag.pointwise not in event.func.tags or len(event.outputs) != 1:
-            continue
-        output = event.outputs[0]
-        operands = list(refs((event.args, event.kwargs)))
-        if output is None or event.func._schema.is_mutable or output in operands:
-            continue
-        made = trace.values[output].memory
-        for operand in operands:
-            over = trace.values[operand].memory
-            same = all(trace.values[v] == trace.values[operand] for v in operands if trace.values[v].memory == over)
-            fits = replace(trace.values[operand], memory=made) == trace.values[output]
-            whole = trace.memories[over].bytes == trace.memories[made].bytes
-            free = owners[over] == owners[made] == "arena" and over not in kept and last[over] == i and over != made
-            if same and fits and whole and free and writes_given(event):
-                for other in trace.values:
-                    if other.memory == made:
-                        other.memory = over
-                last[over] = last[made]
-                break

@@ -4,16 +4,18 @@ What may be moved or joined follows from memory alone: an operation comes after 
 writes, and after those that read what it writes. Whose results nobody reads goes.
 """
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from fastmlp.tape.decompose import decompose
-from fastmlp.tape.elements import Element, Layout, Numbers, layout_of
+from fastmlp.tape.elements import Element, Numbers
 from fastmlp.tape.indices import index_node_of
+from fastmlp.tape.members import Members
 from fastmlp.tape.nodes import activated, node_of, without
 from fastmlp.tape.order import Group, Order
+from fastmlp.tape.recompute import recompute
 from fastmlp.tape.run import build_run
 from fastmlp.tape.trace import (
     Check,
@@ -35,8 +37,6 @@ _DRAWS, _EFFECTS = -1, -2
 _OUTSIDE = -3
 #: That of the `.grad` of a leaf, less the number of the leaf's memory.
 _GRADS = -4
-#: Instructions in a run, whose blocks have to stay in a cache.
-_LONGEST = 64
 
 
 class _Fusion:
@@ -50,7 +50,7 @@ class _Fusion:
         self._numbers = numbers
         self._events: list[Event | Element] = []
         self._places: list[str] = []
-        self._runs: dict[int, _Members] = {}  # by their groups
+        self._runs: dict[int, Members] = {}  # by their groups
 
     def add(self, event: Event) -> None:
         """Adds the next event."""
@@ -123,7 +123,7 @@ class _Fusion:
         self._places.append(place)
         group = self.order.add(len(self._events) - 1, reads, writes, needed, into)
         if into is None:
-            self._runs[group.number] = _Members(self.trace, (sizes, element.dtype), self._outside)
+            self._runs[group.number] = Members(self.trace, (sizes, element.dtype), self._outside)
         self._runs[group.number].add(element)
 
     def _behind_product(self, element: Element, reads: set[int], writes: set[int], needed: list[Group]) -> bool:
@@ -147,7 +147,9 @@ class _Fusion:
     def events(self, live: set[int]) -> list[Event]:
         """What is left: events as they were, and runs. `live`: memories that are read later; gets what these read."""
         result: list[Event] = []
-        for group in reversed(self.order.sorted()):
+        groups = self.order.sorted()
+        recompute(self.trace, groups, self._runs, live, self._owner)
+        for group in reversed(groups):
             run = self._runs.get(group.number)
             kept = {memory for memory in group.writes if memory < 0 or memory in live or self._owner(memory) != "arena"}
             event = self._events[group.members[0]]
@@ -170,61 +172,6 @@ class _Fusion:
         if not isinstance(event, Node):
             return event
         return without(event, {value for value in event.writes if self.trace.values[value].memory not in kept})
-
-
-class _Members:
-    """The elements of a run, and how they use memory.
-
-    Attributes:
-        key: sizes of the space, dimensions of one element aside, and the dtype.
-    """
-
-    def __init__(self, trace: Trace, key: tuple[tuple[int, ...], torch.dtype], outside: Set[int]) -> None:
-        self.key = key
-        self._outside = outside
-        self.elements: list[Element] = []
-        self._trace = trace
-        self._read: dict[int, set[Layout]] = {}
-        self._written: dict[int, Layout | None] = {}  # None for what is reduced
-
-    def _layouts(self, element: Element) -> tuple[list[Layout], Layout]:
-        values = self._trace.values
-        reads = [layout_of(values[value], element.space) for value in refs(element.operands)]
-        return reads, layout_of(values[element.output], element.space, element.reduced)
-
-    def takes(self, element: Element) -> bool:
-        """Whether an element can follow: all that use a memory that one of them writes use it element by element."""
-        if len(self.elements) >= _LONGEST:
-            return False
-        reads, output = self._layouts(element)
-        if self._may_overlap({layout[0] for layout in (*reads, output)}, output[0]):
-            return False
-        for layout in reads:
-            if layout[0] in self._written and self._written[layout[0]] != layout:
-                return False
-        memory = output[0]
-        if memory not in self._written and memory not in self._read:
-            return all(layout[0] != memory or layout == output for layout in reads)
-        if element.how != "store" or self._written.get(memory, output) != output:
-            return False
-        return all(layout == output for layout in self._read.get(memory, ()))
-
-    def _may_overlap(self, used: Set[int], output: int) -> bool:
-        """Whether the element or another one writes memory of the outside, and the other uses such memory too.
-
-        Both may share it in part. Torch computes one operation after the other, a run block by block.
-        """
-        theirs = self._outside & (self._written.keys() | self._read.keys())
-        written = (self._outside & self._written.keys()) | (self._outside & {output})
-        return any(memory != one for one in written for memory in theirs | (self._outside & used))
-
-    def add(self, element: Element) -> None:
-        """Adds an element that fits."""
-        reads, output = self._layouts(element)
-        self.elements.append(element)
-        for layout in reads:
-            self._read.setdefault(layout[0], set()).add(layout)
-        self._written[output[0]] = output if element.how == "store" else None
 
 
 def _has_generator(func: Any) -> bool:

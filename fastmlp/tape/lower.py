@@ -12,12 +12,13 @@ from torch import Tensor
 
 from fastmlp import optim
 from fastmlp._load import _C
-from fastmlp.tape.calls import Calls, write_in_place
+from fastmlp.tape.calls import Calls
 from fastmlp.tape.elements import Numbers, layout_of
 from fastmlp.tape.fuse import fuse
+from fastmlp.tape.in_place import write_in_place
 from fastmlp.tape.trace import Check, Event, GradSet, Node, Operation, OptimizerStep, Ref, Run, Trace, Value, refs
 
-__all__ = ["Lowered", "lower"]
+__all__ = ["Lowered", "fused", "lower"]
 
 #: Operations whose results have memory, but nothing in it yet.
 _EMPTY = frozenset(
@@ -105,10 +106,15 @@ class Lowered:
             [(first, max(first, last)) if last >= 0 else (0, 0) for first, last in self._lifetimes], results
         )
 
-    def _make_nodes(self) -> None:
-        """Lets `fuse` make nodes of what costs something. What is computed once goes before all else."""
+    def make_nodes(self) -> list[Operation]:
+        """What `fused` does."""
+        self._find_owners()
+        return self._make_nodes()
+
+    def _make_nodes(self) -> list[Operation]:
+        """Lets `fuse` make nodes of what costs something. What is computed once goes before all else; returns that."""
         trace = self.trace
-        once: list[Event] = []
+        once: list[Operation] = []
         costly: list[Event] = []
         numbers: Numbers = {}
         for event in trace.events:
@@ -124,8 +130,9 @@ class Lowered:
                 value = trace.values[event.outputs[0]]
                 numbers[value.memory, value.dtype] = number
         trace.events = costly
-        trace.events = once + fuse(trace, self._owners, numbers)
+        trace.events = [*once, *fuse(trace, self._owners, numbers)]
         self._owners += ["arena"] * (len(trace.memories) - len(self._owners))
+        return once
 
     def _is_constant(self, event: Operation) -> bool:
         """Whether what the operation makes is computed once."""
@@ -406,6 +413,16 @@ def _number_of(trace: Trace, event: Operation) -> float | None:
     if not isinstance(number, (bool, int, float)) or value.dtype.is_complex:
         return None
     return float(torch.tensor(number, dtype=value.dtype).item())
+
+
+def fused(trace: Trace) -> list[Operation]:
+    """Makes nodes of the operations of a trace, for who does not make a tape of it.
+
+    Returns:
+        Those of its events that make the same at each call: numbers of Python, zeros and the like.
+    """
+    lowered = Lowered(trace, True)
+    return lowered.make_nodes()
 
 
 def lower(trace: Trace, fused: bool) -> Lowered:

@@ -47,10 +47,13 @@ _ADVICE = "a recorded forward would lose; convert(model) without trace keeps it"
 
 
 class Recording(NamedTuple):
-    """A recorded model, and what raises if it does something else than the model."""
+    """A recorded model, and what raises if it does something else than the model.
+
+    `check` may be given examples of the forward's arguments, where none were given before.
+    """
 
     module: "Traced"
-    check: Callable[[], None]
+    check: Callable[..., None]
 
 
 def traced(model: nn.Module, inputs: tuple[Any, ...] | None) -> fx.GraphModule:
@@ -112,9 +115,9 @@ def record(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Recording
         _same(model, in_training, with_gradients, "self.training", advice)
         _same(model, with_gradients, graph, "torch.is_grad_enabled()", "With gradients it has")
 
-    def check() -> None:
+    def check(example: tuple[Any, ...] | None = inputs) -> None:
         with _explained(model), Outside(model):
-            compare(model, tracer, with_gradients, inputs)
+            compare(model, tracer, with_gradients, example)
 
     # torch.fx takes what the graph reads from a root. It is a copy of the model, on which constants can be put.
     root = object.__new__(type(model))

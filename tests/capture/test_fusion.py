@@ -115,6 +115,120 @@ def test_memory_that_is_shared_or_written(name: str) -> None:
     assert all(map(torch.equal, run(False), run(True)))
 
 
+SIDE = 64
+
+
+def wholes(generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Small whole numbers, of which products and sums of few are exact."""
+    return (torch.randint(-2, 3, (SIDE, SIDE), generator=generator).float(),)
+
+
+def read_later(x: Tensor) -> Tensor:
+    a = x + 1
+    cheap = a * -2
+    return (a @ a) * cheap + a
+
+
+def read_later_by_two(x: Tensor) -> Tensor:
+    a = x + 1
+    twice = a * 2
+    cheap = a - twice * x
+    product = a @ a
+    other = (product * cheap) @ x
+    return other - cheap + a * x
+
+
+def written_before_it_is_read(x: Tensor) -> Tensor:
+    a = x + 1
+    cheap = a * -2
+    product = a @ a
+    a.mul_(3)
+    return product * cheap + a
+
+
+def argument_written_before_it_is_read(x: Tensor) -> Tensor:
+    cheap = x * -2
+    product = x @ x
+    x.add_(1)
+    return product * cheap
+
+
+def changed_after_a_product(x: Tensor) -> Tensor:
+    a = x + 1
+    cheap = a * -2
+    product = a @ a
+    cheap.add_(product)
+    return product @ x * cheap + a
+
+
+def read_across(x: Tensor) -> Tensor:
+    a = x + 1
+    cheap = a * -2
+    return (a @ a) * cheap.t() + cheap + a
+
+
+def read_in_part(x: Tensor) -> Tensor:
+    a = x + 1
+    cheap = a * -2
+    return (a @ a)[:7] * cheap[1:8] + a[:7]
+
+
+def read_by_a_product_too(x: Tensor) -> Tensor:
+    a = x + 1
+    cheap = a * -2
+    return (a @ cheap) * cheap + a
+
+
+def over_an_input_of_two(x: Tensor) -> Tensor:
+    product = x @ x
+    return (product + x) @ ((product * 2) @ x)
+
+
+def over_what_is_read_across_too(x: Tensor) -> Tensor:
+    product = x @ x
+    return (product * 2 + product.t()) @ x
+
+
+def over_what_lies_across(x: Tensor) -> Tensor:
+    product = x @ x
+    return (x + product.t()) @ x
+
+
+#: The functions above, and how many matrices their tapes need beside arguments and results.
+WHOLES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    function.__name__: (function, matrices)
+    for function, matrices in (
+        (read_later, 2),
+        (read_later_by_two, 3),
+        (written_before_it_is_read, 3),
+        (argument_written_before_it_is_read, 1),
+        (changed_after_a_product, 4),
+        (read_across, 3),
+        (read_in_part, 3),
+        (read_by_a_product_too, 3),
+        (over_an_input_of_two, 3),
+        (over_what_is_read_across_too, 2),
+        (over_what_lies_across, 2),
+    )
+}
+
+
+@pytest.mark.parametrize("name", WHOLES)
+def test_values_that_are_read_later(name: str) -> None:
+    """Runs compute them again or write over them, where nothing else is in the way."""
+    function, matrices = WHOLES[name]
+    captured = fastmlp.capture(function)
+    for call in range(CALLS):
+        (x,) = wholes(torch.Generator().manual_seed(call))
+        given = x.clone()
+        expected = function(x)
+        assert torch.equal(captured(given), expected)
+        assert torch.equal(given, x)
+    (tape,) = captured.report().tapes
+    assert captured.replays == CALLS - 2
+    assert tape.arena_bytes // (SIDE * SIDE * 4) == matrices
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.SiLU(inplace=True), nn.Tanh(), nn.GELU()])
 @pytest.mark.parametrize("reads", ["output", "both"])
 def test_an_activation_behind_a_product(activation: nn.Module, reads: str) -> None:

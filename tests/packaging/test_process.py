@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fastmlp
-from fastmlp._load import check_build
+from fastmlp._load import Torch, check_build
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -227,14 +227,50 @@ def test_offsets_beyond_32_bits() -> None:
     torch.testing.assert_close(layer(x), layer(x.clone()))
 
 
-def test_another_torch_is_named_at_import(tmp_path: Path) -> None:
+BUILT = Torch("2.13.0+cpu", True, None)
+
+
+def check(tmp_path: Path, built: Torch, found: Torch) -> None:
     info = tmp_path / "_build.json"
-    info.write_text(json.dumps({"torch": "1.2.3", "cuda": False}))
-    with pytest.raises(ImportError, match=r"built with torch 1.2.3, but torch 9.9 is installed.*pip install"):
-        check_build(info, "9.9")
-    check_build(info, "1.2.3")
+    info.write_text(json.dumps({"torch": built.version, "cxx11_abi": built.cxx11_abi, "cuda_version": built.cuda}))
+    check_build(info, found)
+
+
+@pytest.mark.parametrize(
+    ("built", "found"),
+    [
+        (BUILT, BUILT),
+        (BUILT, BUILT._replace(version="2.13.0")),
+        (BUILT, BUILT._replace(version="2.13.1+cu130", cuda="13.0")),
+        (BUILT._replace(cuda="13.0"), BUILT._replace(cuda="13.1")),
+    ],
+)
+def test_a_torch_of_the_same_minor_version_will_do(tmp_path: Path, built: Torch, found: Torch) -> None:
+    check(tmp_path, built, found)
+
+
+@pytest.mark.parametrize(
+    ("built", "found", "words"),
+    [
+        (BUILT, BUILT._replace(version="2.14.0"), "built with torch 2.13.0[+]cpu, but torch 2.14.0 is installed"),
+        (BUILT, BUILT._replace(version="2.1.0"), "built with torch 2.13.0[+]cpu, but torch 2.1.0 is installed"),
+        (BUILT, BUILT._replace(cxx11_abi=False), "but torch 2.13.0[+]cpu, _GLIBCXX_USE_CXX11_ABI=0 is installed"),
+        (BUILT._replace(cuda="13.0"), BUILT, "built with torch 2.13.0[+]cpu with CUDA 13.0, but torch 2.13.0[+]cpu is"),
+        (
+            BUILT._replace(cuda="13.0"),
+            BUILT._replace(cuda="12.8"),
+            "with CUDA 13.0, but .* with CUDA 12.8 is installed",
+        ),
+    ],
+)
+def test_another_torch_is_named_at_import(tmp_path: Path, built: Torch, found: Torch, words: str) -> None:
+    with pytest.raises(ImportError, match=f"{words}.*pip install"):
+        check(tmp_path, built, found)
+
+
+def test_what_is_not_built_is_named_at_import(tmp_path: Path) -> None:
     with pytest.raises(ImportError, match=r"not built.*pip install"):
-        check_build(tmp_path / "absent.json", "9.9")
+        check_build(tmp_path / "absent.json", BUILT)
 
 
 def test_the_guard_comes_before_the_binary(tmp_path: Path) -> None:
@@ -245,7 +281,7 @@ def test_the_guard_comes_before_the_binary(tmp_path: Path) -> None:
     for file in source.glob("*.py"):
         (package / file.name).write_bytes(file.read_bytes())
     (package / "_C.so").write_bytes(b"not a library")
-    (package / "_build.json").write_text(json.dumps({"torch": "1.2.3", "cuda": False}))
+    (package / "_build.json").write_text(json.dumps({"torch": "1.2.3", "cxx11_abi": True, "cuda_version": None}))
     done = subprocess.run(
         [sys.executable, "-c", "import fastmlp"],
         capture_output=True,
@@ -254,7 +290,7 @@ def test_the_guard_comes_before_the_binary(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert done.returncode != 0
-    assert f"built with torch 1.2.3, but torch {torch.__version__} is installed" in done.stderr
+    assert f"built with torch 1.2.3, but torch {torch.__version__}" in done.stderr
 
 
 def test_import_is_quiet_and_light() -> None:

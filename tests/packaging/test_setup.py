@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 from fastmlp import _C
@@ -16,9 +17,9 @@ SETUP = Path(__file__).parents[2] / "setup.py"
 
 
 def configure(choice: str) -> subprocess.CompletedProcess[str]:
-    """setup.py as far as its choice of an extension: the name alone is asked for."""
+    """setup.py as far as its choice of an extension."""
     environment = {**os.environ, "FASTMLP_CUDA": choice}
-    command = [sys.executable, str(SETUP), "--name"]
+    command = [sys.executable, "-c", "import runpy; runpy.run_path('setup.py')['make_extension']()"]
     return subprocess.run(command, cwd=SETUP.parent, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -53,8 +54,7 @@ torch.cuda.get_device_capability = lambda device=0: tuple(cards[device])
 torch.cuda.get_arch_list = lambda: known
 extension.CUDA_HOME = sys.argv[2]
 extension.CUDAExtension = extension.CppExtension
-sys.argv = ["setup.py", "--name"]
-runpy.run_path("setup.py")
+runpy.run_path("setup.py")["make_extension"]()
 print(os.environ["TORCH_CUDA_ARCH_LIST"])
 """
 
@@ -95,8 +95,55 @@ def test_listed_architectures_are_taken_but_for_ptx_that_lacks_kernels(tmp_path:
     assert "TORCH_CUDA_ARCH_LIST=7.5+PTX asks for PTX of an architecture before 8.0" in refused.stderr
 
 
+#: setup.py where torch cannot be imported, and with packages of another place around an environment for a build.
+WITHOUT_TORCH = """
+import json, runpy, sys, sysconfig
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+around = sys.argv[1]
+sysconfig.get_path = lambda name: around
+sys.path[:] = [path for path in sys.path if "site-packages" not in path] + sys.argv[2:]
+setup = runpy.run_path("setup.py")
+try:
+    setup["provide_torch"]()
+except SystemExit as error:
+    print(error)
+print(json.dumps([setup["required_torch"](), around in sys.path]))
+"""
+
+
+def without_torch(around: Path, installed: str | None) -> list[str]:
+    if installed is not None:
+        folder = around / f"torch-{installed}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {installed}\n")
+    # Beside setuptools there is torch, which is hidden here.
+    tools = around / "tools"
+    tools.mkdir()
+    for name in ("setuptools", "_distutils_hack"):
+        (tools / name).symlink_to(Path(setuptools.__file__).parents[1] / name)
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(around), str(tools)]
+    done = subprocess.run(command, cwd=SETUP.parent, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_metadata_need_no_torch(tmp_path: Path) -> None:
+    said, state = without_torch(tmp_path, None)
+    assert "torch is not installed, expected 2.11 or newer" in said
+    assert "pip install torch" in said
+    assert json.loads(state) == ["torch>=2.11", False]
+
+
+def test_a_wheel_depends_on_the_minor_version_of_the_torch_around_it(tmp_path: Path) -> None:
+    (state,) = without_torch(tmp_path, "2.13.0+cpu")
+    assert json.loads(state) == ["torch==2.13.*", True]
+
+
 def test_devices_are_those_of_the_build() -> None:
-    with_cuda = read_build()["cuda"]
+    with_cuda = read_build()["cuda_version"]
     assert _C.devices() == (["cpu", "cuda"] if with_cuda else ["cpu"])
     assert list(_C.absent_devices()) == ([] if with_cuda else ["cuda"])
     assert _C.training_devices() == _C.packing_devices() == ["cpu"]
@@ -106,7 +153,7 @@ def test_devices_are_those_of_the_build() -> None:
 
 def test_cuda_tensors_name_the_rebuild() -> None:
     why = _C.device_obstacle("cuda")
-    if read_build()["cuda"]:
+    if read_build()["cuda_version"]:
         assert why is None
     else:
         assert why is not None

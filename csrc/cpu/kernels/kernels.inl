@@ -10,6 +10,7 @@
 #include "elements.inl"
 #include "clip.inl"
 #include "draws.inl"
+#include "components.inl"
 #include "rows.inl"
 #include "columns.inl"
 #include "softmax.inl"
@@ -446,6 +447,7 @@ template <class S> struct Leaf {
       k.layer_norm = &Rows<S>::layer_norm;
       k.layer_norm_backward = &Rows<S>::layer_norm_backward;
       k.batch_norm = &Columns<S>::kernels;
+      k.components = Jets<S>::template Table<Activations>::rows;
       k.softmax = &Softmax<S>::forward;
       k.softmax_backward = &Softmax<S>::backward;
     }
