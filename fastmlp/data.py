@@ -77,8 +77,24 @@ class Batches:
         seed = int(torch.empty((), dtype=torch.int64).random_().item())
         return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
+    def in_order(self, order: Tensor) -> Iterator[list[Tensor]]:
+        """An epoch in an order that somebody else has drawn; no generator is used.
+
+        Args:
+            order: indices of rows, int64, on the default device.
+        """
+        yield from self._whole(order)
+        yield from self._short(order)
+
     def _batches(self) -> Iterator[list[Tensor]]:
-        order, gather = self._draw_order(), _Gather(self)
+        order = self._draw_order()
+        yield from self._whole(order)
+        self._draw_once_more(len(order))
+        yield from self._short(order)
+
+    def _whole(self, order: Tensor) -> Iterator[list[Tensor]]:
+        """The batches of `batch_size` rows."""
+        gather = _Gather(self)
         at, whole, most = 0, len(order) // self.batch_size, gather.most
         while at < whole:
             columns = gather.stretch(order, at, min(most, whole - at))
@@ -90,11 +106,9 @@ class Batches:
                     # What was gathered ahead is out of date, since a loader would read the next rows only now.
                     most = 1
                     break
-        yield from self._rest(order)
 
-    def _rest(self, order: Tensor) -> Iterator[list[Tensor]]:
-        """Ends an epoch: yields the last batch if it is a short one that is not dropped."""
-        self._draw_once_more(len(order))
+    def _short(self, order: Tensor) -> Iterator[list[Tensor]]:
+        """The last batch, if it is a short one that is not dropped."""
         short = len(order) % self.batch_size
         if short > 0 and not self.drop_last:
             last = order[-short:]
@@ -292,7 +306,7 @@ def epochs(
     """
     _check_run(step, tensors, epochs, progress)
     data = _checked("epochs", tensors, batch_size, shuffle, drop_last, generator)
-    bar = _bar(epochs * len(data)) if progress else None
+    bar = progress_bar(epochs * len(data), "batch", "epochs: progress=True") if progress else None
     if type(step) is TrainStep and all(map(_C.has_plain_rows, tensors)):
         run = partial(data._losses, step)
     else:
@@ -347,14 +361,24 @@ def _loss(result: object) -> Tensor:
     )
 
 
-def _bar(total: int) -> Any:
+def progress_bar(total: int, unit: str, asked: str) -> Any:
+    """A bar of tqdm's.
+
+    Args:
+        total: how many there are to do.
+        unit: what they are.
+        asked: how the bar was asked for, for the error.
+
+    Raises:
+        ImportError: if tqdm is not installed.
+    """
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError(
-            "fastmlp: epochs: progress=True takes the package tqdm, which cannot be imported: pip install tqdm"
+            f"fastmlp: {asked} takes the package tqdm, which cannot be imported: pip install tqdm"
         ) from error
-    return tqdm(total=total, unit="batch")
+    return tqdm(total=total, unit=unit)
 
 
 def _checked(
