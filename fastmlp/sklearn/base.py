@@ -6,6 +6,7 @@ each epoch. So the same `random_state` gives the same network, within rounding.
 
 import warnings
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
 from typing import Any, Self
@@ -17,7 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmlp.data import Batches, batches, progress_bar
 from fastmlp.frozen import FrozenMLP, freeze
@@ -27,6 +28,25 @@ from fastmlp.sklearn.training import Rule, Trainer
 __all__ = ["BaseMLP"]
 
 _DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Rows that are not trained on.
+
+    Attributes:
+        model: that is trained. The frozen network follows it for as long as it exists.
+        network: the model, frozen.
+        inputs: of the rows.
+        y: of the rows.
+        weights: of the rows, or None.
+    """
+
+    model: nn.Module
+    network: FrozenMLP
+    inputs: Array
+    y: Any
+    weights: Array | None
 
 
 class BaseMLP(BaseEstimator, ABC):
@@ -201,7 +221,8 @@ class BaseMLP(BaseEstimator, ABC):
         if self.early_stopping:
             train, held = self._held_out(len(X), y, random)
             weights = None if sample_weight is None else sample_weight[held]
-            held_out = freeze(trainer.model(self.activation)), X[held], y[held], weights
+            model = trainer.model(self.activation)
+            held_out = _HeldOut(model, freeze(model), X[held], y[held], weights)
             index = torch.from_numpy(train)
             tensors = [tensor[index] for tensor in tensors]
         data = batches(*tensors, batch_size=self._batch_rows(len(tensors[0])))
@@ -234,7 +255,7 @@ class BaseMLP(BaseEstimator, ABC):
         self,
         trainer: Trainer,
         data: Batches,
-        held_out: tuple[FrozenMLP, Array, Any, Array | None] | None,
+        held_out: _HeldOut | None,
         random: np.random.RandomState,
         incremental: bool,
         bar: Any,
@@ -277,7 +298,7 @@ class BaseMLP(BaseEstimator, ABC):
             )
         return int(min(self.batch_size, rows))
 
-    def _compare(self, trainer: Trainer, held_out: tuple[FrozenMLP, Array, Any, Array | None] | None) -> None:
+    def _compare(self, trainer: Trainer, held_out: _HeldOut | None) -> None:
         """Counts epochs that did not get better by `tol`, and keeps what was best.
 
         NaN does not count, as it does not with scikit-learn.
@@ -287,9 +308,9 @@ class BaseMLP(BaseEstimator, ABC):
             self.best_loss_ = min(self.best_loss_, self.loss_)
         else:
             assert self.validation_scores_ is not None
-            network, inputs, y, weights = held_out
-            scores = network(inputs)
-            score = self._score_of(scores, y, weights) if np.isfinite(scores).all() else np.nan
+            scores = held_out.network(held_out.inputs)
+            finite = bool(np.isfinite(scores).all())
+            score = self._score_of(scores, held_out.y, held_out.weights) if finite else np.nan
             self.validation_scores_.append(score)
             improved = not score < self.best_validation_score_ + self.tol
             if score > self.best_validation_score_:

@@ -34,8 +34,9 @@ def model_of(weights: Sequence[Tensor], biases: Sequence[Tensor], activation: st
         A network whose parameters are the tensors of the arguments, where these are `torch.nn.Parameter`s.
 
     Example:
-        >>> model_of([torch.ones(3, 2), torch.ones(1, 3)], [torch.zeros(3), torch.zeros(1)], "tanh")(torch.zeros(2))
-        tensor([0.], grad_fn=<LinearBackward>)
+        >>> model = model_of([torch.ones(3, 2), torch.ones(1, 3)], [torch.zeros(3), torch.zeros(1)], "tanh")
+        >>> model(torch.zeros(4, 2)).shape
+        torch.Size([4, 1])
     """
     widths = [weights[0].shape[1], *(weight.shape[0] for weight in weights)]
     # On the meta device nothing is drawn, so that PyTorch's generator stays as it is.
