@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -152,14 +153,16 @@ class Trainer:
         step = self._step_for(activation, weighted)
         squares, size, left = self._flat.numpy(), data.batch_size, len(order)
         losses, penalties = [], 0.0
-        for batch in data.in_order(order):
-            size = min(size, left)
-            left -= size
-            mass = _mass(batch[2]) if weighted else size
-            if alpha > 0:
-                penalties += size * alpha / (2 * mass) * float(squares.dot(squares))
-            self._set_numbers(alpha / mass)
-            losses.append(step(*batch))
+        # Weights that become infinite are told of when training ends.
+        with np.errstate(over="ignore", invalid="ignore"):
+            for batch in data.in_order(order):
+                size = min(size, left)
+                left -= size
+                mass = _mass(batch[2]) if weighted else size
+                if alpha > 0:
+                    penalties += size * alpha / (2 * mass) * float(squares.dot(squares))
+                self._set_numbers(alpha / mass)
+                losses.append(step(*batch))
         *found, last = torch.stack(losses).tolist()
         total = data.batch_size * sum(found) + size * last
         return (self._loss.share * total + penalties) / len(order)
