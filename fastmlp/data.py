@@ -77,24 +77,8 @@ class Batches:
         seed = int(torch.empty((), dtype=torch.int64).random_().item())
         return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
-    def in_order(self, order: Tensor) -> Iterator[list[Tensor]]:
-        """An epoch in an order that somebody else has drawn; no generator is used.
-
-        Args:
-            order: indices of rows, int64, on the default device.
-        """
-        yield from self._whole(order)
-        yield from self._short(order)
-
     def _batches(self) -> Iterator[list[Tensor]]:
-        order = self._draw_order()
-        yield from self._whole(order)
-        self._draw_once_more(len(order))
-        yield from self._short(order)
-
-    def _whole(self, order: Tensor) -> Iterator[list[Tensor]]:
-        """The batches of `batch_size` rows."""
-        gather = _Gather(self)
+        order, gather = self._draw_order(), _Gather(self)
         at, whole, most = 0, len(order) // self.batch_size, gather.most
         while at < whole:
             columns = gather.stretch(order, at, min(most, whole - at))
@@ -106,9 +90,11 @@ class Batches:
                     # What was gathered ahead is out of date, since a loader would read the next rows only now.
                     most = 1
                     break
+        yield from self._rest(order)
 
-    def _short(self, order: Tensor) -> Iterator[list[Tensor]]:
-        """The last batch, if it is a short one that is not dropped."""
+    def _rest(self, order: Tensor) -> Iterator[list[Tensor]]:
+        """Ends an epoch: yields the last batch if it is a short one that is not dropped."""
+        self._draw_once_more(len(order))
         short = len(order) % self.batch_size
         if short > 0 and not self.drop_last:
             last = order[-short:]

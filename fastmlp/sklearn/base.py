@@ -20,7 +20,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from fastmlp.data import Batches, batches, progress_bar
+from fastmlp.data import progress_bar
 from fastmlp.frozen import FrozenMLP, freeze
 from fastmlp.sklearn.layers import Array, Network, locked
 from fastmlp.sklearn.training import Rule, Trainer
@@ -225,11 +225,10 @@ class BaseMLP(BaseEstimator, ABC):
             held_out = _HeldOut(model, freeze(model), X[held], y[held], weights)
             index = torch.from_numpy(train)
             tensors = [tensor[index] for tensor in tensors]
-        data = batches(*tensors, batch_size=self._batch_rows(len(tensors[0])))
         self.n_iter_ = 0
         bar = progress_bar(self.max_iter, "epoch", "verbose=True") if self.verbose and not incremental else None
         try:
-            self._run_epochs(trainer, data, held_out, random, incremental, bar)
+            self._run_epochs(trainer, tensors, held_out, random, incremental, bar)
         except KeyboardInterrupt:
             warnings.warn("fastmlp: training was interrupted, and the estimator has the weights so far", stacklevel=5)
         finally:
@@ -254,19 +253,19 @@ class BaseMLP(BaseEstimator, ABC):
     def _run_epochs(
         self,
         trainer: Trainer,
-        data: Batches,
+        data: list[Tensor],
         held_out: _HeldOut | None,
         random: np.random.RandomState,
         incremental: bool,
         bar: Any,
     ) -> None:
-        rows = len(data.tensors[0])
-        order = np.arange(rows)
+        rows = len(data[0])
+        batch_size, order = self._batch_rows(rows), np.arange(rows)
         while self.n_iter_ < (1 if incremental else self.max_iter):
             if self.shuffle:
                 # As sklearn.utils.shuffle draws it, in a fraction of its time.
                 order = order[random.permutation(rows)]
-            self.loss_ = trainer.epoch(data, torch.from_numpy(order), self.alpha, self.activation)
+            self.loss_ = trainer.epoch(data, torch.from_numpy(order), batch_size, self.alpha, self.activation)
             self.n_iter_ += 1
             self.t_ += rows
             self.loss_curve_.append(self.loss_)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from fastmlp import optim
 from fastmlp.capture import capture
-from fastmlp.data import Batches
 from fastmlp.modules import MLP
 from fastmlp.sklearn.layers import Array, locked, model_of
 from fastmlp.training import TrainStep
@@ -27,6 +26,10 @@ __all__ = ["Rule", "Trainer"]
 
 #: Below this learning rate "adaptive" does not divide it further, and training ends.
 _LEAST_RATE = 1e-6
+
+
+#: A step with some rows of the data: the tensors, indices of rows, and how many they are. It returns the loss, (1).
+Step: TypeAlias = Callable[[Sequence[Tensor], Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Trainer:
         self.weights = [nn.Parameter(p.view(size[::-1])) for p, size in zip(parts, sizes, strict=True)]
         self.biases = [nn.Parameter(torch.zeros(size[1], dtype=dtype)) for size in sizes]
         self._optimizer = self._make_optimizer()
-        self._step: tuple[str, bool, Callable[..., Tensor]] | None = None
+        self._step: tuple[str, bool, Step] | None = None
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         rule, groups = self._rule, [{"params": self.weights}, {"params": self.biases}]
@@ -137,34 +140,34 @@ class Trainer:
         """A network that has these parameters, also after they have moved."""
         return model_of(self.weights, self.biases, activation)
 
-    def epoch(self, data: Batches, order: Tensor, alpha: float, activation: str) -> float:
+    def epoch(self, data: Sequence[Tensor], order: Tensor, batch_size: int, alpha: float, activation: str) -> float:
         """Takes a step with every batch.
 
         Args:
             data: inputs, targets as PyTorch's loss takes them, and weights of the rows if they have any.
             order: of the rows: int64.
+            batch_size: rows of each batch but the last one, which has what is left.
             alpha: of the penalty.
             activation: of the hidden layers.
 
         Returns:
             The mean over the rows of the losses that the batches had before their steps, with the penalty.
         """
-        weighted = len(data.tensors) == 3
-        step = self._step_for(activation, weighted)
-        squares, size, left = self._flat.numpy(), data.batch_size, len(order)
+        step = self._step_for(activation, len(data) == 3)
+        squares, size, left = self._flat.numpy(), batch_size, len(order)
         losses, penalties = [], 0.0
         # Weights that become infinite are told of when training ends.
         with np.errstate(over="ignore", invalid="ignore"):
-            for batch in data.in_order(order):
+            for rows in order.split(batch_size):
                 size = min(size, left)
                 left -= size
-                mass = _mass(batch[2]) if weighted else size
+                mass = _mass(data[2][rows]) if len(data) == 3 else size
                 if alpha > 0:
                     penalties += size * alpha / (2 * mass) * float(squares.dot(squares))
                 self._set_numbers(alpha / mass)
-                losses.append(step(*batch))
-        *found, last = torch.stack(losses).tolist()
-        total = data.batch_size * sum(found) + size * last
+                losses.append(step(data, rows, size))
+        *found, last = torch.cat(losses).tolist()
+        total = batch_size * sum(found) + size * last
         return (self._loss.share * total + penalties) / len(order)
 
     def _set_numbers(self, decay: float) -> None:
@@ -176,16 +179,17 @@ class Trainer:
             root = math.sqrt(1 - self._rule.beta_2**self._steps)
             of_weights["eps"] = of_biases["eps"] = self._rule.epsilon / (self._loss.slope * root)
 
-    def _step_for(self, activation: str, weighted: bool) -> Callable[..., Tensor]:
+    def _step_for(self, activation: str, weighted: bool) -> Step:
         if self._step is None or self._step[:2] != (activation, weighted):
             make = self._weighted_step if weighted else self._plain_step
             self._step = activation, weighted, make(self.model(activation))
         return self._step[2]
 
-    def _plain_step(self, model: MLP) -> Callable[..., Tensor]:
-        return TrainStep(model, self._loss.kind(), self._optimizer, keep_grads=False)
+    def _plain_step(self, model: MLP) -> Step:
+        step = TrainStep(model, self._loss.kind(), self._optimizer, keep_grads=False)
+        return lambda data, rows, size: step._run_all(data[0], data[1], rows, size)
 
-    def _weighted_step(self, model: MLP) -> Callable[..., Tensor]:
+    def _weighted_step(self, model: MLP) -> Step:
         """A captured step, since no loss of a `TrainStep` has weights of rows."""
         loss_fn, optimizer = self._loss.kind(reduction="none"), self._optimizer
 
@@ -200,7 +204,7 @@ class Trainer:
             optimizer.step()
             return loss.detach()
 
-        return step
+        return lambda data, rows, size: step(*(tensor[rows] for tensor in data)).unsqueeze(0)
 
     def end_epoch(self, rows_seen: int) -> None:
         """Lets the learning rate fall as "invscaling" says, after so many rows in all."""
