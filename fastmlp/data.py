@@ -292,7 +292,7 @@ def epochs(
     """
     _check_run(step, tensors, epochs, progress)
     data = _checked("epochs", tensors, batch_size, shuffle, drop_last, generator)
-    bar = _bar(epochs * len(data)) if progress else None
+    bar = progress_bar(epochs * len(data), "batch", "epochs: progress=True") if progress else None
     if type(step) is TrainStep and all(map(_C.has_plain_rows, tensors)):
         run = partial(data._losses, step)
     else:
@@ -347,14 +347,24 @@ def _loss(result: object) -> Tensor:
     )
 
 
-def _bar(total: int) -> Any:
+def progress_bar(total: int, unit: str, asked: str) -> Any:
+    """A bar of tqdm's.
+
+    Args:
+        total: how many there are to do.
+        unit: what they are.
+        asked: how the bar was asked for, for the error.
+
+    Raises:
+        ImportError: if tqdm is not installed.
+    """
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError(
-            "fastmlp: epochs: progress=True takes the package tqdm, which cannot be imported: pip install tqdm"
+            f"fastmlp: {asked} takes the package tqdm, which cannot be imported: pip install tqdm"
         ) from error
-    return tqdm(total=total, unit="batch")
+    return tqdm(total=total, unit=unit)
 
 
 def _checked(

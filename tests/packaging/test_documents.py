@@ -1,4 +1,4 @@
-"""The code in README.md and docs/capture.md runs, and does what stands beside it."""
+"""The code in README.md, docs/capture.md and docs/sklearn.md runs, and does what stands beside it."""
 
 import functools
 import random
@@ -68,6 +68,14 @@ def test_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
         run(block, variables)
     lines = capsys.readouterr().out.splitlines()
     assert all(any(said in line for line in lines) for said in comments_of_prints(text))
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_the_page_of_scikit_learn(capsys: pytest.CaptureFixture[str]) -> None:
+    text, variables = (ROOT / "docs" / "sklearn.md").read_text(encoding="utf-8"), dict[str, Any]()
+    for block in blocks(text):
+        run(block, variables)
+    assert capsys.readouterr().out.splitlines() == comments_of_prints(text) == ["True"] * 3
 
 
 def test_the_introduction(capsys: pytest.CaptureFixture[str]) -> None:
