@@ -198,7 +198,7 @@ bool TrainStep::read_norms(Call& call) const {
     }
     if (!norm.batches) continue;
     const at::Tensor& batches = read(norm.batches);
-    if (!batches.defined() || batches.numel() != 1 || batches.scalar_type() != at::kLong || !batches.is_cpu() ||
+    if (!batches.defined() || batches.numel() != 1 || batches.scalar_type() != at::kLong || batches.device() != host ||
         batches.is_inference())
       return false;
     if (!norm.momentum) own.momentum = 1 / double(*batches.const_data_ptr<int64_t>() + 1);
