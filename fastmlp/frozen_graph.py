@@ -26,7 +26,7 @@ from fastmlp.tape.elements import COMPUTED
 from fastmlp.tape.lower import fused
 from fastmlp.tape.recorder import Recorder
 from fastmlp.tape.trace import CaptureError, Node, Ref
-from fastmlp.trace import activation_of, record, run_chain
+from fastmlp.trace import activation_of, record, run_chain, settled
 
 __all__ = ["CALLED", "Graph", "read"]
 
@@ -96,11 +96,14 @@ def read(model: nn.Module, inputs: tuple[Any, ...] | None) -> Graph:
         refuse(model, reason)
     try:
         recorded, check = record(model, inputs)
+        if any(node.target is settled for node in recorded.graph.nodes):
+            refuse(model, "its forward asks its arguments for a value, a size or a place, and may get others later")
         reader = _Reader(model, recorded, inputs)
         graph = reader.describe(_ROWS)
         if reader.describe(_OTHER_ROWS) != graph:
             refuse(model, "what its forward does depends on the number of rows")
         graph.matrices_only = reader.has_norm or any(reader.tried(rows) != graph for rows in _OTHER_DIMENSIONS)
+        reader.check_single_rows(graph)
         check(inputs or reader.example())
     except Refusal:
         raise
@@ -141,6 +144,13 @@ class _Reader:
             torch.linspace(-1, 1, 2 * size, dtype=like.dtype, device=like.device).view(2, size)
             for size in self._features
         )
+
+    def check_single_rows(self, graph: Graph) -> None:
+        """Refuses a forward that gives the results of one row another shape, as `squeeze` without a dimension does."""
+        with torch.no_grad():
+            found = self._recorded(*(x[:1] for x in self.example()))
+        if [result.dim() for result in _all_of(found)] != [2 - squeezed for squeezed in graph.recipe[2]]:
+            refuse(self.model, "the shape of what its forward returns for a single row is not that for several")
 
     def tried(self, rows: tuple[int, ...]) -> Graph | None:
         """What describe() returns, or None if it refuses."""
@@ -329,7 +339,9 @@ class _Reader:
         reason = None
         if link.name in self._modules:
             self._check_above(link.name)
-            reason = replaced(module, _IN_NETWORKS[kind]) or watched_obstacle(module) or form_obstacle(module)
+            # The module itself, or the one that holds the tensors of a layer that the forward calls as a function.
+            holder = self._modules[link.name]
+            reason = replaced(module, _IN_NETWORKS[kind]) or watched_obstacle(holder) or form_obstacle(module)
         if isinstance(module, nn.BatchNorm1d):
             self.has_norm = True
             if module.running_mean is None or module.running_var is None:
@@ -425,11 +437,10 @@ class _Reader:
 
     def _returned(self, recorder: Recorder, value: Any) -> list[Tensor]:
         """The results, each in memory of its own."""
-        is_tuple = type(value) in (tuple, list)
-        if isinstance(value, list) or (is_tuple and len(value) == 1):
+        if isinstance(value, list) or (type(value) is tuple and len(value) == 1):
             refuse(self.model, "its forward returns a list, or a tuple of one; return a tensor or a tuple of several")
         results: list[Tensor] = []
-        for one in value if is_tuple else (value,):
+        for one in _all_of(value):
             if not isinstance(one, Tensor):
                 refuse(self.model, "its forward returns something else than a tensor, or a tuple of tensors")
             memory = recorder.trace.values[recorder.value_of(one, "")].memory
@@ -444,6 +455,10 @@ def _weight(link: Link) -> Tensor:
     weight = link.module.weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def _all_of(result: Any) -> tuple[Any, ...]:
+    return result if type(result) is tuple else (result,)
 
 
 def _is_chain(node: fx.Node) -> bool:
