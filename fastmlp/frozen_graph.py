@@ -9,7 +9,7 @@ the same bits in any batch.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -20,15 +20,15 @@ from fastmlp._load import _C
 from fastmlp.activations import IDENTITY, module_of
 from fastmlp.chain import AT_ENDS, LEAVES, Link, link_of_tensors, replaced
 from fastmlp.linear import Linear
-from fastmlp.recipe import Constant, Description, Recipe, Refusal, refuse
+from fastmlp.recipe import Constant, Description, Graph, Refusal, refuse
 from fastmlp.runs import FUSABLE, form_obstacle, watched_obstacle
 from fastmlp.tape.elements import COMPUTED
 from fastmlp.tape.lower import fused
 from fastmlp.tape.recorder import Recorder
-from fastmlp.tape.trace import CaptureError, Node, Ref
+from fastmlp.tape.trace import CaptureError, Node, Operation, Ref, Trace
 from fastmlp.trace import activation_of, record, run_chain, settled
 
-__all__ = ["CALLED", "Graph", "read"]
+__all__ = ["CALLED", "read"]
 
 #: The modules between networks that are called as they are, with the attributes and parameters that they compute with.
 CALLED: dict[type[nn.Module], tuple[Sequence[str], Sequence[str]]] = {
@@ -59,26 +59,6 @@ _IN_PLACE = frozenset(
 #: them, that the graph takes inputs of any number of dimensions.
 _ROWS, _OTHER_ROWS = (13,), (11,)
 _OTHER_DIMENSIONS: tuple[tuple[int, ...], ...] = ((3, 5), ())
-
-
-@dataclass
-class Graph:
-    """What a model computes, but for the elements of its tensors.
-
-    Attributes:
-        networks: the modules of each.
-        called: all other modules, those that do nothing included.
-        tensors: attributes of modules that the forward reads itself: names of the module, and of the tensor.
-        constants: in the order of the recipe's memories.
-        matrices_only: whether inputs must have two dimensions.
-    """
-
-    networks: list[list[Link]]
-    called: list[Link]
-    tensors: list[tuple[str, str]]
-    constants: list[Constant]
-    recipe: Recipe
-    matrices_only: bool
 
 
 def read(model: nn.Module, inputs: tuple[Any, ...] | None) -> Graph:
@@ -135,6 +115,7 @@ class _Reader:
                 f"are {weight.dtype} on {weight.device}",
             )
         self.has_norm = False
+        self._stand_ins = self._made_stand_ins()
         self._features = [self._features_of(i, node, inputs) for i, node in enumerate(self._inputs)]
 
     def example(self) -> tuple[Tensor, ...]:
@@ -147,9 +128,8 @@ class _Reader:
 
     def check_single_rows(self, graph: Graph) -> None:
         """Refuses a forward that gives the results of one row another shape, as `squeeze` without a dimension does."""
-        with torch.no_grad():
-            found = self._recorded(*(x[:1] for x in self.example()))
-        if [result.dim() for result in _all_of(found)] != [2 - squeezed for squeezed in graph.recipe[2]]:
+        trace, _ = self._performed((1,))
+        if [len(trace.values[value].sizes) for value, *_ in trace.results] != [2 - one for one in graph.recipe[2]]:
             refuse(self.model, "the shape of what its forward returns for a single row is not that for several")
 
     def tried(self, rows: tuple[int, ...]) -> Graph | None:
@@ -161,39 +141,70 @@ class _Reader:
 
     def describe(self, rows: tuple[int, ...]) -> Graph:
         """What the forward does with inputs of these dimensions and their features."""
-        self._networks: list[list[Link]] = []
-        self._between: list[Link] = []
-        self._tensors: list[tuple[str, str]] = []
-        self._constants: dict[int, tuple[Tensor, Constant]] = {}  # by their tensors
-        self._now = ""  # the name of the node that is executed
-        device = self._like.device
-        # Whatever modes the caller is in: what is frozen are tensors as a model outside of them has.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            arguments = [self._like.new_zeros(*rows, features) for features in self._features]
-            recorder = Recorder(type(self.model).__name__, arguments, [], False)
-            try:
-                with recorder:
-                    results = self._execute(recorder, arguments)
-            except CaptureError as error:
-                reason, _, _ = str(error).partition(f"{recorder.name}: ")[2].rpartition(", in ")
-                self.refuse(self._now, reason)
-            trace = recorder.trace
-            trace.results = [(recorder.value_of(tensor, ""), False, False) for tensor in results]
-            constants = fused(trace)
+        trace, constants = self._performed(rows)
         description = Description(
             self.model, self._like.dtype, self._constant_of, trace, rows, self._features, constants
         )
         recipe = description.recipe()
         return Graph(self._networks, self._between, self._tensors, description.constants, recipe, False)
 
+    def _performed(self, rows: tuple[int, ...]) -> tuple[Trace, list[Operation]]:
+        """The forward executed and fused, and what `fused` returns."""
+        self._networks: list[list[Link]] = []
+        self._between: list[Link] = []
+        self._tensors: list[tuple[str, str]] = []
+        self._now = ""  # the name of the node that is executed
+        device = self._like.device
+        # Whatever modes the caller is in: what is frozen are tensors as a model outside of them has.
+        plain = torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False)
+        with plain[0], plain[1], plain[2]:
+            arguments = [self._like.new_zeros(*rows, features) for features in self._features]
+            recorder = Recorder(type(self.model).__name__, arguments, [], False)
+            try:
+                with _generator_put_back(recorder), recorder:
+                    results = self._execute(recorder, arguments)
+            except CaptureError as error:
+                reason, _, _ = str(error).partition(f"{recorder.name}: ")[2].rpartition(", in ")
+                self.refuse(self._now, reason)
+            trace = recorder.trace
+            trace.results = [(recorder.value_of(tensor, ""), False, False) for tensor in results]
+            return trace, fused(trace)
+
     def refuse(self, node: str, reason: str) -> NoReturn:
         """Refuses what a node of the forward does."""
         refuse(self.model, f"its forward calls {node}: {reason}")
 
     def _constant_of(self, tensor: Tensor | None) -> Constant | None:
-        """What a tensor of the model is, or stands for."""
-        found = self._constants.get(id(tensor))
-        return None if found is None else found[1]
+        """What a tensor stands for."""
+        found = (name for name, own in self._stand_ins.items() if own is tensor)
+        return next((Constant(*name, self._stand_ins[name].numel()) for name in found), None)
+
+    def _made_stand_ins(self) -> dict[tuple[str, str], Tensor]:
+        """Tensors in place of the model's, which nothing may write to; by the names of modules, and their own."""
+        found: dict[tuple[str, str], Tensor] = {}
+
+        def copy(name: str, key: str, tensor: Tensor | None) -> None:
+            if tensor is None:
+                return
+            if tensor.dim() > 2 or not tensor.is_contiguous() or not tensor.numel():
+                where = f"{name}.{key}".removeprefix(".")
+                refuse(self.model, f"its tensor {where} has more than two dimensions, gaps, or no elements")
+            found[name, key] = tensor.detach().clone()
+
+        for node in self._nodes:
+            if node.op == "get_attr" and _is_read(node):
+                name, _, key = str(node.target).rpartition(".")
+                module = self._modules.get(name)
+                if module is not None:
+                    copy(name, key, {**module._parameters, **module._buffers}.get(key))
+            for link in self._links_of(node):
+                if isinstance(link.module, nn.BatchNorm1d):
+                    features = link.module.num_features
+                    found |= {(link.name, key): self._like.new_ones(features) for key in ("scale", "shift")}
+                elif isinstance(link.module, nn.LayerNorm):
+                    for key in ("weight", "bias"):
+                        copy(link.name, key, link.module._parameters.get(key))
+        return found
 
     # Inputs.
 
@@ -271,7 +282,7 @@ class _Reader:
             before = len(recorder.trace.events)
             self._now = node.name
             if node.op == "get_attr":
-                if not all(_is_chain(user) and user.args[0] is not node for user in node.users):
+                if _is_read(node):
                     env[node] = self._attribute(node)
                 continue
             group = self._group_from(node)
@@ -371,33 +382,19 @@ class _Reader:
         self._between.append(link)
         if not isinstance(link.module, nn.BatchNorm1d):
             return link.module(x)
-        features = link.module.num_features
-        scale, shift = (self._stands_for(Constant(link.name, key, features)) for key in ("scale", "shift"))
+        scale, shift = (self._stand_ins[link.name, key] for key in ("scale", "shift"))
         return torch.addcmul(shift, x, scale)
-
-    def _stands_for(self, constant: Constant) -> Tensor:
-        tensor = torch.ones_like(self._like.new_empty(constant.features, device="meta"), device=self._like.device)
-        self._constants[id(tensor)] = tensor, constant
-        return tensor
 
     def _attribute(self, node: fx.Node) -> Any:
         name, _, key = str(node.target).rpartition(".")
-        module = self._modules.get(name)
         value = getattr(self._recorded.get_submodule(name), key)
         if not isinstance(value, Tensor):
             return value
-        if module is None or (key not in module._parameters and key not in module._buffers):
+        if (name, key) not in self._stand_ins:
             self.refuse(node.name, "it is a tensor that is neither a parameter nor a buffer of the model")
         self._check_above(str(node.target))
         self._tensors.append((name, key))
-        self._note(value, Constant(name, key, value.numel()))
-        return value
-
-    def _note(self, tensor: Tensor, constant: Constant) -> None:
-        if tensor.dim() > 2 or not tensor.is_contiguous() or not tensor.numel():
-            name = f"{constant.name}.{constant.key}".removeprefix(".")
-            refuse(self.model, f"its tensor {name} has more than two dimensions, gaps, or no elements")
-        self._constants[id(tensor)] = tensor, constant
+        return self._stand_ins[name, key]
 
     def _called(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
@@ -425,22 +422,19 @@ class _Reader:
         if reason is not None:
             raise Refusal(f"fastmlp: {place_of(*link)} cannot be frozen: {reason}")
         self._between.append(link)
-        for key in CALLED[kind][1]:
-            tensor = module._parameters.get(key)
-            if tensor is not None:
-                self._note(tensor, Constant(link.name, key, tensor.numel()))
-        if isinstance(module, nn.LayerNorm):
-            if len(module.normalized_shape) != 1:
-                self.refuse(node.name, "it normalises more than the last dimension")
-            return module(args[0].contiguous())
-        return module(*args, **kwargs)
+        if not isinstance(module, nn.LayerNorm):
+            return module(*args, **kwargs)
+        if len(module.normalized_shape) != 1:
+            self.refuse(node.name, "it normalises more than the last dimension")
+        weight, bias = (self._stand_ins.get((link.name, key)) for key in ("weight", "bias"))
+        return nn.functional.layer_norm(args[0].contiguous(), module.normalized_shape, weight, bias, module.eps)
 
     def _returned(self, recorder: Recorder, value: Any) -> list[Tensor]:
         """The results, each in memory of its own."""
         if isinstance(value, list) or (type(value) is tuple and len(value) == 1):
             refuse(self.model, "its forward returns a list, or a tuple of one; return a tensor or a tuple of several")
         results: list[Tensor] = []
-        for one in _all_of(value):
+        for one in value if type(value) is tuple else (value,):
             if not isinstance(one, Tensor):
                 refuse(self.model, "its forward returns something else than a tensor, or a tuple of tensors")
             memory = recorder.trace.values[recorder.value_of(one, "")].memory
@@ -451,18 +445,34 @@ class _Reader:
         return results
 
 
+@contextmanager
+def _generator_put_back(recorder: Recorder) -> Iterator[None]:
+    """Puts torch's generator back where a forward has drawn from it, which is refused later.
+
+    Only then, because other threads may draw from it meanwhile.
+    """
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        operations = (event for event in recorder.trace.events if isinstance(event, Operation))
+        if any(torch.Tag.nondeterministic_seeded in operation.func.tags for operation in operations):
+            torch.set_rng_state(state)
+
+
 def _weight(link: Link) -> Tensor:
     weight = link.module.weight
     assert isinstance(weight, Tensor)
     return weight
 
 
-def _all_of(result: Any) -> tuple[Any, ...]:
-    return result if type(result) is tuple else (result,)
-
-
 def _is_chain(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is run_chain
+
+
+def _is_read(node: fx.Node) -> bool:
+    """Whether the forward computes with what a node reads from a model otherwise than as with a layer."""
+    return not all(_is_chain(user) and user.args[0] is not node for user in node.users)
 
 
 def _is_layer(link: Link) -> bool:

@@ -546,6 +546,37 @@ def test_what_examples_settle_is_refused() -> None:
             freeze(model, inputs=(torch.zeros(3, 6),))
 
 
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.noise = nn.Linear(6, 6), nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.noise.data.normal_()
+        return self.fc(x) + x + self.noise + torch.rand_like(x)
+
+
+def test_nothing_has_changed() -> None:
+    """Neither tensors of the model nor generators, whether a model is refused or frozen."""
+    model, random = Noisy(), Function(REFUSED["random"][0]).eval()
+    state = torch.get_rng_state()
+    with pytest.raises(TypeError, match=r"cannot be frozen|cannot record"):
+        freeze(model)
+    with pytest.raises(TypeError, match="rand_like"):
+        freeze(random)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.noise.any()
+    for name in GRAPHS:
+        other = model_of(name)
+        before = copy.deepcopy(other.state_dict())
+        versions = [tensor._version for tensor in other.state_dict().values()]
+        state = torch.get_rng_state()
+        frozen_of(other, name)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert [tensor._version for tensor in other.state_dict().values()] == versions
+        assert all(map(torch.equal, other.state_dict().values(), before.values()))
+
+
 def test_refused_modules() -> None:
     class Held(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
