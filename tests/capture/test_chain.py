@@ -223,7 +223,7 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("residual", Residual, r"its forward uses the result of \w+ 2 times"),
     ("other function", lambda: Net(torch.exp), r"model \(Net\) .*: its forward calls exp,"),
     ("other argument", lambda: Net(lambda x: x + 1), r"its forward calls add,"),
-    ("shape", lambda: Net(after=lambda x: x.view(-1)), r"its forward calls view,"),
+    ("shape", lambda: Net(after=lambda x: x.transpose(0, 1)), r"its forward calls transpose,"),
     ("tuple", lambda: Net(after=lambda x: (x,)), "its forward returns something else than one tensor"),
     ("constant", lambda: Net(after=lambda x: torch.zeros(1)), r"its forward uses the result of \w+ 0 times"),
     ("data", Branching, "cannot record the forward of Branching"),
