@@ -18,10 +18,10 @@ from torch import Tensor, fx, nn
 from fastmlp._errors import place_of
 from fastmlp._load import _C
 from fastmlp.activations import IDENTITY, module_of
-from fastmlp.chain import AT_ENDS, LEAVES, Link, link_of_tensors, replaced
+from fastmlp.chain import AT_ENDS, LEAVES, Link, link_of_tensors, obstacle_of_form, replaced
 from fastmlp.linear import Linear
 from fastmlp.recipe import Constant, Description, Graph, Refusal, refuse
-from fastmlp.runs import FUSABLE, form_obstacle, watched_obstacle
+from fastmlp.runs import FUSABLE, watched_obstacle
 from fastmlp.tape.elements import COMPUTED
 from fastmlp.tape.lower import fused
 from fastmlp.tape.recorder import Recorder
@@ -352,7 +352,7 @@ class _Reader:
             self._check_above(link.name)
             # The module itself, or the one that holds the tensors of a layer that the forward calls as a function.
             holder = self._modules[link.name]
-            reason = replaced(module, _IN_NETWORKS[kind]) or watched_obstacle(holder) or form_obstacle(module)
+            reason = replaced(module, _IN_NETWORKS[kind]) or watched_obstacle(holder) or obstacle_of_form(module)
         if isinstance(module, nn.BatchNorm1d):
             self.has_norm = True
             if module.running_mean is None or module.running_var is None:
@@ -418,7 +418,7 @@ class _Reader:
         elif kind not in CALLED:
             reason = f"{kind.__name__} is not a module that is frozen"
         else:
-            reason = replaced(module, _CALLED_FORWARDS[kind]) or watched_obstacle(module)
+            reason = replaced(module, _CALLED_FORWARDS[kind]) or watched_obstacle(module) or obstacle_of_form(module)
         if reason is not None:
             raise Refusal(f"fastmlp: {place_of(*link)} cannot be frozen: {reason}")
         self._between.append(link)

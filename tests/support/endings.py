@@ -135,4 +135,4 @@ OTHERWISE: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 #: Those among them that are graphs, which `freeze` takes.
-GRAPHS = ("in the middle", "before an activation", "twice")
+GRAPHS = ("in the middle", "before an activation", "twice", "in place")
