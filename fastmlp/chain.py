@@ -37,6 +37,7 @@ __all__ = [
     "layers_of",
     "link_of_tensors",
     "links",
+    "obstacle_of_form",
     "replaced",
 ]
 
@@ -198,7 +199,7 @@ def _links(name: str, module: nn.Module) -> Iterator[Link]:
     if isinstance(module, torch.jit.ScriptModule):
         _refuse(name, module, "it is a module of torch.jit, which runs its own code; use the model that was scripted")
     if kind in LEAVES:
-        reason = replaced(module, LEAVES[kind]) or watched_obstacle(module) or _form_obstacle(module)
+        reason = replaced(module, LEAVES[kind]) or watched_obstacle(module) or obstacle_of_form(module)
         if reason is not None:
             _refuse(name, module, reason)
         yield Link(name, module)
@@ -230,7 +231,8 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> str | None:
     return f"the forward of {kind.__name__} was replaced" if own else None
 
 
-def _form_obstacle(module: nn.Module) -> str | None:
+def obstacle_of_form(module: nn.Module) -> str | None:
+    """Why no chain takes a module of one of its classes as it is; None if it does."""
     if isinstance(module, (nn.Softmax, nn.LogSoftmax)) and not (type(module.dim) is int and module.dim in (-1, 1)):
         return f"its dim is {module.dim!r}, expected -1 or 1, the dimension of the features"
     if isinstance(module, nn.Unflatten) and not (type(module.dim) is int and _are_sizes(module.unflattened_size)):
@@ -318,7 +320,7 @@ def _links_of(name: str, module: nn.Module, traced: fx.GraphModule, node: fx.Nod
         yield Link(_join(name, node.name), module_of(activation))
         return
     elif ending is not None:
-        reason = _form_obstacle(ending)
+        reason = obstacle_of_form(ending)
         if reason is not None:
             _refuse(_join(name, node.name), ending, reason)
         yield Link(_join(name, node.name), ending)

@@ -37,8 +37,9 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None, inputs: tuple[
     a tuple of tensors as its result. Between chains there may be residual additions and other elementwise operations,
     also with parameters and buffers, that `capture` has instructions for; `torch.cat`, `split`, `chunk` and slices of
     features; `LayerNorm` of the last dimension; a `BatchNorm1d` that cannot be folded; `softmax` and
-    `log_softmax` of up to 15 features. What makes an element of one row depend on another row, sums along rows, and
-    random numbers are refused.
+    `log_softmax` of up to 15 features. What makes an element of one row depend on another row, sums along rows, random
+    numbers, and forwards that ask their arguments for more than their sizes are computed with, as by `if x.dim() == 2`,
+    are refused.
 
     The model stays as it is. The frozen network follows it as long as it exists; see `FrozenMLP`.
 

@@ -10,7 +10,6 @@ the same bits in any batch.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -19,17 +18,17 @@ from torch import Tensor, fx, nn
 from fastmlp._errors import place_of
 from fastmlp._load import _C
 from fastmlp.activations import IDENTITY, module_of
-from fastmlp.chain import AT_ENDS, LEAVES, Link, link_of_tensors, replaced
+from fastmlp.chain import AT_ENDS, LEAVES, Link, link_of_tensors, obstacle_of_form, replaced
 from fastmlp.linear import Linear
-from fastmlp.recipe import Constant, Description, Recipe, Refusal, refuse
-from fastmlp.runs import FUSABLE, form_obstacle, watched_obstacle
+from fastmlp.recipe import Constant, Description, Graph, Refusal, refuse
+from fastmlp.runs import FUSABLE, watched_obstacle
 from fastmlp.tape.elements import COMPUTED
 from fastmlp.tape.lower import fused
 from fastmlp.tape.recorder import Recorder
-from fastmlp.tape.trace import CaptureError, Node, Operation, Ref
-from fastmlp.trace import activation_of, record, run_chain
+from fastmlp.tape.trace import CaptureError, Node, Operation, Ref, Trace
+from fastmlp.trace import activation_of, record, run_chain, settled
 
-__all__ = ["CALLED", "Graph", "read"]
+__all__ = ["CALLED", "read"]
 
 #: The modules between networks that are called as they are, with the attributes and parameters that they compute with.
 CALLED: dict[type[nn.Module], tuple[Sequence[str], Sequence[str]]] = {
@@ -62,26 +61,6 @@ _ROWS, _OTHER_ROWS = (13,), (11,)
 _OTHER_DIMENSIONS: tuple[tuple[int, ...], ...] = ((3, 5), ())
 
 
-@dataclass
-class Graph:
-    """What a model computes, but for the elements of its tensors.
-
-    Attributes:
-        networks: the modules of each.
-        called: all other modules, those that do nothing included.
-        tensors: attributes of modules that the forward reads itself: names of the module, and of the tensor.
-        constants: in the order of the recipe's memories.
-        matrices_only: whether inputs must have two dimensions.
-    """
-
-    networks: list[list[Link]]
-    called: list[Link]
-    tensors: list[tuple[str, str]]
-    constants: list[Constant]
-    recipe: Recipe
-    matrices_only: bool
-
-
 def read(model: nn.Module, inputs: tuple[Any, ...] | None) -> Graph:
     """The graph that a model is.
 
@@ -97,11 +76,14 @@ def read(model: nn.Module, inputs: tuple[Any, ...] | None) -> Graph:
         refuse(model, reason)
     try:
         recorded, check = record(model, inputs)
+        if any(node.target is settled for node in recorded.graph.nodes):
+            refuse(model, "its forward asks its arguments for a value, a size or a place, and may get others later")
         reader = _Reader(model, recorded, inputs)
         graph = reader.describe(_ROWS)
         if reader.describe(_OTHER_ROWS) != graph:
             refuse(model, "what its forward does depends on the number of rows")
         graph.matrices_only = reader.has_norm or any(reader.tried(rows) != graph for rows in _OTHER_DIMENSIONS)
+        reader.check_single_rows(graph)
         check(inputs or reader.example())
     except Refusal:
         raise
@@ -144,6 +126,12 @@ class _Reader:
             for size in self._features
         )
 
+    def check_single_rows(self, graph: Graph) -> None:
+        """Refuses a forward that gives the results of one row another shape, as `squeeze` without a dimension does."""
+        trace, _ = self._performed((1,))
+        if [len(trace.values[value].sizes) for value, *_ in trace.results] != [2 - one for one in graph.recipe[2]]:
+            refuse(self.model, "the shape of what its forward returns for a single row is not that for several")
+
     def tried(self, rows: tuple[int, ...]) -> Graph | None:
         """What describe() returns, or None if it refuses."""
         try:
@@ -153,6 +141,15 @@ class _Reader:
 
     def describe(self, rows: tuple[int, ...]) -> Graph:
         """What the forward does with inputs of these dimensions and their features."""
+        trace, constants = self._performed(rows)
+        description = Description(
+            self.model, self._like.dtype, self._constant_of, trace, rows, self._features, constants
+        )
+        recipe = description.recipe()
+        return Graph(self._networks, self._between, self._tensors, description.constants, recipe, False)
+
+    def _performed(self, rows: tuple[int, ...]) -> tuple[Trace, list[Operation]]:
+        """The forward executed and fused, and what `fused` returns."""
         self._networks: list[list[Link]] = []
         self._between: list[Link] = []
         self._tensors: list[tuple[str, str]] = []
@@ -171,12 +168,7 @@ class _Reader:
                 self.refuse(self._now, reason)
             trace = recorder.trace
             trace.results = [(recorder.value_of(tensor, ""), False, False) for tensor in results]
-            constants = fused(trace)
-        description = Description(
-            self.model, self._like.dtype, self._constant_of, trace, rows, self._features, constants
-        )
-        recipe = description.recipe()
-        return Graph(self._networks, self._between, self._tensors, description.constants, recipe, False)
+            return trace, fused(trace)
 
     def refuse(self, node: str, reason: str) -> NoReturn:
         """Refuses what a node of the forward does."""
@@ -200,7 +192,7 @@ class _Reader:
             found[name, key] = tensor.detach().clone()
 
         for node in self._nodes:
-            if node.op == "get_attr":
+            if node.op == "get_attr" and _is_read(node):
                 name, _, key = str(node.target).rpartition(".")
                 module = self._modules.get(name)
                 if module is not None:
@@ -290,7 +282,7 @@ class _Reader:
             before = len(recorder.trace.events)
             self._now = node.name
             if node.op == "get_attr":
-                if not all(_is_chain(user) and user.args[0] is not node for user in node.users):
+                if _is_read(node):
                     env[node] = self._attribute(node)
                 continue
             group = self._group_from(node)
@@ -358,7 +350,9 @@ class _Reader:
         reason = None
         if link.name in self._modules:
             self._check_above(link.name)
-            reason = replaced(module, _IN_NETWORKS[kind]) or watched_obstacle(module) or form_obstacle(module)
+            # The module itself, or the one that holds the tensors of a layer that the forward calls as a function.
+            holder = self._modules[link.name]
+            reason = replaced(module, _IN_NETWORKS[kind]) or watched_obstacle(holder) or obstacle_of_form(module)
         if isinstance(module, nn.BatchNorm1d):
             self.has_norm = True
             if module.running_mean is None or module.running_var is None:
@@ -424,7 +418,7 @@ class _Reader:
         elif kind not in CALLED:
             reason = f"{kind.__name__} is not a module that is frozen"
         else:
-            reason = replaced(module, _CALLED_FORWARDS[kind]) or watched_obstacle(module)
+            reason = replaced(module, _CALLED_FORWARDS[kind]) or watched_obstacle(module) or obstacle_of_form(module)
         if reason is not None:
             raise Refusal(f"fastmlp: {place_of(*link)} cannot be frozen: {reason}")
         self._between.append(link)
@@ -437,11 +431,10 @@ class _Reader:
 
     def _returned(self, recorder: Recorder, value: Any) -> list[Tensor]:
         """The results, each in memory of its own."""
-        is_tuple = type(value) in (tuple, list)
-        if isinstance(value, list) or (is_tuple and len(value) == 1):
+        if isinstance(value, list) or (type(value) is tuple and len(value) == 1):
             refuse(self.model, "its forward returns a list, or a tuple of one; return a tensor or a tuple of several")
         results: list[Tensor] = []
-        for one in value if is_tuple else (value,):
+        for one in value if type(value) is tuple else (value,):
             if not isinstance(one, Tensor):
                 refuse(self.model, "its forward returns something else than a tensor, or a tuple of tensors")
             memory = recorder.trace.values[recorder.value_of(one, "")].memory
@@ -475,6 +468,11 @@ def _weight(link: Link) -> Tensor:
 
 def _is_chain(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is run_chain
+
+
+def _is_read(node: fx.Node) -> bool:
+    """Whether the forward computes with what a node reads from a model otherwise than as with a layer."""
+    return not all(_is_chain(user) and user.args[0] is not node for user in node.users)
 
 
 def _is_layer(link: Link) -> bool:

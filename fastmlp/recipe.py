@@ -7,16 +7,18 @@ frozen_graph.cpp makes tapes of it.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from fastmlp._errors import place_of
+from fastmlp.chain import Link
 from fastmlp.tape.elements import layout_of
 from fastmlp.tape.trace import Node, Operation, Ref, Run, Trace, Value
 
-__all__ = ["Constant", "Description", "Place", "Recipe", "Refusal", "refuse"]
+__all__ = ["Constant", "Description", "Graph", "Place", "Recipe", "Refusal", "refuse"]
 
 #: A memory, and elements of each of its rows: offset, how many, the step from row to row, and from element to element.
 Place: TypeAlias = tuple[int, int, int, int, int]
@@ -36,6 +38,26 @@ class Constant(NamedTuple):
     name: str
     key: str
     features: int
+
+
+@dataclass
+class Graph:
+    """What a model computes, but for the elements of its tensors.
+
+    Attributes:
+        networks: the modules of each.
+        called: all other modules, those that do nothing included.
+        tensors: attributes of modules that the forward reads itself: names of the module, and of the tensor.
+        constants: in the order of the recipe's memories.
+        matrices_only: whether inputs must have two dimensions.
+    """
+
+    networks: list[list[Link]]
+    called: list[Link]
+    tensors: list[tuple[str, str]]
+    constants: list[Constant]
+    recipe: Recipe
+    matrices_only: bool
 
 
 class Refusal(TypeError):

@@ -15,9 +15,9 @@ from fastmlp._errors import described, place_of
 from fastmlp._load import _C
 from fastmlp.activations import DEFAULTS, IDENTITY, Activation, resolve
 from fastmlp.chain import AT_ENDS, Ends, Link, ends_of, layers_of, links
-from fastmlp.frozen_graph import CALLED, Graph, read
+from fastmlp.frozen_graph import CALLED, read
 from fastmlp.linear import Linear
-from fastmlp.recipe import Constant, Recipe
+from fastmlp.recipe import Constant, Graph, Recipe
 
 __all__ = ["GraphPlan", "Layer", "Plan", "Stage", "Tensors", "check_alike", "layers_of_stages", "seen"]
 

@@ -26,6 +26,7 @@ from fastmlp.trace.fusing import activation_of, fuse, held, names_in, run_chain
 from fastmlp.trace.outside import Outside, is_library
 from fastmlp.trace.recorded import Traced, class_for, load
 from fastmlp.trace.recording import Tracer
+from fastmlp.trace.settling import settled
 
 __all__ = [
     "Recording",
@@ -40,6 +41,7 @@ __all__ = [
     "place_of_inner",
     "record",
     "run_chain",
+    "settled",
     "traced",
 ]
 

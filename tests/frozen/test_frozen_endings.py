@@ -3,7 +3,6 @@
 import copy
 import pickle
 import random
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import fastmlp
 from fastmlp import freeze
 from tests.support.bounds import ULPS, Bounded, assert_within, working
 from tests.support.derivatives import assert_same
-from tests.support.endings import FORMS, HEADS, OTHERWISE, Called, body
+from tests.support.endings import FORMS, GRAPHS, HEADS, OTHERWISE, Called, body
 
 pytestmark = pytest.mark.usefixtures("as_before")
 
@@ -218,10 +217,39 @@ def test_shapes_are_those_of_torch(seed: int) -> None:
             assert frozen(x).shape == expected, (shape, features, calls)
 
 
-@pytest.mark.parametrize(("make", "message"), OTHERWISE.values(), ids=OTHERWISE.keys())
-def test_other_endings_are_refused(make: Callable[[], nn.Module], message: str) -> None:
-    with pytest.raises(TypeError, match=message):
+@pytest.mark.parametrize("form", [form for form in OTHERWISE if form not in GRAPHS])
+def test_other_endings_are_refused(form: str) -> None:
+    make, message = OTHERWISE[form]
+    with pytest.raises(TypeError, match=f"{message}(.|\n)*; nor is it a graph of layers: "):
         freeze(make())
+
+
+@pytest.mark.parametrize("form", GRAPHS)
+def test_other_endings_that_are_graphs(form: str) -> None:
+    model = OTHERWISE[form][0]().double()
+    frozen = freeze(model)
+    assert "graph of" in repr(frozen)
+    for rows in (1, 2, 40):
+        x = batch(rows)
+        with torch.no_grad():
+            assert_same([frozen(x)], [model(x)])
+
+
+def test_between_chains_and_graphs() -> None:
+    """A chain with an ending becomes a graph, which has no such ending, and a chain again."""
+    model: Any = nn.Sequential(*body(6), nn.Softmax(-1), nn.Unflatten(1, (2, 3)))
+    frozen, x = freeze(model), batch(3)
+    expected, shaped = frozen(x), model[6]
+    model[6] = nn.Linear(6, 2, dtype=F64)
+    for _ in range(2):
+        with torch.no_grad():
+            assert_same([frozen(x)], [model(x)])
+        assert repr(frozen) == "FrozenMLP(6 -> 2, graph of 2 networks, torch.float64)"
+        assert np.array_equal(frozen(x.numpy()), frozen(x).numpy())
+        model[6] = shaped
+        assert torch.equal(frozen(x), expected)
+        assert np.array_equal(frozen(x.numpy()), expected.numpy())
+        model[6] = nn.Linear(6, 2, dtype=F64)
 
 
 def test_follows_the_endings() -> None:

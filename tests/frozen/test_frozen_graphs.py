@@ -524,6 +524,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "an integer": (lambda m, x: (m.fc1(x) + x).argmax(1), "returns a tensor .* in torch.int64"),
     "transposed": (lambda m, x: (m.fc1(x) + x).t(), "returns a tensor of shape"),
     "in place on the input": (lambda m, x: m.fc1(x) + x.mul_(2), "in place"),
+    "one row": (lambda m, x: (m.fc1(x) + x)[:, :1].squeeze(), "for a single row is not that for several"),
     "no layer": (lambda m, x: m.norm(x) + x, "it has no layer"),
     "features": (lambda m, x: m.fc2(m.fc1(x)[:, :4]) + x, "it gets 4 features, where the layer takes 6"),
     "wide softmax": (lambda m, x: torch.softmax(torch.cat([m.fc1(x), x, x, x], 1), 1) + 1, "softmax"),
@@ -535,6 +536,14 @@ def test_refused(name: str) -> None:
     function, message = REFUSED[name]
     with pytest.raises(TypeError, match=f"^fastmlp: (.|\n)*({message})"):
         freeze(Function(function).eval())
+
+
+def test_what_examples_settle_is_refused() -> None:
+    """A recorded forward raises for other answers; a frozen graph would not see them."""
+    for asks in (lambda x: x.dim() == 2, lambda x: len(x) > 1, lambda x: x.shape[0] > 1, lambda x: x.is_cuda):
+        model = Function(lambda m, x, asks=asks: m.fc1(x) + x if asks(x) else m.fc1(x) - x).eval()
+        with pytest.raises(TypeError, match="asks its arguments for a value, a size or a place"):
+            freeze(model, inputs=(torch.zeros(3, 6),))
 
 
 class Noisy(nn.Module):
@@ -583,6 +592,8 @@ def test_refused_modules() -> None:
         (nn.BatchNorm1d(6), r"inner \(BatchNorm1d\).* training mode"),
         (nn.BatchNorm1d(6, track_running_stats=False).eval(), r"inner \(BatchNorm1d\).* no running statistics"),
         (nn.GroupNorm(2, 6), r"inner \(GroupNorm\).* not a module that is frozen"),
+        (nn.Flatten(), r"inner \(Flatten\).* only a chain of layers may begin or end with it"),
+        (nn.Unflatten(1, (2, 3)), r"inner \(Unflatten\).* only a chain of layers may begin or end with it"),
     ]:
         with pytest.raises(TypeError, match=message):
             freeze(Held(inner))

@@ -87,6 +87,17 @@ class Mixed(nn.Module):
         return self.third(F.gelu(self.second(F.silu(self.first(x)))))
 
 
+class Around(OwnLinear):
+    """A layer that is called as a function by a module that holds the one before it."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 2)
+        self.first = nn.Linear(3, 8, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.relu(self.first(x)), self.weight, self.bias)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "network": Network,
     "keywords": lambda: Network(Keywords),
@@ -94,6 +105,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "mixed": Mixed,
     "sequential": lambda: nn.Sequential(OwnLinear(3, 8), nn.ReLU(), OwnLinear(8, 2)),
     "one layer": lambda: OwnLinear(3, 2),
+    "around": Around,
+    "around within": lambda: nn.Sequential(Around(), nn.Tanh()),
 }
 models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 

@@ -133,3 +133,6 @@ OTHERWISE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "in place": (lambda: Called(nn.Linear(6, 1), lambda x: x.squeeze_(-1)), r"calls squeeze_, which is not part"),
 }
+
+#: Those among them that are graphs, which `freeze` takes.
+GRAPHS = ("in the middle", "before an activation", "twice", "in place")

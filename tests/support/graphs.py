@@ -154,6 +154,22 @@ class Highway(nn.Module):
         return h, torch.softmax(self.choice(h), -1), h[:, 1:4], x
 
 
+class Functions(nn.Module):
+    """Layers that are called as functions: its own parameters, and those of a layer that is called as a module too."""
+
+    def __init__(self, width: int = 9) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width) / 3)
+        self.bias = nn.Parameter(torch.randn(width))
+        self.inner = fastmlp.Linear(width, width, activation="tanh")
+        self.softmax = nn.Softmax(dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(F.linear(x, self.weight, self.bias).relu())
+        h = torch.sin(F.linear(h, self.inner.weight, self.inner.bias))
+        return self.softmax(x + F.linear(h, self.weight, self.bias))
+
+
 #: Models that are graphs, and the features of their inputs.
 GRAPHS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "rtdl": (ResNet, (9,)),
@@ -164,4 +180,5 @@ GRAPHS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "twins": (Twins, (23,)),
     "gaussian": (Gaussian, (11,)),
     "highway": (Highway, (8,)),
+    "functions": (Functions, (9,)),
 }
