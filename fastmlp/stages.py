@@ -277,7 +277,7 @@ def seen(model: nn.Module, inputs: tuple[Any, ...] | None) -> tuple[_C.Watch, Te
     for _ in range(_ATTEMPTS):
         before = _held(model)
         try:
-            watch = _watch_of(model, inputs)
+            watch = _watch_of(model, inputs, before)
         except Exception as error:
             # If something was exchanged meanwhile, the error may be about a mixture of old and new: read again.
             if _are_others(before, _held(model)):
@@ -297,14 +297,15 @@ def seen(model: nn.Module, inputs: tuple[Any, ...] | None) -> tuple[_C.Watch, Te
     )
 
 
-def _watch_of(model: nn.Module, inputs: tuple[Any, ...] | None) -> _C.Watch:
+def _watch_of(model: nn.Module, inputs: tuple[Any, ...] | None, before: Sequence[object]) -> _C.Watch:
     try:
         chain = links(model)
         entries, places = _watched(model, chain, None)
         watch = _C.Watch(entries)
         watch.plan = Plan(_stages_of(layers_of(chain), places), ends_of(chain))
     except TypeError as error:
-        if not isinstance(model, nn.Module):
+        # What another thread changes meanwhile may be no chain, though it was one before and will be one.
+        if not isinstance(model, nn.Module) or _are_others(before, _held(model)):
             raise
         try:
             return _watch_of_graph(model, read(model, inputs))
