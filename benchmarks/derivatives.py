@@ -31,7 +31,7 @@ def nested_burgers(model: nn.Module, points: Tensor) -> Tensor:
     points = points.detach().requires_grad_()
     u = model(points)
     (gradient,) = torch.autograd.grad(u.sum(), points, create_graph=True)
-    u_t, u_x = gradient[:, :1], gradient[:, 1:]
+    u_t, u_x = gradient.split(1, dim=1)
     u_xx = torch.autograd.grad(u_x.sum(), points, create_graph=True)[0][:, 1:]
     return u_t + u * u_x - VISCOSITY * u_xx
 
@@ -39,7 +39,8 @@ def nested_burgers(model: nn.Module, points: Tensor) -> Tensor:
 def forward_burgers(model: nn.Module, points: Tensor) -> Tensor:
     """The same by `fastmlp.derivatives`."""
     u, first, second, _ = fastmlp.derivatives(model, points, second=[1])
-    return first[..., 0] + u * first[..., 1] - VISCOSITY * second[..., 0]
+    u_t, u_x = first.unbind(-1)
+    return u_t + u * u_x - VISCOSITY * second.squeeze(-1)
 
 
 def nested_poisson(model: nn.Module, points: Tensor) -> Tensor:

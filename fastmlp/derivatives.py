@@ -1,11 +1,15 @@
 """`derivatives`: the outputs of a model together with their derivatives along its input."""
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
+import torch
 from torch import Tensor, nn
 
 from fastmlp._errors import not_a_child, not_a_module, place_of
+from fastmlp._load import _C
 from fastmlp.modules import Sequential
+from fastmlp.ops import stack_from
 from fastmlp.runs import Run, parts, watched_obstacle
 from fastmlp.taylor import Axis, Derivatives, run_derivatives
 
@@ -58,16 +62,28 @@ def derivatives(
         >>> derivatives(model, points, first=[], laplacian=[0, 1]).laplacian.shape
         torch.Size([100, 1])
     """
-    run = _run_of(model)
-    return run_derivatives(run.stack(), input, run.parameters(), first, second, laplacian, run.called())
-
-
-def _run_of(model: nn.Module) -> Run:
-    """The layers of a model that is one run of them."""
     if not isinstance(model, nn.Module):
         raise not_a_module(model)
+    leaves = list(_leaves("", model))
+    # Python's reading takes as long as some hundred points, and is for Dynamo, which cannot see into the other, and for
+    # errors.
+    found = None if torch.compiler.is_compiling() else _C.whole_run([module for _, module in leaves])
+    if found is None:
+        run = _run_of(model, leaves)
+        stack, parameters = run.stack(), run.parameters()
+    else:
+        *lists, parameters = found
+        stack = _stack_from(*lists)
+    return run_derivatives(stack, input, parameters, first, second, laplacian, lambda: _run_of(model, leaves).called())
+
+
+_stack_from = lru_cache(maxsize=256)(stack_from)
+
+
+def _run_of(model: nn.Module, leaves: Sequence[tuple[str, nn.Module]]) -> Run:
+    """The layers of a model that is one run of them."""
     runs: list[Run] = []
-    for part in parts(dict(_leaves("", model))):
+    for part in parts(dict(leaves)):
         if not isinstance(part, Run):
             raise _refused(part.name, part.child, part.reason)
         runs.append(part)

@@ -118,9 +118,9 @@ def mlp_derivatives(
     Example:
         >>> import torch
         >>> x, w = torch.zeros(1, 1), torch.ones(1, 1)
-        >>> value, first, second, _ = mlp_derivatives(x, [2 * w, w], [None, None], ["sin", None], second=[0])
+        >>> value, first, second, _ = mlp_derivatives(x, [2 * w, w], [None, None], ["sigmoid", None], second=[0])
         >>> value, first, second
-        (tensor([[0.]]), tensor([[[2.]]]), tensor([[[0.]]]))
+        (tensor([[0.5000]]), tensor([[[0.5000]]]), tensor([[[0.]]]))
     """
     stack, parameters = _layers(weights, biases, activations)
     return run_derivatives(stack, input, parameters, first, second, laplacian)

@@ -10,7 +10,7 @@ backward of a backward.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
@@ -73,7 +73,7 @@ def run_derivatives(
     first: Sequence[int] | None,
     second: Sequence[Axis],
     laplacian: Sequence[int],
-    names: Names = None,
+    names: Callable[[], Names] | None = None,
 ) -> Derivatives:
     """Values and derivatives of a stack of layers, by the route that its arguments allow.
 
@@ -84,7 +84,7 @@ def run_derivatives(
         first: as `fastmlp.derivatives` takes it.
         second: likewise.
         laplacian: likewise.
-        names: what errors call input and parameters.
+        names: what errors call input and parameters; called only when there is one.
     """
     for name, tensor in zip(("input", *stack.names()), (input, *parameters), strict=True):
         if not isinstance(tensor, Tensor):
@@ -92,7 +92,12 @@ def run_derivatives(
     compiling = torch.compiler.is_compiling()
     if not compiling:
         autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
-        _C.check_forward(stack.native, input, parameters, not autocast, names)
+        try:
+            _C.check_forward(stack.native, input, parameters, not autocast, None)
+        except RuntimeError:
+            if names is not None:
+                _C.check_forward(stack.native, input, parameters, not autocast, names())
+            raise
     axes = None if first is None else _axes("first", first)
     seconds = tuple([_second(i, one) for i, one in enumerate(_listed("second", second))])
     plan = (_plan if compiling else _planned)(input.shape[-1], axes, seconds, _axes("laplacian", laplacian))

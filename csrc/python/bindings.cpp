@@ -180,6 +180,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("register_modules", &register_modules);
   m.def("set_composed_forward", &set_composed_forward);
   m.def("run_children", &run_children);
+  m.def("whole_run", &whole_run);
   m.def("run_layer", &run_layer);
   m.def("call_module", &call_module);
   m.def("rules", &rules);

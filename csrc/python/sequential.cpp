@@ -98,6 +98,21 @@ py::object run_children(const py::dict& children, py::object input) {
   return input;
 }
 
+py::object whole_run(const py::list& modules) {
+  Run run;
+  if (is_watched()) return py::none();
+  for (const py::handle module : modules) {
+    if (!run.extend(module.ptr())) return py::none();
+  }
+  if (run.empty()) return py::none();
+  const LayerLists lists(run.layers());
+  py::tuple parameters(run.parameters().size());
+  for (size_t i = 0; i < parameters.size(); i++)
+    parameters[i] = py::reinterpret_borrow<py::object>(run.parameters()[i]);
+  return py::make_tuple(py::tuple(py::cast(lists.has_bias)), py::tuple(py::cast(lists.activations)),
+                        py::tuple(py::cast(lists.scalars)), parameters);
+}
+
 py::object run_layer(const py::handle& layer, const py::object& input) {
   Run run;
   const bool own = run.add_fused_layer(attributes_of(layer.ptr()).ptr());

@@ -14,6 +14,10 @@ void set_composed_forward(const py::function& function);
 // `children`: the dictionary of modules. Raises what children raise.
 py::object run_children(const py::dict& children, py::object input);
 
+// What a list of modules is if it is one run: has_bias, activations and scalars of its layers as tuples, and a tuple of
+// their parameters. None if it is not.
+py::object whole_run(const py::list& modules);
+
 // One layer by itself, a fastmlp.Linear; None if its parameters are not where torch.nn.Linear keeps them, or the input
 // is no tensor.
 py::object run_layer(const py::handle& layer, const py::object& input);
