@@ -126,10 +126,11 @@ def test_arguments_that_are_used_stay_refused() -> None:
 
     # A product is no part of a chain; the graph has the number that the forward takes without such an argument.
     model = Scaled()
+    frozen: Any = freeze(model)
     with torch.no_grad():
-        assert_same([freeze(model)(inputs())], [model(inputs())])
+        assert_same([frozen(inputs())], [model(inputs())])
     with pytest.raises(TypeError):
-        freeze(model)(inputs(), scale=2)
+        frozen(inputs(), scale=2)
     traced = convert(Defaults(), trace=True)
     with pytest.raises(ValueError, match="argument return_hidden of a recorded forward must be its default"):
         traced(inputs(), return_hidden=True)
