@@ -1,5 +1,5 @@
 // A frozen model that is a graph: several networks, and elementwise operations and norms between them. Made by
-// csrc/python/frozen_load_graph.cpp of what fastmlp/graphs.py has read of the model; called by frozen_graph_call.cpp.
+// csrc/python/frozen_load_graph.cpp of what fastmlp/frozen_graph.py has read of the model; called by frozen_graph_call.cpp.
 // Knows nothing of Python.
 //
 // It is described for one row, and runs on tapes (tape.h) of 1, 2, 4, ... rows, which are made of the description when

@@ -36,7 +36,7 @@ def emulated() -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     sources = [
         *sorted((ROOT / "tests/emulator/extension").glob("*.cpp")),
-        ROOT / "csrc/contract/activation_info.cpp",
+        *(ROOT / "csrc/contract" / name for name in ("activation_info.cpp", "training_info.cpp")),
         *(
             ROOT / "csrc/tensors" / name
             for name in ("checks.cpp", "devices.cpp", "dtypes.cpp", "passes.cpp", "stack.cpp")
