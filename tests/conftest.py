@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributions import Distribution
 
 import fastmlp
 from fastmlp import Activation
@@ -24,6 +25,15 @@ def poisoned() -> Iterator[None]:
     before, fill.value = fill.value, True
     yield
     fill.value = before
+
+
+@pytest.fixture
+def validated() -> Iterator[None]:
+    """Distributions check their arguments, which the first call of torch.compile in a process switches off."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(True)
+    yield
+    Distribution.set_default_validate_args(before)
 
 
 @pytest.fixture(params=ISAS)

@@ -426,6 +426,7 @@ def test_a_variant_that_is_wrong_is_not_called() -> None:
         assert torch.equal(call(x), F.batch_norm(x.t().contiguous().t(), None, None, training=True))
 
 
+@pytest.mark.usefixtures("validated")
 def test_checks_of_distributions_are_made_at_replays() -> None:
     call = fastmlp.capture(lambda mean, scale: torch.distributions.Normal(mean, scale).rsample())
     for i in range(4):

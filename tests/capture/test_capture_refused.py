@@ -920,6 +920,7 @@ def test_results_of_operations_are_compared() -> None:
     assert told.startswith(f"aten.mul.Tensor in {__file__}:1: it has other results than in the call before: give what")
 
 
+@pytest.mark.usefixtures("validated")
 def test_checks_of_torch_itself_are_recorded() -> None:
     """They read numbers too, and only raise: as when a distribution is given arguments that are none."""
     normal = fastmlp.capture(lambda x, y: torch.distributions.Normal(x, y.abs()).log_prob(x + y))
