@@ -218,12 +218,31 @@ def backwards(given: Arguments) -> list[tuple[Any, ...]]:
     return [(torch.randn_like(output), *rest, n) for n in needs]
 
 
+#: Derivatives along two of the input's features, the second one of the first of them, and the mixed one.
+DIRECTIONS = ([0, 1], [0, 0, 0, 1], [1, 2])
+
+
+def derivatives_backwards(given: Arguments) -> list[tuple[Any, ...]]:
+    """Arguments of the operator `derivatives_backward`, for all gradients and for some."""
+    x, parameters, *rest = given
+    rows, features, floats = len(x), [p.shape[0] for p in parameters if p.dim() == 2][-1], x.dtype in FLOATS
+    kept = ops.derivatives(*given, *DIRECTIONS, True)[3] if floats else x
+    grads = [torch.randn(rows, features, *size, dtype=x.dtype) for size in ((), (2,), (2,))]
+    needs = [[True] * (1 + len(parameters)), [i % 2 == 1 for i in range(1 + len(parameters))]]
+    return [(*grads, x, kept, parameters, *rest, *DIRECTIONS, n) for n in needs]
+
+
 #: How each operator is called for a stack of layers. One that is missing here fails the test.
 CALLS: dict[str, Callable[[Arguments], list[tuple[Any, ...]]]] = {
     "fastmlp::forward": lambda given: [given],
     "fastmlp::infer": lambda given: [given],
     "fastmlp::backward": backwards,
+    "fastmlp::derivatives": lambda given: [(*given, *DIRECTIONS, keep) for keep in (True, False)],
+    "fastmlp::derivatives_backward": derivatives_backwards,
 }
+#: Operators for tensors with memory alone: under compilers and transforms taylor.py computes by PyTorch's operations.
+EAGER = ("fastmlp::derivatives", "fastmlp::derivatives_backward")
+FLOATS = (torch.float32, torch.float64)
 
 OPERATORS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastmlp::"))
 
@@ -240,9 +259,13 @@ BIASES = [
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str, has_bias: tuple[bool, ...], dtype: torch.dtype) -> None:
     # The operators are private and have no autograd of their own: the Functions of autograd.py do.
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    tests = ("test_schema",) if name in EAGER else ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     operator = getattr(ops, name.removeprefix("fastmlp::")).default
     for call in CALLS[name](arguments(dtype, has_bias)):
+        if name in EAGER and dtype not in FLOATS:
+            with pytest.raises(RuntimeError, match=f"input has dtype {dtype}, expected float32 or float64"):
+                operator(*call)
+            continue
         assert set(torch.library.opcheck(operator, call, test_utils=tests).values()) == {"SUCCESS"}
 
 
