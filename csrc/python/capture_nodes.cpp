@@ -109,6 +109,7 @@ void add_capture_nodes(py::module_& m, py::class_<Tape, std::shared_ptr<Tape>>& 
   add(m, tape, "add_nll_loss_backward", "nll_loss_backward",
       &made_of<NllBackwardNode, Tensor, Tensor, Tensor, int64_t, bool, Tensor>);
   m.def("elementwise_operations", &elementwise_operations);
+  m.attr("most_softmax_columns") = most_softmax_columns;
   m.def("softmax_columns", [] {
     operation::SoftmaxColumns* const asked = operations_on(host.type())->softmax_columns;
     return asked ? asked() : 0;

@@ -421,8 +421,8 @@ def fused(trace: Trace) -> list[Operation]:
     Returns:
         Those of its events that make the same at each call: numbers of Python, zeros and the like.
     """
-    lowered = Lowered(trace, True)
-    return lowered.make_nodes()
+    trace.alone = True
+    return Lowered(trace, True).make_nodes()
 
 
 def lower(trace: Trace, fused: bool) -> Lowered:

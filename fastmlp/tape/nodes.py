@@ -152,7 +152,8 @@ def _narrow(trace: Trace, dim: int, *given: Ref | None) -> int | None:
     """How many columns these have, if the kernels of narrow rows take them."""
     sizes = trace.values[given[0].value].sizes if given[0] is not None else ()
     last = bool(sizes) and dim % len(sizes) == len(sizes) - 1
-    return sizes[-1] if last and _fit(trace, *given) and sizes[-1] <= _C.softmax_columns() else None
+    most = _C.most_softmax_columns if trace.alone else _C.softmax_columns()
+    return sizes[-1] if last and _fit(trace, *given) and sizes[-1] <= most else None
 
 
 def _softmax(log: bool) -> _Rule:

@@ -195,6 +195,7 @@ class Trace:
             and whether it was made under inference_mode.
         returned: the form of what was returned, a `_C.Signature`.
         end: where the function is written.
+        alone: whether nodes have to compute all of it, because nothing calls torch's operators beside them.
     """
 
     memories: list[Memory] = field(default_factory=list)
@@ -206,6 +207,7 @@ class Trace:
     results: list[tuple[int, bool, bool]] = field(default_factory=list)
     returned: Any = None
     end: str = ""
+    alone: bool = False
 
     def state(self) -> tuple[Any, ...]:
         """What has to be so when the call begins, and decides between several traces of one signature."""

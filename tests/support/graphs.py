@@ -1,12 +1,14 @@
 """Models that are graphs of layers, as published programs have them, of small sizes: for `freeze`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmlp
+from tests.support.rounding import distance, rounding_bounds
 
 
 class ResNetBlock(nn.Module):
@@ -182,3 +184,26 @@ GRAPHS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "highway": (Highway, (8,)),
     "functions": (Functions, (9,)),
 }
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """The results of a model, which are one tensor or several."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def assert_near(model: nn.Module, found: Any, inputs: tuple[Tensor, ...]) -> None:
+    """What was found has the shapes and dtypes of the model's results, and differs by what rounding explains."""
+
+    def results() -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {str(i): result for i, result in enumerate(as_tuple(model(*[x.clone() for x in inputs])))}
+
+    expected = results()
+    assert isinstance(found, tuple) == (len(expected) > 1)
+    for theirs, ours in zip(expected.values(), as_tuple(found), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    if not all(theirs.numel() for theirs in expected.values()):
+        return
+    bounds = rounding_bounds(results, expected, steps=True)
+    for (name, theirs), ours in zip(expected.items(), as_tuple(found), strict=True):
+        assert distance(ours, theirs) <= bounds[name], f"{distance(ours, theirs):.3g} > {bounds[name]:.3g}"
