@@ -384,9 +384,9 @@ def capture(function: Any = None, *, fuse: bool = True, otherwise: str | None = 
             object has recordings of its own.
         fuse: whether kernels of fastmlp compute what they can: products with bias and ReLU; runs of elementwise
             operations with the sums at their ends, in one pass over memory; layer and batch normalisation, softmax of
-            up to 15 columns (7 without AVX-512), losses of classes, lookups by indices and masks of dropout; in float32 and float64. The
-            steps of `torch.optim.SGD`, `Adam`, `AdamW` and `RMSprop` are
-            then those of `fastmlp.optim`, which read groups and states at each call. Everything else is computed by
+            up to 15 columns (7 without AVX-512), losses of classes, lookups by indices and masks of dropout; in float32
+            and float64. The steps of `torch.optim.SGD`, `Adam`, `AdamW` and `RMSprop` are then those of
+            `fastmlp.optim`, which read groups and states at each call. Everything else is computed by
             torch's kernels, and other optimizers by their own `step()`.
         otherwise: "eager" to run a function that cannot be recorded as it is, with one RuntimeWarning, instead of
             raising.
