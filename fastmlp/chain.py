@@ -29,6 +29,7 @@ from fastmlp.trace import (
 
 __all__ = [
     "AT_ENDS",
+    "CONTAINERS",
     "LEAVES",
     "Ends",
     "Link",
@@ -60,7 +61,7 @@ _KINDS: tuple[type[nn.Module], ...] = (*FUSABLE, nn.AlphaDropout, nn.BatchNorm1d
 LEAVES = original_forwards(_KINDS)
 
 #: The forwards of containers that call one child after another. Containers are dissolved.
-_CONTAINERS = (nn.Sequential.forward, Sequential.forward)
+CONTAINERS = (nn.Sequential.forward, Sequential.forward)
 
 
 class Link(NamedTuple):
@@ -203,7 +204,7 @@ def _links(name: str, module: nn.Module) -> Iterator[Link]:
         if reason is not None:
             _refuse(name, module, reason)
         yield Link(name, module)
-    elif kind.forward in _CONTAINERS:
+    elif kind.forward in CONTAINERS:
         reason = replaced(module, kind.forward) or watched_obstacle(module)
         if reason is not None:
             _refuse(name, module, reason)

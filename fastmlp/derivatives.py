@@ -8,15 +8,12 @@ from torch import Tensor, nn
 
 from fastmlp._errors import not_a_child, not_a_module, place_of
 from fastmlp._load import _C
-from fastmlp.modules import Sequential
+from fastmlp.chain import CONTAINERS
 from fastmlp.ops import stack_from
 from fastmlp.runs import Run, parts, watched_obstacle
 from fastmlp.taylor import Axis, Derivatives, run_derivatives
 
 __all__ = ["Derivatives", "derivatives"]
-
-#: The forwards of containers that call one child after another.
-_CONTAINERS = (nn.Sequential.forward, Sequential.forward)
 
 
 def derivatives(
@@ -96,7 +93,7 @@ def _run_of(model: nn.Module, leaves: Sequence[tuple[str, nn.Module]]) -> Run:
 
 
 def _leaves(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    if type(module).forward not in _CONTAINERS:
+    if type(module).forward not in CONTAINERS:
         if not name:
             raise _refused("", module, "only containers such as fastmlp.Sequential are; pass the one that it holds")
         yield name, module
