@@ -1,6 +1,6 @@
 // A frozen model that is a graph: several networks, and elementwise operations and norms between them. Made by
-// csrc/python/frozen_load_graph.cpp of what fastmlp/frozen_graph.py has read of the model; called by frozen_graph_call.cpp.
-// Knows nothing of Python.
+// csrc/python/frozen_load_graph.cpp of what fastmlp/frozen_graph.py has read of the model; called by
+// csrc/python/frozen_graph_call.cpp. Knows nothing of Python.
 //
 // It is described for one row, and runs on tapes (tape.h) of 1, 2, 4, ... rows, which are made of the description when
 // they are needed first: a batch goes through them in pieces. Every step gives a row the same bits in all tapes, so
