@@ -12,30 +12,32 @@ namespace {
 
 using Output = ElementwiseNode::Output;
 
-// The dtype that is computed in: that of the floating tensors, float32 if there are none.
+// The dtype that is computed in: float64 if floating tensors are of it, float32 otherwise.
 at::ScalarType computed_dtype(const std::vector<at::Tensor>& inputs, const std::vector<Output>& outputs) {
   std::optional<at::ScalarType> found;
   const auto look = [&](const at::Tensor& tensor) {
     const at::ScalarType dtype = tensor.scalar_type();
     if (!at::isFloatingType(dtype)) return;
-    TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "fastmlp: elementwise: a tensor is of ",
-                     dtype_name(dtype), ", expected torch.float32 or torch.float64");
-    TORCH_CHECK_TYPE(!found || *found == dtype, "fastmlp: elementwise: tensors are of ", dtype_name(*found), " and ",
-                     dtype_name(dtype), ", expected one dtype");
+    TORCH_CHECK_TYPE(dtype_of(dtype), "fastmlp: elementwise: a tensor is of ", dtype_name(dtype),
+                     ", expected torch.float32, torch.float64, torch.bfloat16 or torch.float16");
+    TORCH_CHECK_TYPE(!found || (*found == at::kDouble) == (dtype == at::kDouble),
+                     "fastmlp: elementwise: tensors are of ", dtype_name(*found), " and ", dtype_name(dtype),
+                     ", expected torch.float64 for all or for none");
     found = dtype;
   };
   for (const at::Tensor& tensor : inputs) look(tensor);
   for (const Output& output : outputs) look(output.tensor);
-  return found.value_or(at::kFloat);
+  return found == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 ElementKind kind_of(const at::Tensor& tensor, const char* role, bool integers) {
   if (tensor.scalar_type() == at::kBool) return ElementKind::boolean;
   if (integers && tensor.scalar_type() == at::kLong) return ElementKind::integer;
   TORCH_CHECK_TYPE(at::isFloatingType(tensor.scalar_type()), "fastmlp: elementwise: an ", role, " is of ",
-                   dtype_name(tensor.scalar_type()), ", expected torch.float32, torch.float64",
+                   dtype_name(tensor.scalar_type()), ", expected a floating dtype",
                    integers ? ", torch.bool or torch.int64" : " or torch.bool");
-  return ElementKind::number;
+  if (tensor.scalar_type() == at::kBFloat16) return ElementKind::bfloat16;
+  return tensor.scalar_type() == at::kHalf ? ElementKind::float16 : ElementKind::number;
 }
 
 int number_of(const std::string& name) {
@@ -59,9 +61,11 @@ ElementEnd end_of(const std::string& name) {
   TORCH_CHECK_VALUE(false, "fastmlp: elementwise: an output must be a store, sum, max or min, got ", name);
 }
 
-ElementInstruction instruction_of(const ElementwiseNode::Instruction& from, size_t registers) {
+ElementInstruction instruction_of(const ElementwiseNode::Instruction& from, DType dtype, size_t registers) {
   const int number = number_of(from.operation);
   const ElementOperation& operation = element_operations()[size_t(number)];
+  TORCH_CHECK_TYPE(!operation.float32_only || dtype == DType::float32, "fastmlp: elementwise: ", from.operation,
+                   " is asked for in torch.float64, expected torch.float32");
   TORCH_CHECK_VALUE(int(from.operands.size()) == operation.operands && int(from.scalars.size()) == operation.scalars,
                     "fastmlp: elementwise: ", from.operation, " has ", from.operands.size(), " operands and ",
                     from.scalars.size(), " scalars, expected ", operation.operands, " and ", operation.scalars);
@@ -76,8 +80,8 @@ ElementOutput output_of(const Output& from, size_t registers) {
   check_register(from.source, registers);
   const ElementEnd end = end_of(from.end);
   const ElementKind kind = kind_of(from.tensor, "output", false);
-  TORCH_CHECK_TYPE(end == ElementEnd::store || kind == ElementKind::number, "fastmlp: elementwise: the output of a ",
-                   from.end, " is of torch.bool, expected torch.float32 or torch.float64");
+  TORCH_CHECK_TYPE(end == ElementEnd::store || kind != ElementKind::boolean, "fastmlp: elementwise: the output of a ",
+                   from.end, " is of torch.bool, expected a floating dtype");
   for (int64_t d = 0; d < from.tensor.dim(); d++) {
     TORCH_CHECK_VALUE(end != ElementEnd::store || from.tensor.size(d) <= 1 || from.tensor.stride(d) != 0,
                       "fastmlp: elementwise: elements of an output that is stored share memory along dimension ", d,
@@ -106,7 +110,7 @@ ElementProgram program_of(const std::vector<at::Tensor>& inputs,
   }
   size_t registers = inputs.size();
   for (const ElementwiseNode::Instruction& one : instructions)
-    program.instructions.push_back(instruction_of(one, registers++));
+    program.instructions.push_back(instruction_of(one, program.dtype, registers++));
   for (const Output& output : outputs) {
     check(output.tensor);
     program.outputs.push_back(output_of(output, registers));

@@ -27,6 +27,7 @@ std::vector<ElementOperation> make_table() {
     }
   }
   all.push_back({"bce_with_logits", 2, 0});
+  for (const char* name : {"round_bfloat16", "round_float16"}) all.push_back({name, 1, 0, true});
   return all;
 }
 

@@ -14,14 +14,16 @@ namespace fastmlp {
 struct ElementOperation {
   std::string name;
   int operands, scalars;
+  bool float32_only = false;
 };
 
 // The index of an operation is its number.
 const std::vector<ElementOperation>& element_operations();
 
-// What elements are in memory. Booleans, which are bytes, and integers of 64 bits become numbers of the dtype that is
-// computed in, and numbers that are not 0 become true.
-enum class ElementKind { number, boolean, integer };
+// What elements are in memory: numbers of the dtype that is computed in, or what becomes such numbers. Booleans, which
+// are bytes, are true where a number is not 0. Those of 16 bits are computed in float32 and rounded when they are
+// stored.
+enum class ElementKind { number, boolean, integer, bfloat16, float16 };
 
 // What becomes of the elements of a register that share an element of the output: there is one of each that is stored.
 enum class ElementEnd { store, sum, max, min };

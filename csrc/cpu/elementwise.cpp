@@ -4,8 +4,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <type_traits>
 
+#include "../contract/storage.h"
 #include "dispatch.h"
 #include "elementwise_plan.h"
 #include "parallel.h"
@@ -55,6 +56,9 @@ struct Block {
 // it the way to that of the thread.
 constexpr size_t most_own_bytes = 1024;
 
+// Numbers of 16 bits that lie apart are brought together, this many at a time, before they become others.
+constexpr int64_t side_by_side = 64;
+
 template <class T> class Runner final : public ElementwiseRun {
  public:
   Runner(const ElementProgram& program, int (*threads)())
@@ -77,7 +81,7 @@ template <class T> class Runner final : public ElementwiseRun {
   void run(void* const* memory) override {
     const KernelTable& table = active();
     table.mark();
-    Pass pass{kernels_of<T>(table), memory, memory + plan_.inputs.size(), own_ ? own_[0].bytes : nullptr};
+    Pass pass{table, kernels_of<T>(table), memory, memory + plan_.inputs.size(), own_ ? own_[0].bytes : nullptr};
     for (size_t k = 0; k < plan_.outputs.size(); k++) {
       direct_[k] = is_direct(pass, k);
       if (plan_.outputs[k].direct) padded_[size_t(plan_.outputs[k].source)] = !direct_[k];
@@ -90,7 +94,11 @@ template <class T> class Runner final : public ElementwiseRun {
   }
 
  private:
+  // Whether numbers of this dtype are computed in T.
+  template <class S> static constexpr bool computes = std::is_same_v<Compute<S>, T>;
+
   struct Pass {
+    const KernelTable& table;
     const Kernels<T>& kernels;
     void* const* inputs;
     void* const* outputs;
@@ -142,7 +150,7 @@ template <class T> class Runner final : public ElementwiseRun {
       const PlannedInput& input = plan_.inputs[k];
       if (input.access == PlannedInput::in_place) continue;
       registers[k] = buffer(input.buffer);
-      if (input.access == PlannedInput::once) gather(input, pass.inputs[k], all, registers[k]);
+      if (input.access == PlannedInput::once) gather(pass, k, all, registers[k]);
     }
     for (const PlannedInstruction& one : plan_.once) {
       registers[one.result] = buffer(one.buffer);
@@ -162,7 +170,7 @@ template <class T> class Runner final : public ElementwiseRun {
       if (input.access == PlannedInput::in_place) {
         registers[k] = in_place(input.steps, pass.inputs[k], block);
       } else if (input.access == PlannedInput::gathered) {
-        gather(input, pass.inputs[k], block, registers[k]);
+        gather(pass, k, block, registers[k]);
       }
     }
     for (const PlannedInstruction& one : plan_.each) execute(pass, one, block.size(), registers);
@@ -190,7 +198,9 @@ template <class T> class Runner final : public ElementwiseRun {
     return begin + row_offset(plan_.grid, steps, block.row) + block.column;
   }
 
-  void gather(const PlannedInput& input, const void* data, const Block& block, T* to) const {
+  void gather(const Pass& pass, size_t k, const Block& block, T* to) const {
+    const PlannedInput& input = plan_.inputs[k];
+    const void* const data = pass.inputs[k];
     switch (input.kind) {
       case ElementKind::number:
         return gather_from(input.steps, static_cast<const T*>(data), block, to);
@@ -198,6 +208,34 @@ template <class T> class Runner final : public ElementwiseRun {
         return gather_from(input.steps, static_cast<const bool*>(data), block, to);
       case ElementKind::integer:
         return gather_from(input.steps, static_cast<const int64_t*>(data), block, to);
+      case ElementKind::bfloat16:
+        return widen_from(pass, input.steps, static_cast<const BFloat16*>(data), block, to);
+      case ElementKind::float16:
+        return widen_from(pass, input.steps, static_cast<const Float16*>(data), block, to);
+    }
+  }
+
+  template <class S>
+  void widen_from(const Pass& pass, const ElementSteps& steps, const S* data, const Block& block, T* to) const {
+    if constexpr (computes<S>) {
+      const int64_t n = block.columns, step = steps.inner;
+      const auto widen = kernels_of<S>(pass.table).widen;
+      for_rows(plan_.grid, steps, block.row, block.rows, [&](int64_t i, int64_t offset) {
+        const S* const from = data + offset + block.column * step;
+        T* const row = to + i * n;
+        if (step == 1) return widen(n, from, row);
+        if (step == 0) {
+          widen(1, from, row);
+          std::fill_n(row, n, T(row[0]));
+          return;
+        }
+        S some[side_by_side];
+        for (int64_t j = 0; j < n; j += side_by_side) {
+          const int64_t count = std::min(side_by_side, n - j);
+          for (int64_t l = 0; l < count; l++) some[l] = from[(j + l) * step];
+          widen(count, some, row + j);
+        }
+      });
     }
   }
 
@@ -219,10 +257,35 @@ template <class T> class Runner final : public ElementwiseRun {
   void end_block(const Pass& pass, size_t k, const Block& block, int64_t chunk, const T* from) const {
     const PlannedOutput& output = plan_.outputs[k];
     if (output.end != ElementEnd::store) return reduce(pass, k, block, chunk, from);
-    if (output.kind == ElementKind::boolean) {
-      scatter(output.steps, static_cast<bool*>(pass.outputs[k]), block, from);
-    } else {
-      scatter(output.steps, static_cast<T*>(pass.outputs[k]), block, from);
+    void* const data = pass.outputs[k];
+    switch (output.kind) {
+      case ElementKind::boolean:
+        return scatter(output.steps, static_cast<bool*>(data), block, from);
+      case ElementKind::bfloat16:
+        return narrow_to(pass, output.steps, static_cast<BFloat16*>(data), block, from);
+      case ElementKind::float16:
+        return narrow_to(pass, output.steps, static_cast<Float16*>(data), block, from);
+      default:
+        return scatter(output.steps, static_cast<T*>(data), block, from);
+    }
+  }
+
+  template <class S>
+  void narrow_to(const Pass& pass, const ElementSteps& steps, S* data, const Block& block, const T* from) const {
+    if constexpr (computes<S>) {
+      const int64_t n = block.columns, step = steps.inner;
+      const auto narrow = kernels_of<S>(pass.table).narrow;
+      for_rows(plan_.grid, steps, block.row, block.rows, [&](int64_t i, int64_t offset) {
+        S* const to = data + offset + block.column * step;
+        const T* const row = from + i * n;
+        if (step == 1) return narrow(n, row, to);
+        S some[side_by_side];
+        for (int64_t j = 0; j < n; j += side_by_side) {
+          const int64_t count = std::min(side_by_side, n - j);
+          narrow(count, row + j, some);
+          for (int64_t l = 0; l < count; l++) to[(j + l) * step] = some[l];
+        }
+      });
     }
   }
 
@@ -273,11 +336,22 @@ template <class T> class Runner final : public ElementwiseRun {
         first[i] = fold(output.end, first[i], first[share * output.partials + i]);
     }
     const double scale = output.end == ElementEnd::sum ? output.scale : 1;
-    T* const to = static_cast<T*>(pass.outputs[k]);
     const int64_t n = output.kept.columns;
     for_rows(output.kept, output.kept_steps, 0, output.kept.rows, [&](int64_t i, int64_t offset) {
-      for (int64_t j = 0; j < n; j++) to[offset + j * output.kept_steps.inner] = T(first[i * n + j] * scale);
+      for (int64_t j = 0; j < n; j++) put(pass, k, offset + j * output.kept_steps.inner, T(first[i * n + j] * scale));
     });
+  }
+
+  void put(const Pass& pass, size_t k, int64_t place, T value) const {
+    void* const data = pass.outputs[k];
+    if constexpr (computes<BFloat16>) {
+      const ElementKind kind = plan_.outputs[k].kind;
+      if (kind == ElementKind::bfloat16)
+        return pass.table.bfloat16->narrow(1, &value, static_cast<BFloat16*>(data) + place);
+      if (kind == ElementKind::float16)
+        return pass.table.float16->narrow(1, &value, static_cast<Float16*>(data) + place);
+    }
+    static_cast<T*>(data)[place] = value;
   }
 
   const ElementPlan plan_;

@@ -142,7 +142,7 @@ def _with_products(name: str) -> _Rule:
 
 def _copy(argument: str) -> _Rule:
     def rule(to: Emitter, given: dict[str, Any], output: int) -> None:
-        to.emit("copy", to.operand(given[argument]), output=output)
+        to.emit("copy", to.operand(given[argument], converts=True), output=output)
 
     return rule
 
@@ -165,7 +165,7 @@ def _cat(to: Emitter, given: dict[str, Any], output: int) -> None:
 def _stack(to: Emitter, given: dict[str, Any], output: int) -> None:
     dim = given["dim"] % len(to.trace.values[output].sizes)
     for i, tensor in enumerate(given["tensors"]):
-        if to.trace.values[tensor.value].dtype != to.dtype:
+        if to.trace.values[tensor.value].dtype != to.made:
             leave_to_torch()
         to.emit("copy", to.operand(tensor), output=to.part(output, dim, i, None))
 
@@ -190,10 +190,10 @@ def _select_backward(to: Emitter, given: dict[str, Any], output: int) -> None:
 
 def _sum(how: str, mean: bool = False) -> _Rule:
     def rule(to: Emitter, given: dict[str, Any], output: int) -> None:
-        if given.get("dtype") not in (None, to.dtype):
+        if given.get("dtype") not in (None, to.made):
             leave_to_torch()
         value, dims = to.operand(given["self"]), given.get("dim")
-        if isinstance(value, Ref) and to.trace.values[value.value].dtype != to.dtype:
+        if isinstance(value, Ref) and to.trace.values[value.value].dtype != to.made:
             leave_to_torch()
         to.reduce(value, how, dims, output, 1 / to.count(value, dims) if mean else 1.0)
 
@@ -229,7 +229,7 @@ def _spread(root: bool) -> _Rule:
 def _logsumexp(to: Emitter, given: dict[str, Any], output: int) -> None:
     """The largest element is taken out before and added afterwards, as in torch, unless it is infinite."""
     value, dims = to.operand(given["self"]), given["dim"]
-    if not isinstance(value, Ref) or not to.sizes(value) or to.trace.values[value.value].dtype != to.dtype:
+    if not isinstance(value, Ref) or not to.sizes(value) or to.trace.values[value.value].dtype != to.made:
         leave_to_torch()
     largest = to.reduce(value, "max", dims)
     taken = to.emit("where", to.emit("eq", to.emit("abs", largest), math.inf), 0.0, largest)

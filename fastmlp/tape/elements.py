@@ -22,14 +22,15 @@ __all__ = [
     "NotElementwise",
     "Numbers",
     "Operand",
+    "ROUNDED",
     "layout_of",
     "leave_to_torch",
 ]
 
 #: What the kernels of tapes compute in.
 COMPUTED = (torch.float32, torch.float64)
-#: What they read and take for numbers.
-_READ = (torch.bool, torch.int64)
+#: What they compute in float32, and the instructions that round what an operation of torch makes, as torch does.
+ROUNDED = {torch.bfloat16: "round_bfloat16", torch.float16: "round_float16"}
 
 #: A value, or a number of Python.
 Operand = Ref | float
@@ -138,30 +139,39 @@ class Emitter:
     Args:
         trace: gets the values that lie between instructions.
         numbers: of memories that hold one number throughout.
-        dtype: in which the operation is computed.
+        made: the dtype of what the operation makes, or of what it compares.
         place: where the program called the operation.
+
+    Attributes:
+        dtype: in which the operation is computed.
 
     Raises:
         NotElementwise: the kernels do not compute in this dtype; from methods, they do not compute this.
     """
 
-    def __init__(self, trace: Trace, numbers: Numbers, dtype: torch.dtype, place: str) -> None:
-        if dtype not in COMPUTED:
-            leave_to_torch()
+    def __init__(self, trace: Trace, numbers: Numbers, made: torch.dtype, place: str) -> None:
         self.trace = trace
-        self.dtype = dtype
+        self.made = made
+        self.dtype = torch.float32 if made in ROUNDED else made
+        if self.dtype not in COMPUTED:
+            leave_to_torch()
         self.elements: list[Element] = []
         self._numbers = numbers
         self._place = place
 
-    def operand(self, argument: object) -> Operand:
-        """An argument of an operation, if instructions can read it."""
+    def operand(self, argument: object, *, converts: bool = False) -> Operand:
+        """An argument of an operation, if instructions can read it.
+
+        Of other dtypes than what is made torch rounds operands first, unless the operation converts them itself.
+        """
         if isinstance(argument, (bool, int, float)):
             return float(argument)
         if not isinstance(argument, Ref):
             leave_to_torch()
         value = self.trace.values[argument.value]
-        if value.dtype not in (self.dtype, *_READ):
+        exact = value.dtype in (self.made, torch.bool) or (value.dtype in ROUNDED and self.made == torch.float32)
+        converted = value.dtype == torch.int64 or (value.dtype in (self.dtype, *ROUNDED) and self.dtype == torch.float32)
+        if not exact and not (converted and (converts or self.made not in ROUNDED)):
             leave_to_torch()
         # Of more than one element the sizes may count.
         return self._number(argument) if math.prod(value.sizes) == 1 else argument
@@ -179,6 +189,8 @@ class Emitter:
             name, number = _WITH_NUMBER[name, numbers[0]]
             scalars = [number(operand) for operand in operands if not isinstance(operand, Ref)]
             operands = (operands[1 - numbers[0]],)
+            if output is not None and self.trace.values[output].dtype == torch.bool:
+                scalars = [self._as_made(scalar) for scalar in scalars]
             if name in ("mul_scalar", "div_scalar") and scalars == [1.0]:
                 name, scalars = "copy", ()
         elif operands and len(numbers) == len(operands):
@@ -211,11 +223,16 @@ class Emitter:
         if name not in _FOLDED or output is None:
             leave_to_torch()
         number = float(_FOLDED[name](*(torch.tensor(operand, dtype=self.dtype) for operand in operands)).item())
+        number = self._as_made(number)
         value = self.trace.values[output]
         whole = math.prod(value.sizes) * value.dtype.itemsize == self.trace.memories[value.memory].bytes
-        if whole and value.dtype == self.dtype and not self.trace.memories[value.memory].written:
+        if whole and value.dtype == self.made and not self.trace.memories[value.memory].written:
             self._numbers[value.memory, value.dtype] = number
         return number
+
+    def _as_made(self, number: float) -> float:
+        """A number as torch rounds it where it compares or stores numbers of 16 bits."""
+        return float(torch.tensor(number).to(self.made).item()) if self.made in ROUNDED else number
 
     def _number(self, operand: Operand) -> Operand:
         """An operand, or the number that it is throughout."""

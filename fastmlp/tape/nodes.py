@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fastmlp._load import _C
-from fastmlp.tape.elements import COMPUTED, Element, layout_of
+from fastmlp.tape.elements import COMPUTED, ROUNDED, Element, layout_of
 from fastmlp.tape.trace import Node, Operation, Ref, Trace, Value
 
 __all__ = ["activated", "node_of", "without"]
@@ -21,9 +21,9 @@ def _product(trace: Trace, a: Ref, b: Ref, bias: Ref | None, event: Operation) -
     made = values[output]
     operands = [values[ref.value] for ref in (a, b, bias) if ref is not None]
     gapless = made.strides[1] == 1 or made.sizes[1] == 1
-    if made.dtype not in COMPUTED or any(value.dtype != made.dtype for value in operands) or not gapless:
+    if any(value.dtype != made.dtype for value in operands) or not gapless:
         return None
-    if 0 in (*made.sizes, values[a.value].sizes[1]):
+    if made.dtype not in (*COMPUTED, *ROUNDED) or 0 in (*made.sizes, values[a.value].sizes[1]):
         return None
     if bias is not None and values[bias.value].sizes != made.sizes[1:]:
         return None

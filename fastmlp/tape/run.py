@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from fastmlp.tape.elements import Element, Layout, layout_of
+from fastmlp.tape.elements import ROUNDED, Element, Layout, layout_of
 from fastmlp.tape.trace import Output, Ref, Run, Trace
 
 __all__ = ["build_run"]
@@ -51,8 +51,15 @@ class _Builder:
         value = self.trace.values[element.output]
         if value.dtype == torch.bool and not self._is_boolean(register):
             register = self._instruction("ne_scalar", (register,), (0.0,))
+        elif value.dtype in ROUNDED and not self._is_rounded(register, value.dtype):
+            register = self._instruction(ROUNDED[value.dtype], (register,), ())
         self._now[layout_of(value, element.space)] = register
         return register
+
+    def _is_rounded(self, register: int, dtype: torch.dtype) -> bool:
+        if register in self.inputs:
+            return self.trace.values[self.inputs[register][0]].dtype == dtype
+        return self.made[register][0] == ROUNDED[dtype]
 
     def _is_boolean(self, register: int) -> bool:
         if register in self.inputs:

@@ -48,7 +48,11 @@ EXACT: dict[str, Function] = {
     "not": lambda a: torch.logical_not(a).to(a.dtype),
     "and": lambda a, b: torch.logical_and(a, b).to(a.dtype),
     "or": lambda a, b: torch.logical_or(a, b).to(a.dtype),
+    "round_bfloat16": lambda a: a.bfloat16().to(a.dtype),
+    "round_float16": lambda a: a.half().to(a.dtype),
 }
+#: Operations of float32 alone.
+OF_FLOAT32 = ("round_bfloat16", "round_float16")
 
 
 @dataclass(frozen=True)
@@ -142,10 +146,10 @@ def draw_layout(rng: random.Random, shape: Sequence[int], dtype: torch.dtype) ->
     return tensor[tuple(slice(None, None, step) for step in steps)].expand(list(shape))
 
 
-def draw_instructions(rng: random.Random, inputs: int) -> list[Instruction]:
-    """A random program."""
+def draw_instructions(rng: random.Random, inputs: int, dtype: torch.dtype) -> list[Instruction]:
+    """A random program that is computed in a dtype."""
     table = _C.elementwise_operations()
-    names = sorted(table)
+    names = sorted(name for name in table if dtype == torch.float32 or name not in OF_FLOAT32)
     instructions: list[Instruction] = []
     for register in range(inputs, inputs + rng.randint(0, 12)):
         operands, scalars = table[name := rng.choice(names)]

@@ -15,6 +15,10 @@ template <class L> struct LossOf : OperationOf<2> {
   }
 };
 
+template <class S> struct RoundTo : OperationOf<1> {
+  template <class M> static auto value(const Operands<M>& x, Scalars) { return Storage16<S>::nearest(S{}, x.a); }
+};
+
 template <class T> struct Elements {
   using M = Math<T>;
   using V = typename M::V;
@@ -38,10 +42,17 @@ template <class T> struct Elements {
     padded ? M::store(out + i, v) : M::store_first(out + i, v, n - i);
   }
 
+  // Numbers of 16 bits are computed in float32.
+  template <class S> static constexpr ElementKernel<T> rounding() {
+    if constexpr (sizeof(T) == sizeof(float)) return &run<RoundTo<S>>;
+    return nullptr;
+  }
+
   template <class Operations, class Others> struct Table;
   template <class... O, class... A> struct Table<OperationList<O...>, ActivationList<A...>> {
-    static constexpr ElementKernel<T> rows[] = {&run<O>..., &run<ValueOf<A>>..., &run<GradientOf<A>>...,
-                                                &run<LossOf<BinaryCrossEntropy>>};
+    static constexpr ElementKernel<T> rows[] = {
+        &run<O>...,           &run<ValueOf<A>>..., &run<GradientOf<A>>..., &run<LossOf<BinaryCrossEntropy>>,
+        rounding<BFloat16>(), rounding<Float16>()};
   };
 
   // How two partial results become one, and where they begin. NaN stays.

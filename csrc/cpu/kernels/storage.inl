@@ -36,12 +36,20 @@ template <class S> struct Storage16 {
     if constexpr (__is_class(Pairs)) {
       return H(Pairs::narrow(v));
     } else {
-      const I bits = I(v);
-      const I nearest = bits + 0x7fffu + (bits >> 16 & 1u);
-      const I quiet_nan = bits | 0x400000u;
-      return __builtin_convertvector((v == v ? nearest : quiet_nan) >> 16, H);
+      return __builtin_convertvector(nearest_bits(v) >> 16, H);
     }
   }
+  // Those of the nearest bfloat16 are the upper ones.
+  static I nearest_bits(V v) {
+    const I bits = I(v);
+    const I nearest = bits + 0x7fffu + (bits >> 16 & 1u);
+    const I quiet_nan = bits | 0x400000u;
+    return v == v ? nearest : quiet_nan;
+  }
+
+  // The nearest number of 16 bits, in float32.
+  static V nearest(BFloat16, V v) { return V(nearest_bits(v) & 0xffff0000u); }
+  static V nearest(Float16, V v) { return widen(Float16{}, narrow(Float16{}, v)); }
 
   static V load(const S* p) { return widen(S{}, load_bits(p)); }
   static V load_first(const S* p, int64_t n) { return widen(S{}, load_first_bits(p, n)); }
