@@ -122,9 +122,8 @@ class Calls:
         if reduction == 0:
             self.add(name, "out", (*args[:2], 0, *rest), {"out": target}, [], place)
             return
-        like = torch.broadcast_tensors(args[0], args[1])[0]
-        shape, dtype = tuple(like.shape), torch.promote_types(args[0].dtype, args[1].dtype)
-        elements = self._to.scratch(shape, dtype)
+        # The order in which torch adds them follows from how they lie.
+        elements = self._to.scratch(event.func(*(argument.to("meta") for argument in args[:2]), 0, *rest))
         self.add(name, "out", (*args[:2], 0, *rest), {"out": elements}, [], place)
         self._to.advance()
         self._to.use(*self._to.trace.refs(event))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastmlp.tape.elements import Element, Emitter, NotElementwise, Numbers, Operand, layout_of, leave_to_torch
+from fastmlp.tape.elements import ROUNDED, Element, Emitter, NotElementwise, Numbers, Operand, layout_of, leave_to_torch
 from fastmlp.tape.trace import Operation, Ref, Trace, refs
 
 __all__ = ["decompose"]
@@ -35,9 +35,9 @@ def _scaled(name: str, sign: float) -> _Rule:
         if alpha == 1:
             to.emit(name, a, b, output=output)
         elif not isinstance(b, Ref):
-            to.emit(name, a, alpha * b, output=output)
+            to.emit(name, a, to.as_made(alpha) * to.as_made(b), output=output)
         else:
-            to.emit("add_scaled", a, b, scalars=(sign * alpha,), output=output)
+            to.emit("add_scaled", a, b, scalars=(sign * to.as_made(alpha),), output=output)
 
     return rule
 
@@ -109,6 +109,8 @@ def _pow(to: Emitter, given: dict[str, Any], output: int) -> None:
     value, power = to.operand(given["self"]), given["exponent"]
     if not isinstance(power, (int, float)) or float(power) not in _POWERS:
         leave_to_torch()
+    if to.made in ROUNDED and abs(power) > 2:
+        leave_to_torch()  # torch rounds between products
     *first, last = _POWERS[float(power)]
     for name in first:
         value = to.emit(name, value)

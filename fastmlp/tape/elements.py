@@ -16,13 +16,13 @@ from fastmlp.tape.trace import Memory, Ref, Trace, Value
 
 __all__ = [
     "COMPUTED",
+    "ROUNDED",
     "Element",
     "Emitter",
     "Layout",
     "NotElementwise",
     "Numbers",
     "Operand",
-    "ROUNDED",
     "layout_of",
     "leave_to_torch",
 ]
@@ -122,6 +122,9 @@ _WITH_NUMBER: dict[tuple[str, int], tuple[str, Callable[[float], float]]] = {
 }
 
 
+#: Of these, the ones of whose number torch rounds only the result, beside 16 bits.
+_UNROUNDED = ("mul_scalar", "div_scalar")
+
 #: Instructions whose result is known where all operands are numbers.
 _FOLDED: dict[str, Callable[..., torch.Tensor]] = {
     "copy": torch.clone,
@@ -170,7 +173,9 @@ class Emitter:
             leave_to_torch()
         value = self.trace.values[argument.value]
         exact = value.dtype in (self.made, torch.bool) or (value.dtype in ROUNDED and self.made == torch.float32)
-        converted = value.dtype == torch.int64 or (value.dtype in (self.dtype, *ROUNDED) and self.dtype == torch.float32)
+        converted = value.dtype == torch.int64 or (
+            value.dtype in (self.dtype, *ROUNDED) and self.dtype == torch.float32
+        )
         if not exact and not (converted and (converts or self.made not in ROUNDED)):
             leave_to_torch()
         # Of more than one element the sizes may count.
@@ -189,8 +194,8 @@ class Emitter:
             name, number = _WITH_NUMBER[name, numbers[0]]
             scalars = [number(operand) for operand in operands if not isinstance(operand, Ref)]
             operands = (operands[1 - numbers[0]],)
-            if output is not None and self.trace.values[output].dtype == torch.bool:
-                scalars = [self._as_made(scalar) for scalar in scalars]
+            if output is not None and name not in _UNROUNDED:
+                scalars = [self.as_made(scalar) for scalar in scalars]
             if name in ("mul_scalar", "div_scalar") and scalars == [1.0]:
                 name, scalars = "copy", ()
         elif operands and len(numbers) == len(operands):
@@ -223,15 +228,15 @@ class Emitter:
         if name not in _FOLDED or output is None:
             leave_to_torch()
         number = float(_FOLDED[name](*(torch.tensor(operand, dtype=self.dtype) for operand in operands)).item())
-        number = self._as_made(number)
+        number = self.as_made(number)
         value = self.trace.values[output]
         whole = math.prod(value.sizes) * value.dtype.itemsize == self.trace.memories[value.memory].bytes
         if whole and value.dtype == self.made and not self.trace.memories[value.memory].written:
             self._numbers[value.memory, value.dtype] = number
         return number
 
-    def _as_made(self, number: float) -> float:
-        """A number as torch rounds it where it compares or stores numbers of 16 bits."""
+    def as_made(self, number: float) -> float:
+        """A number as torch rounds it beside numbers of 16 bits, where it does."""
         return float(torch.tensor(number).to(self.made).item()) if self.made in ROUNDED else number
 
     def _number(self, operand: Operand) -> Operand:

@@ -281,12 +281,13 @@ class Lowered:
             first, last = self._lifetimes[memory]
             self._lifetimes[memory] = min(first, self._steps), max(last, self._steps)
 
-    def scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor that lives for this step and the next one."""
-        like = torch.empty(shape, dtype=dtype, device="meta")
+    def scratch(self, like: Tensor) -> Tensor:
+        """A tensor that lives for this step and the next one, and lies as one without memory."""
         memory = self.tape.add_memory("arena", max(like.nbytes, 1))
         self._lifetimes.append((self._steps, self._steps + 1))
-        return self.tape.tensor(self.tape.add_tensor(memory, torch.empty(0, dtype=dtype), shape, like.stride(), 0))
+        return self.tape.tensor(
+            self.tape.add_tensor(memory, torch.empty(0, dtype=like.dtype), tuple(like.shape), like.stride(), 0)
+        )
 
     # Events.
 

@@ -104,15 +104,18 @@ class _Uses:
         There are none if that takes many or costly ones.
         """
         elements = self._runs[group.number].elements
+        place = {id(one): i for i, one in enumerate(elements)}
         wanted = [element]
         for one in wanted:
             if one.how != "store" or one.name not in _CHEAP or len(wanted) > _LONGEST:
                 return []
             for memory in {self._memory(value) for value in refs(one.operands)}:
+                makers = [other for other in elements if self._memory(other.output) == memory]
+                if any(place[id(maker)] >= place[id(one)] for maker in makers):
+                    return []  # it reads what it, or a later element, has written over since
                 if self._stays(group, memory, until):
                     continue
-                makers = [other for other in elements if self._memory(other.output) == memory]
-                if len(makers) != 1 or len(self._writers[memory]) > 1:
+                if len(makers) != 1 or len(self._writers[memory]) > 1 or self._owner(memory) != "arena":
                     return []
                 if not any(makers[0] is other for other in wanted):
                     wanted += makers

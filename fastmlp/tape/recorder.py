@@ -365,9 +365,14 @@ class Recorder(RecordingMode):
         if offset < 0 or rest:
             self.refuse("a view begins before the tensor that the function was given: pass the whole tensor")
             return None
-        if tensor is like and self.trace.memories[value.memory].source not in (("new",), ("constant",)):
-            self.refuse("a tensor of the outside gets another shape in place: make a view of it instead")
-            return None
+        if self.trace.memories[value.memory].source not in (("new",), ("constant",)):
+            if tensor is like:
+                self.refuse("a tensor of the outside gets another shape in place: make a view of it instead")
+                return None
+            whole = next(one for one in self.trace.values if one.memory == value.memory)
+            if _end(offset, tensor.shape, tensor.stride(), tensor.itemsize) > _end_of(whole):
+                self.refuse("a view ends after the tensor that the function was given: pass the whole tensor")
+                return None
         return self._add_value(tensor, value.memory, offset)
 
     def _make_constant(self, tensor: Tensor, value: int) -> None:
@@ -444,6 +449,17 @@ def _only_of_shapes(tensors: list[Tensor], kwargs: dict[str, Any]) -> bool:
     device = kwargs.get("device")
     on_meta = device is not None and torch.device(device).type == "meta"
     return on_meta or (bool(tensors) and all(tensor.is_meta for tensor in tensors))
+
+
+def _end(offset: int, sizes: Sequence[int], strides: Sequence[int], itemsize: int) -> int:
+    """Where a view ends in its memory, in bytes."""
+    if 0 in sizes:
+        return 0
+    return (offset + 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))) * itemsize
+
+
+def _end_of(value: Value) -> int:
+    return _end(value.offset, value.sizes, value.strides, value.dtype.itemsize)
 
 
 def _device_of(tensor: Tensor) -> str:

@@ -571,8 +571,9 @@ def result_of(function: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tens
         lambda x: torch.add(x, 2, alpha=3),
         lambda x: x.mean(dtype=torch.float64),
         lambda x: F.huber_loss(x, x * 3, reduction="sum", delta=0.5),
+        lambda x: F.mse_loss(x.repeat(9, 9).t(), (x * 3).repeat(9, 9).t()),
     ],
-    ids=["rsub scalar", "rsub tensor", "add scalar", "add", "mean of a dtype", "huber"],
+    ids=["rsub scalar", "rsub tensor", "add scalar", "add", "mean of a dtype", "huber", "squares of columns"],
 )
 def test_operators_that_torch_computes_by_others(function: Callable[[Tensor], Tensor]) -> None:
     """With the same bits, or with kernels of ours, which sum in another order, within what rounding explains."""

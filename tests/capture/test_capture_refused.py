@@ -300,6 +300,14 @@ def view_of_what_lies_before() -> Program:
     return Program(step, [(x[1:],) for (x,) in inputs()])
 
 
+@refused("a view ends after the tensor that the function was given", "pass the whole tensor")
+def view_of_what_lies_behind() -> Program:
+    def step(x: Tensor) -> Any:
+        return torch.as_strided(x, (x.numel() + 1,), (1,)) * 2  # here
+
+    return Program(step, [(x[:-1],) for (x,) in inputs()])
+
+
 @refused("tensor.data = ... within the captured function", "do it outside, or write with copy_()")
 def data_set() -> Program:
     weight = torch.ones(4)

@@ -153,6 +153,24 @@ def argument_written_before_it_is_read(x: Tensor) -> Tensor:
     return product * cheap
 
 
+def argument_written_before_it_is_used(x: Tensor) -> Tensor:
+    x.neg_()
+    cheap = x * 2
+    return (x @ x) * cheap
+
+
+def argument_computed_into(x: Tensor) -> Tensor:
+    torch.add(x, 1, out=x)
+    cheap = 1 - x
+    return (x @ x) * cheap
+
+
+def part_of_an_argument_written(x: Tensor) -> Tensor:
+    x[0].add_(1)
+    cheap = x[0] * 2
+    return (x @ x)[0] * cheap
+
+
 def changed_after_a_product(x: Tensor) -> Tensor:
     a = x + 1
     cheap = a * -2
@@ -202,6 +220,9 @@ WHOLES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
         (read_later_by_two, 3),
         (written_before_it_is_read, 3),
         (argument_written_before_it_is_read, 1),
+        (argument_written_before_it_is_used, 2),
+        (argument_computed_into, 1),
+        (part_of_an_argument_written, 1),
         (changed_after_a_product, 4),
         (read_across, 3),
         (read_in_part, 3),

@@ -407,8 +407,12 @@ WRONG: dict[str, tuple[type[Exception], str, list[Instruction], list[tuple[Tenso
     "shared": (ValueError, "share memory along dimension 0", [], [(torch.empty(1).expand(3), 0, "store", 1.0)]),
     "outputs": (ValueError, "no outputs", [], []),
     "dtypes": (TypeError, "torch.float32 and torch.float64", [], [(torch.empty(3).double(), 0, "store", 1.0)]),
-    "float8": (TypeError, "torch.float8_e5m2, expected torch.float32", [],
-               [(torch.empty(3, dtype=torch.float8_e5m2), 0, "store", 1.0)]),
+    "float8": (
+        TypeError,
+        "torch.float8_e5m2, expected torch.float32",
+        [],
+        [(torch.empty(3, dtype=torch.float8_e5m2), 0, "store", 1.0)],
+    ),
     "integers": (TypeError, "an output is of torch.int64", [], [(torch.empty(3).long(), 0, "store", 1.0)]),
     "sum of booleans": (TypeError, "of a sum is of torch.bool", [], [(torch.empty(3).bool(), 0, "sum", 1.0)]),
 }
