@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.utils.cpp_extension import load
 
+from tests.support.emulator_sources import HOST_SOURCES
 from tests.support.kernel_checks import KernelChecks
 
 ROOT = Path(__file__).parents[2]
@@ -34,14 +35,7 @@ def emulated() -> Any:
     sanitize = [f"-fsanitize={sanitizers}", "-g1"] if sanitizers else ["-g0"]
     folder = ROOT / "build" / ("emulated" + (f"_{sanitizers}" if sanitizers else ""))
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [
-        *sorted((ROOT / "tests/emulator/extension").glob("*.cpp")),
-        *(ROOT / "csrc/contract" / name for name in ("activation_info.cpp", "training_info.cpp")),
-        *(
-            ROOT / "csrc/tensors" / name
-            for name in ("checks.cpp", "devices.cpp", "dtypes.cpp", "passes.cpp", "stack.cpp")
-        ),
-    ]
+    sources = [*sorted((ROOT / "tests/emulator/extension").glob("*.cpp")), *HOST_SOURCES]
     return load(
         "_C_emulated",
         [str(source) for source in sources],

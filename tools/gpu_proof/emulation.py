@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
+from tests.support.emulator_sources import HOST_SOURCES
 from tools.gpu_proof.kernels import ROOT
 from tools.gpu_proof.toolchain import BUILD, digest, run, side_by_side
 
@@ -89,10 +90,8 @@ def build(variant: Variant, planted: Path | None = None, dtype: str = "") -> Pat
         dtype: the one.
     """
     extension = EMULATOR / "extension"
-    plain = [CSRC / "contract/activation_info.cpp"]
-    plain += [CSRC / f"tensors/{stem}.cpp" for stem in ("checks", "devices", "dtypes", "passes", "stack")]
     jobs: list[tuple[Path, Path, Sequence[str], bool]] = []
-    jobs += [(source, CSRC, PLAIN.flags, True) for source in (extension / "bindings.cpp", *plain)]
+    jobs += [(source, CSRC, PLAIN.flags, True) for source in (extension / "bindings.cpp", *HOST_SOURCES)]
     jobs += [(extension / f"{stem}.cpp", CSRC, variant.flags, False) for stem in ("kernels", "kernels_16_bits")]
     folder = BUILD / "emulated" / variant.name.replace(", ", "_")
     if planted is not None:
