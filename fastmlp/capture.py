@@ -5,7 +5,7 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, Generic, ParamSpec, TypeVar, overload
@@ -247,7 +247,8 @@ class Captured(Generic[P, R]):
         recorder.seen.function(self._function)
         for value in signature.objects:
             recorder.seen.argument(value)
-        why = recorder.refused or self._changed_within(before) or graphable.obstacle(recorder.trace)
+        why = recorder.refused or self._used_up(returned.objects) or self._changed_within(before)
+        why = why or graphable.obstacle(recorder.trace)
         if why is None:
             last = pending.last(recorder.trace)
             unlike = None if last is None else self._unlike(last, recorder.trace, result)
@@ -270,6 +271,16 @@ class Captured(Generic[P, R]):
             self._warned = True
             text = f"{_refusal(self._name, why)}. It runs as it is, not captured"
             warnings.warn(text, RuntimeWarning, stacklevel=depth)
+
+    def _used_up(self, objects: list[Any]) -> str | None:
+        """Why what the call returned cannot be returned again."""
+        for value in objects:
+            if isinstance(value, Iterator):
+                return (
+                    f"it returned {described(value)}, which can be gone through once, and a replay does not run "
+                    f"Python: return a list or a tuple, in {_place_of(self._function)}"
+                )
+        return None
 
     def _changed_within(self, before: Watched | None) -> str | None:
         """Why the call cannot be replayed, if it changed variables of Python that it reads."""
@@ -322,6 +333,9 @@ class Captured(Generic[P, R]):
             return
         lowered = lower(trace, self._fuse)
         watched = recorder.seen.both(seen).watch(_held(trace), within=False)
+        # What the function reads by a variable too would be taken from the argument, which may be another one then.
+        arguments = [m.tensor for m in trace.memories if m.source[0] == "argument" and m.tensor is not None]
+        signature.pin([tensor for tensor in arguments if id(tensor) in watched.values])
         number = self._recordings.add(lowered.tape, signature, trace.returned, watched.watch, lowered.stops)
         alive = watched, signature.borrowed, trace.returned.borrowed, lowered.stops
         kept = self._recordings.ids()
@@ -361,9 +375,9 @@ def capture(function: Any = None, *, fuse: bool = True, otherwise: str | None = 
     values among the arguments, other modes of torch (grad mode, autocast), other flags, numbers, parameters, children
     or hooks of modules, other members of optimizers, other memory of tensors, other numbers, lists, objects or tensors
     among the variables and attributes that the program's own functions name. It does not notice a change within what
-    it cannot see through: containers of more than 64 entries, sets, deques, arrays of NumPy, attributes that are new
-    or whose names are computed, methods replaced on a class, files, the clock. What such a thing decides has to be an
-    argument.
+    it cannot see through: entries of containers of more than 64, of sets and deques (how many there are it does see),
+    arrays of NumPy, attributes that are new or whose names are computed, methods replaced on a class, files, the clock.
+    What such a thing decides has to be an argument.
 
     **What cannot be recorded raises** `CaptureError` with the line of the program: reading elements (`item()`, an `if`
     on a tensor, NumPy), shapes that depend on data, two recordings that differ, as by a branch or a number that
@@ -382,11 +396,11 @@ def capture(function: Any = None, *, fuse: bool = True, otherwise: str | None = 
         function: what to record. It gets tensors, all on the CPU or all on one GPU, and plain values, in nested tuples,
             lists and dictionaries, and returns such. It may use any modules, losses and optimizers. With a method, each
             object has recordings of its own.
-        fuse: whether kernels of fastmlp compute what they can: products with bias and ReLU; runs of elementwise
-            operations with the sums at their ends, in one pass over memory; layer and batch normalisation, softmax of
-            up to 15 columns (7 without AVX-512), losses of classes, lookups by indices and masks of dropout; in float32
-            and float64. The steps of `torch.optim.SGD`, `Adam`, `AdamW` and `RMSprop` are then those of
-            `fastmlp.optim`, which read groups and states at each call. Everything else is computed by
+        fuse: whether kernels of fastmlp compute what they can: products with bias and ReLU, and runs of elementwise
+            operations with the sums at their ends, in one pass over memory, in all four dtypes; layer and batch
+            normalisation, softmax of up to 15 columns (7 without AVX-512), losses of classes, lookups by indices and
+            masks of dropout, in float32 and float64. The steps of `torch.optim.SGD`, `Adam`, `AdamW` and `RMSprop` are
+            then those of `fastmlp.optim`, which read groups and states at each call. Everything else is computed by
             torch's kernels, and other optimizers by their own `step()`.
         otherwise: "eager" to run a function that cannot be recorded as it is, with one RuntimeWarning, instead of
             raising.

@@ -315,15 +315,32 @@ template <class T> class Runner final : public ElementwiseRun {
       case PlannedOutput::each_column:
         return by.columns(block.rows, block.columns, from, into + block.column);
       case PlannedOutput::mixed:
-        for_rows(plan_.grid, output.partial, block.row, block.rows, [&](int64_t i, int64_t offset) {
-          const T* const row = from + i * block.columns;
-          if (output.partial.inner == 0) {
-            by.rows(1, block.columns, row, into + offset);
-          } else {
-            by.columns(1, block.columns, row, into + offset + block.column);
-          }
-        });
+        return reduce_mixed(output, by, block, from, into);
     }
+  }
+
+  // Rows one after the other that share partial results, or whose partial results lie so, are reduced together.
+  void reduce_mixed(const PlannedOutput& output, const ElementFolds<T>& by, const Block& block, const T* from,
+                    double* into) const {
+    const bool kept = output.partial.inner != 0;
+    const int64_t step = kept ? 0 : 1;
+    int64_t first = 0, count = 0, place = 0;
+    const auto fold_rows = [&] {
+      if (count == 0) return;
+      (kept ? by.columns : by.rows)(count, block.columns, from + first * block.columns, into + place);
+    };
+    for_rows(plan_.grid, output.partial, block.row, block.rows, [&](int64_t i, int64_t offset) {
+      const int64_t at = kept ? offset + block.column : offset;
+      if (count > 0 && at == place + count * step) {
+        count++;
+        return;
+      }
+      fold_rows();
+      first = i;
+      count = 1;
+      place = at;
+    });
+    fold_rows();
   }
 
   // Adds the partial results of chunks in their order, and writes what they make.

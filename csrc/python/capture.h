@@ -36,6 +36,8 @@ class Form {
   void objects(py::list& all) const;
   // All that is only borrowed, for the caller to keep alive.
   void borrowed(py::list& all) const;
+  // Has match() take only the very tensors that this was parsed from, where they are among these, which stay alive.
+  void pin(const std::vector<at::Tensor>& tensors);
 
  private:
   enum class Kind { tensor, plain, object, tuple, list, dict };
@@ -50,9 +52,10 @@ class Form {
   // Of a tensor.
   at::ScalarType dtype_ = at::kFloat;
   std::vector<int64_t> sizes_, strides_;
-  bool requires_grad_ = false;
-  std::array<Py_ssize_t, 2> hooks_ = {};  // arguments with hooks are not recorded
-  size_t first_ = 0;                      // the first tensor of the call that is the same one
+  bool requires_grad_ = false, pinned_ = false;
+  const c10::TensorImpl* parsed_ = nullptr;  // may be gone, unless it is pinned
+  std::array<Py_ssize_t, 2> hooks_ = {};     // arguments with hooks are not recorded
+  size_t first_ = 0;                         // the first tensor of the call that is the same one
 };
 
 // Whether two values of Python that cannot change are equal; false for all others, unless they are one object.
@@ -72,6 +75,8 @@ class Surroundings {
   // One entry of a dictionary; missing is a value too.
   void add_item(const py::dict& dict, const py::object& key, int mode);
   void add_sequence(const py::object& list_or_tuple, const std::vector<int>& modes);
+  // How many entries a container has, of whatever kind.
+  void add_size(const py::object& container);
   void add_cell(const py::object& cell, int mode);
   // An attribute that is in no dictionary, such as one in a slot.
   void add_attribute(const py::object& owner, const py::str& name, int mode);
@@ -89,11 +94,11 @@ class Surroundings {
     bool is(PyObject* now) const;
   };
   struct Watched {
-    enum Kind { dict, item, sequence, cell, attribute, hooks } kind;
+    enum Kind { dict, item, sequence, size, cell, attribute, hooks } kind;
     PyObject* holder;
     PyObject* key = nullptr;
     std::vector<Entry> entries;
-    std::array<Py_ssize_t, 2> counts = {};  // of hooks
+    std::array<Py_ssize_t, 2> counts = {};  // of hooks, or of entries
     bool unchanged() const;
   };
 

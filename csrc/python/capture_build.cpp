@@ -99,6 +99,11 @@ py::list borrowed_by(const Call& call) {
   return objects;
 }
 
+void pin(Call& call, const std::vector<at::Tensor>& tensors) {
+  call.signature.args.pin(tensors);
+  call.signature.kwargs.pin(tensors);
+}
+
 int64_t add_recording(Recordings& all, const std::shared_ptr<Tape>& tape, const Call& call, const Call& returned,
                       const Surroundings& surroundings,
                       const std::vector<std::tuple<py::object, py::object, int>>& stops) {
@@ -142,6 +147,7 @@ void add_capture(py::module_& m) {
       .def("add_cell", &Surroundings::add_cell)
       .def("add_attribute", &Surroundings::add_attribute)
       .def("add_hooks", &Surroundings::add_hooks)
+      .def("add_size", &Surroundings::add_size)
       .def("changed", &Surroundings::changed);
   py::class_<Call>(m, "Signature")
       .def(py::init(&call_of))
@@ -152,6 +158,7 @@ void add_capture(py::module_& m) {
            })
       .def_readonly("tensors", &Call::tensors)
       .def("forget_tensors", [](Call& call) { call.tensors.clear(); })
+      .def("pin", &pin)
       .def_property_readonly("borrowed", &borrowed_by)
       .def_property_readonly("objects", &objects_of);
   // With attributes, for what recordings borrow: it lives as long as a call of this object.

@@ -51,6 +51,7 @@ Form::Form(PyObject* object, std::vector<at::Tensor>& tensors) : type_(Py_TYPE(o
     sizes_ = tensor.sizes().vec();
     strides_ = tensor.strides().vec();
     requires_grad_ = tensor.requires_grad();
+    parsed_ = tensor.unsafeGetTensorImpl();
     hooks_ = hooks_of_tensor(object);
     for (first_ = 0; first_ < tensors.size() && !tensors[first_].is_same(tensor); first_++) continue;
     tensors.push_back(tensor);
@@ -78,6 +79,7 @@ bool Form::match_tensor(PyObject* object, const std::vector<at::Tensor>& tensors
       tensor.strides() != at::IntArrayRef(strides_) || tensor.requires_grad() != requires_grad_)
     return false;
   if (requires_grad_ && hooks_of_tensor(object) != hooks_) return false;
+  if (pinned_ && tensor.unsafeGetTensorImpl() != parsed_) return false;
   size_t first = 0;
   while (first < tensors.size() && !tensors[first].is_same(tensor)) first++;
   return first == first_;
@@ -151,6 +153,11 @@ py::object Form::build(const std::vector<at::Tensor>& tensors, size_t& next) con
 void Form::objects(py::list& all) const {
   if (kind_ == Kind::object) all.append(py::reinterpret_borrow<py::object>(object_));
   for (const Form& child : children_) child.objects(all);
+}
+
+void Form::pin(const std::vector<at::Tensor>& tensors) {
+  for (const at::Tensor& tensor : tensors) pinned_ = pinned_ || parsed_ == tensor.unsafeGetTensorImpl();
+  for (Form& child : children_) child.pin(tensors);
 }
 
 void Form::borrowed(py::list& all) const {

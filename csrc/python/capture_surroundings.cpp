@@ -47,6 +47,8 @@ bool Surroundings::Watched::unchanged() const {
       }
       return true;
     }
+    case size:
+      return PyObject_Size(holder) == counts[0];
     case cell:
       return entries[0].is(PyCell_GET(holder));
     case attribute: {
@@ -77,6 +79,10 @@ void Surroundings::add_sequence(const py::object& list_or_tuple, const std::vect
   size_t i = 0;
   for (PyObject* value : items_of(list_or_tuple.ptr())) watched.entries.push_back({value, modes.at(i++)});
   all_.push_back(std::move(watched));
+}
+
+void Surroundings::add_size(const py::object& container) {
+  all_.push_back({Watched::size, container.ptr(), nullptr, {}, {Py_ssize_t(py::len(container)), 0}});
 }
 
 void Surroundings::add_cell(const py::object& cell, int mode) {

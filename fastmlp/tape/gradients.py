@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmlp.tape.trace import GradSet, Trace
+from fastmlp.tape.trace import GradSet, Memory, Trace
 
 __all__ = ["Gradients"]
 
@@ -104,4 +104,18 @@ class Gradients:
         grad = self._now[id(leaf)] = leaf.grad
         self._set.add(id(leaf))
         value = None if grad is None else self._recorder.value_of(grad, place)
-        self._trace.events.append(GradSet(self._recorder.value_of(leaf, place), value, place))
+        leaf_value = self._recorder.value_of(leaf, place)
+        if self._memory(leaf_value).source[0] in ("new", "constant"):
+            self._recorder.refuse_at(
+                "the .grad of a tensor that the function makes is set: compute it by torch.autograd.grad", place
+            )
+        if value is not None and self._memory(value).source != ("new",) and self._memory(value).tensor is not grad:
+            self._recorder.refuse_at(
+                ".grad is set to a view, a constant of Python, or the gradient of another tensor, which a replay would "
+                "not find there: set it to a new tensor (clone()), or write into it with copy_()",
+                place,
+            )
+        self._trace.events.append(GradSet(leaf_value, value, place))
+
+    def _memory(self, value: int) -> Memory:
+        return self._trace.memories[self._trace.values[value].memory]

@@ -345,6 +345,8 @@ class Recorder(RecordingMode):
             return None
         known = self.known_value(tensor)
         if known is not None and not operator.reshapes:
+            if tuple(tensor.shape) != self.trace.values[known].sizes:
+                self.refuse("out= gets another shape than it had: give it a tensor of the shape of the result")
             return known
         storage = tensor.untyped_storage()._cdata
         for like in inputs:

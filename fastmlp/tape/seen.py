@@ -9,7 +9,9 @@ change without a new object, such as elements of long lists, is not looked at: `
 import dis
 import gc
 import sys
-from collections.abc import Callable, Iterable
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Sized
 from enum import Enum
 from functools import lru_cache, partial
 from numbers import Number
@@ -61,6 +63,8 @@ _INERT = frozenset(
 )
 #: Longer containers are not looked into.
 _ITEMS = 64
+#: Containers of which at least the number of entries is watched. Asking for it runs no code of Python.
+_SIZED = (list, tuple, dict, set, bytearray, deque, array)
 #: How Python names the file of what was typed, or came by a pipe or from a notebook.
 _TYPED = ("<stdin", "<string", "<input", "<ipython", "<console", "<python-input")
 #: How far objects are followed from the function.
@@ -79,11 +83,13 @@ class Watched:
     Attributes:
         watch: what replays ask.
         alive: all objects that `watch` only borrows.
+        values: the identities of those that variables, attributes and entries hold.
     """
 
     def __init__(self) -> None:
         self.watch = _C.Surroundings()
         self.alive: list[Any] = []
+        self.values: set[int] = set()
         self._names: list[str] = []
         self._done: set[tuple[Any, ...]] = set()
 
@@ -97,17 +103,21 @@ class Watched:
         self._done.add(key)
         return new
 
+    def _keep(self, holder: Any, *values: Any) -> None:
+        self.alive += [holder, *values]
+        self.values.update(map(id, values))
+
     def mapping(self, holder: dict[Any, Any], modes: list[int], name: str) -> None:
         """Watches the values of a dictionary, and that there are no others."""
         if self._is_new("dict", id(holder)):
-            self.alive += [holder, *holder.values()]
+            self._keep(holder, *holder.values())
             self.watch.add_dict(holder, modes)
             self._names.append(name)
 
     def item(self, holder: dict[Any, Any], key: Any, mode: int, name: str) -> None:
         """Watches one entry of a dictionary."""
         if self._is_new("item", id(holder), key):
-            self.alive += [holder, key, holder.get(key)]
+            self._keep(holder, key, holder.get(key))
             self.watch.add_item(holder, key, mode)
             self._names.append(name)
 
@@ -124,21 +134,28 @@ class Watched:
     def sequence(self, holder: list[Any] | tuple[Any, ...], modes: list[int], name: str) -> None:
         """Watches the items of a list."""
         if self._is_new("sequence", id(holder)):
-            self.alive += [holder, *holder]
+            self._keep(holder, *holder)
             self.watch.add_sequence(holder, modes)
+            self._names.append(name)
+
+    def size(self, holder: Sized, name: str) -> None:
+        """Watches how many entries a container has."""
+        if self._is_new("size", id(holder)):
+            self.alive.append(holder)
+            self.watch.add_size(holder)
             self._names.append(name)
 
     def attribute(self, owner: Any, name: str, mode: int, words: str) -> None:
         """Watches an attribute that is in no dictionary."""
         if self._is_new("attribute", id(owner), name):
-            self.alive += [owner, name, getattr(owner, name)]
+            self._keep(owner, name, getattr(owner, name))
             self.watch.add_attribute(owner, name, mode)
             self._names.append(words)
 
     def cell(self, cell: Any, mode: int, name: str) -> None:
         """Watches a variable of a closure."""
         if self._is_new("cell", id(cell)):
-            self.alive += [cell, cell.cell_contents]
+            self._keep(cell, cell.cell_contents)
             self.watch.add_cell(cell, mode)
             self._names.append(name)
 
@@ -260,17 +277,16 @@ class _Walk:
     def _mode(self, value: Any, name: str, depth: int) -> int:
         """How a variable is compared, after what it holds has been added.
 
-        Numbers are compared by value; what the recording depends on, and what holds something that is watched, by
-        identity. The function itself may make new lists and objects, with the same in them, at each call.
+        Numbers are compared by value, and all else by identity: an object takes its place with another one in it. The
+        function itself may make new lists and objects, with the same in them, at each call.
         """
-        inside = self._value(value, name, depth)
+        self._value(value, name, depth)
         if isinstance(value, _PLAIN):
             return _EQUAL
         if isinstance(value, Tensor):
             # Within the call none may take the place of another, because replays would not put it there.
             return _SAME if id(value) in self._held or self._within else _IGNORED
-        outside = not self._within and (inside or not _is_standard(type(value)))
-        return _SAME if isinstance(value, _CONSTANT) or outside else _IGNORED
+        return _SAME if isinstance(value, _CONSTANT) or not self._within else _IGNORED
 
     def _module(self, module: nn.Module) -> None:
         own = vars(module)
@@ -363,10 +379,13 @@ class _Walk:
             return self._each((value.__func__, value.__self__), name, depth)
         if isinstance(value, partial):
             return self._each((value.func, value.args, value.keywords), name, depth)
-        if isinstance(value, dict):
-            return len(value) <= _ITEMS and self._dictionary(value, name, depth)
-        if isinstance(value, (list, tuple)):
-            return len(value) <= _ITEMS and self._sequence(value, name, depth)
+        if isinstance(value, dict) and len(value) <= _ITEMS:
+            return self._dictionary(value, name, depth)
+        if isinstance(value, (list, tuple)) and len(value) <= _ITEMS:
+            return self._sequence(value, name, depth)
+        if isinstance(value, _SIZED):
+            self._watched.size(value, name)
+            return True
         if isinstance(value, type):
             return self._class(value, value.__name__, depth)
         return self._object(value, name, depth)

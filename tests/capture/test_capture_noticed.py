@@ -4,12 +4,14 @@ Each program runs three times: by itself, captured, and by itself without the ch
 otherwise, because else a change that went unnoticed would not be seen here.
 """
 
+import collections
 import functools
 from collections.abc import Callable
 from enum import Enum
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -775,6 +777,45 @@ def keyword_of_a_partial(program: SimpleNamespace) -> None:
     program.bound.keywords["alpha"] = 3
 
 
+class Priors:
+    def __init__(self) -> None:
+        self.prior, self.factors = torch.distributions.Normal(0.0, 1.0), np.ones(3)
+        self.window, self.longer = collections.deque([1.0, 2.0]), [2.0] * 100
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.prior.log_prob(x) * self.factors[1] * self.window[-1] * self.longer[-1]
+
+
+def of_objects() -> SimpleNamespace:
+    priors = Priors()
+    return SimpleNamespace(step=priors.step, priors=priors)
+
+
+@change(of_objects)
+def distribution_swapped(program: SimpleNamespace) -> None:
+    program.priors.prior = torch.distributions.Normal(1.0, 1.0)
+
+
+@change(of_objects)
+def array_swapped(program: SimpleNamespace) -> None:
+    program.priors.factors = np.full(3, 2.0)
+
+
+@change(of_objects)
+def appended_to_a_deque(program: SimpleNamespace) -> None:
+    program.priors.window.append(3.0)
+
+
+@change(of_objects)
+def appended_to_a_long_list(program: SimpleNamespace) -> None:
+    program.priors.longer.append(3.0)
+
+
+@change(of_objects)
+def long_list_swapped(program: SimpleNamespace) -> None:
+    program.priors.longer = [3.0] * 100
+
+
 def global_numbers() -> SimpleNamespace:
     def step(x: Tensor, y: Tensor) -> Tensor:
         return HELPER(x * SCALE * FACTORS[1]) + Config.shift
@@ -984,3 +1025,25 @@ def test_results_may_have_hooks() -> None:
     for i in range(4):
         assert torch.equal(captured(batch(i)[0]), batch(i)[0])
     assert captured.replays == 2
+
+
+def test_an_argument_that_a_variable_holds_too() -> None:
+    """It is that very tensor in a recording; with another one in its place there is another recording."""
+    held = torch.ones(3)
+
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        held.add_(a)
+        return held * b + a
+
+    captured, other = fastmlp.capture(function), torch.full((3,), 2.0)
+    calls = [(0, 1)] * 3 + [(1, 1), (1, 0), (0, 1), (1, 1), (1, 1), (1, 0), (1, 0), (0, 1)]
+    for pair in calls:
+        tensors, before = (held, other), held.clone()
+        found = captured(*(tensors[i] for i in pair))
+        after = held.clone()
+        held.copy_(before)
+        expected = function(*(tensors[i] for i in pair))
+        assert torch.equal(found, expected)
+        assert torch.equal(after, held)
+        held.copy_(after.remainder(5))
+    assert captured.replays >= 4

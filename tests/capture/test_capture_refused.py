@@ -70,6 +70,7 @@ def marked_line(function: Callable[..., Any]) -> int | None:
 
 def plain(result: Any) -> list[Any]:
     """What is in a result, as it is now."""
+    result = list(result) if isinstance(result, Iterator) else result
     return [item.detach().clone() if isinstance(item, Tensor) else item for item in tree_flatten(result)[0]]
 
 
@@ -306,6 +307,60 @@ def view_of_what_lies_behind() -> Program:
         return torch.as_strided(x, (x.numel() + 1,), (1,)) * 2  # here
 
     return Program(step, [(x[:-1],) for (x,) in inputs()])
+
+
+def setting_grad(make: Callable[[Tensor, nn.Parameter], Tensor]) -> Callable[[], Program]:
+    """A program that sets `.grad` to what it makes of an argument and another parameter."""
+
+    def program() -> Program:
+        weight, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+        def step(x: Tensor) -> Any:
+            other.grad = None
+            (other * x.sum()).sum().backward()
+            weight.grad = make(x, other)  # here
+            return x * 2
+
+        return Program(step, inputs())
+
+    program.__name__ = f"grad_set_to_{make.__name__}"
+    return program
+
+
+def a_view_of_an_argument(x: Tensor, other: nn.Parameter) -> Tensor:
+    return x.view(-1)[:2]
+
+
+def a_constant(x: Tensor, other: nn.Parameter) -> Tensor:
+    return torch.tensor([1.0, 2.0])
+
+
+def a_detached_parameter(x: Tensor, other: nn.Parameter) -> Tensor:
+    return other.detach()
+
+
+for _make in (a_view_of_an_argument, a_constant, a_detached_parameter):
+    refused(".grad is set to a view, a constant of Python, or", "set it to a new tensor (clone())")(setting_grad(_make))
+
+
+@refused("the .grad of a tensor that the function makes is set", "compute it by torch.autograd.grad")
+def grad_of_an_inner_leaf() -> Program:
+    def step(x: Tensor) -> Any:
+        leaf = x.clone().requires_grad_()
+        leaf.grad = x * 2  # here
+        return leaf.detach() * 2
+
+    return Program(step, inputs())
+
+
+@refused("out= gets another shape than it had", "give it a tensor of the shape of the result")
+def result_of_another_shape() -> Program:
+    def step(x: Tensor) -> Any:
+        made = x * 2
+        torch.sum(x, 0, out=made)  # here
+        return made
+
+    return Program(step, inputs())
 
 
 @refused("tensor.data = ... within the captured function", "do it outside, or write with copy_()")
@@ -802,6 +857,48 @@ def counter() -> Program:
     def step(x: Tensor) -> Any:  # here
         count["calls"] += 1
         return x * 2
+
+    return Program(step, inputs())
+
+
+def growing(container: Any, add: Callable[[Any], Any]) -> Callable[[], Program]:
+    """A program in which a container grows at each call."""
+
+    def make() -> Program:
+        grown = copy.copy(container)
+
+        def step(x: Tensor) -> Any:  # here
+            add(grown)
+            return x * 2
+
+        return Program(step, inputs())
+
+    make.__name__ = f"growing_{type(container).__name__}"
+    return make
+
+
+for container, add in (
+    (collections.deque(), lambda grown: grown.append(1)),
+    (set(), lambda grown: grown.add(len(grown))),
+    ([0] * 100, lambda grown: grown.append(1)),
+    (dict.fromkeys(range(100)), lambda grown: grown.update({len(grown): 1})),
+    (bytearray(), lambda grown: grown.append(1)),
+):
+    refused("grown changes within the captured function", "change it outside of the function")(growing(container, add))
+
+
+@refused("it returned", "can be gone through once")
+def results_one_by_one() -> Program:
+    def step(x: Tensor) -> Any:  # here
+        yield x * 2
+
+    return Program(step, inputs())
+
+
+@refused("it returned", "return a list or a tuple")
+def mapped_results() -> Program:
+    def step(x: Tensor) -> Any:  # here
+        return map(torch.neg, (x * 2, x))
 
     return Program(step, inputs())
 

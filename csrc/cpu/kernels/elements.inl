@@ -112,9 +112,27 @@ template <class T> struct Elements {
           part = R::fold(part, load_up_to(x + i * columns + j, left));
         total = R::fold(total, part);
       }
-      T all[lanes];
-      M::store(all, total);
-      for (int64_t l = 0; l < left && l < lanes; l++) into[j + l] = R::fold(into[j + l], double(all[l]));
+      if (left >= lanes) {
+        fold_into<R>(total, into + j);
+        continue;
+      }
+      double some[lanes] = {};
+      fold_into<Sum>(total, some);
+      for (int64_t l = 0; l < left; l++) into[j + l] = R::fold(into[j + l], some[l]);
+    }
+  }
+
+  // Adds a vector to as many partial results.
+  template <class R> static void fold_into(V v, double* into) {
+    using Double = Math<double>;
+    typedef T Part __attribute__((vector_size(Double::lanes * sizeof(T))));
+    Part parts[lanes / Double::lanes];
+    __builtin_memcpy(parts, &v, sizeof v);
+#pragma GCC unroll 2
+    for (int k = 0; k < lanes / Double::lanes; k++) {
+      double* const place = into + k * Double::lanes;
+      const auto wide = __builtin_convertvector(parts[k], typename Double::V);
+      Double::store(place, R::fold(Double::load(place), wide));
     }
   }
 
