@@ -234,9 +234,10 @@ def print_reasons(out: Console, found: Sequence[Measured]) -> None:
 
 
 def in_short(reason: str) -> str:
-    """Return the first thing that a reason says, or of a network that is no chain why it is no graph either."""
+    """Return the first thing that a reason says: of a forward what it raised, of no chain why it is no graph either."""
+    _, _, raised = reason.partition(" It says: ")
     _, _, of_graph = reason.partition("; nor is it a graph of layers: ")
-    return (of_graph or reason.partition("; ")[0]).partition(", expected exactly")[0]
+    return raised or (of_graph or reason.partition("; ")[0]).partition(", expected exactly")[0]
 
 
 def totals(found: Sequence[Measured]) -> Iterator[str]:

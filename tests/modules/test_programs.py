@@ -61,7 +61,7 @@ CASES: dict[type[Subject], Taken] = {
     BatchNorm: Taken(3, Fused(3, 3), Fused(3, 3)),
     Autoencoder: Taken(6, Fused(6, 2), Fused(6, 1)),
     VariationalAutoencoder: Taken(
-        *(5, Fused(5, 5), Fused(5, 4), r"nor is it a graph of layers: .* its forward calls view: RuntimeError"),
+        *(5, Fused(5, 5), Fused(5, 4), r"nor is it a graph of layers: .* calls randn_like: randn_like is not among"),
         r"its forward uses the result of relu 2 times.*; loss_fn is the function evidence",
     ),
     Siren: Taken(4, Fused(1, 1), Fused(4, 4), "", r"its forward calls mul, which is not part of a chain"),
@@ -219,6 +219,17 @@ def test_the_table() -> None:
     ]
     assert re.fullmatch(r"geometric means .*: in place [\d.]+ \(2\), .*, frozen, 256 rows [\d.]+ \(2\)", means)
     assert "TrainStep" not in means
+
+
+def test_reasons_in_short() -> None:
+    pytest.importorskip("rich")
+    models = pytest.importorskip("benchmarks.models")
+    for reason, short in {
+        "torch.fx cannot record it; convert without trace. It says: a len; of x": "a len; of x",
+        "a (A) is in no chain; nor is it a graph of layers: b (B) cannot be frozen": "b (B) cannot be frozen",
+        "loss_fn is a function, expected exactly one of these; the model is none": "loss_fn is a function",
+    }.items():
+        assert models.in_short(reason) == short
 
 
 def test_programs_are_selected_by_parts_of_their_names() -> None:

@@ -211,3 +211,6 @@ class VariationalAutoencoder(Described):
 
     def make(self) -> nn.Module:
         return Variational(self.side**2, self.size(400, 12), self.size(20, 3)).to(self.dtype)
+
+    def requests(self, rows: int) -> tuple[Tensor, ...]:
+        return (self.data[0][:rows].flatten(1),)
