@@ -4,6 +4,7 @@
 #   make demo PYTHON=python3.12         with another Python
 #   make demo VENV=/path                with the environment elsewhere
 #   make bench BENCH=--quick            with options of `python -m benchmarks.report`
+#   make models MODELS='--only siren'   programs converted, in a TrainStep, captured, frozen: what is taken, how fast it is
 #   make account                        where the time of a training step goes
 #   make attack                         20,000 random programs against PyTorch; `make test` runs two minutes of them
 #   make attack ATTACK='--surface frozen --seed 7'  one of them again, as a failure names it
@@ -125,7 +126,7 @@ account: $(VENV)/bench
 	python -m benchmarks.account $(ACCOUNT)
 
 models: $(VENV)/models
-	python -m benchmarks.models
+	python -m benchmarks.models $(MODELS)
 
 gpu-proof: $(VENV)/gpu-proof
 	python -m tools.gpu_proof $(PROOF)

@@ -209,7 +209,12 @@ def _found_in_graph(module: fx.GraphModule) -> Iterator[_Found]:
         if node.op == "call_function" and node.target is run_chain:
             nodes: dict[str, Any] = node.args[1]
             names = dict(zip(nodes, names_in(nodes), strict=True))
-            yield from _found_in_children({key: _child(module, layer) for key, layer in nodes.items()}, names)
+            owners = {name: _owner(module, nodes[key]) for key, name in names.items()}
+            found = _found_in_children({key: _child(module, layer) for key, layer in nodes.items()}, names)
+            for called, modules, reason in found:
+                # The forward of a layer that called F.linear runs here, so the layer itself has no entry of its own.
+                others = [] if reason else [owner for name in called if (owner := owners[name]) is not None]
+                yield called, modules + others, reason
         elif node.op == "call_module" and type(module.get_submodule(node.target)) in reference.MODULES:
             yield [node.target], [module.get_submodule(node.target)], _why_not_in_a_chain(node)
         elif activation_of(node) is not None:
@@ -223,6 +228,11 @@ def _child(module: fx.GraphModule, layer: Any) -> Child:
         assert weight is not None
         return weight, bias
     return module.get_submodule(str(layer.target))
+
+
+def _owner(module: fx.GraphModule, layer: Any) -> nn.Module | None:
+    """The module whose weight a chain in a graph was called with as a function; None for a module that was called."""
+    return module.get_submodule(str(layer[0].target).rpartition(".")[0]) if isinstance(layer, tuple) else None
 
 
 def _matters(module: nn.Module) -> bool:

@@ -202,6 +202,13 @@ def test_reports_name_the_call() -> None:
     assert "second" in text
 
 
+def test_reports_name_a_layer_once() -> None:
+    """By its call: its own forward is not executed, so that there is nothing that it does by itself."""
+    report = fastmlp.fusion_report(convert(Network(), trace=True))
+    assert [entry.reason for entry in report] == [""] * len(report)
+    assert str(fastmlp.fusion_report(Network())).count("and may compute something else") == 3
+
+
 class Computed(OwnLinear):
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(F.linear(x, self.weight * 2, self.bias))

@@ -8,18 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from fastmlp import convert
-from tests.support.comparison import PARTS, compare, pair, results
-from tests.support.models import (
-    SUBJECTS,
+from tests.support.comparison import PARTS, Reference, pair, results
+from tests.support.rounding import distance, rounding_bounds
+from tests.support.subjects import PUBLISHED, Subject
+from tests.support.subjects.published import (
     Digits,
     PhysicsInformed,
     Policy,
-    Subject,
     TabularMLP,
     TabularResNet,
     Torchvision,
 )
-from tests.support.rounding import distance, rounding_bounds
 
 #: Each model in place and recorded, and how many runs and single layers are fused, how many activations are not.
 CASES: list[tuple[type[Subject], bool, int, int]] = [
@@ -55,7 +54,8 @@ def made(kind: type[Subject], dtype: torch.dtype) -> Subject:
 @pytest.mark.parametrize(("kind", "trace", "fused", "kept"), CASES)
 def test_the_same_model(kind: type[Subject], trace: bool, fused: int, kept: int) -> None:
     subject = made(kind, torch.float64)
-    found = compare(subject, *pair(subject, trace))
+    plain, converted = pair(subject, trace)
+    found = Reference(subject, plain).compare(converted)
     assert found.keys
     assert [sum(bool(entry.reason) is reason for entry in found.report) for reason in (False, True)] == [fused, kept]
     for part in PARTS:
@@ -68,49 +68,36 @@ def test_the_same_outputs_in_float32(kind: type[Subject], trace: bool, fused: in
     plain, converted = pair(subject, trace)
 
     def outputs(model: nn.Module) -> dict[str, Tensor]:
-        return {"outputs": subject.outputs(model).detach()}
+        return {"outputs": subject.outputs(model.eval()).detach()}
 
     expected = outputs(plain)
     bounds = rounding_bounds(lambda: outputs(plain), expected)
     assert distance(outputs(converted)["outputs"], expected["outputs"]) <= bounds["outputs"]
 
 
-@pytest.mark.parametrize("kind", SUBJECTS)
+@pytest.mark.parametrize("kind", PUBLISHED)
 def test_a_wrong_model_is_found_out(kind: type[Subject]) -> None:
     subject = made(kind, torch.float64)
     plain, wrong = pair(subject, trace=False)
     with torch.no_grad():
         next(wrong.parameters()).mul_(1 + 1e-9)
-    found = compare(subject, plain, wrong)
+    found = Reference(subject, plain).compare(wrong)
     for part in PARTS:
         assert found.share(part) > 1, part
 
 
-@pytest.mark.parametrize("kind", SUBJECTS)
+@pytest.mark.parametrize("kind", PUBLISHED)
 def test_a_training_changes_every_parameter(kind: type[Subject]) -> None:
     subject = made(kind, torch.float32)
     for model in pair(subject, trace=False):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         found = results(subject, model)
-        assert [name for name, p in before.items() if torch.equal(found[f"ten steps: {name}"], p)] == []
-        assert len(found) == 1 + len(before) + len(model.state_dict())
+        assert [name for name, p in before.items() if torch.equal(found[f"training: {name}"], p)] == []
+        assert [name for name in before if f"gradients: {name}" not in found] == []
+        assert [name for name in model.state_dict() if f"training: {name}" not in found] == []
 
 
 def test_what_cannot_be_recorded_says_so() -> None:
     policy = made(Policy, torch.float32).make()
     with pytest.raises(RuntimeError, match=r"torch.fx cannot record the forward of ActorCriticPolicy"):
         convert(policy, trace=True)
-
-
-def test_the_table() -> None:
-    pytest.importorskip("rich")
-    models = pytest.importorskip("benchmarks.models")
-    made(TabularResNet, torch.float32)
-    in_place, recorded = models.rows(TabularResNet, models.Effort(rounds=2, patience=0))
-    name, parameters, way, fused, kept, *shares, keys, _, ratio = in_place
-    assert (name, parameters, way, keys) == ("rtdl ResNet", "35331", "in place", "equal")
-    assert fused.startswith("input_projection\nblocks.0.linear1 + blocks.0.activation\n")
-    assert kept == "output.activation: no layer that is fused precedes it"
-    assert [share.endswith("%") for share in shares] == [True] * len(PARTS)
-    assert float(ratio) > 0
-    assert recorded[2] == "trace=True"

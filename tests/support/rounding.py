@@ -249,20 +249,23 @@ STEPS: Mapping[Any, Callable[..., Tensor]] = {
 }
 
 
-def rounding_bounds(run: Callable[[], Results], found: Results, steps: bool = False) -> dict[str, Tensor]:
+def rounding_bounds(
+    run: Callable[[], Results], found: Results, steps: bool = False, probes: int = PROBES
+) -> dict[str, Tensor]:
     """How far apart two implementations of a computation may be, for each of its results.
 
     Args:
         run: computes them afresh.
         found: what it computes when nothing is moved.
         steps: whether losses and optimizers are implemented anew too, and not only layers.
+        probes: how many runs there are. Fewer make narrower bounds.
 
     Returns:
         A number for each, the largest that an entry may differ by. Both sides may err, so it is twice the largest
         change that was seen.
     """
     bounds = {name: torch.zeros((), dtype=torch.float64) for name in found}
-    for seed in range(PROBES):
+    for seed in range(probes):
         with Rounding(seed, steps):
             moved = run()
         for name, value in found.items():

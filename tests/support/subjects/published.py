@@ -1,6 +1,6 @@
 """Models of other libraries, made, used and trained as those do, to be compared with themselves converted.
 
-Each `Subject` needs a package of the extra `models`, which is imported where it is used.
+Each needs a package of the extra `models`, which is imported where it is used.
 """
 
 import copy
@@ -12,69 +12,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-__all__ = ["STEPS", "SUBJECTS", "Subject"]
+from tests.support.subjects.base import Maker, Subject, in_a_loop
 
-#: Of the optimizer, in a training.
-STEPS = 10
-
-
-class Subject:
-    """A model with its data.
-
-    Attributes:
-        name: of the model.
-        package: that has to be there, as it is imported.
-        traceable: whether torch.fx can record the model.
-        dtype: of parameters and data.
-    """
-
-    name: str
-    package: str
-    traceable = True
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def randn(self, *shape: int, seed: int) -> Tensor:
-        """Makes data, the same in every dtype but for rounding."""
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
-
-    def make(self) -> nn.Module:
-        """Returns the model, not converted, with weights from torch's random numbers."""
-        raise NotImplementedError
-
-    def outputs(self, model: nn.Module) -> Tensor:
-        """Returns what the model is used for, in evaluation mode."""
-        raise NotImplementedError
-
-    def loss(self, model: nn.Module) -> Tensor:
-        """Returns the loss of one batch, in training mode."""
-        raise NotImplementedError
-
-    def train(self, model: nn.Module) -> None:
-        """Trains the model by `STEPS` steps of the optimizer."""
-        optimizer = torch.optim.Adam(model.parameters())
-        for _ in range(STEPS):
-            optimizer.zero_grad()
-            self.loss(model).backward()
-            optimizer.step()
+__all__ = [
+    "PUBLISHED",
+    "Digits",
+    "PhysicsInformed",
+    "Policy",
+    "TabularMLP",
+    "TabularResNet",
+    "Torchvision",
+]
 
 
 class Supervised(Subject):
     """A regression on numbers in columns."""
 
     columns = 24
+    criterion = staticmethod(mse_loss)
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__(dtype)
+    def __init__(self, dtype: torch.dtype, small: bool = False) -> None:
+        super().__init__(dtype, small)
         self.x = self.randn(256, self.columns, seed=1)
         self.y = self.x[:, :3].sin().cumsum(1)
 
     def outputs(self, model: nn.Module) -> Tensor:
-        return model.eval()(self.x)
+        return model(self.x)
 
-    def loss(self, model: nn.Module) -> Tensor:
-        return mse_loss(model.train()(self.x), self.y)
+    def batch(self, i: int) -> tuple[Tensor, ...]:
+        return self.x, self.y
+
+    def requests(self, rows: int) -> tuple[Tensor, ...]:
+        return (self.x[:rows],)
 
 
 class Torchvision(Supervised):
@@ -129,13 +98,14 @@ class Policy(Subject):
 
     name = "Stable-Baselines3 PPO"
     package = "stable_baselines3"
-    traceable = False  # its forward draws actions from a distribution, which checks its arguments
+    loop = "Stable-Baselines3's"
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, small: bool = False) -> None:
         from stable_baselines3 import PPO
 
-        super().__init__(dtype)
-        self.algorithm = PPO("MlpPolicy", "CartPole-v1", n_steps=128, batch_size=64, n_epochs=STEPS // 2, seed=0)
+        super().__init__(dtype, small)
+        epochs = self.steps // 2
+        self.algorithm = PPO("MlpPolicy", "CartPole-v1", n_steps=128, batch_size=64, n_epochs=epochs, seed=0)
         self.policy = copy.deepcopy(self.algorithm.policy)  # before it has run, which leaves results in it
         self.algorithm.learn(128)
         self.rollout = next(self.algorithm.rollout_buffer.get())
@@ -152,17 +122,24 @@ class Policy(Subject):
         return list(policy.evaluate_actions(self.rollout.observations, self.rollout.actions.long().flatten()))
 
     def outputs(self, model: nn.Module) -> Tensor:
-        return torch.cat([part.flatten() for part in self.evaluate(model.eval())])
+        return torch.cat([part.flatten() for part in self.evaluate(model)])
 
-    def loss(self, model: nn.Module) -> Tensor:
-        values, log_probabilities, entropies = self.evaluate(model.train())
+    def batch(self, i: int) -> tuple[Tensor, ...]:
+        return ()
+
+    def loss(self, model: nn.Module, *batch: Tensor) -> Tensor:
+        values, log_probabilities, entropies = self.evaluate(model)
         gain = (self.rollout.advantages * log_probabilities).mean() + 0.01 * entropies.mean()
         return mse_loss(values.flatten(), self.rollout.returns.to(self.dtype)) - gain
 
-    def train(self, model: nn.Module) -> None:
+    def train(self, model: nn.Module, make: Maker = in_a_loop) -> dict[str, Tensor]:
         np.random.seed(0)  # noqa: NPY002 (which is what shuffles the rollout)
         self.algorithm.policy = model
         self.algorithm.train()
+        return {}
+
+    def requests(self, rows: int) -> tuple[Tensor, ...]:
+        return (self.rollout.observations.repeat(4, 1)[:rows],)
 
 
 class Digits(Subject):
@@ -170,15 +147,17 @@ class Digits(Subject):
 
     name = "skorch in a Pipeline"
     package = "skorch"
+    criterion = staticmethod(cross_entropy)
+    loop = "skorch's"
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, small: bool = False) -> None:
         from sklearn.datasets import load_digits
         from sklearn.preprocessing import StandardScaler
 
-        super().__init__(dtype)
+        super().__init__(dtype, small)
         data = load_digits()
-        self.x = data.data[: 64 * STEPS].astype(str(dtype).removeprefix("torch."))
-        self.y = data.target[: 64 * STEPS]
+        self.x = data.data[: 64 * self.steps].astype(str(dtype).removeprefix("torch."))
+        self.y = data.target[: 64 * self.steps]
         self.scaler = StandardScaler().fit(self.x)
 
     def make(self) -> nn.Module:
@@ -196,12 +175,15 @@ class Digits(Subject):
     def outputs(self, model: nn.Module) -> Tensor:
         return torch.as_tensor(self.pipeline(model).predict_proba(self.x))
 
-    def loss(self, model: nn.Module) -> Tensor:
-        x, y = self.scaler.transform(self.x[:64]), self.y[:64]
-        return cross_entropy(model.train()(torch.as_tensor(x)), torch.as_tensor(y))
+    def batch(self, i: int) -> tuple[Tensor, ...]:
+        return torch.as_tensor(self.scaler.transform(self.x[:64])), torch.as_tensor(self.y[:64])
 
-    def train(self, model: nn.Module) -> None:
+    def train(self, model: nn.Module, make: Maker = in_a_loop) -> dict[str, Tensor]:
         self.pipeline(model).fit(self.x, self.y)
+        return {}
+
+    def requests(self, rows: int) -> tuple[Tensor, ...]:
+        return (torch.as_tensor(self.scaler.transform(self.x[:rows])),)
 
 
 class Burgers(nn.Module):
@@ -223,29 +205,37 @@ class PhysicsInformed(Subject):
 
     name = "physics-informed net"
     package = "torch"
+    several = "its loss holds derivatives of the network, and is no function of an output and a target"
     viscosity = 0.01 / torch.pi
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__(dtype)
+    def __init__(self, dtype: torch.dtype, small: bool = False) -> None:
+        super().__init__(dtype, small)
         self.points = self.randn(256, 2, seed=2).sigmoid() * torch.tensor([2, 1]) - torch.tensor([1, 0])
         self.start = self.points[:64] * torch.tensor([1, 0])
 
     def make(self) -> nn.Module:
         return Burgers().to(self.dtype)
 
-    def residual(self, model: nn.Module) -> Tensor:
-        points = self.points.clone().requires_grad_()
+    def batch(self, i: int) -> tuple[Tensor, ...]:
+        return self.points, self.start
+
+    def residual(self, model: nn.Module, points: Tensor) -> Tensor:
+        points = points.clone().requires_grad_()
         u = model(points)
         u_x, u_t = torch.autograd.grad(u.sum(), points, create_graph=True)[0].split(1, 1)
         u_xx = torch.autograd.grad(u_x.sum(), points, create_graph=True)[0][:, :1]
         return u_t + u * u_x - self.viscosity * u_xx
 
     def outputs(self, model: nn.Module) -> Tensor:
-        return torch.cat([model(self.points), self.residual(model)])
+        return torch.cat([model(self.points), self.residual(model, self.points)])
 
-    def loss(self, model: nn.Module) -> Tensor:
-        miss = model(self.start) + (torch.pi * self.start[:, :1]).sin()
-        return self.residual(model).square().mean() + miss.square().mean()
+    def loss(self, model: nn.Module, *batch: Tensor) -> Tensor:
+        points, start = batch
+        miss = model(start) + (torch.pi * start[:, :1]).sin()
+        return self.residual(model, points).square().mean() + miss.square().mean()
+
+    def requests(self, rows: int) -> tuple[Tensor, ...]:
+        return (self.points[:rows],)
 
 
-SUBJECTS: tuple[type[Subject], ...] = (Torchvision, TabularMLP, TabularResNet, Policy, Digits, PhysicsInformed)
+PUBLISHED: tuple[type[Subject], ...] = (Torchvision, TabularMLP, TabularResNet, Policy, Digits, PhysicsInformed)
