@@ -18,8 +18,10 @@ from fastmlp.hooks import has_hooks
 #: plain dictionary, because Dynamo refuses to read a mapping proxy once the traced code has changed any dictionary, as
 #: functional_call does.
 DEFAULTS: Mapping[str, Mapping[str, float]] = {name: defaults for name, defaults, *_ in _C.activations()}
+#: The parameters that have to be above zero; PyTorch refuses zero there.
+POSITIVE: Mapping[str, tuple[str, ...]] = {name: tuple(positive) for name, _, positive, *_ in _C.activations()}
 #: Those of which the kernels keep the output for backward; of the others they keep the argument.
-KEEPS_OUTPUT = frozenset(name for name, _, keeps_output, _ in _C.activations() if keeps_output)
+KEEPS_OUTPUT = frozenset(name for name, _, _, keeps_output, _ in _C.activations() if keeps_output)
 #: Those whose gradient `_C.gradient_from_output` computes.
 HAS_GRADIENT_FROM_OUTPUT = frozenset(name for name, *_, from_output in _C.activations() if from_output)
 _KINDS = {name: kind for kind, name in enumerate(DEFAULTS)}
@@ -48,7 +50,7 @@ class Activation:
         parameters: its parameters, named as in PyTorch; those not given have PyTorch's defaults.
 
     Raises:
-        ValueError: for a name that does not exist, or a parameter that no float can hold.
+        ValueError: for a name that does not exist, or a parameter that no float can hold or that is out of range.
         TypeError: for a name that is no string, for a parameter that the activation does not have, or that is not a
             number.
 
@@ -80,6 +82,8 @@ class Activation:
             except OverflowError:
                 message = f"fastmlp: {key} of activation {name!r} must fit a float, got {described(value)}"
                 raise ValueError(message) from None
+            if key in POSITIVE[name] and not values[key] > 0:
+                raise ValueError(f"fastmlp: {key} of activation {name!r} must be above 0, got {described(value)}")
         padded = (*values.values(), 0.0, 0.0)
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "scalars", padded[:2])

@@ -18,7 +18,7 @@ from fastmlp.modules import Sequential
 from fastmlp.runs import FUSABLE, form_obstacle, original_forwards, watched_obstacle
 from fastmlp.trace import (
     Reshape,
-    activation_of,
+    activation_from,
     ending_of,
     flattening_of,
     names_in,
@@ -278,8 +278,10 @@ def _recorded(name: str, module: nn.Module) -> Iterator[Link]:
         for link in _links_of(name, module, recorded, node, source):
             own.append(link)
             yield link
-        left.remove(node)
-        source = node
+        found = activation_from(node)
+        calls = [node] if found is None else found[1]
+        left = [call for call in left if call not in calls]
+        source = calls[-1]
     if node.args != (source,):
         _refuse(name, module, "its forward returns something else than one tensor")
     if left:
@@ -302,7 +304,7 @@ def _is_input(node: fx.Node) -> bool:
 
 
 def _links_of(name: str, module: nn.Module, traced: fx.GraphModule, node: fx.Node, source: fx.Node) -> Iterator[Link]:
-    activation, ending = activation_of(node), ending_of(node, source)
+    activation, ending = activation_from(node), ending_of(node, source)
     if node.op == "call_function" and node.target is run_chain:
         layers: dict[str, Any] = node.args[1]  # type: ignore[assignment]
         for layer in layers.values():
@@ -318,7 +320,7 @@ def _links_of(name: str, module: nn.Module, traced: fx.GraphModule, node: fx.Nod
     elif node.op == "call_module" and node.args == (source,) and not node.kwargs:
         targets = [str(node.target)]
     elif activation is not None and node.all_input_nodes == [source]:
-        yield Link(_join(name, node.name), module_of(activation))
+        yield Link(_join(name, activation[1][-1].name), module_of(activation[0]))
         return
     elif ending is not None:
         reason = obstacle_of_form(ending)

@@ -47,9 +47,10 @@ def convert(model: nn.Module, trace: bool = False, inputs: tuple[Any, ...] | Non
 
     With `trace` the model stays as it is, and a `torch.fx.GraphModule` with the same modules, parameters and keys is
     returned, in which activations are fused however they are called: `torch.relu(self.fc1(x))`,
-    `self.fc1(x).relu_()`, `self.act(self.fc1(x))`. A layer takes part where its output has one user; so does one that
-    is called as a function with tensors of the model: `F.linear(x, self.weight, self.bias)`. Modules with
-    hooks, and those of torch.nn that hold layers, such as `torch.nn.TransformerEncoderLayer`, are called.
+    `self.fc1(x).relu_()`, `self.act(self.fc1(x))`, `torch.sin(30 * self.fc1(x))`. A layer takes part where its output
+    has one user; so does one that is called as a function with tensors of the model: `F.linear(x, self.weight,
+    self.bias)`. Modules with hooks, and those of torch.nn that hold layers, such as `torch.nn.TransformerEncoderLayer`,
+    are called.
 
     A forward is recorded by executing it, on a copy of the modules, and then it and what was recorded are executed on
     an example and compared, operation by operation. Functions of torch are recorded also where they make tensors

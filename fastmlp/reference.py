@@ -7,10 +7,16 @@ docs/special_values.md lists the NaN, infinities and zeros where PyTorch's own l
 
 from collections.abc import Callable, Sequence
 from math import pi, sqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def _sin(z: Tensor, frequency: float = 1.0) -> Tensor:
+    return torch.sin(z if frequency == 1 else frequency * z)
+
 
 #: Name of each activation and the function that defines it. Keywords are the activation's
 #: parameters, named as in the PyTorch module of `MODULES`.
@@ -19,6 +25,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "relu": torch.relu,
     "leaky_relu": F.leaky_relu,
     "elu": F.elu,
+    "celu": F.celu,
     "selu": F.selu,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
@@ -28,7 +35,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "mish": F.mish,
     "hardswish": F.hardswish,
     "softplus": F.softplus,
-    "sin": torch.sin,
+    "sin": _sin,
 }
 
 
@@ -37,11 +44,13 @@ def _with_step(z: Tensor, value: Tensor, below: float) -> tuple[Tensor, Tensor, 
     return value, torch.where(z <= 0, below, torch.ones_like(z)), torch.zeros_like(z)
 
 
-def _with_bend(z: Tensor, value: Tensor, scale: float, below: float) -> tuple[Tensor, Tensor, Tensor]:
+def _with_bend(
+    z: Tensor, value: Tensor, scale: float, below: float, rate: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of a function that is straight above zero, and exponential below."""
     # Without clamp, whose gradient at zero is that of the exponential.
-    bend = below * torch.where(z < 0, z, torch.zeros_like(z)).exp()
-    return value, torch.where(z > 0, scale, bend), torch.where(z >= 0, torch.zeros_like(z), bend)
+    bend = below * (rate * torch.where(z < 0, z, torch.zeros_like(z))).exp()
+    return value, torch.where(z > 0, scale, bend), torch.where(z >= 0, torch.zeros_like(z), rate * bend)
 
 
 def _sigmoid(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,6 +99,11 @@ def _slopes_of_softplus(z: Tensor, beta: float = 1.0, threshold: float = 20.0) -
     return F.softplus(z, beta, threshold), first, torch.where(x > threshold, torch.zeros_like(z), beta * slope)
 
 
+def _slopes_of_sin(z: Tensor, frequency: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    x = frequency * z
+    return torch.sin(x), frequency * torch.cos(x), -(frequency**2) * torch.sin(x)
+
+
 #: Name of each activation and the function that gives its value, its first and its second derivative. At kinks these
 #: are what PyTorch's autograd has.
 SLOPES: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
@@ -97,6 +111,7 @@ SLOPES: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
     "relu": lambda z: _with_step(z, torch.relu(z), 0.0),
     "leaky_relu": lambda z, negative_slope=0.01: _with_step(z, F.leaky_relu(z, negative_slope), negative_slope),
     "elu": lambda z, alpha=1.0: _with_bend(z, F.elu(z, alpha), 1.0, alpha),
+    "celu": lambda z, alpha=1.0: _with_bend(z, F.celu(z, alpha), 1.0, 1.0, 1 / alpha),
     # Scale, and alpha times it, of Klambauer et al., Self-Normalizing Neural Networks, 2017, equation 14.
     "selu": lambda z: _with_bend(z, F.selu(z), 1.0507009873554804934193349852946, 1.7580993408473768599402175208123),
     "sigmoid": _sigmoid,
@@ -107,12 +122,16 @@ SLOPES: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
     "mish": _mish,
     "hardswish": _hardswish,
     "softplus": _slopes_of_softplus,
-    "sin": lambda z: (torch.sin(z), torch.cos(z), -torch.sin(z)),
+    "sin": _slopes_of_sin,
 }
 
 
 class Sin(nn.Module):
-    """The sine as a module, which `torch.nn` lacks.
+    """The sine of a multiple, sin(frequency x), as a module, which `torch.nn` lacks.
+
+    Args:
+        frequency: what the input is multiplied by. SIREN has 30 (Sitzmann et al., Implicit Neural
+            Representations with Periodic Activation Functions, 2020).
 
     Shape:
         any, and the same for the output.
@@ -120,11 +139,28 @@ class Sin(nn.Module):
     Example:
         >>> Sin()(torch.zeros(2))
         tensor([0., 0.])
+        >>> nn.Sequential(nn.Linear(2, 64), Sin(frequency=30.0))
+        Sequential(
+          (0): Linear(in_features=2, out_features=64, bias=True)
+          (1): Sin(frequency=30.0)
+        )
     """
 
+    def __init__(self, frequency: float = 1.0) -> None:
+        super().__init__()
+        self.frequency = frequency
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickles of versions that had no frequency.
+        super().__setstate__({"frequency": 1.0, **state})
+
     def forward(self, input: Tensor) -> Tensor:
-        """Elementwise sine."""
-        return torch.sin(input)
+        """Elementwise sine of `frequency` times the input."""
+        return _sin(input, self.frequency)
+
+    def extra_repr(self) -> str:
+        """The frequency, unless it is 1."""
+        return "" if self.frequency == 1 else f"frequency={self.frequency}"
 
 
 #: The modules that compute an activation, by exact class.
@@ -133,6 +169,7 @@ MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     nn.LeakyReLU: "leaky_relu",
     nn.ELU: "elu",
+    nn.CELU: "celu",
     nn.SELU: "selu",
     nn.Sigmoid: "sigmoid",
     nn.Tanh: "tanh",

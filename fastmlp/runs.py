@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastmlp import reference
 from fastmlp._errors import not_a_child
 from fastmlp._load import _C
-from fastmlp.activations import DEFAULTS, IDENTITY, Activation, resolve
+from fastmlp.activations import DEFAULTS, IDENTITY, POSITIVE, Activation, resolve
 from fastmlp.autograd import Names, composed_forward, run
 from fastmlp.hooks import GLOBAL_HOOKS, has_hooks
 from fastmlp.linear import Called, Linear
@@ -215,6 +215,9 @@ def form_obstacle(module: nn.Module) -> str | None:
     names = DEFAULTS[reference.MODULES[kind]] if kind in reference.MODULES else ()
     if not all(isinstance(getattr(module, name), (int, float)) for name in names):
         return "its attributes are not numbers"
+    for name in names:
+        if name in POSITIVE[reference.MODULES[kind]] and not getattr(module, name) > 0:
+            return f"its {name} is {getattr(module, name)}, expected a number above 0"
     if isinstance(module, nn.GELU) and module.approximate not in ("none", "tanh"):
         return f"its form is {module.approximate!r}"
     # Replicas of DataParallel hold plain attributes in place of parameters, which only the layer's own forward finds.

@@ -16,6 +16,9 @@ namespace fastmlp {
 struct ParameterInfo {
   const char* name = nullptr;
   double initial = 0;
+  bool positive = false;  // whether it has to be above 0
+
+  constexpr bool allows(double value) const { return !positive || value > 0; }
 };
 
 // The value of an activation at a point, and its derivatives there.
@@ -100,6 +103,26 @@ struct Elu {
     const auto zero = M::fill(0), bend = M::fill(p.a) * M::exp(z);
     const auto curvature = z >= zero ? zero : bend;
     return {value<M>(z, p), z > zero ? M::fill(1) : bend, curvature, curvature};
+  }
+};
+
+// ELU of z / alpha, times alpha (Barron, Continuously Differentiable Exponential Linear Units, 2017). As torch does, it
+// multiplies by 1 / alpha in the operand type. An alpha that is not positive is left to torch, which raises for zero.
+struct Celu {
+  static constexpr const char* name = "celu";
+  static constexpr ParameterInfo parameters[2] = {{"alpha", 1.0, true}};
+  static constexpr bool keeps_output = false;
+  template <class M> static constexpr typename M::V value(typename M::V z, Scalars p) {
+    return z < M::fill(0) ? M::fill(p.a) * M::expm1_of_negative(z * M::fill(1 / p.a)) : z;
+  }
+  template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
+    const auto rate = M::fill(1 / p.a);
+    return s > M::fill(0) ? g : g * (rate * M::fill(p.a) * M::exp(s * rate));
+  }
+  template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars p) {
+    const auto zero = M::fill(0), rate = M::fill(1 / p.a), bend = rate * M::fill(p.a) * M::exp(z * rate);
+    const auto bent = z >= zero ? zero : rate * bend;
+    return {value<M>(z, p), z > zero ? M::fill(1) : bend, bent, rate * bent};
   }
 };
 
@@ -314,17 +337,22 @@ struct Softplus {
   }
 };
 
+// The sine of frequency z, a product that is rounded before, as that of a program is.
 struct Sin {
   static constexpr const char* name = "sin";
-  static constexpr ParameterInfo parameters[2] = {};
+  static constexpr ParameterInfo parameters[2] = {{"frequency", 1.0}};
   static constexpr bool keeps_output = false;
-  template <class M> static constexpr typename M::V value(typename M::V z, Scalars) { return M::sin(z); }
-  template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
-    return g * M::cos(s);
+  template <class M> static constexpr typename M::V value(typename M::V z, Scalars p) {
+    return M::sin(z * M::fill(p.a));
   }
-  template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars) {
-    const auto y = M::sin(z), slope = M::cos(z);
-    return {y, slope, -y, -slope};
+  template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars p) {
+    const auto frequency = M::fill(p.a);
+    return g * M::cos(s * frequency) * frequency;
+  }
+  template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars p) {
+    const auto frequency = M::fill(p.a), x = z * frequency;
+    const auto y = M::sin(x), slope = M::cos(x) * frequency, square = frequency * frequency;
+    return {y, slope, -y * square, -slope * square};
   }
 };
 
@@ -334,6 +362,6 @@ template <class... A> struct ActivationList {
 
 // The order is the numbering that ActivationSpec::kind and the operators' schemas use.
 using Activations = ActivationList<Identity, Relu, LeakyRelu, Elu, Selu, Sigmoid, Tanh, Gelu, GeluTanh, Silu, Mish,
-                                   Hardswish, Softplus, Sin>;
+                                   Hardswish, Softplus, Sin, Celu>;
 
 }  // namespace fastmlp

@@ -31,9 +31,12 @@ py::list activations() {
   for (int kind = 0; kind < Activations::size; kind++) {
     const ActivationInfo& info = activation_info(kind);
     py::dict parameters;
-    for (int i = 0; i < 2 && info.parameters[i].name; i++)
+    py::list positive;
+    for (int i = 0; i < 2 && info.parameters[i].name; i++) {
       parameters[info.parameters[i].name] = info.parameters[i].initial;
-    all.append(py::make_tuple(info.name, parameters, info.keeps_output, has_gradient_from_output(kind)));
+      if (info.parameters[i].positive) positive.append(info.parameters[i].name);
+    }
+    all.append(py::make_tuple(info.name, parameters, positive, info.keeps_output, has_gradient_from_output(kind)));
   }
   return all;
 }

@@ -52,13 +52,13 @@ const Class* class_of(PyObject* module) {
   return nullptr;
 }
 
-// None if an attribute is not what the class itself would have put there.
+// None if an attribute is not what the class itself would have put there, or a number that no kernel takes.
 std::optional<ActivationSpec> activation_of(const Class& c, PyObject* attributes) {
   ActivationSpec spec{c.kind, {}};
   std::array<double*, 2> values = {&spec.scalars.a, &spec.scalars.b};
   for (size_t i = 0; i < values.size() && c.attributes[i]; i++) {
     const std::optional<double> value = number_of(item(attributes, c.attributes[i]));
-    if (!value) return std::nullopt;
+    if (!value || !activation_info(c.kind).parameters[i].allows(*value)) return std::nullopt;
     *values[i] = *value;
   }
   if (c.type == known.gelu) {

@@ -15,6 +15,16 @@ void check_kind(int64_t kind, size_t layer) {
                     " does not exist, expected 0 to ", Activations::size - 1);
 }
 
+void check_parameters(const ActivationSpec& spec) {
+  const ActivationInfo& info = activation_info(spec.kind);
+  const double values[] = {spec.scalars.a, spec.scalars.b};
+  for (int i = 0; i < 2; i++) {
+    const ParameterInfo& parameter = info.parameters[i];
+    TORCH_CHECK_VALUE(parameter.allows(values[i]), "fastmlp: ", parameter.name, " of activation ", info.name, " is ",
+                      values[i], ", expected a number above 0");
+  }
+}
+
 std::vector<LayerSpec> layers_of(const std::vector<bool>& has_bias, c10::IntArrayRef activations,
                                  c10::ArrayRef<double> scalars) {
   const size_t n = has_bias.size();
@@ -27,6 +37,7 @@ std::vector<LayerSpec> layers_of(const std::vector<bool>& has_bias, c10::IntArra
     check_kind(activations[l], l);  // before the number is cut to an int
     layers[l].has_bias = has_bias[l];
     layers[l].activation = {int(activations[l]), {scalars[2 * l], scalars[2 * l + 1]}};
+    check_parameters(layers[l].activation);
   }
   return layers;
 }

@@ -76,6 +76,39 @@ def _gelu(to: Emitter, given: dict[str, Any], output: int) -> None:
     (_gradient(name, "self") if "grad_output" in given else _activation(name))(to, given, output)
 
 
+def _sin(to: Emitter, given: dict[str, Any], output: int) -> None:
+    to.emit("value_sin", to.operand(given["self"]), scalars=(1.0,), output=output)
+
+
+def _elu(to: Emitter, given: dict[str, Any], output: int) -> None:
+    """One of the activations that torch computes by one operator, as alpha scale (e^(input_scale z) - 1) below zero."""
+    alpha, scale, rate = (float(given[name]) for name in ("alpha", "scale", "input_scale"))
+    form = _form_of_elu(alpha, scale, rate, torch.finfo(to.dtype).eps)
+    backward = "grad_output" in given
+    if form is None or given.get("is_result"):
+        leave_to_torch()
+    name, scalars = form
+    operands = [to.operand(given[key]) for key in (("grad_output", "self_or_result") if backward else ("self",))]
+    to.emit(f"{'gradient' if backward else 'value'}_{name}", *operands, scalars=scalars, output=output)
+
+
+def _form_of_elu(alpha: float, scale: float, rate: float, eps: float) -> tuple[str, tuple[float, ...]] | None:
+    """Name and parameters of the activation."""
+    if scale == 1 and rate == 1:
+        return "elu", (alpha,)
+    # The derivative of torch's celu has the inverse of an alpha that was rounded to float32.
+    if scale == 1 and alpha > 0 and math.isclose(rate, 1 / alpha, rel_tol=eps):
+        return "celu", (alpha,)
+    return None
+
+
+def _celu(to: Emitter, given: dict[str, Any], output: int) -> None:
+    alpha = float(given["alpha"])
+    if not alpha > 0:
+        leave_to_torch()
+    to.emit("value_celu", to.operand(given["self"]), scalars=(alpha,), output=output)
+
+
 def _threshold_backward(to: Emitter, given: dict[str, Any], output: int) -> None:
     if given["threshold"] != 0:
         leave_to_torch()
@@ -335,7 +368,7 @@ _RULES: dict[str, _Rule] = {
     "logical_not": _plain("not", "self"),
     "bitwise_not": _plain("not", "self"),
     **{name: _plain(name, "self") for name in _ONE},
-    "sin": _activation("sin"),
+    "sin": _sin,
     "pow": _pow,
     "clamp": _clamp,
     "hardtanh": lambda to, given, output: _clamp(
@@ -384,6 +417,9 @@ _RULES: dict[str, _Rule] = {
     "mish_backward": _gradient("mish", "self"),
     "hardswish": _activation("hardswish"),
     "hardswish_backward": _gradient("hardswish", "self"),
+    "elu": _elu,
+    "elu_backward": _elu,
+    "celu": _celu,
     "leaky_relu": _activation("leaky_relu", "negative_slope"),
     "leaky_relu_backward": _gradient("leaky_relu", "self", "negative_slope"),
     "softplus": _activation("softplus", "beta", "threshold"),

@@ -22,7 +22,7 @@ from fastmlp._errors import described
 from fastmlp.trace.comparison import compare
 from fastmlp.trace.ending import Reshape, ending_of
 from fastmlp.trace.flattening import flattening_of
-from fastmlp.trace.fusing import activation_of, fuse, held, names_in, run_chain
+from fastmlp.trace.fusing import activation_from, activation_of, fuse, held, names_in, run_chain
 from fastmlp.trace.outside import Outside, is_library
 from fastmlp.trace.recorded import Traced, class_for, load
 from fastmlp.trace.recording import Tracer
@@ -32,6 +32,7 @@ __all__ = [
     "Recording",
     "Reshape",
     "Traced",
+    "activation_from",
     "activation_of",
     "ending_of",
     "flattening_of",

@@ -98,12 +98,14 @@ def _interpret(shadow: Shadow, tracer: Tracer, graph: fx.Graph, args: tuple[Any,
 
 
 def _execute(shadow: Shadow, example: tuple[Any, ...], call: Callable[[tuple[Any, ...]], Any]) -> list[Any]:
-    """The operations of a call, and its output, or what it raises."""
+    """The operations of a call, and its output, or what it raises. Buffers of torch's modules stay as they were."""
     copies: dict[int, Tensor] = {}
     args = tree_map(lambda value: _copy(value, copies) if isinstance(value, Tensor) else value, example)
     tensors = [t for m in shadow.modules for t in tree_leaves({**m.__dict__, **m._parameters, **m._buffers})]
-    own = [t for m in shadow.modules if type(m).__module__.startswith("torch.nn.") for t in m._buffers.values()]
-    log = Log(tree_leaves(args), [t for t in tensors if isinstance(t, Tensor)], [t for t in own if t is not None])
+    buffers = [t for m in shadow.modules if type(m).__module__.startswith("torch.nn.") for t in m._buffers.values()]
+    own = [t for t in buffers if t is not None]
+    kept = [t.clone() for t in own]
+    log = Log(tree_leaves(args), [t for t in tensors if isinstance(t, Tensor)], own)
     try:
         with log:
             output = call(args)
@@ -111,6 +113,10 @@ def _execute(shadow: Shadow, example: tuple[Any, ...], call: Callable[[tuple[Any
         raise
     except Exception as error:
         return [*log.entries, ("error", type(error), str(error).splitlines()[:1])]
+    finally:
+        # What a BatchNorm1d without momentum computes depends on how many batches it has seen.
+        for buffer, before in zip(own, kept, strict=True):
+            buffer.copy_(before)
     return [*log.entries, ("output", log.describe(output))]
 
 

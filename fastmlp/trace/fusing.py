@@ -4,7 +4,9 @@
 `run_chain` when it reports what runs fused.
 """
 
+import operator
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -16,7 +18,7 @@ from fastmlp._load import _C
 from fastmlp.activations import BY_FUNCTION, DEFAULTS, Activation, module_of
 from fastmlp.runs import FUSABLE, Child, run_parts
 
-__all__ = ["activation_of", "fuse", "held", "names_in", "run_chain"]
+__all__ = ["activation_from", "activation_of", "fuse", "held", "names_in", "run_chain"]
 
 
 def run_chain(input: Any, layers: dict[str, Child]) -> Any:
@@ -55,7 +57,42 @@ def activation_of(node: fx.Node) -> Activation | None:
     plain = all(key in DEFAULTS[name] and isinstance(value, Real) for key, value in given.items())
     if not plain or not isinstance(inplace, bool) or not isinstance(input, fx.Node):
         return None
-    return Activation(name, **given)
+    try:
+        return Activation(name, **given)
+    except ValueError:
+        return None  # a number that is left to torch, such as an alpha of 0 of CELU, which torch refuses
+
+
+def activation_from(node: fx.Node) -> tuple[Activation, list[fx.Node]] | None:
+    """The activation that a call computes, or begins to compute where it takes several; with all of these calls.
+
+    Several make the sine of a multiple, as SIREN has it: `torch.sin(30 * z)`, where nothing else uses the product.
+    """
+    activation = activation_of(node)
+    if activation is not None:
+        return activation, [node]
+    frequency = _factor_of(node)
+    if frequency is None or len(node.users) != 1:
+        return None
+    (sine,) = node.users
+    if activation_of(sine) != _SINE:
+        return None
+    return Activation("sin", frequency=frequency), [node, sine]
+
+
+_SINE = Activation("sin")
+_PRODUCTS = (("call_function", operator.mul), ("call_function", torch.mul), ("call_method", "mul"))
+
+
+def _factor_of(node: fx.Node) -> float | None:
+    """The number that a call multiplies a tensor by, which a float of the kernels can hold."""
+    if (node.op, node.target) not in _PRODUCTS or len(node.args) != 2 or node.kwargs:
+        return None
+    factors = [arg for arg in node.args if isinstance(arg, (int, float)) and not isinstance(arg, bool)]
+    if len(factors) != 1 or len(node.all_input_nodes) != 1:
+        return None
+    # A tensor of another dtype may hold what is too large; torch's product would be infinite.
+    return float(factors[0]) if abs(factors[0]) <= torch.finfo(torch.float32).max else None
 
 
 #: The weight and the bias of a layer that a forward calls as a function, as a graph reads them from a model.
@@ -97,38 +134,55 @@ def _before(node: fx.Node) -> fx.Node:
     return found
 
 
-def _member(module: fx.GraphModule, node: fx.Node) -> nn.Module | Tensors | None:
-    """The module, or a new one that computes the same, with which a call may be part of a chain; or its tensors."""
+#: What a call of a chain stands for: a module, or the tensors of a layer.
+Member: TypeAlias = nn.Module | Tensors
+
+
+def _member(module: fx.GraphModule, node: fx.Node, last: fx.Node | None) -> tuple[Member, list[fx.Node]] | None:
+    """The module, or a new one that computes the same, with which a call may be part of a chain; or its tensors.
+
+    Args:
+        module: of the graph.
+        node: the call.
+        last: the call of which it has to get the result, if any.
+
+    Returns:
+        Also the calls that it stands for.
+    """
     tensors = _tensors_of(module, node)
-    if tensors is not None:
-        return tensors
-    if len(node.all_input_nodes) != 1:
+    if tensors is None and len(node.all_input_nodes) != 1:
         return None
-    if node.op == "call_module":
-        called = module.get_submodule(str(node.target))
-        return called if type(called) in FUSABLE else None
-    activation = activation_of(node)
-    return None if activation is None else module_of(activation)
+    if tensors is None and node.op != "call_module":
+        found = activation_from(node)
+        return None if found is None else (module_of(found[0]), found[1])
+    if last is not None and _input_of(node) is not last:
+        return None
+    if tensors is not None:
+        return tensors, [node]
+    called = module.get_submodule(str(node.target))
+    return (called, [node]) if type(called) in FUSABLE else None
 
 
-def _chain_from(module: fx.GraphModule, first: fx.Node) -> dict[fx.Node, nn.Module | Tensors]:
-    """The calls that follow a layer, as long as nothing else sees what they pass on."""
-    layer = _member(module, first)
-    if not isinstance(layer, (nn.Linear, tuple)):
-        return {}
-    chain: dict[fx.Node, nn.Module | Tensors] = {first: layer}
-    last, gapless = first, True
-    while len(last.users) == 1:
-        (node,) = last.users
-        member = _member(module, node)
-        gapless = gapless and _before(node) is last
+def _chain_from(module: fx.GraphModule, first: fx.Node) -> tuple[dict[fx.Node, Member], list[fx.Node]]:
+    """What follows a layer, as long as nothing else sees what is passed on, each by its last call; and all calls."""
+    found = _member(module, first, None)
+    if found is None or not isinstance(found[0], (nn.Linear, tuple)):
+        return {}, []
+    chain: dict[fx.Node, Member] = {first: found[0]}
+    calls, gapless = [first], True
+    while len(calls[-1].users) == 1:
+        (node,) = calls[-1].users
+        found = _member(module, node, calls[-1])
+        if found is None:
+            break
+        gapless = gapless and all(_before(b) is a for a, b in pairwise([calls[-1], *found[1]]))
         # A chain runs where its first call stood, so a Dropout joins it only if no other call stood between them:
         # random numbers must be drawn in the order of the forward.
-        if member is None or _input_of(node) is not last or (type(member) is nn.Dropout and not gapless):
+        if type(found[0]) is nn.Dropout and not gapless:
             break
-        chain[node] = member
-        last = node
-    return chain
+        calls += found[1]
+        chain[calls[-1]] = found[0]
+    return chain, calls
 
 
 def fuse(module: fx.GraphModule) -> None:
@@ -136,15 +190,15 @@ def fuse(module: fx.GraphModule) -> None:
     graph = module.graph
     taken: set[fx.Node] = set()
     for first in list(graph.nodes):
-        chain = {} if first in taken else _chain_from(module, first)
+        chain, calls = ({}, []) if first in taken else _chain_from(module, first)
         if not chain:
             continue
-        taken.update(chain)
+        taken.update(calls)
         with graph.inserting_before(first):
             layers = {node.name: _read(module, node, member) for node, member in chain.items()}
             call = graph.call_function(run_chain, (_input_of(first), layers))
-        list(chain)[-1].replace_all_uses_with(call)
-        for node in reversed(chain):
+        calls[-1].replace_all_uses_with(call)
+        for node in reversed(calls):
             graph.erase_node(node)
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr" and not node.users:
@@ -153,7 +207,7 @@ def fuse(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _read(module: fx.GraphModule, node: fx.Node, member: nn.Module | Tensors) -> Any:
+def _read(module: fx.GraphModule, node: fx.Node, member: Member) -> Any:
     """What stands for a member in the call of a chain."""
     if isinstance(member, tuple):
         return tuple(None if part is None else module.graph.get_attr(str(part.target)) for part in member)

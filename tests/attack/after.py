@@ -7,75 +7,69 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fastmlp
-from fastmlp import Activation
-from fastmlp.activations import IDENTITY, resolve
 from tests.attack.cases import Case, Disagreement
 from tests.attack.oracle import nan_is_open
+from tests.attack.passes import activations_in, passed
 from tests.attack.sides import Side, Training, owned
-from tests.support.bounds import Bounded, network
 from tests.support.intervals import Arithmetic, Interval
-from tests.support.training import Loop, clipped, loss_bounds
+from tests.support.training import Loop, clipped
 
 
 @dataclass
 class After:
-    """The loss, and each parameter with its gradient and state, None where there must be none."""
+    """The loss, and each parameter with its gradient and state, None where there must be none.
+
+    Attributes:
+        statistics: of each norm among the leaves its buffers, by the place of the leaf.
+    """
 
     loss: Interval
     values: list[Interval]
     gradients: list[Interval | None]
     states: list[dict[str, Interval]]
-
-
-def layers_of(leaves: list[nn.Module]) -> tuple[list[nn.Linear], list[Activation]]:
-    layers: list[nn.Linear] = []
-    acts: list[Activation] = []
-    for leaf in leaves:
-        if isinstance(leaf, nn.Linear):
-            layers.append(leaf)
-            acts.append(leaf.activation if isinstance(leaf, fastmlp.Linear) else IDENTITY)
-        elif not isinstance(leaf, (nn.Identity, nn.Dropout)):
-            acts[-1] = resolve(leaf)
-    return layers, acts
+    statistics: dict[int, dict[str, Interval]]
 
 
 def expected(training: Training, loop: Loop, input: Tensor, target: Tensor) -> After:
-    """Bounds for a call that is about to be made."""
+    """Bounds for a call that is about to be made. Draws what dropout draws."""
     side, dtype, n = training.side, training.dtype, training.accumulate
     arithmetic = Arithmetic(dtype)
-    found: list[Bounded] = []
-
-    def backward(output: Bounded) -> Bounded:
-        loss, gradient = loss_bounds(training.plain_loss, output, target, dtype)
-        found.append(loss)
-        return Bounded(gradient.value / n, gradient.error / n)
-
-    layers, acts = layers_of(side.leaves)
-    rows = input.detach().reshape(input.shape[:-1].numel(), input.shape[-1])
-    weights = [layer.weight.detach() for layer in layers]
-    biases = [None if layer.bias is None else layer.bias.detach() for layer in layers]
-    bounds = network(rows, weights, biases, acts, backward).gradients[1:]
+    found = passed(side.leaves, input, target, training.plain_loss, n)
     parameters, first = side.parameters, training.calls % n == 0
     has = owned(side.optimizer, parameters)
     gradients: list[Interval | None] = []
-    for p, bound, own in zip(parameters, bounds, has, strict=True):
-        kept = None if p.grad is None or (first and own) else Interval.exact(p.grad)
+    for p, bound, own in zip(parameters, found.gradients, has, strict=True):
+        kept = None if p.grad is None or (first and own) else Interval.exact(p.grad.clone())
         if p.requires_grad:
             gradient = Interval.around(bound, dtype)
             if n > 1:  # torch divides the loss, and thus rounds once more
                 gradient = arithmetic.rounded(gradient, 2)
             kept = gradient if kept is None else arithmetic.rounded(kept.plus(gradient), 1)
         gradients.append(kept)
-    return stepped(training, loop, arithmetic, Interval.around(found[0], dtype), gradients)
+    statistics: dict[int, dict[str, Interval]] = {}
+    for i, leaf in enumerate(side.leaves):
+        if isinstance(leaf, nn.BatchNorm1d):
+            statistics[i] = exact(leaf._buffers)
+            moved = found.statistics.get(leaf)
+            if moved is not None:
+                statistics[i] |= {
+                    "running_mean": Interval.around(moved.mean, dtype),
+                    "running_var": Interval.around(moved.variance, dtype),
+                    "num_batches_tracked": Interval.exact(torch.tensor(moved.batches)),
+                }
+    values, states = stepped(training, loop, arithmetic, gradients)
+    if not training.options.get("keep_grads", True):
+        gradients = [None] * len(gradients)
+    return After(Interval.around(found.loss, dtype), values, gradients, states, statistics)
 
 
 def stepped(
-    training: Training, loop: Loop, arithmetic: Arithmetic, loss: Interval, gradients: list[Interval | None]
-) -> After:
+    training: Training, loop: Loop, arithmetic: Arithmetic, gradients: list[Interval | None]
+) -> tuple[list[Interval], list[dict[str, Interval]]]:
+    """Values and states after a step of the optimizer, if this call makes one; clips the gradients."""
     side = training.side
     parameters = side.parameters
-    values = [Interval.exact(p) for p in parameters]
+    values = [Interval.exact(p.clone()) for p in parameters]
     states = [exact(side.optimizer.state.get(p, {})) for p in parameters]
     if (training.calls + 1) % training.accumulate == 0:
         there = [i for i, g in enumerate(gradients) if g is not None]
@@ -88,18 +82,17 @@ def stepped(
                 if g is not None and any(p is q for q in group["params"]):
                     values[i], moved = arithmetic.step(side.optimizer, group, values[i], g, states[i])
                     states[i] = states[i] | moved
-    if not training.options.get("keep_grads", True):
-        gradients = [None] * len(gradients)
-    return After(loss, values, gradients, states)
+    return values, states
 
 
 def exact(state: Mapping[str, Any]) -> dict[str, Interval]:
-    return {key: Interval.exact(x) for key, x in state.items() if isinstance(x, Tensor)}
+    """As they are now, which the call may change in place."""
+    return {key: Interval.exact(x.clone()) for key, x in state.items() if isinstance(x, Tensor)}
 
 
 def check(case: Case, training: Training, after: After, loss: Tensor, twin_loss: Tensor, twin: Side) -> None:
     """What a step has left, and that there is nothing else."""
-    ours, is_open = training.side, nan_is_open(layers_of(training.side.leaves)[1])
+    ours, is_open = training.side, nan_is_open(activations_in(training.side.leaves))
     case.require(loss.dim() == 0 and not loss.requires_grad, f"the loss is {loss!r}")
     case.require(loss.dtype == twin_loss.dtype, f"the loss has dtype {loss.dtype}, PyTorch's {twin_loss.dtype}")
     compare(case, loss, after.loss, twin_loss, "loss")
@@ -120,6 +113,15 @@ def check(case: Case, training: Training, after: After, loss: Tensor, twin_loss:
             compare(case, x, after.states[i][key], theirs[key], f"{key} {i}", is_open)
         value = unless_overflowing(after.values[i], after.states[i], p.dtype)
         compare(case, p.detach(), value, q.detach(), f"parameter {i} {tuple(p.shape)} by {p.stride()}", is_open)
+    for i, buffers in after.statistics.items():
+        mine, theirs = tensors(ours.leaves[i]._buffers), tensors(twin.leaves[i]._buffers)
+        case.require(set(mine) == set(buffers) == set(theirs), f"buffers of leaf {i}: {sorted(mine)}")
+        for key, x in mine.items():
+            if x.is_floating_point():
+                compare(case, x, buffers[key], theirs[key], f"{key} of leaf {i}")
+            else:
+                counts = x.item(), theirs[key].item(), buffers[key].low.item()
+                case.require(len(set(counts)) == 1, f"{key} of leaf {i} is {counts[0]}, PyTorch's {counts[1]}")
 
 
 def tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ APPLIED = (
         "F.mish({})",
     ),
     *("{}.tanh_()", "F.hardswish({})", "F.selu({})", "{}.clamp(-1.0, 1.0)", "{}.abs()", "F.hardtanh({})", "{}"),
+    *("F.celu({}, 0.5)", "torch.sin(1.5 * {})"),
     *("F.gelu({}, approximate='tanh')", "torch.exp(-{} ** 2)", "F.normalize({}, dim=1)", "torch.softmax({}, -1)"),
 )
 

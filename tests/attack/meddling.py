@@ -152,7 +152,7 @@ def loss_broken(training: Training) -> None:
             loss.beta = -1.0
         elif isinstance(loss, nn.CrossEntropyLoss):
             loss.label_smoothing = 1.5
-        elif isinstance(loss, nn.MSELoss):
+        elif isinstance(loss, (nn.MSELoss, nn.BCELoss, nn.NLLLoss)):
             loss.reduction = "average"
     case.note(f"  {training.plain_loss}")
 
@@ -192,6 +192,39 @@ def modes(training: Training) -> None:
     training.side.model.train(not training.side.model.training)
 
 
+def mode_of_one(training: Training) -> None:
+    leaf = training.case.choice(noise(training))
+    leaf.train(not leaf.training)
+    training.case.note(f"  {leaf}, training {leaf.training}")
+
+
+def noise(training: Training) -> list[nn.Module]:
+    return [leaf for leaf in training.side.leaves if isinstance(leaf, (nn.Dropout, nn.BatchNorm1d))]
+
+
+def has_noise(training: Training) -> bool:
+    return bool(noise(training))
+
+
+def noise_changed(training: Training) -> None:
+    """Numbers that a dropout or a norm reads at each call."""
+    case = training.case
+    leaf = case.choice(noise(training))
+    if isinstance(leaf, nn.Dropout):
+        leaf.p = case.choice([0.0, 0.25, 0.75, 1.0])
+    else:
+        assert isinstance(leaf, nn.BatchNorm1d)
+        leaf.momentum, leaf.eps = case.choice([None, 0.3]), case.choice([1e-5, 0.3])
+        leaf.track_running_stats = case.chance(0.7) and leaf.running_mean is not None
+    case.note(f"  {leaf}")
+
+
+def statistics_reset(training: Training) -> None:
+    for leaf in noise(training):
+        if isinstance(leaf, nn.BatchNorm1d):
+            leaf.reset_running_stats()
+
+
 def inside_inference(training: Training) -> None:
     """A call that cannot be made leaves nothing behind that later ones trip over."""
     layer = next(leaf for leaf in training.side.leaves if isinstance(leaf, nn.Linear))
@@ -223,5 +256,8 @@ MEDDLING: dict[str, Entry] = {
     "another model": Entry(other_model, risky=True),
     "share_memory": Entry(shared),
     "train or eval": Entry(modes),
+    "train or eval of one": Entry(mode_of_one, has_noise),
+    "a dropout or a norm": Entry(noise_changed, has_noise),
+    "reset_running_stats": Entry(statistics_reset, has_noise),
     "inference of the model": Entry(inside_inference),
 }

@@ -46,14 +46,17 @@ def flat(model: nn.Module) -> list[nn.Module]:
     return [model]
 
 
-def norm(case: Case, features: int, dtype: torch.dtype) -> nn.BatchNorm1d:
+def norm(
+    case: Case, features: int, dtype: torch.dtype, momentum: float | None = 0.1, tracks: bool = True
+) -> nn.BatchNorm1d:
     """One that has seen data."""
-    made = nn.BatchNorm1d(features, eps=case.choice([1e-5, 1e-3, 0.1]), affine=case.chance(0.7), dtype=dtype)
+    eps, affine = case.choice([1e-5, 1e-3, 0.1]), case.chance(0.7)
+    made = nn.BatchNorm1d(features, eps, momentum, affine, tracks, dtype=dtype)
     with torch.no_grad():
-        assert made.running_mean is not None
-        assert made.running_var is not None
-        made.running_mean.copy_(torch.randn(features))
-        made.running_var.copy_(torch.rand(features) + 0.3)
+        if made.running_mean is not None:
+            made.running_mean.copy_(torch.randn(features))
+        if made.running_var is not None:
+            made.running_var.copy_(torch.rand(features) + 0.3)
         if made.affine:
             made.weight.copy_(torch.randn(features))
             made.bias.copy_(torch.randn(features))
@@ -94,6 +97,25 @@ def leaves(
         if extras and case.chance(0.08):
             found.append(case.choice([nn.Dropout(0.5), nn.Dropout(0.0), nn.Identity()]))
     return found
+
+
+def noisy(case: Case, found: Sequence[nn.Module], dtype: torch.dtype) -> list[nn.Module]:
+    """With dropout and norms between leaves, and at both ends."""
+    made: list[nn.Module] = []
+    first = next(leaf for leaf in found if isinstance(leaf, nn.Linear))
+    features = first.weight.shape[1]
+    for leaf in (None, *found):
+        if leaf is not None:
+            made.append(leaf)
+            features = leaf.weight.shape[0] if isinstance(leaf, nn.Linear) else features
+        if case.chance(0.15 if leaf is None else 0.25) and features > 0:
+            momentum = case.choice([0.1, 0.7, None, 0.0, 1.0])
+            made.append(norm(case, features, dtype, momentum, tracks=case.chance(0.8)))
+        if case.chance(0.15 if leaf is None else 0.3):
+            made.append(nn.Dropout(case.choice([0.5, 0.1, 0.9, 0.0, 1.0]), inplace=case.chance(0.04)))
+    for leaf in made:
+        leaf.train(not case.chance(0.1))
+    return made
 
 
 def fused(found: Sequence[nn.Module]) -> list[nn.Module]:

@@ -172,7 +172,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 def nan_is_open(acts: Sequence[Activation]) -> bool:
     """Whether PyTorch says of a derivative at NaN that it is 1, in its scalar code, and NaN in its vector code."""
-    return any(act.name in ("elu", "selu", "hardswish") for act in acts)
+    return any(act.name in ("elu", "celu", "selu", "hardswish") for act in acts)
 
 
 def snapshot(*modules: nn.Module) -> dict[str, object]:

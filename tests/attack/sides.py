@@ -129,6 +129,8 @@ def twin_of(leaf: nn.Module) -> nn.Module:
     if not isinstance(leaf, nn.Linear):
         made = copy.copy(leaf)
         made.__dict__ = {k: v for k, v in leaf.__dict__.items() if k != "forward"}
+        made._parameters = {k: None if p is None else parameter_like(p) for k, p in leaf._parameters.items()}
+        made._buffers = {k: None if x is None else oracle.twin_of(x) for k, x in leaf._buffers.items()}
         for key in [key for key in made.__dict__ if key.endswith("_hooks")]:
             made.__dict__[key] = type(made.__dict__[key])()
         return made

@@ -272,6 +272,36 @@ def test_an_activation_behind_a_product(activation: nn.Module, reads: str) -> No
     assert tape.nodes == {"product": 1, "elementwise": 1}
 
 
+#: Activations that torch computes by one operator, and how many of its two calls a tape leaves to torch.
+OF_ONE_OPERATOR: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "elu": (F.elu, 0),
+    "elu, alpha": (lambda z: F.elu(z, 0.5), 0),
+    "celu": (F.celu, 0),
+    "celu, alpha": (lambda z: F.celu(z, 0.7), 0),
+    "celu, negative alpha": (lambda z: F.celu(z, -0.7), 2),
+    "selu": (F.selu, 2),
+    "elu in place": (lambda z: F.elu(z * 1.5, 0.5, inplace=True), 1),
+}
+
+
+@pytest.mark.parametrize("name", OF_ONE_OPERATOR)
+def test_activations_of_one_operator(name: str) -> None:
+    act, left = OF_ONE_OPERATOR[name]
+    torch.manual_seed(0)
+    weight, x = nn.Parameter(torch.randn(5, 7)), torch.randn(9, 7)
+
+    def function(x: Tensor) -> Tensor:
+        return torch.autograd.grad(act(F.linear(x, weight)).square().sum(), weight)[0]
+
+    captured = fastmlp.capture(function)
+    results = [captured(x) for _ in range(CALLS)]
+    expected = {"result": function(x)}
+    bound = rounding_bounds(functools.partial(one_result, function, x), expected, steps=True)["result"]
+    assert max(distance(result, expected["result"]) for result in results) <= bound
+    (tape,) = captured.report().tapes
+    assert sum(count for operator, count in tape.torch.items() if "elu" in operator) == left
+
+
 def one_result(function: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
     return {"result": function(x)}
 

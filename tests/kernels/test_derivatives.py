@@ -104,6 +104,12 @@ def test_every_activation_on_every_instruction_set(name: str, dtype: torch.dtype
     assert _C.last_isa() == isa
 
 
+@pytest.mark.parametrize("dtype", REAL, ids=str)
+@pytest.mark.parametrize("frequency", [30.0, -0.5])
+def test_sines_of_multiples(frequency: float, dtype: torch.dtype, isa: str) -> None:
+    burgers(dtype, Activation("sin", frequency=frequency), rows=37, width=19, layers=2).check()
+
+
 @pytest.mark.parametrize("name", [name for name in DEFAULTS if name not in SMOOTH])
 def test_activations_with_kinks(name: str, isa: str) -> None:
     """Where second derivatives jump, no bound on the error of an argument bounds theirs: float64 alone is compared."""

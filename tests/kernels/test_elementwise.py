@@ -172,7 +172,7 @@ def test_activations(isa: str, dtype: torch.dtype, act: Activation) -> None:
     wanted = activated(Bounded.exact(z), act, dtype)
     found = compute(f"value_{act.name}", [z], *scalars)
     assert ((found.double() - wanted.value).abs() <= wanted.error).all()
-    keeps = {name: keeps_output for name, _, keeps_output, _ in _C.activations()}[act.name]
+    keeps = {name: keeps_output for name, _, _, keeps_output, _ in _C.activations()}[act.name]
     saved = activate(z, act) if keeps else z
     wanted = differentiated(Bounded.exact(g), Bounded.exact(z), act, dtype)
     found = compute(f"gradient_{act.name}", [g, saved], *scalars)

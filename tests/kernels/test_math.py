@@ -20,6 +20,7 @@ CASES: list[tuple[str, Callable[[mp.mpf], mp.mpf], float, float, float]] = [
     ("tanh", mp.tanh, -12, 12, 3),
     ("sigmoid", lambda x: 1 / (1 + mp.exp(-x)), -80, 40, 3),
     ("elu", lambda x: mp.expm1(x) if x < 0 else x, -40, 1, 2),
+    ("celu", lambda x: mp.expm1(x) if x < 0 else x, -40, 1, 2),
     ("sin", mp.sin, -40, 40, 2),
     ("sin", mp.sin, -24000, 24000, 2),
     ("softplus", lambda x: mp.log1p(mp.exp(x)), -60, 19, 3),

@@ -27,6 +27,9 @@ CASES = [
     Activation("softplus", beta=-1.0),
     Activation("softplus", beta=INF),
     Activation("softplus", threshold=INF),
+    Activation("celu", alpha=INF),
+    Activation("sin", frequency=INF),
+    Activation("sin", frequency=NAN),
 ]
 
 

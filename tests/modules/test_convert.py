@@ -1,6 +1,7 @@
 """Conversion: in place, back, and by recording; against the model as it was."""
 
 import copy
+import operator
 import pickle
 import sys
 import threading
@@ -23,6 +24,7 @@ from fastmlp.chain import links
 from fastmlp.trace import run_chain
 from tests.support.derivatives import assert_same, derivatives
 from tests.support.small import Net, OwnLinear, sequential, state_of
+from tests.support.training import Loop
 
 
 def nested() -> nn.Module:
@@ -301,6 +303,14 @@ FORMS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "F.leaky_relu by keyword": (lambda z: F.leaky_relu(z, negative_slope=-1), "leaky_relu(negative_slope=-1)"),
     "F.leaky_relu_": (lambda z: F.leaky_relu_(z, 0.3), "leaky_relu(negative_slope=0.3)"),
     "F.elu": (lambda z: F.elu(z, 0.5, True), "elu(alpha=0.5)"),
+    "F.celu": (lambda z: F.celu(z, 0.5), "celu(alpha=0.5)"),
+    "torch.celu": (lambda z: torch.celu(z, alpha=2), "celu(alpha=2)"),
+    "torch.celu_": (torch.celu_, "celu"),
+    "torch.sin(30 * x)": (lambda z: torch.sin(30 * z), "sin(frequency=30)"),
+    "torch.sin(x * 1.5)": (lambda z: torch.sin(z * 1.5), "sin(frequency=1.5)"),
+    "torch.sin(torch.mul(x, -2))": (lambda z: torch.sin(torch.mul(z, -2)), "sin(frequency=-2)"),
+    "x.mul(0.5).sin()": (lambda z: z.mul(0.5).sin(), "sin(frequency=0.5)"),
+    "torch.sin_(30 * x)": (lambda z: torch.sin_(30 * z), "sin(frequency=30)"),
     "F.softplus": (lambda z: F.softplus(z, 2, threshold=3.0), "softplus(beta=2, threshold=3)"),
     "F.hardswish": (lambda z: F.hardswish(z, inplace=True), "hardswish"),
     "F.mish": (lambda z: F.mish(z, inplace=False), "mish"),
@@ -328,6 +338,11 @@ def test_every_form_of_a_call(form: str) -> None:
         lambda z: F.elu_(z, 1.0, 2),  # type: ignore[call-arg]
         lambda z: F.elu_(z, 1.0, True, 3),  # type: ignore[call-arg]
         lambda z: F.elu_(z, alpha=1.0, scale=2.0),  # type: ignore[call-arg]
+        lambda z: F.celu(z, -0.5),
+        lambda z: torch.sin(z * z),
+        lambda z: torch.sin(z * torch.tensor(30.0)),
+        lambda z: torch.sin(z.mul_(30)),
+        lambda z: torch.cos(30 * z),
     ],
 )
 def test_other_functions_stay(function: Callable[[Tensor], Tensor]) -> None:
@@ -336,6 +351,67 @@ def test_other_functions_stay(function: Callable[[Tensor], Tensor]) -> None:
     assert first is last is run_chain
     assert others
     assert [line for line in lines(recorded) if line.startswith("fused")] == ["fused  fc1", "fused  fc2"]
+
+
+def test_multiples_that_others_use_stay() -> None:
+    def shared(z: Tensor) -> Tensor:
+        product = 3 * z
+        return torch.sin(product) + product
+
+    assert targets(traced(Net(shared))) == [run_chain, operator.mul, torch.sin, operator.add, run_chain]
+
+
+def test_a_factor_that_float32_cannot_hold_stays() -> None:
+    recorded = convert(Net(lambda z: torch.sin(1e39 * z)), trace=True)
+    assert targets(recorded) == [run_chain, operator.mul, torch.sin, run_chain]
+
+
+class Sine(nn.Module):
+    """As programs of SIREN have it."""
+
+    def __init__(self, w0: float = 1.0) -> None:
+        super().__init__()
+        self.w0 = w0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(self.w0 * x)
+
+
+class SineLayer(nn.Module):
+    def __init__(self, in_features: int, out_features: int, omega_0: int = 30) -> None:
+        super().__init__()
+        self.omega_0, self.linear = omega_0, nn.Linear(in_features, out_features)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.sin(self.omega_0 * self.linear(input))
+
+
+SIRENS: dict[str, Callable[[], nn.Module]] = {
+    "a layer": lambda: nn.Sequential(SineLayer(2, 8), SineLayer(8, 8), nn.Linear(8, 1)),
+    "an activation": lambda: nn.Sequential(nn.Linear(2, 8), Sine(30.0), nn.Linear(8, 8), Sine(), nn.Linear(8, 1)),
+    "ours": lambda: nn.Sequential(nn.Linear(2, 8), fastmlp.Sin(30.0), nn.Linear(8, 8), fastmlp.Sin(), nn.Linear(8, 1)),
+}
+
+
+@pytest.mark.parametrize("name", SIRENS)
+def test_sirens(name: str) -> None:
+    """One chain; for frozen networks and training steps too."""
+    model = SIRENS[name]().double()
+    frequencies = [30.0, 30.0 if name == "a layer" else 1.0]
+    x = torch.randn(9, 2, dtype=torch.float64)
+    recorded = traced(model, x)
+    assert targets(recorded) == [run_chain]
+    chain = [link.module for link in links(model)]
+    assert [act.frequency for act in chain if isinstance(act, fastmlp.Sin)] == frequencies
+    expected = model(x)
+    for found in (recorded(x), fastmlp.freeze(model)(x)):
+        torch.testing.assert_close(found, expected)
+    other = copy.deepcopy(model)
+    for made, net in ((fastmlp.TrainStep, model), (Loop, other)):
+        step = made(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=1e-3))
+        for _ in range(3):
+            step(x, torch.ones(9, 1, dtype=torch.float64))
+    torch.testing.assert_close(list(model.parameters()), list(other.parameters()))
 
 
 @pytest.mark.parametrize("alpha", [lambda z, given: given, lambda z, given: z])

@@ -154,6 +154,9 @@ def test_types(call: Callable[[], Any], message: str) -> None:
         (lambda: fastmlp.MLP(2, [3], 2, output_activation="x"), "output_activation must be one of identity"),
         (lambda: fastmlp.MLP(2, [-3], 2), r"hidden_features\[0\] must be at least 0 and below 2.63, got int -3"),
         (lambda: activation("elu", alpha=10**400), "alpha of activation 'elu' must fit a float, got int of 1329 bits"),
+        (lambda: activation("celu", alpha=0), "alpha of activation 'celu' must be above 0, got int 0"),
+        (lambda: activation("celu", alpha=-1.5), "alpha of activation 'celu' must be above 0, got float -1.5"),
+        (lambda: fastmlp.Linear(2, 2, activation=nn.CELU(float("nan"))), "alpha of activation 'celu' must be above 0"),
         (lambda: fastmlp.reference.activate(x, "swish", {}), "name must be one of identity, relu, .* got 'swish'"),
         (lambda: fastmlp.Linear(2, 2, activation=nn.Softmax(1)), "activation Softmax has no fused form"),
         (lambda: fastmlp.Linear(2, 2, activation=nn.Softmax), "activation Softmax has no fused form"),
@@ -328,7 +331,24 @@ def test_parameters_that_float32_cannot_hold(dtype: torch.dtype, parameter: str)
         linear(x.to(dtype), w.to(dtype), None, fastmlp.Activation(name, **{key: value}))
 
 
+def test_alpha_of_celu_that_float32_cannot_hold() -> None:
+    """Its own test, since it has to be positive, and torch takes its inverse."""
+    act = fastmlp.Activation("celu", alpha=1e39)
+    with pytest.raises(RuntimeError, match="value cannot be converted"):
+        reference.linear(x, w, None, act.name, act.parameters)
+    with pytest.raises(RuntimeError, match=r"^fastmlp: alpha of activation celu is .*, expected a number that torch"):
+        linear(x, w, None, act)
+
+
+def test_operators_refuse_an_alpha_that_is_not_positive() -> None:
+    kind = list(fastmlp.activations.DEFAULTS).index("celu")
+    for alpha in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"^fastmlp: alpha of activation celu is .*, expected a number above 0"):
+            torch.ops.fastmlp.infer(x, [w], [False], [kind], [alpha, 0.0])
+
+
 FUNCTIONS: dict[Any, str] = {
+    torch.celu: "celu",
     torch.relu: "relu",
     nn.functional.relu: "relu",
     nn.functional.gelu: "gelu",

@@ -430,6 +430,32 @@ def test_attributes_of_activations_may_change() -> None:
         assert unchanged == (name == "inplace")
 
 
+def test_attributes_out_of_range() -> None:
+    """PyTorch computes with a negative alpha of CELU, and refuses zero."""
+    model: Any = fastmlp.Sequential(linear(), nn.CELU(0.5), linear())
+    check(model, "0+1+2")
+    for alpha in (-0.5, float("nan")):
+        model[1].alpha = alpha
+        assert plan(model) == "0 (1) 2"
+    assert "its alpha is nan, expected a number above 0" in str(fastmlp.explain(model, sample()))
+    model[1].alpha = -0.5
+    check(model, "0 (1) 2")
+    model[1].alpha = 0.0
+    with pytest.raises(RuntimeError, match="alpha cannot be 0 for CELU"):
+        model(sample())
+    model[1].alpha = 2
+    check(model, "0+1+2")
+
+
+def test_frequencies_may_change() -> None:
+    model: Any = fastmlp.Sequential(linear(), Sin(30.0), linear(), Sin(), linear())
+    for frequency in (30.0, 1, -0.5, 0.0):
+        model[1].frequency = frequency
+        check(model, "0+1+2+3+4")
+    model[1].frequency = torch.tensor(2.0, dtype=F64)
+    check(model, "0 (1) 2+3+4")
+
+
 def test_attributes_that_only_torch_understands() -> None:
     slopes: list[Any] = [torch.tensor(0.2), np.float32(0.2)]
     for slope in slopes:
@@ -720,6 +746,8 @@ def children(draw: random.Random) -> list[nn.Module]:
         lambda: nn.GELU("tanh"),
         lambda: nn.LeakyReLU(0.3),
         lambda: nn.ELU(-0.3),
+        lambda: nn.CELU(draw.choice([0.5, -0.5])),
+        lambda: Sin(draw.choice([1.0, -2.5])),
         lambda: nn.Softplus(2.0, 1.0),
         nn.Mish,
         nn.Hardswish,

@@ -17,7 +17,7 @@ ISAS = [
 ]
 DTYPES: list[torch.dtype] = [getattr(torch, name) for name in _C.dtypes()]
 
-#: Every activation with its defaults, and those with parameters also with others, of either sign.
+#: Every activation with its defaults, and those with parameters also with others, of either sign where it may be.
 ACTIVATIONS = [Activation(name) for name in DEFAULTS] + [
     Activation("leaky_relu", negative_slope=0.0),
     Activation("leaky_relu", negative_slope=-0.5),
@@ -25,6 +25,9 @@ ACTIVATIONS = [Activation(name) for name in DEFAULTS] + [
     Activation("elu", alpha=0.0),
     Activation("elu", alpha=-0.7),
     Activation("softplus", beta=2.5, threshold=1.0),
+    Activation("sin", frequency=0.75),
+    Activation("celu", alpha=0.25),
+    Activation("celu", alpha=2.5),
 ]
 
 

@@ -110,10 +110,18 @@ def largest_change(samples: Tensor) -> Tensor:
     return (samples[1:] - samples[0]).abs().amax(0)
 
 
+def multiplied(z: Bounded, act: Activation, dtype: torch.dtype) -> Bounded:
+    """Where the argument of a sine of a multiple may be: its rounding is as if z itself had moved by as much."""
+    if act.name != "sin" or act.scalars[0] == 1:
+        return z
+    return Bounded(z.value, z.error + gamma(1, dtype) * (z.value.abs() + z.error))
+
+
 def activated(z: Bounded, act: Activation, dtype: torch.dtype) -> Bounded:
     finfo = torch.finfo(working(dtype))
     if act.name == "identity":
         return z
+    z = multiplied(z, act, dtype)
     values, slopes = z.curve(act)
     y, change = values[0], largest_change(values)
     scale = y.abs() + z.value.abs() * slopes[0].abs()
@@ -127,6 +135,7 @@ def differentiated(g: Bounded, z: Bounded, act: Activation, dtype: torch.dtype) 
     finfo = torch.finfo(working(dtype))
     if act.name == "identity":
         return g
+    z = multiplied(z, act, dtype)
     values, slopes = z.curve(act)
     d, change = slopes[0], largest_change(slopes)
     error = change + ULPS * finfo.eps * (1 + z.value.abs() * steepest(act)).clamp(max=1 + steepest(act))

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from fastmlp import Activation, reference
-from tests.support.bounds import ULPS, Bounded, activate, assert_within, column_sums, gamma, largest_change, product
+from tests.support.bounds import (
+    ULPS,
+    Bounded,
+    activate,
+    assert_within,
+    column_sums,
+    gamma,
+    largest_change,
+    multiplied,
+    product,
+)
 
 #: Pairs of places in a list of axes, whose second derivatives are added up.
 Sums = Sequence[Sequence[tuple[int, int]]]
@@ -70,6 +80,7 @@ def largest(act: Activation) -> list[float]:
 
 def expanded(z: Bounded, act: Activation, dtype: torch.dtype) -> list[Bounded]:
     """The value and three derivatives with bounds."""
+    z = multiplied(z, act, dtype)
     eps, most = torch.finfo(dtype).eps, largest(act)
     parts = z.value.new_tensor([-1, -0.5, 0.5, 1]).view(-1, *[1] * z.value.dim())
     curves = expand(torch.cat([z.value[None], z.value + parts * z.error]), act)

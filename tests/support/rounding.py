@@ -197,6 +197,7 @@ STEPS: Mapping[Any, Callable[..., Tensor]] = {
     _aten.silu.default: _relative_to_the_first,
     _aten.silu_backward.default: _relative_to_the_first,
     _aten.elu.default: _relative_to_the_first,
+    _aten.celu.default: _relative_to_the_first,
     _aten.elu_backward.default: _relative_to_the_first,
     # Gradients of losses are made of these.
     _aten.div.Tensor: _relative,

@@ -433,13 +433,13 @@ def draw_loss(random_: random.Random, name: str, number: int, classes: int, dtyp
 
 def targets(loss_fn: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """For an output of a shape; a class that is not ignored is there, if any is."""
-    if isinstance(loss_fn, nn.CrossEntropyLoss):
+    if isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)):
         classes = torch.randint(0, shape[-1], shape[:-1])
         if loss_fn.ignore_index < 0:
             classes[torch.rand(classes.shape) < 0.2] = loss_fn.ignore_index
         classes.view(-1)[:1] = 1 if loss_fn.ignore_index == 0 else 0
         return classes
-    if isinstance(loss_fn, nn.BCEWithLogitsLoss):
+    if isinstance(loss_fn, (nn.BCEWithLogitsLoss, nn.BCELoss)):
         return torch.rand(*shape, dtype=dtype)
     return torch.randn(*shape, dtype=dtype)
 

@@ -33,9 +33,9 @@ STEPS = 50
 class Tabular(nn.Module):
     """As users write it: a norm, an activation called as a function and a dropout behind each layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, momentum: float | None = 0.1) -> None:
         super().__init__()
-        self.first, self.norm = nn.Linear(6, 9), nn.BatchNorm1d(9)
+        self.first, self.norm = nn.Linear(6, 9), nn.BatchNorm1d(9, momentum=momentum)
         self.second, self.drop, self.head = nn.Linear(9, 5), nn.Dropout(0.2), nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,6 +91,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         nn.BatchNorm1d(5, momentum=0.7, affine=False, track_running_stats=False), nn.Tanh(), nn.Linear(5, 3),
     ),
     "a function's": Tabular,
+    "a function's, with averages over all batches": lambda: Tabular(None),
 }  # fmt: skip
 
 
