@@ -17,6 +17,9 @@ that does so warns.
 Under autocast of the device, input and parameters are cast first, as autocast would before each layer;
 every activation keeps the dtype that it is given there, so the layers run in one dtype.
 
+Dropout in training is part of a call on the direct route alone, outside of autocast: elsewhere its module is called,
+between the calls of what comes before and after it.
+
 Backward asks the rule again for the gradient that comes in. Under `create_graph` it is a graph of
 PyTorch's operations, which can be differentiated as often as one likes. What forward saved carries no
 graph; a node for each layer gives it one, so that nothing is computed twice.
@@ -40,6 +43,9 @@ from fastmlp.ops import Stack
 from fastmlp.tape.active import is_recording
 
 Gradients = Sequence[Tensor | None]
+
+#: For each layer None, or what dropout multiplies its output with.
+Noises = Sequence[Tensor | None]
 
 #: What errors call the input, and where a module keeps each layer: ("input", ["0", "2"]). None for a call of
 #: `fastmlp.functional`, which has no module.
@@ -182,15 +188,16 @@ def _warn_without_kernels(device: str, obstacle: str) -> None:
     warnings.warn(message, stacklevel=1)
 
 
-def _reference(stack: Stack, input: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def _reference(stack: Stack, input: Tensor, parameters: Sequence[Tensor], noises: Noises | None = None) -> Tensor:
     weights, biases = stack.split(parameters)
-    return reference.mlp(input, weights, biases, [(a.name, a.parameters) for a in stack.activations])
+    return reference.mlp(input, weights, biases, [(a.name, a.parameters) for a in stack.activations], noises)
 
 
 def _composed_backward(
     has_bias: Sequence[bool],
     activations: Sequence[int],
     scalars: Sequence[float],
+    dropouts: Sequence[float],
     needs: Sequence[bool],
     grad: Tensor,
     input: Tensor,
@@ -199,29 +206,48 @@ def _composed_backward(
 ) -> Gradients:
     """What the direct route's node calls under `create_graph`, or for a gradient that is not plain."""
     stack = ops.stack_from(has_bias, activations, scalars)
+    drops = any(dropouts)
+    noises, saved = _noises(dropouts, saved, input.dtype) if drops else (None, saved)
     # The others are slower to differentiate twice.
     known = all(a.name in HAS_GRADIENT_FROM_OUTPUT or not _keeps_output(a) for a in stack.activations)
     # A backward in an autocast region still belongs to the dtype that forward ran in.
     with without_autocast():
         if _is_direct(grad, (input, *parameters, *saved)):
-            if not torch.is_grad_enabled():
+            if torch.is_grad_enabled() and known:
+                return _layerwise(stack, needs, grad, input, parameters, saved, noises)
+            if not torch.is_grad_enabled() and not drops:
                 return _C.backward(stack.native, grad, input, saved, parameters, needs)
-            if known:
-                return _layerwise(stack, needs, grad, input, parameters, saved)
-        return _vjp(stack, needs, grad, input, tuple(parameters))
+        return _vjp(stack, needs, grad, input, tuple(parameters), noises)
 
 
 _C.set_composed_backward(_composed_backward)
 
 
-def _vjp(stack: Stack, needs: Sequence[bool], grad: Tensor, input: Tensor, parameters: tuple[Tensor, ...]) -> Gradients:
+def _noises(dropouts: Sequence[float], saved: Sequence[Tensor], dtype: torch.dtype) -> tuple[Noises, Sequence[Tensor]]:
+    """What torch would multiply with, from the masks with which `saved` begins; and the rest of that."""
+    masks = iter(saved)
+    noises: list[Tensor | None] = []
+    for p in dropouts:
+        noise = next(masks).to(dtype) if p > 0 else None
+        noises.append(noise / (1 - p) if noise is not None and p < 1 else noise)
+    return noises, list(masks)
+
+
+def _vjp(
+    stack: Stack,
+    needs: Sequence[bool],
+    grad: Tensor,
+    input: Tensor,
+    parameters: tuple[Tensor, ...],
+    noises: Noises | None = None,
+) -> Gradients:
     """The gradients asked for, recomputed with PyTorch's operations; differentiable if grad mode is on."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views of their own, so that a parameter computed from another one is not differentiated
         # through: that is for the graph outside.
         inputs = [alias(t, need) for t, need in zip((input, *parameters), needs, strict=True)]
-        output = _reference(stack, inputs[0], inputs[1:])
+        output = _reference(stack, inputs[0], inputs[1:], noises)
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
         found = iter(torch.autograd.grad(output, wanted, grad, create_graph=create_graph))
     return [next(found) if need else None for need in needs]
@@ -250,21 +276,28 @@ def _layerwise(
     input: Tensor,
     parameters: Sequence[Tensor],
     saved: Sequence[Tensor],
+    noises: Noises | None = None,
 ) -> Gradients:
     """The gradients asked for, by PyTorch's operations on what forward saved."""
     weights, biases = stack.split(parameters)
-    inputs, kept = [_rows(input)], []
+    factors = [None if noise is None else _rows(noise) for noise in noises or [None] * len(weights)]
+    inputs, kept, outputs = [_rows(input)], [], []
     # A last layer without activation has saved nothing, and needs nothing.
-    for weight, bias, activation, tensor in zip(weights, biases, stack.activations, saved, strict=False):
+    for weight, bias, activation, tensor, factor in zip(
+        weights, biases, stack.activations, saved, factors, strict=False
+    ):
         layer_stack = ops.stack_of((bias is not None,), (activation if _keeps_output(activation) else IDENTITY,))
         own = (weight,) if bias is None else (weight, bias)
         kept.append(_C.with_graph(layer_stack.native, inputs[-1], own, _rows(tensor)))
-        inputs.append(kept[-1] if _keeps_output(activation) else _activate(activation, kept[-1]))
+        outputs.append(kept[-1] if _keeps_output(activation) else _activate(activation, kept[-1]))
+        inputs.append(outputs[-1] if factor is None else outputs[-1] * factor)
     found: list[Tensor | None] = [None] * len(needs)
     grad, end = _rows(grad), len(needs)
-    for layer in reversed(range(len(weights))):
+    for layer, factor in reversed(list(enumerate(factors))):
+        if factor is not None:
+            grad = grad * factor
         if layer < len(kept):
-            grad = _through(stack.activations[layer], grad, kept[layer], inputs[layer + 1])
+            grad = _through(stack.activations[layer], grad, kept[layer], outputs[layer])
         start = end - 1 - stack.has_bias[layer]
         if needs[start]:
             found[start] = grad.T @ inputs[layer]

@@ -129,7 +129,7 @@ def links(model: nn.Module, name: str = "") -> list[Link]:
             ending.append(link)
             continue
         role = FUSABLE.get(type(link.module))
-        after = [] if role == "nothing" or isinstance(link.module, nn.AlphaDropout) else ending
+        after = [] if role in ("nothing", "dropout") or isinstance(link.module, nn.AlphaDropout) else ending
         for before in after:
             if type(before.module) in _HEADS:
                 _refuse(*before, f"only a change of shape may follow it, and {place_of(*link)} does")

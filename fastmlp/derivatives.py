@@ -80,7 +80,7 @@ _stack_from = lru_cache(maxsize=256)(stack_from)
 def _run_of(model: nn.Module, leaves: Sequence[tuple[str, nn.Module]]) -> Run:
     """The layers of a model that is one run of them."""
     runs: list[Run] = []
-    for part in parts(dict(leaves)):
+    for part in parts(dict(leaves), drops=False):
         if not isinstance(part, Run):
             raise _refused(part.name, part.child, part.reason)
         runs.append(part)

@@ -75,7 +75,8 @@ def explain(target: nn.Module | Tensor, input: Tensor | None = None) -> Route:
     if isinstance(target, Linear):
         return _route(input, Run([""], [Layer("", target.weight, target.bias, target.activation)]))
     alone: list[str] = []
-    for part in parts(target._modules):
+    drops = why_not_direct(input, ()) is None and not torch.is_autocast_enabled(input.device.type)
+    for part in parts(target._modules, drops):
         if isinstance(part, Alone):
             alone.append(f"{part.name}: {part.reason}")
         elif not alone:

@@ -30,6 +30,11 @@ class Sequential(Called, nn.Sequential):
     called as it is, at its place: other modules, and those that have hooks, are parametrized, or have a forward
     of their own. `fastmlp.explain` names them.
 
+    A layer also takes one `torch.nn.Dropout` in training that follows it and its activation, on the CPU in float32 and
+    float64. It drops what torch would, by the same numbers of the same generator. Under autocast, on the composite
+    route of `explain` and under `torch.compile` the Dropout is called; and so is one that would change in place what
+    ReLU, Sigmoid or Tanh keeps for backward, because torch raises there.
+
     Args:
         *args: modules, or one dictionary of modules, as `torch.nn.Sequential` takes them.
 

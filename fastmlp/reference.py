@@ -237,14 +237,16 @@ def mlp(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     activations: Sequence[tuple[str, dict[str, float]]],
+    noises: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """A chain of `linear`.
+    """A chain of `linear`, each of which may be followed by dropout.
 
     Args:
         input: (*, in_features of the first layer).
         weights: (out_features, in_features) of each layer.
         biases: (out_features) or None for each layer.
         activations: name and parameters for each layer.
+        noises: for each layer None, or what dropout multiplies its output (*, out_features) with.
 
     Returns:
         (*, out_features of the last layer).
@@ -254,8 +256,10 @@ def mlp(
         >>> mlp(torch.tensor([1.0, -1.0]), [w, w], [None, None], [("relu", {}), ("identity", {})])
         tensor([1., 0.])
     """
-    for weight, bias, (name, parameters) in zip(weights, biases, activations, strict=True):
+    noises = noises or [None] * len(weights)
+    for weight, bias, (name, parameters), noise in zip(weights, biases, activations, noises, strict=True):
         input = linear(input, weight, bias, name, parameters)
+        input = input if noise is None else input * noise
     return input
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastmlp import reference
 from fastmlp._errors import not_a_child
 from fastmlp._load import _C
-from fastmlp.activations import DEFAULTS, IDENTITY, POSITIVE, Activation, resolve
+from fastmlp.activations import DEFAULTS, HAS_GRADIENT_FROM_OUTPUT, IDENTITY, POSITIVE, Activation, resolve
 from fastmlp.autograd import Names, composed_forward, run
 from fastmlp.hooks import GLOBAL_HOOKS, has_hooks
 from fastmlp.linear import Called, Linear
@@ -37,9 +37,9 @@ __all__ = [
 #: What a `Sequential` runs: a module, or of a recorded forward the weight and bias of a layer that has no module.
 Child: TypeAlias = nn.Module | tuple[Tensor, Tensor | None]
 
-#: What a module is in a run: a layer, the activation of the layer before it, or nothing (a `Dropout` outside of
-#: training).
-Role: TypeAlias = Literal["layer", "activation", "nothing"]
+#: What a module is in a run: a layer, the activation of the layer before it, dropout of that layer's output (nothing
+#: outside of training), or nothing.
+Role: TypeAlias = Literal["layer", "activation", "dropout", "nothing"]
 
 #: The modules that may be part of a run, by their exact class, since a subclass may compute something else.
 FUSABLE: dict[type[nn.Module], Role] = {
@@ -47,7 +47,7 @@ FUSABLE: dict[type[nn.Module], Role] = {
     Linear: "layer",
     **dict.fromkeys(reference.MODULES, "activation"),
     nn.Identity: "nothing",
-    nn.Dropout: "nothing",
+    nn.Dropout: "dropout",
 }
 
 
@@ -85,7 +85,8 @@ def register(sequential: type[nn.Module]) -> None:
 
 def run_parts(children: Mapping[str, Child | None], input: Any) -> Any:
     """What a `Sequential` of these children computes, for Dynamo, which cannot see into `_C.run_children`."""
-    for part in parts(children):
+    # The operators that Dynamo sees have no dropout.
+    for part in parts(children, drops=False):
         if isinstance(part, Alone):
             input = part.child(input)
         else:
@@ -95,12 +96,13 @@ def run_parts(children: Mapping[str, Child | None], input: Any) -> Any:
 
 @dataclass
 class Layer:
-    """A layer of a run: its name, its tensors, and the activation that it computes too."""
+    """A layer of a run: its name, its tensors, and the activation and the dropout in training that it computes too."""
 
     name: str
     weight: Tensor
     bias: Tensor | None
     activation: Activation
+    drops: bool = False
 
 
 @dataclass
@@ -118,7 +120,7 @@ class Run:
     is_first: bool = True
 
     def stack(self) -> Stack:
-        """The layers without their tensors."""
+        """The layers without their tensors and their dropout."""
         has_bias = [layer.bias is not None for layer in self.layers]
         return stack_of(tuple(has_bias), tuple([layer.activation for layer in self.layers]))
 
@@ -141,8 +143,13 @@ class Alone(NamedTuple):
     reason: str
 
 
-def parts(children: Mapping[str, Child | None]) -> list[Run | Alone]:
+def parts(children: Mapping[str, Child | None], drops: bool = True) -> list[Run | Alone]:
     """What a `Sequential` of these children executes, one after the other.
+
+    Args:
+        children: as the container holds them.
+        drops: whether dropout in training may be part of a run. It may not where a call does not go directly to the
+            kernels, or under autocast.
 
     Raises:
         TypeError: for a child that is None.
@@ -161,7 +168,7 @@ def parts(children: Mapping[str, Child | None]) -> list[Run | Alone]:
             run.names.append(name)
             run.layers.append(Layer(name, *child, IDENTITY))
             continue
-        reason = why_called(child) or _why_not_in(run, child)
+        reason = why_called(child) or _why_not_in(run, child, drops)
         if reason is not None:
             found.append(Alone(name, child, reason))
             run = None
@@ -190,8 +197,11 @@ def why_called(child: nn.Module) -> str | None:
     if kind.forward is not _FORWARDS[kind] or kind.__call__ is not _call_of(kind):
         return f"the forward of {kind.__name__} was replaced"
     reason = watched_obstacle(child)
-    if reason is None and kind is nn.Dropout and child.training is not False and child.p != 0:
-        reason = "Dropout is in training mode"
+    if reason is None and kind is nn.Dropout and _drops(child):
+        # In this order, because only numbers are sure to compare.
+        numbers = isinstance(child.p, (int, float)) and 0 < child.p <= 1
+        if child.training is not True or not numbers or not isinstance(child.inplace, bool):
+            reason = "Dropout is in training mode, and its attributes are not those that torch.nn.Dropout gives it"
     return reason or form_obstacle(child)
 
 
@@ -231,14 +241,39 @@ def _call_of(kind: type[nn.Module]) -> Any:
     return Called.__call__ if kind is Linear else nn.Module.__call__
 
 
-def _why_not_in(run: Run | None, child: nn.Module) -> str | None:
+def _drops(dropout: Any) -> bool:
+    """Whether a `Dropout` does anything."""
+    return dropout.training is not False and bool(dropout.p != 0)
+
+
+def _why_not_in(run: Run | None, child: nn.Module, drops: bool) -> str | None:
     role = FUSABLE[type(child)]
     if role == "layer":
         return None
+    if role == "dropout" and _drops(child) and (run is None or not drops):
+        return "Dropout is in training mode" + ("" if run else ", and no layer that is fused precedes it")
     if run is None:
         return "no layer that is fused precedes it"
-    if role == "activation" and run.layers[-1].activation != IDENTITY:
+    last = run.layers[-1]
+    if role == "activation" and last.drops:
+        return "a Dropout in training mode precedes it"
+    if role == "activation" and last.activation != IDENTITY:
         return "the layer before it has an activation already"
+    if role == "dropout" and _drops(child):
+        return _why_not_dropped(run, bool(child.inplace))
+    return None
+
+
+def _why_not_dropped(run: Run, in_place: bool) -> str | None:
+    first, last = run.layers[0].weight, run.layers[-1]
+    if not _C.layers_drop(first.device.type, first.dtype):
+        where = f"on {first.device.type.upper()} in {first.dtype}"
+        return f"Dropout is in training mode, which layers do not compute {where}"
+    if last.drops:
+        return "Dropout is in training mode, and the layer before it drops already"
+    # torch raises in backward if such an output has been changed.
+    if in_place and last.activation != IDENTITY and last.activation.name in HAS_GRADIENT_FROM_OUTPUT:
+        return "Dropout is in training mode, and would change in place what an activation keeps for backward"
     return None
 
 
@@ -252,3 +287,5 @@ def _take(run: Run, name: str, child: nn.Module) -> None:
         run.layers.append(Layer(name, weight, bias, activation))
     elif role == "activation":
         run.layers[-1].activation = resolve(child)
+    elif role == "dropout" and _drops(child):
+        run.layers[-1].drops = True

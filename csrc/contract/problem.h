@@ -111,7 +111,8 @@ struct Network {
 struct ForwardPass {
   Network network;
   // One entry a layer, each null or [rows, out_features]. The last layer's output is `output`, so
-  // its own entry is given only where something else is kept. Empty: nothing is kept, and nothing is dropped.
+  // its own entry is given only where something else is kept. Empty: nothing is kept, and nothing is dropped; where
+  // layers drop and nothing is kept, all entries are null.
   std::vector<void*> kept;
   void* output = nullptr;  // [rows, layers.back().out_features]
 };

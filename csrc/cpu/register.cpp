@@ -56,6 +56,8 @@ struct Device {
 
   static void run(const ForwardPass& pass, const at::Tensor&) { cpu::forward(pass, threads()); }
   static void run(const BackwardPass& pass, const at::Tensor&) { cpu::backward(pass, threads()); }
+
+  static at::Tensor mask(at::IntArrayRef sizes, double dropped);
 };
 
 using Cpu = Operations<Device>;
@@ -130,22 +132,30 @@ void carve_masks(Network& network, Carver& carver) {
   }
 }
 
-// Layer by layer, in the order in which torch draws in a forward pass; and by its own operator where ours draws
-// otherwise. The numbers do not depend on the dtype. Torch draws nothing for a layer that drops everything.
+// By torch's own operator where ours draws otherwise. The numbers do not depend on the dtype. Torch draws nothing where
+// everything is dropped.
+void draw_mask(uint8_t* kept, int64_t n, double dropped) {
+  const double p = 1 - dropped;
+  if (p == 0) {
+    std::fill_n(kept, n, uint8_t(0));
+  } else if (draws_as_torch()) {
+    draw_from(std::nullopt, {Drawn::byte, n, kept, p});
+  } else if (n > 0) {
+    at::Tensor mask = at::from_blob(kept, {n}, at::kByte);
+    at::cpu::bernoulli_(mask, p);
+  }
+}
+
+at::Tensor Device::mask(at::IntArrayRef sizes, double dropped) {
+  at::Tensor mask = allocate(sizes, at::kByte);
+  draw_mask(mask.mutable_data_ptr<uint8_t>(), mask.numel(), dropped);
+  return mask;
+}
+
+// Layer by layer, in the order in which torch draws in a forward pass.
 void draw_masks(const Network& network) {
   for (const Layer& layer : network.layers) {
-    if (!layer.drops()) continue;
-    const int64_t n = network.rows * layer.out_features;
-    const double p = 1 - layer.dropout.p;
-    uint8_t* const kept = layer.dropout.kept;
-    if (p == 0) {
-      std::fill_n(kept, n, uint8_t(0));
-    } else if (draws_as_torch()) {
-      draw_from(std::nullopt, {Drawn::byte, n, kept, p});
-    } else if (n > 0) {
-      at::Tensor mask = at::from_blob(kept, {n}, at::kByte);
-      at::cpu::bernoulli_(mask, p);
-    }
+    if (layer.drops()) draw_mask(layer.dropout.kept, network.rows * layer.out_features, layer.dropout.p);
   }
 }
 

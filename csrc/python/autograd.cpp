@@ -28,10 +28,6 @@ constexpr int sigmoid_kind = kind_in<Sigmoid>(Activations{}), tanh_kind = kind_i
 
 c10::DispatchKey autocast_key(const at::Tensor& input) { return operations_for(input).autocast; }
 
-bool autocast_is_active(const at::Tensor& input) {
-  return !c10::impl::tls_local_dispatch_key_set().excluded_.has(autocast_key(input));
-}
-
 bool is_dual(const at::Tensor& tensor) { return tensor._fw_grad(0).defined(); }
 
 Tensors backward_in_python(const Stack& stack, const std::vector<bool>& needs, const at::Tensor& grad,
@@ -40,7 +36,7 @@ Tensors backward_in_python(const Stack& stack, const std::vector<bool>& needs, c
   const auto function = py::reinterpret_borrow<py::function>(composed_backward);
   const LayerLists lists(stack.specs());
   const py::object found =
-      function(lists.has_bias, lists.activations, lists.scalars, needs, grad, input, parameters, saved);
+      function(lists.has_bias, lists.activations, lists.scalars, lists.dropouts, needs, grad, input, parameters, saved);
   Tensors gradients;
   for (const py::handle gradient : found) {
     gradients.push_back(gradient.is_none() ? at::Tensor() : gradient.cast<at::Tensor>());
@@ -48,7 +44,7 @@ Tensors backward_in_python(const Stack& stack, const std::vector<bool>& needs, c
   return gradients;
 }
 
-// Under create_graph: one layer, which saved its output with the graph.
+// Under create_graph: one layer without dropout, which saved its output with the graph.
 Tensors backward_of_layer(const Stack& stack, const std::vector<bool>& needs, const at::Tensor& grad,
                           const at::Tensor& input, const Tensors& parameters, const Tensors& saved) {
   const int kind = stack.activation(0).kind;
@@ -92,7 +88,8 @@ struct FusedNetwork : torch::autograd::Function<FusedNetwork> {
     if (!at::GradMode::is_enabled() && !is_dual(grads[0]) && are_plain(grads, tensors)) {
       const at::AutoDispatchBelowADInplaceOrView guard;
       gradients = fastmlp::backward(stack, grads[0], tensors[0], saved, parameters, needs);
-    } else if (stack.layers() == 1 && tensors[0].dim() == 2 && has_gradient_from_output(stack.activation(0).kind)) {
+    } else if (stack.layers() == 1 && stack.masks() == 0 && tensors[0].dim() == 2 &&
+               has_gradient_from_output(stack.activation(0).kind)) {
       const c10::impl::ExcludeDispatchKeyGuard guard(autocast_key(tensors[0]));
       gradients = backward_of_layer(stack, needs, grads[0], tensors[0], parameters, saved);
     } else {
@@ -119,6 +116,10 @@ void check_in_words_of_module(const Stack& stack, const at::Tensor& input, at::T
 }
 
 }  // namespace
+
+bool autocast_is_active(const at::Tensor& input) {
+  return !c10::impl::tls_local_dispatch_key_set().excluded_.has(autocast_key(input));
+}
 
 at::Tensor run(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, at::TensorList parameters,
                NamesOf names) {

@@ -14,10 +14,10 @@
 
 namespace fastmlp {
 
-// The network's output, with a graph if grad mode is on and an argument requires a gradient.
-// Under autocast of the input's device in its dtype. Called with the GIL, which is released meanwhile unless that would
-// take longer than the work; `input` belongs to the caller, parameters may be borrowed. `names`
-// is asked with the GIL, and only for an error.
+// The network's output, with a graph if grad mode is on and an argument requires a gradient. Under autocast of the
+// input's device in its dtype, unless a layer drops: a stack in which one does must not come here then. Called with the
+// GIL, which is released meanwhile unless that would take longer than the work; `input` belongs to the caller,
+// parameters may be borrowed. `names` is asked with the GIL, and only for an error.
 at::Tensor run(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, at::TensorList parameters,
                NamesOf names = {});
 
@@ -31,11 +31,14 @@ at::Tensor gradient_from_output(int kind, const at::Tensor& grad, const at::Tens
 at::Tensor with_graph(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, at::TensorList parameters,
                       const at::Tensor& output);
 
+// Whether autocast of the input's device is on.
+bool autocast_is_active(const at::Tensor& input);
+
 // Once, when the module is loaded: what Python calls the node. By default torch takes the end of the C++ name, which
 // for a template is "FusedNetwork>".
 void name_node();
 
-// function(has_bias, activations, scalars, needs, grad, input, parameters, saved) -> gradients, None
+// function(has_bias, activations, scalars, dropouts, needs, grad, input, parameters, saved) -> gradients, None
 // where not needed. Held for the life of the process.
 void set_composed_backward(PyObject* function);
 

@@ -171,6 +171,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("training_devices", [] { return device_names(&trains); });
   m.def("deriving_devices", [] { return device_names(&derives); });
   m.def("packing_devices", [] { return device_names(&packs); });
+  m.def("layers_drop",
+        [](const std::string& device, at::ScalarType dtype) { return layers_drop(c10::Device(device).type(), dtype); });
   m.def("absent_devices", [] {
     py::dict hints;
     for (const auto& [device, hint] : absent_devices()) hints[py::str(device)] = hint;

@@ -9,6 +9,8 @@
 #include <optional>
 
 #include "../contract/activation_info.h"
+#include "../tensors/devices.h"
+#include "autograd.h"
 #include "objects.h"
 
 namespace fastmlp {
@@ -118,6 +120,10 @@ bool is_layer(PyObject* module) {
 
 bool is_watched() { return std::any_of(known.watchers.begin(), known.watchers.end(), filled); }
 
+bool Run::drops() const {
+  return std::any_of(layers_.begin(), layers_.end(), [](const LayerSpec& layer) { return layer.dropout > 0; });
+}
+
 bool Run::add_layer(PyObject* attributes, const ActivationSpec& activation) {
   PyObject* parameters = item(attributes, names().parameters);
   if (!parameters || !PyDict_Check(parameters)) return false;
@@ -150,7 +156,7 @@ void Run::add_empty_layer() {
 bool Run::add_activation(const ActivationSpec& activation) {
   if (activation.kind == identity_kind) return true;
   if (empty() || activated_) {
-    if (!trains_) return false;
+    if (takes_ != Takes::step) return false;
     add_empty_layer();
   }
   set_activation(activation);
@@ -161,13 +167,29 @@ bool Run::add_dropout(PyObject* attributes) {
   PyObject* training = item(attributes, names().training);
   const std::optional<double> p = number_of(item(attributes, names().p));
   if (training == Py_False || p == 0.0) return true;
-  // In place, it would change what somebody else may hold, such as the input.
-  if (!trains_ || training != Py_True || !p || !(*p > 0 && *p <= 1) || item(attributes, names().inplace) != Py_False)
+  PyObject* in_place = item(attributes, names().inplace);
+  if (training != Py_True || !p || !(*p > 0 && *p <= 1) || !(in_place == Py_True || in_place == Py_False)) return false;
+  if (takes_ == Takes::step) {
+    // It would change what somebody else may hold, such as the input.
+    if (in_place == Py_True) return false;
+    if (empty() || layers_.back().dropout > 0) add_empty_layer();
+  } else if (!last_layer_may_drop(in_place == Py_True)) {
     return false;
-  if (empty() || layers_.back().dropout > 0) add_empty_layer();
+  }
   layers_.back().dropout = *p;
   activated_ = true;
   return true;
+}
+
+bool Run::last_layer_may_drop(bool in_place) const {
+  const LayerSpec& last = layers_.back();
+  const at::Tensor& weight = THPVariable_Unpack(parameters_[0]);
+  if (takes_ != Takes::dropout || last.dropout > 0 || !layers_drop(weight.device().type(), weight.scalar_type()))
+    return false;
+  // Nobody else holds what a layer computes. But torch keeps the output of some activations for backward, and raises
+  // there if it has been changed; which a call of the dropout by itself does, too.
+  const int kind = last.activation.kind;
+  return !in_place || kind == identity_kind || !has_gradient_from_output(kind);
 }
 
 // As torch's module reads itself in its forward.
@@ -226,7 +248,8 @@ bool Run::extend(PyObject* module) {
     return add_tensors(PyTuple_GET_ITEM(module, 0), PyTuple_GET_ITEM(module, 1), ActivationSpec{identity_kind, {}});
   }
   const Class* c = class_of(module);
-  if (!c || (!trains_ && empty() && c->role != Role::linear && c->role != Role::fused_linear)) return false;
+  const bool begins = takes_ != Takes::step && empty();
+  if (!c || (begins && c->role != Role::linear && c->role != Role::fused_linear)) return false;
   const py::object attributes = attributes_of(module);
   if (must_be_called(attributes.ptr())) return false;
   switch (c->role) {
@@ -237,7 +260,7 @@ bool Run::extend(PyObject* module) {
     case Role::dropout:
       return add_dropout(attributes.ptr());
     case Role::norm:
-      return trains_ && add_norm(attributes.ptr());
+      return takes_ == Takes::step && add_norm(attributes.ptr());
     case Role::activation: {
       const std::optional<ActivationSpec> activation = activation_of(*c, attributes.ptr());
       return activation && add_activation(*activation);

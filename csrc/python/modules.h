@@ -15,7 +15,8 @@ namespace fastmlp {
 
 // What fastmlp/modules.py knows and this file is told once: the exact classes of torch.nn and of ours that may be part
 // of a run.
-//   linear, fused_linear: classes of layers; dropout: one that does nothing outside of training
+//   linear, fused_linear: classes of layers; dropout: one that does nothing outside of training, and else drops
+//     elements of what the layer before it computes
 //   norm: one that normalises columns by a batch, which only training steps take
 //   sequential: the class whose forward is run_children
 //   activations: {class: (name, (attribute of each parameter, ...))}
@@ -35,11 +36,15 @@ struct RunNorm {
   double eps = 0;
 };
 
+// What a run may hold besides layers and their activations: nothing, as operators with a schema compute it; dropout in
+// training behind a layer, where its device computes that; and whatever a training step computes, which is batch
+// normalisation, too, and activations and dropout anywhere.
+enum class Takes { layers, dropout, step };
+
 // Layers and their activations, one after another. Borrows the tensors: no Python code may run that could free them.
 class Run {
  public:
-  // trains: takes what only a training step computes, too: dropout, batch normalisation, and activations anywhere.
-  explicit Run(bool trains = false) : trains_(trains) {}
+  explicit Run(Takes takes) : takes_(takes) {}
 
   // Takes in a module, or a pair of tensors (weight, and bias or None) that are a layer without a module; false, and
   // nothing changed, if it cannot be next.
@@ -48,6 +53,8 @@ class Run {
   bool add_fused_layer(PyObject* attributes);
 
   bool empty() const { return layers_.empty(); }
+  // Whether a layer drops.
+  bool drops() const;
   // One for each batch normalisation.
   c10::ArrayRef<RunNorm> norms() const { return norms_; }
   c10::ArrayRef<PyObject*> parameters() const { return parameters_; }
@@ -59,12 +66,14 @@ class Run {
   bool add_tensors(PyObject* weight, PyObject* bias, const ActivationSpec& activation);
   bool add_activation(const ActivationSpec& activation);
   bool add_dropout(PyObject* attributes);
+  // Whether a dropout in training may follow the last layer of a run that is no training step's.
+  bool last_layer_may_drop(bool in_place) const;
   bool add_norm(PyObject* attributes);
   // A layer that leaves its input as it is, for what follows no layer.
   void add_empty_layer();
   void set_activation(const ActivationSpec& activation);
 
-  bool trains_;
+  Takes takes_;
   c10::SmallVector<PyObject*, 16> parameters_;
   c10::SmallVector<LayerSpec, 8> layers_;
   c10::SmallVector<RunNorm, 2> norms_;

@@ -17,6 +17,11 @@ namespace {
 
 PyObject* composed_forward = nullptr;
 
+// Whether dropout of a run is computed with its layers: what is not plain, or cast by autocast, is for torch's own.
+bool may_drop(const Run& run, const py::object& input) {
+  return !obstacle(input.ptr(), run.parameters()) && !autocast_is_active(THPVariable_Unpack(input.ptr()));
+}
+
 // `names` is asked where something is wrong, or composed.
 py::object execute(const Run& run, const py::object& input, NamesOf names) {
   if (!obstacle(input.ptr(), run.parameters())) {
@@ -85,11 +90,18 @@ py::object run_children(const py::dict& children, py::object input) {
   }
   const bool watched = is_watched();
   for (size_t i = 0; i < modules.size();) {
-    Run run;
-    // Proxies are to see every child; whatever else is no tensor is refused by the first layer that it comes to.
     size_t end = i;
+    const auto run_of = [&](Takes takes) {
+      Run found(takes);
+      end = i;
+      while (end < modules.size() && found.extend(modules[end].ptr())) end++;
+      return found;
+    };
+    Run run(Takes::dropout);
+    // Proxies are to see every child; whatever else is no tensor is refused by the first layer that it comes to.
     if (!watched && (THPVariable_Check(input.ptr()) || !overrides_torch(input))) {
-      while (end < modules.size() && run.extend(modules[end].ptr())) end++;
+      run = run_of(Takes::dropout);
+      if (run.drops() && !may_drop(run, input)) run = run_of(Takes::layers);
     }
     input = run.empty() ? call(modules[i], input)
                         : execute(run, input, [&] { return names_of(children, modules, i, end); });
@@ -99,7 +111,7 @@ py::object run_children(const py::dict& children, py::object input) {
 }
 
 py::object whole_run(const py::list& modules) {
-  Run run;
+  Run run(Takes::layers);
   if (is_watched()) return py::none();
   for (const py::handle module : modules) {
     if (!run.extend(module.ptr())) return py::none();
@@ -114,7 +126,7 @@ py::object whole_run(const py::list& modules) {
 }
 
 py::object run_layer(const py::handle& layer, const py::object& input) {
-  Run run;
+  Run run(Takes::layers);
   const bool own = run.add_fused_layer(attributes_of(layer.ptr()).ptr());
   const auto names = [] { return ModuleNames{"input", {""}}; };
   return own && THPVariable_Check(input.ptr()) ? execute(run, input, names) : py::none();

@@ -81,7 +81,7 @@ class TrainStep {
   // What one call is given, reads and decides.
   struct Call {
     PyObject *input_object, *target_object;  // that the caller holds
-    Run run{true};
+    Run run{Takes::step};
     c10::SmallVector<NormTensors, 2> norms;  // one for each of the run
     int64_t in_features = 0, out_features = 0;
     c10::MaybeOwned<at::Tensor> input;  // as the first layer takes it

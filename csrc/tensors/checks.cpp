@@ -129,14 +129,15 @@ struct SavedName {
 
 template <class Name>
 void check_saved(const Name& name, const at::Tensor& given, const at::Tensor& input, c10::SymIntArrayRef leading,
-                 const c10::SymInt& features) {
+                 const c10::SymInt& features, bool is_mask = false) {
   TORCH_CHECK(given.defined(), "fastmlp: ", name, " is an undefined tensor");
   TORCH_CHECK(given.layout() == at::kStrided, "fastmlp: ", name, " has layout ", given.layout(), ", expected ",
               at::kStrided);
   TORCH_CHECK(given.device() == input.device(), "fastmlp: ", name, " is on ", given.device(), ", expected ",
               input.device(), ", the device of input");
-  TORCH_CHECK(given.scalar_type() == input.scalar_type(), "fastmlp: ", name, " has dtype ",
-              dtype_name(given.scalar_type()), ", expected ", dtype_name(input.scalar_type()), ", the dtype of input");
+  const at::ScalarType dtype = is_mask ? at::kByte : input.scalar_type();
+  TORCH_CHECK(given.scalar_type() == dtype, "fastmlp: ", name, " has dtype ", dtype_name(given.scalar_type()),
+              ", expected ", dtype_name(dtype), is_mask ? ", of what dropout keeps" : ", the dtype of input");
   const auto sizes = given.sym_sizes();
   bool equal = sizes.size() == leading.size() + 1 && sizes.back() == features;
   for (size_t d = 0; equal && d < leading.size(); d++) equal = sizes[d] == leading[d];
@@ -193,8 +194,15 @@ void check_backward(const Stack& stack, const at::Tensor& grad, const at::Tensor
   TORCH_CHECK(saved.size() == stack.saved(), "fastmlp: saved has ", saved.size(), " tensors, expected ", stack.saved());
   const auto sizes = input.sym_sizes();
   const auto leading = sizes.slice(0, sizes.size() - 1);
-  for (size_t l = 0; l < saved.size(); l++) {
-    check_saved(SavedName{l}, saved[l], input, leading, parameters[stack.weight(l)].sym_size(0));
+  const auto features = [&](size_t l) { return parameters[stack.weight(l)].sym_size(0); };
+  size_t next = 0;
+  for (size_t l = 0; next < stack.masks(); l++) {
+    if (!stack.drops(l)) continue;
+    check_saved(SavedName{next}, saved[next], input, leading, features(l), true);
+    next++;
+  }
+  for (size_t l = 0; next < saved.size(); l++, next++) {
+    check_saved(SavedName{next}, saved[next], input, leading, features(l));
   }
   check_saved("grad", grad, input, leading, parameters[stack.weight(stack.layers() - 1)].sym_size(0));
 }

@@ -74,6 +74,10 @@ bool derives(c10::DeviceType device) {
 
 bool packs(c10::DeviceType device) { return entry_of(device).operations.freeze; }
 
+bool layers_drop(c10::DeviceType device, at::ScalarType dtype) {
+  return entry_of(device).operations.drops && (dtype == at::kFloat || dtype == at::kDouble);
+}
+
 std::vector<std::string> device_names(bool (*is_true)(c10::DeviceType)) {
   std::vector<std::string> names;
   for (size_t i = 0; i < table.size(); i++) {

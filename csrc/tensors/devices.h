@@ -52,6 +52,9 @@ struct DeviceOperations {
   operation::Nll* nll = nullptr;
   operation::NllBackward* nll_backward = nullptr;
 
+  // Whether forward and backward take layers that drop, in the dtypes that layers_drop names.
+  bool drops = false;
+
   // The keys that a tensor of the device has if nothing stands between it and its data, and that of its autocast.
   c10::DispatchKeySet plain_keys;
   c10::DispatchKey autocast = c10::DispatchKey::Undefined;
@@ -88,6 +91,8 @@ const char* device_obstacle(c10::Device device);
 bool trains(c10::DeviceType device);
 bool derives(c10::DeviceType device);
 bool packs(c10::DeviceType device);
+// Whether layers of a run may drop, of this dtype.
+bool layers_drop(c10::DeviceType device, at::ScalarType dtype);
 bool has_kernels(c10::DeviceType device);
 // The devices of which one of them is true, by name as torch spells it: {"cpu"}; and for errors: "the CPU".
 std::vector<std::string> device_names(bool (*is_true)(c10::DeviceType));

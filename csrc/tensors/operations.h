@@ -7,6 +7,8 @@
 //     static at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like);  // row-major, not initialised
 //     static void run(const ForwardPass& pass, const at::Tensor& input);       // input is on the device
 //     static void run(const BackwardPass& pass, const at::Tensor& input);
+//     // Of a device that computes dropout, too: what torch.nn.Dropout would draw now, 1 where an element is kept.
+//     static at::Tensor mask(at::IntArrayRef sizes, double dropped);
 //   };
 #pragma once
 
@@ -19,6 +21,8 @@
 namespace fastmlp {
 
 template <class Device> struct Operations {
+  static constexpr bool drops = requires { Device::mask({}, 0.0); };
+
   // What they make of the device's entry in the table of devices.h.
   static DeviceOperations entry() {
     DeviceOperations all;
@@ -28,6 +32,7 @@ template <class Device> struct Operations {
     all.forward_into = &forward_into;
     all.backward_into = &backward_into;
     all.empty = &Device::empty;
+    all.drops = drops;
     all.plain_keys = c10::DispatchKeySet({Device::backend, Device::autograd, c10::DispatchKey::ADInplaceOrView}) |
                      c10::autocast_dispatch_keyset;
     all.autocast = Device::autocast;
@@ -42,9 +47,10 @@ template <class Device> struct Operations {
   static std::tuple<at::Tensor, Tensors> forward(const Stack& stack, const at::Tensor& input,
                                                  at::TensorList parameters) {
     check_forward(stack, input, parameters);
-    Tensors hidden;
+    Tensors hidden = masks_of(stack, input, parameters);
     hidden.reserve(stack.hidden());
-    for (size_t l = 0; l < stack.hidden(); l++) hidden.push_back(result(input, parameters[stack.weight(l)]));
+    for (size_t l = 0; hidden.size() < stack.hidden(); l++)
+      hidden.push_back(result(input, parameters[stack.weight(l)]));
     at::Tensor output = result(input, parameters[stack.weight(stack.layers() - 1)]);
     forward_into(stack, input, parameters, output, hidden);
     return {output, hidden};
@@ -53,7 +59,7 @@ template <class Device> struct Operations {
   static at::Tensor infer(const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
     check_forward(stack, input, parameters);
     at::Tensor output = result(input, parameters[stack.weight(stack.layers() - 1)]);
-    forward_into(stack, input, parameters, output, {});
+    forward_into(stack, input, parameters, output, masks_of(stack, input, parameters));
     return output;
   }
 
@@ -97,6 +103,21 @@ template <class Device> struct Operations {
   }
 
  private:
+  // In the order in which the layers draw.
+  static Tensors masks_of(const Stack& stack, const at::Tensor& input, at::TensorList parameters) {
+    Tensors masks;
+    if (stack.masks() == 0) return masks;
+    TORCH_CHECK(layers_drop(input.device().type(), input.scalar_type()), "fastmlp: layers do not drop on ",
+                input.device(), " in ", input.scalar_type());
+    if constexpr (drops) {
+      for (size_t l = 0; masks.size() < stack.masks(); l++) {
+        if (!stack.drops(l)) continue;
+        masks.push_back(Device::mask(sizes_with(input, parameters[stack.weight(l)].size(0)), stack.specs()[l].dropout));
+      }
+    }
+    return masks;
+  }
+
   // A layer's output.
   static at::Tensor result(const at::Tensor& input, const at::Tensor& weight) {
     return Device::empty(sizes_with(input, weight.size(0)), input);

@@ -27,7 +27,8 @@ using Tensors = std::vector<at::Tensor>;
 
 namespace operation {
 
-// y and what backward needs besides it (Stack::hidden tensors).
+// y and what backward needs besides it (Stack::hidden tensors). Dropout draws from the device's default generator, as
+// torch.nn.Dropout does.
 using Forward = std::tuple<at::Tensor, Tensors>(const Stack& stack, const at::Tensor& input, at::TensorList parameters);
 // y alone.
 using Infer = at::Tensor(const Stack& stack, const at::Tensor& input, at::TensorList parameters);
@@ -35,8 +36,8 @@ using Infer = at::Tensor(const Stack& stack, const at::Tensor& input, at::Tensor
 using Backward = Tensors(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,
                          at::TensorList parameters, const std::vector<bool>& needs);
 
-// The same into memory of the caller, row-major without gaps. No `hidden` means that nothing is kept; an undefined
-// gradient is not computed.
+// The same into memory of the caller, row-major without gaps. `hidden` begins with what has been drawn for layers that
+// drop; no more than that means that nothing is kept. An undefined gradient is not computed.
 using ForwardInto = void(const Stack& stack, const at::Tensor& input, at::TensorList parameters,
                          const at::Tensor& output, at::TensorList hidden);
 using BackwardInto = void(const Stack& stack, const at::Tensor& grad, const at::Tensor& input, at::TensorList saved,

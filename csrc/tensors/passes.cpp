@@ -110,8 +110,12 @@ ForwardTensors forward_pass(const char* device, const Stack& stack, const at::Te
   tensors.input = as_rows(input, rows_of(input));
   ForwardPass& pass = tensors.pass;
   pass.network = network_on(device, stack, *tensors.input, parameters);
+  size_t next = 0;
+  for (Layer& layer : pass.network.layers) {
+    if (layer.drops()) layer.dropout.kept = static_cast<uint8_t*>(hidden[next++].data_ptr());
+  }
   if (!hidden.empty()) pass.kept.resize(stack.layers(), nullptr);
-  for (size_t l = 0; l < hidden.size(); l++) pass.kept[l] = hidden[l].data_ptr();
+  for (size_t l = 0; next < hidden.size(); l++) pass.kept[l] = hidden[next++].data_ptr();
   pass.output = output.data_ptr();
   return tensors;
 }
@@ -121,13 +125,24 @@ BackwardTensors backward_pass(const char* device, const Stack& stack, const at::
   const int64_t rows = rows_of(input);
   BackwardTensors tensors;
   tensors.input = as_rows(input, rows);
-  tensors.grad = as_rows(grad, rows);
+  // Dropout goes through elements as they lie.
+  const auto gapless = [&](c10::MaybeOwned<at::Tensor> x) {
+    using Rows = c10::MaybeOwned<at::Tensor>;
+    return stack.masks() == 0 || x->is_contiguous() ? std::move(x) : Rows::owned(x->contiguous());
+  };
+  tensors.grad = gapless(as_rows(grad, rows));
   BackwardPass& pass = tensors.pass;
   pass.network = network_on(device, stack, *tensors.input, parameters);
   pass.grad_output = matrix_of(*tensors.grad);
   pass.saved.resize(stack.layers());
-  for (size_t l = 0; l < saved.size(); l++) {
-    tensors.saved.push_back(as_rows(saved[l], rows));
+  size_t next = 0;
+  for (Layer& layer : pass.network.layers) {
+    if (!layer.drops()) continue;
+    tensors.masks.push_back(gapless(as_rows(saved[next++], rows)));
+    layer.dropout.kept = static_cast<uint8_t*>(tensors.masks.back()->data_ptr());
+  }
+  for (size_t l = 0; next < saved.size(); l++) {
+    tensors.saved.push_back(gapless(as_rows(saved[next++], rows)));
     pass.saved[l] = matrix_of(*tensors.saved.back());
   }
   pass.grad_input = grads[0].defined() ? grads[0].data_ptr() : nullptr;

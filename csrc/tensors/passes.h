@@ -24,7 +24,7 @@ struct ForwardTensors {
 struct BackwardTensors {
   BackwardPass pass;
   c10::MaybeOwned<at::Tensor> input, grad;
-  c10::SmallVector<c10::MaybeOwned<at::Tensor>, 8> saved;
+  c10::SmallVector<c10::MaybeOwned<at::Tensor>, 8> saved, masks;
 };
 
 struct StepTensors {
@@ -33,7 +33,8 @@ struct StepTensors {
   c10::SmallVector<at::Tensor, 4> gapless;  // vectors of batch normalisations that had to be copied
 };
 
-// `device` is for the error if there are no kernels for the dtype: "CPU". No `hidden` means that nothing is kept.
+// `device` is for the error if there are no kernels for the dtype: "CPU". `hidden` begins with what was drawn for
+// layers that drop, and no more than that means that nothing is kept.
 ForwardTensors forward_pass(const char* device, const Stack& stack, const at::Tensor& input, at::TensorList parameters,
                             const at::Tensor& output, at::TensorList hidden);
 

@@ -53,6 +53,7 @@ Stack::Stack(std::vector<LayerSpec> layers) : specs_(std::move(layers)) {
     fits_float_ = fits_float_ && fits_float(scalars.a) && fits_float(scalars.b);
     weights_.push_back(parameters_);
     parameters_ += size_t(spec.has_weight) + size_t(spec.has_bias);
+    masks_ += size_t(spec.dropout > 0);
   }
 }
 
@@ -68,6 +69,7 @@ LayerLists::LayerLists(c10::ArrayRef<LayerSpec> layers) {
     has_bias.push_back(layer.has_bias);
     activations.push_back(layer.activation.kind);
     scalars.insert(scalars.end(), {layer.activation.scalars.a, layer.activation.scalars.b});
+    dropouts.push_back(layer.dropout);
   }
 }
 

@@ -26,6 +26,7 @@ class Stack : public torch::CustomClassHolder {
   bool has_bias(size_t layer) const { return specs_[layer].has_bias; }
   bool has_weight(size_t layer) const { return specs_[layer].has_weight; }
   const ActivationSpec& activation(size_t layer) const { return specs_[layer].activation; }
+  bool drops(size_t layer) const { return specs_[layer].dropout > 0; }
   // Positions in the flat list of parameters: weight, bias (if any), weight, ...
   size_t parameters() const { return parameters_; }
   size_t weight(size_t layer) const { return weights_[layer]; }
@@ -36,17 +37,19 @@ class Stack : public torch::CustomClassHolder {
   bool fits_float() const { return fits_float_; }
 
   bool keeps_output(size_t layer) const { return fastmlp::keeps_output(activation(layer)); }
-  // Tensors that forward keeps for backward: one a layer, but none for a last layer without
-  // activation, so that changing the network's output in place stays legal.
+  // Tensors that forward keeps for backward: what was drawn for each layer that drops, a byte an element; then one a
+  // layer, but none for a last layer without activation, so that changing the network's output in place stays legal.
   bool last_is_identity() const { return specs_.back().activation.kind == identity_kind; }
-  size_t saved() const { return layers() - (last_is_identity() ? 1 : 0); }
+  size_t masks() const { return masks_; }
+  size_t saved() const { return masks_ + layers() - (last_is_identity() ? 1 : 0); }
   // Those of them that are not the output itself.
-  size_t hidden() const { return layers() - (keeps_output(layers() - 1) ? 1 : 0); }
+  bool output_is_saved() const { return !last_is_identity() && keeps_output(layers() - 1) && !drops(layers() - 1); }
+  size_t hidden() const { return saved() - (output_is_saved() ? 1 : 0); }
 
  private:
   std::vector<LayerSpec> specs_;
   std::vector<size_t> weights_;
-  size_t parameters_ = 0;
+  size_t parameters_ = 0, masks_ = 0;
   bool fits_float_ = true;
 };
 
@@ -63,6 +66,7 @@ struct LayerLists {
   std::vector<bool> has_bias;
   std::vector<int64_t> activations;
   std::vector<double> scalars;
+  std::vector<double> dropouts;  // in no operator's schema
 
   explicit LayerLists(c10::ArrayRef<LayerSpec> layers);
 };

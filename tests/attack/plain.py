@@ -25,6 +25,12 @@ class Drawn:
     weights: list[Tensor]
     biases: list[Tensor | None]
     acts: list[Activation]
+    dropouts: list[float]  # in training, behind each layer; 0 for none
+    seed: int
+
+    @property
+    def drops(self) -> bool:
+        return any(self.dropouts)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -36,9 +42,18 @@ class Drawn:
 
     def torchs(self) -> Tensor:
         x = self.input
-        for weight, bias, act in zip(self.weights, self.biases, self.acts, strict=True):
-            x = reference.activate(F.linear(x, weight, bias), act.name, act.parameters)
+        for weight, bias, act, p in zip(self.weights, self.biases, self.acts, self.dropouts, strict=True):
+            x = F.dropout(reference.activate(F.linear(x, weight, bias), act.name, act.parameters), p)
         return x
+
+    def noises(self) -> list[Tensor | None]:
+        """What dropout multiplies the output of each layer with, by rows."""
+        torch.manual_seed(self.seed)
+        noises: list[Tensor | None] = []
+        for weight, p in zip(self.weights, self.dropouts, strict=True):
+            ones = torch.ones(*self.input.shape[:-1], weight.shape[0], dtype=self.input.dtype)
+            noises.append(oracle.rows_of(F.dropout(ones, p)) if p > 0 else None)
+        return noises
 
 
 def play(case: Case) -> None:
@@ -69,18 +84,24 @@ def drawn_network(case: Case) -> Drawn:
     input = made(*drawn.leading(case), sizes[0])
     weights = [made(n, k, scale=max(k, 1) ** -0.5) for k, n in pairwise(sizes)]
     biases = [made(n) if case.chance(0.75) else None for n in sizes[1:]]
-    return Drawn(input, weights, biases, acts)
+    dropouts = [0.0] * count
+    if case.chance(0.25):
+        dropouts = [case.choice([0.0, 0.1, 0.5, 0.9, 1.0]) for _ in range(count)]
+        case.note(f"  dropout {dropouts}")
+    return Drawn(input, weights, biases, acts, dropouts, case.random.randrange(1 << 30))
 
 
 def callers(case: Case, net: Drawn) -> dict[str, Callable[[], Any]]:
     """The ways to call a network."""
     ways: dict[str, Callable[[], Any]] = {
-        "functional.mlp": lambda: fastmlp.functional.mlp(net.input, net.weights, net.biases, net.acts),
         "Sequential": lambda: sequential(net, fused=False)(net.input),
         "Sequential of fused layers": lambda: sequential(net, fused=True)(net.input),
         "convert": lambda: fastmlp.convert(nn.Sequential(*children(net)))(net.input),
-        "convert, trace": lambda: fastmlp.convert(nn.Sequential(*children(net)), trace=True)(net.input),
+        "convert, trace": lambda: traced(net)(net.input),
     }
+    if net.drops:
+        return ways
+    ways["functional.mlp"] = lambda: fastmlp.functional.mlp(net.input, net.weights, net.biases, net.acts)
     if len(net.weights) == 1:
         act = net.acts[0]
         ways["functional.linear"] = lambda: fastmlp.functional.linear(net.input, net.weights[0], net.biases[0], act)
@@ -90,21 +111,33 @@ def callers(case: Case, net: Drawn) -> dict[str, Callable[[], Any]]:
 
 def layer(net: Drawn, i: int, act: Activation | None) -> nn.Linear:
     """A layer whose parameters are these tensors, which need not be leaves or parameters."""
-    made = nn.Linear(1, 1) if act is None else fastmlp.Linear(1, 1, activation=act)
+    # On meta nothing is drawn, because dropout is to find the generator where PyTorch's finds it.
+    made = nn.Linear(1, 1, device="meta") if act is None else fastmlp.Linear(1, 1, device="meta", activation=act)
     made._parameters["weight"], made._parameters["bias"] = net.weights[i], net.biases[i]  # type: ignore[assignment]
     return made
 
 
-def children(net: Drawn) -> list[nn.Module]:
+def children(net: Drawn, fused: bool = False) -> list[nn.Module]:
     found: list[nn.Module] = []
     for i, act in enumerate(net.acts):
-        found += [layer(net, i, None)] if act == IDENTITY else [layer(net, i, None), module_of(act)]
+        found.append(layer(net, i, act if fused else None))
+        if not fused and act != IDENTITY:
+            found.append(module_of(act))
+        if net.drops:
+            found.append(nn.Dropout(net.dropouts[i]))
     return found
 
 
 def sequential(net: Drawn, fused: bool) -> nn.Module:
-    parts = [layer(net, i, act) for i, act in enumerate(net.acts)] if fused else children(net)
-    return fastmlp.Sequential(*parts)
+    return fastmlp.Sequential(*children(net, fused))
+
+
+def traced(net: Drawn) -> nn.Module:
+    """Recording calls the model, too, which may draw."""
+    state = torch.get_rng_state()
+    made = fastmlp.convert(nn.Sequential(*children(net)), trace=True)
+    torch.set_rng_state(state)
+    return made
 
 
 def compared(case: Case, net: Drawn) -> None:
@@ -114,7 +147,10 @@ def compared(case: Case, net: Drawn) -> None:
     context = {"": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[mode]
     kept = [oracle.bytes_of(t) for t in net.tensors]
     with context():
+        torch.manual_seed(net.seed)
         native, native_error = attempt(net.torchs)
+        after = torch.get_rng_state()
+        torch.manual_seed(net.seed)
         found, error = attempt(ways[way])
     if native_error is not None:
         case.require(error is not None, f"PyTorch raises {type(native_error).__name__}: {native_error}")
@@ -123,12 +159,14 @@ def compared(case: Case, net: Drawn) -> None:
         raise error
     assert found is not None
     assert native is not None
+    case.require(bool((torch.get_rng_state() == after).all()), "the generator is elsewhere")
     case.require(found.requires_grad == native.requires_grad, f"requires_grad is {found.requires_grad}")
     grad = drawn.randn(case, *native.shape, dtype=native.dtype)
     grad, how = drawn.lay_to_read(case, grad)
     case.note(f"  gradient {how}")
     with torch.no_grad():
-        bounds = network(oracle.rows_of(net.input.detach()), net.weights, net.biases, net.acts, oracle.rows_of(grad))
+        rows = [oracle.rows_of(x) for x in (net.input.detach(), grad)]
+        bounds = network(rows[0], net.weights, net.biases, net.acts, rows[1], noises=net.noises())
         plain = oracle.rows_of(native)
     oracle.compare(case, oracle.rows_of(found), bounds.output, plain, "output")
     if native.requires_grad:

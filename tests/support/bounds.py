@@ -150,6 +150,14 @@ def column_sums(x: Bounded, dtype: torch.dtype) -> Bounded:
     return Bounded(x.value.sum(0), gamma(n, dtype) * (x.value.abs() + x.error).sum(0) + x.error.sum(0))
 
 
+def dropped(x: Bounded, noise: Tensor | None, dtype: torch.dtype) -> Bounded:
+    """x times what dropout multiplies it with, which is exact, rounded once; x itself where there is no dropout."""
+    if noise is None:
+        return x
+    value = x.value * noise.double()
+    return Bounded(value, x.error * noise.double() + rounding(value, dtype))
+
+
 @dataclass
 class Expected:
     """What a forward and a backward pass should give; gradients in the order input, parameters."""
@@ -165,33 +173,38 @@ def network(
     activations: Sequence[Activation],
     grad: Tensor | Callable[[Bounded], Bounded],
     rounds_sums: bool = False,
+    noises: Sequence[Tensor | None] | None = None,
 ) -> Expected:
     """Bounds for two-dimensional arguments, whose dtype is the one computed in.
 
     The gradient with respect to the output is given, or follows from the output. With `rounds_sums` a pre-activation
     is stored before the activation is computed from it, as PyTorch does, and as fastmlp does where PyTorch's library
-    multiplies.
+    multiplies. `noises` is for each layer None, or what dropout multiplies its output with.
     """
     dtype = input.dtype
+    noises = noises or [None] * len(weights)
     output = Bounded.exact(input)
     # What backward sees: pre-activations as they are stored, and outputs computed from those again.
     xs: list[Bounded] = [output]
     zs: list[Bounded] = []
-    for weight, bias, act in zip(weights, biases, activations, strict=True):
+    for weight, bias, act, noise in zip(weights, biases, activations, noises, strict=True):
         more = None if bias is None else bias.detach().double()
         z = product(output, Bounded.exact(weight.t()), dtype, more)
         if rounds_sums:
             z = stored(z, dtype)
-        output = activated(z, act, dtype)
+        output = dropped(activated(z, act, dtype), noise, dtype)
         if len(zs) + 1 < len(weights):
             output = stored(output, dtype)
         zs.append(stored(z, dtype))
         # What is stored as it is has the same output again.
-        xs.append(output if zs[-1] is z and working(dtype) == dtype else stored(activated(zs[-1], act, dtype), dtype))
+        if zs[-1] is z and working(dtype) == dtype:
+            xs.append(output)
+        else:
+            xs.append(stored(dropped(activated(zs[-1], act, dtype), noise, dtype), dtype))
     g = Bounded.exact(grad) if isinstance(grad, Tensor) else grad(output)
     backwards: list[Bounded] = []
     for layer in reversed(range(len(weights))):
-        dz = differentiated(g, zs[layer], activations[layer], dtype)
+        dz = differentiated(dropped(g, noises[layer], dtype), zs[layer], activations[layer], dtype)
         if activations[layer].name != "identity":
             dz = stored(dz, dtype)
         if biases[layer] is not None:
