@@ -1,33 +1,39 @@
-"""Operators of torch as the instructions of `elements.py`: one table, an entry an operator.
+"""Operators of torch as the instructions of `elements.py`: one table, an entry an operator, in part in `losses.py`.
 
 An entry gets an emitter, the recorded arguments by their names in the schema, and the value to write. What it cannot
 say raises `NotElementwise`, and the operation stays one of torch.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from fastmlp.tape.elements import ROUNDED, Element, Emitter, NotElementwise, Numbers, Operand, layout_of, leave_to_torch
+from fastmlp.tape.elements import (
+    ROUNDED,
+    Element,
+    Emitter,
+    NotElementwise,
+    Numbers,
+    Rule,
+    layout_of,
+    leave_to_torch,
+)
+from fastmlp.tape.losses import LOSSES
 from fastmlp.tape.trace import Operation, Ref, Trace, refs
 
 __all__ = ["decompose"]
 
-_Rule = Callable[[Emitter, dict[str, Any], int], None]
 
-_MEAN, _SUM = 1, 2  # torch's numbers for the reductions of losses
-
-
-def _plain(name: str, *arguments: str) -> _Rule:
+def _plain(name: str, *arguments: str) -> Rule:
     def rule(to: Emitter, given: dict[str, Any], output: int) -> None:
         to.emit(name, *(to.operand(given[argument]) for argument in arguments), output=output)
 
     return rule
 
 
-def _scaled(name: str, sign: float) -> _Rule:
+def _scaled(name: str, sign: float) -> Rule:
     """Sums with torch's factor `alpha`."""
 
     def rule(to: Emitter, given: dict[str, Any], output: int) -> None:
@@ -54,14 +60,14 @@ def _div(to: Emitter, given: dict[str, Any], output: int) -> None:
     to.emit("div", to.operand(given["self"]), to.operand(given["other"]), output=output)
 
 
-def _activation(name: str, *scalars: str) -> _Rule:
+def _activation(name: str, *scalars: str) -> Rule:
     def rule(to: Emitter, given: dict[str, Any], output: int) -> None:
         to.emit(f"value_{name}", to.operand(given["self"]), scalars=[given[s] for s in scalars], output=output)
 
     return rule
 
 
-def _gradient(name: str, saved: str, *scalars: str) -> _Rule:
+def _gradient(name: str, saved: str, *scalars: str) -> Rule:
     def rule(to: Emitter, given: dict[str, Any], output: int) -> None:
         if given.get("self_is_result"):
             leave_to_torch()
@@ -167,7 +173,7 @@ def _lerp(to: Emitter, given: dict[str, Any], output: int) -> None:
     to.emit("lerp", to.operand(given["self"]), to.operand(given["end"]), scalars=(given["weight"],), output=output)
 
 
-def _with_products(name: str) -> _Rule:
+def _with_products(name: str) -> Rule:
     def rule(to: Emitter, given: dict[str, Any], output: int) -> None:
         operands = [to.operand(given[argument]) for argument in ("self", "tensor1", "tensor2")]
         to.emit(name, *operands, scalars=(float(given.get("value", 1)),), output=output)
@@ -175,7 +181,7 @@ def _with_products(name: str) -> _Rule:
     return rule
 
 
-def _copy(argument: str) -> _Rule:
+def _copy(argument: str) -> Rule:
     def rule(to: Emitter, given: dict[str, Any], output: int) -> None:
         to.emit("copy", to.operand(given[argument], converts=True), output=output)
 
@@ -223,7 +229,7 @@ def _select_backward(to: Emitter, given: dict[str, Any], output: int) -> None:
     to.emit("copy", to.operand(given["grad_output"]), output=part)
 
 
-def _sum(how: str, mean: bool = False) -> _Rule:
+def _sum(how: str, mean: bool = False) -> Rule:
     def rule(to: Emitter, given: dict[str, Any], output: int) -> None:
         if given.get("dtype") not in (None, to.made):
             leave_to_torch()
@@ -242,7 +248,7 @@ def _norm(to: Emitter, given: dict[str, Any], output: int) -> None:
     to.emit("sqrt", to.reduce(squares, "sum", given.get("dim"), to.new_like(output)), output=output)
 
 
-def _spread(root: bool) -> _Rule:
+def _spread(root: bool) -> Rule:
     """Variance or standard deviation of all elements."""
 
     def rule(to: Emitter, given: dict[str, Any], output: int) -> None:
@@ -275,84 +281,10 @@ def _logsumexp(to: Emitter, given: dict[str, Any], output: int) -> None:
     to.emit("add", to.emit("log", sums), taken, output=output)
 
 
-# Losses.
-
-
-def _reduced(to: Emitter, losses: Operand, reduction: int, output: int) -> None:
-    to.reduce(losses, "sum", None, output, 1 / to.count(losses) if reduction == _MEAN else 1.0)
-
-
-def _loss(elements: Callable[[Emitter, dict[str, Any], Any], Operand]) -> _Rule:
-    def rule(to: Emitter, given: dict[str, Any], output: int) -> None:
-        reduction = given["reduction"]
-        if reduction in (_MEAN, _SUM):
-            _reduced(to, elements(to, given, None), reduction, output)
-        else:
-            elements(to, given, output)
-
-    return rule
-
-
-def _squares(to: Emitter, given: dict[str, Any], output: int | None) -> Operand:
-    return to.emit("square", to.emit("sub", to.operand(given["self"]), to.operand(given["target"])), output=output)
-
-
-def _bce(to: Emitter, given: dict[str, Any], output: int | None) -> Operand:
-    if given.get("weight") is not None or given.get("pos_weight") is not None:
-        leave_to_torch()
-    operands = to.operand(given["self"]), to.operand(given["target"])
-    return to.emit("bce_with_logits", *operands, output=output)
-
-
-def _smooth(number: str) -> Callable[[Emitter, dict[str, Any], Any], Operand]:
-    """Squares for small differences, and their absolute values for large ones."""
-
-    def elements(to: Emitter, given: dict[str, Any], output: int | None) -> Operand:
-        edge = given[number]
-        size = to.emit("abs", to.emit("sub", to.operand(given["self"]), to.operand(given["target"])))
-        half = to.emit("mul", to.emit("square", size), 0.5)
-        if number == "delta":
-            far = to.emit("mul", to.emit("sub", size, 0.5 * edge), edge)
-            return to.emit("where", to.emit("le", size, edge), half, far, output=output)
-        if edge == 0:
-            leave_to_torch()
-        far = to.emit("sub", size, 0.5 * edge)
-        return to.emit("where", to.emit("lt", size, edge), to.emit("div", half, edge), far, output=output)
-
-    return elements
-
-
-def _norm_of(to: Emitter, given: dict[str, Any]) -> float:
-    """What a loss's gradient is multiplied by where the loss is a mean."""
-    difference = torch.broadcast_shapes(*(to.sizes(to.operand(given[name])) for name in ("self", "target")))
-    return 1 / max(math.prod(difference), 1) if given["reduction"] == _MEAN else 1.0
-
-
-def _squares_backward(to: Emitter, given: dict[str, Any], output: int) -> None:
-    difference = to.emit("sub", to.operand(given["self"]), to.operand(given["target"]))
-    slope = to.emit("mul", difference, 2 * _norm_of(to, given))
-    to.emit("mul", slope, to.operand(given["grad_output"]), output=output)
-
-
-def _smooth_backward(number: str) -> _Rule:
-    def rule(to: Emitter, given: dict[str, Any], output: int) -> None:
-        edge = given[number]
-        if edge == 0:
-            leave_to_torch()
-        difference = to.emit("sub", to.operand(given["self"]), to.operand(given["target"]))
-        inner = to.emit("clamp_min", difference, scalars=(-edge,))
-        inner = to.emit("clamp_max", inner, scalars=(edge,))
-        norm = _norm_of(to, given)
-        slope = to.emit("mul", inner, norm if number == "delta" else norm / edge)
-        to.emit("mul", slope, to.operand(given["grad_output"]), output=output)
-
-    return rule
-
-
 _TWO = ("self", "other")
 #: Functions of one operand that instructions are named after.
 _ONE = ("neg", "reciprocal", "abs", "sign", "sqrt", "rsqrt", "exp", "expm1", "log", "log1p", "cos", "square")
-_RULES: dict[str, _Rule] = {
+_RULES: dict[str, Rule] = {
     "add": _scaled("add", 1.0),
     "sub": _scaled("sub", -1.0),
     "rsub": _rsub,
@@ -424,13 +356,7 @@ _RULES: dict[str, _Rule] = {
     "leaky_relu_backward": _gradient("leaky_relu", "self", "negative_slope"),
     "softplus": _activation("softplus", "beta", "threshold"),
     "softplus_backward": _gradient("softplus", "self", "beta", "threshold"),
-    "mse_loss": _loss(_squares),
-    "mse_loss_backward": _squares_backward,
-    "binary_cross_entropy_with_logits": _loss(_bce),
-    "smooth_l1_loss": _loss(_smooth("beta")),
-    "smooth_l1_loss_backward": _smooth_backward("beta"),
-    "huber_loss": _loss(_smooth("delta")),
-    "huber_loss_backward": _smooth_backward("delta"),
+    **LOSSES,
 }
 #: Before the names of operators on lists.
 _FOREACH = "_foreach_"

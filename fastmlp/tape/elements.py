@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,6 +23,7 @@ __all__ = [
     "NotElementwise",
     "Numbers",
     "Operand",
+    "Rule",
     "layout_of",
     "leave_to_torch",
 ]
@@ -286,3 +287,7 @@ class Emitter:
         strides = tuple(math.prod(sizes[dim + 1 :]) for dim in range(len(sizes)))
         self.trace.values.append(Value(len(self.trace.memories) - 1, self.dtype, tuple(sizes), strides, 0))
         return len(self.trace.values) - 1
+
+
+#: Writes down the instructions of an operation: of its arguments, by name, and of the value that it writes.
+Rule = Callable[[Emitter, dict[str, Any], int], None]

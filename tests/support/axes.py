@@ -25,7 +25,7 @@ ACTIVATIONS = [Activation(name) for name in DEFAULTS] + [
     Activation("elu", alpha=0.0),
     Activation("elu", alpha=-0.7),
     Activation("softplus", beta=2.5, threshold=1.0),
-    Activation("sin", frequency=0.75),
+    Activation("sin", frequency=0.5),
     Activation("celu", alpha=0.25),
     Activation("celu", alpha=2.5),
 ]
