@@ -131,12 +131,8 @@ at::Tensor run(const c10::intrusive_ptr<Stack>& stack, const at::Tensor& input, 
     return run(stack, cast(input, device), lower, names);
   }
   bool graph = input.requires_grad();
-  double weights = 0;
-  for (const at::Tensor& parameter : parameters) {
-    graph = graph || parameter.requires_grad();
-    weights += double(parameter.numel());
-  }
-  ReleasedGil released(weights * double(input.numel()) > worth_releasing, [&](Held& held) {
+  for (const at::Tensor& parameter : parameters) graph = graph || parameter.requires_grad();
+  ReleasedGil released(multiply_adds(parameters, input) > worth_releasing, [&](Held& held) {
     held.take(input);
     held.take(parameters);
   });

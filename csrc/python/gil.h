@@ -2,6 +2,7 @@
 // and the way stand in one place.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "../tensors/borrowed.h"
@@ -11,6 +12,14 @@ namespace fastmlp {
 // Multiply-adds that take some microseconds. Below that, giving up the GIL and taking it again costs more than other
 // threads of Python gain.
 constexpr double worth_releasing = 1 << 16;
+
+// About how many a network with these parameters takes for its rows, forward.
+inline double multiply_adds(at::TensorList parameters, const at::Tensor& input) {
+  double weights = 0;
+  for (const at::Tensor& parameter : parameters) weights += double(parameter.numel());
+  const int64_t features = input.dim() == 0 ? 0 : input.sizes().back();
+  return features == 0 ? 0 : weights * double(input.numel() / features);
+}
 
 // The same of elements that are moved: read and written, with little arithmetic.
 constexpr int64_t elements_worth_releasing = 1 << 14;

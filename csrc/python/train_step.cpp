@@ -216,9 +216,7 @@ void TrainStep::plan(Call& call) {
 // Forward, loss and backward; the loss.
 at::Tensor TrainStep::pass(Call& call) {
   const at::Tensor& input = *call.input;
-  double weights = 0;
-  for (const at::Tensor& parameter : at::TensorList(parameters_)) weights += double(parameter.numel());
-  const bool release = weights * double(input.numel()) > worth_releasing;
+  const bool release = multiply_adds(parameters_, input) > worth_releasing;
   // Hooks of the optimizer's step are code of Python, too.
   if (release || (call.steps && !call.own_step)) hold_all(call);
   const ReleasedGil released(release);
