@@ -13,7 +13,7 @@ namespace fastmlp {
 // threads of Python gain.
 constexpr double worth_releasing = 1 << 16;
 
-// About how many a network with these parameters takes for its rows, forward.
+// About how many multiply-adds the forward pass of a network with these parameters takes.
 inline double multiply_adds(at::TensorList parameters, const at::Tensor& input) {
   double weights = 0;
   for (const at::Tensor& parameter : parameters) weights += double(parameter.numel());
