@@ -120,6 +120,7 @@ class Trial:
     def __init__(self, source: str, path: Path, fuse: bool, refusable: bool, otherwise: str | None) -> None:
         self.path, self.refusable, self.fuse, self.otherwise = path, refusable, fuse, otherwise
         self.captures: list[Any] = []
+        self.shared: set[tuple[int, str]] = set()  # what of an earlier result PyTorch has written over, by its call
         self.ours = Twin(source, path, self.capture)
         self.theirs = Twin(source, path, plain)
         self.moved = [Twin(source, path, moving(probe)) for probe in range(PROBES)] if fuse else []
@@ -202,7 +203,10 @@ class Trial:
         for call, ((result, kept), (their_result, their_kept)) in enumerate(earlier):
             now, theirs = told(result), told(their_result)
             for name, was in kept.items():
-                follows = theirs[name] != their_kept[name] and (now[name] == theirs[name] or bool(self.moved))
+                # It may come back to what it was, as a gradient that is clipped does.
+                if theirs[name] != their_kept[name]:
+                    self.shared.add((call, name))
+                follows = (call, name) in self.shared and (now[name] == theirs[name] or bool(self.moved))
                 if now[name] != was and not follows:
                     return f"changed: {name} of call {call} has become something else"
         return ""
