@@ -1,6 +1,6 @@
 // What a module of Python is, read from it at each call, since hooks, parametrizations and swapped parameters come
 // unannounced: whether it may be part of a run of layers that execute as one operation, and with which tensors. Called
-// by sequential.cpp and train_step.cpp with the GIL; runs nothing. fastmlp/modules.py holds the same rule for Dynamo.
+// by sequential.cpp and train_step.cpp with the GIL; runs nothing. fastmlp/runs.py holds the same rule for Dynamo.
 #pragma once
 
 #include <c10/util/SmallVector.h>
@@ -13,7 +13,7 @@
 
 namespace fastmlp {
 
-// What fastmlp/modules.py knows and this file is told once: the exact classes of torch.nn and of ours that may be part
+// What fastmlp/runs.py knows and this file is told once: the exact classes of torch.nn and of ours that may be part
 // of a run.
 //   linear, fused_linear: classes of layers; dropout: one that does nothing outside of training, and else drops
 //     elements of what the layer before it computes

@@ -251,7 +251,7 @@ class _Walk:
         self._within = within
         self._steps = steps
         self._names = {name for code in seen._codes for name in _names(code)}
-        self._walked: dict[tuple[int, int], bool] = {}
+        self._walked: set[tuple[int, int]] = set()
 
     def all(self) -> None:
         """Adds everything."""
@@ -303,11 +303,10 @@ class _Walk:
         self._watched.item(own, "forward", _SAME, f"{name}.forward")
         self._class_of(module, own, name, 1)
 
-    def _variable(self, holder: dict[Any, Any], key: Any, value: Any, name: str, depth: int) -> bool:
+    def _variable(self, holder: dict[Any, Any], key: Any, value: Any, name: str, depth: int) -> None:
         mode = self._mode(value, name, depth)
         if mode != _IGNORED:
             self._watched.item(holder, key, mode, name)
-        return mode != _IGNORED
 
     def _optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         name = type(optimizer).__name__
@@ -353,48 +352,39 @@ class _Walk:
                 if isinstance(module := sys.modules.get(full), ModuleType):
                     self._value(module, name, depth + 1)
 
-    def _value(self, value: Any, name: str, depth: int) -> bool:
-        """Goes on to what a value holds; returns whether something in it is watched."""
-        if depth > _DEPTH or isinstance(value, (*_PLAIN, Tensor)):
-            return False
-        key = id(value), depth
-        if key not in self._walked:
-            self._walked[key] = False
-            self._walked[key] = self._inside(value, name, depth)
-        return self._walked[key]
-
-    def _inside(self, value: Any, name: str, depth: int) -> bool:
+    def _value(self, value: Any, name: str, depth: int) -> None:
+        """Goes on to what a value holds."""
+        if depth > _DEPTH or isinstance(value, (*_PLAIN, Tensor)) or (id(value), depth) in self._walked:
+            return
+        self._walked.add((id(value), depth))
         if isinstance(value, nn.Module):
             for module in value.modules():
                 if id(module) not in self._seen._modules:
                     self._module(module)
-            return True
-        if isinstance(value, torch.optim.Optimizer):
+        elif isinstance(value, torch.optim.Optimizer):
             self._optimizer(value)
-            return True
-        if isinstance(value, FunctionType):
+        elif isinstance(value, FunctionType):
             self._function(value, depth)
-            return True
-        if isinstance(value, MethodType):
-            return self._each((value.__func__, value.__self__), name, depth)
-        if isinstance(value, partial):
-            return self._each((value.func, value.args, value.keywords), name, depth)
-        if isinstance(value, dict) and len(value) <= _ITEMS:
-            return self._dictionary(value, name, depth)
-        if isinstance(value, (list, tuple)) and len(value) <= _ITEMS:
-            return self._sequence(value, name, depth)
-        if isinstance(value, _SIZED):
+        elif isinstance(value, MethodType):
+            self._each((value.__func__, value.__self__), name, depth)
+        elif isinstance(value, partial):
+            self._each((value.func, value.args, value.keywords), name, depth)
+        elif isinstance(value, dict) and len(value) <= _ITEMS:
+            self._dictionary(value, name, depth)
+        elif isinstance(value, (list, tuple)) and len(value) <= _ITEMS:
+            self._sequence(value, name, depth)
+        elif isinstance(value, _SIZED):
             self._watched.size(value, name)
-            return True
-        if isinstance(value, type):
-            return self._class(value, value.__name__, depth)
-        return self._object(value, name, depth)
+        elif isinstance(value, type):
+            self._class(value, value.__name__, depth)
+        else:
+            self._object(value, name, depth)
 
-    def _each(self, values: Iterable[Any], name: str, depth: int) -> bool:
-        found = [self._value(value, name, depth) for value in values]
-        return any(found)
+    def _each(self, values: Iterable[Any], name: str, depth: int) -> None:
+        for value in values:
+            self._value(value, name, depth)
 
-    def _dictionary(self, value: dict[Any, Any], name: str, depth: int) -> bool:
+    def _dictionary(self, value: dict[Any, Any], name: str, depth: int) -> None:
         modes = [self._mode(item, f"{name}[{key!r}]", depth + 1) for key, item in list(value.items())]
         if self._within:
             # The function itself may add entries.
@@ -403,54 +393,50 @@ class _Walk:
                     self._watched.item(value, key, mode, f"{name}[{key!r}]")
         else:
             self._watched.mapping(value, modes, name)
-        return any(modes)
 
-    def _sequence(self, value: Any, name: str, depth: int) -> bool:
+    def _sequence(self, value: Any, name: str, depth: int) -> None:
         modes = [self._mode(item, name, depth + 1) for item in list(value)]
         # Its length too: within the call a list must not grow, because replays would not append to it.
         self._watched.sequence(value, modes, name)
-        return any(modes)
 
-    def _object(self, owner: Any, name: str, depth: int) -> bool:
+    def _object(self, owner: Any, name: str, depth: int) -> None:
         """An object of a class of the program, or a module of Python: the attributes that its functions name."""
         if _is_library(owner) if isinstance(owner, ModuleType) else _is_standard(type(owner)):
-            return False
-        found = [self._slot(owner, slot, f"{name}.{slot}", depth + 1) for slot in _slots(type(owner))]
+            return
+        for slot in _slots(type(owner)):
+            self._slot(owner, slot, f"{name}.{slot}", depth + 1)
         own = getattr(owner, "__dict__", None)
         if not isinstance(own, dict):
-            return any(found)
-        found += [
-            self._variable(own, key, own[key], f"{name}.{key}", depth + 1) for key in list(own) if key in self._names
-        ]
-        return self._class_of(owner, own, name, depth) or any(found)
+            return
+        for key in list(own):
+            if key in self._names:
+                self._variable(own, key, own[key], f"{name}.{key}", depth + 1)
+        self._class_of(owner, own, name, depth)
 
-    def _slot(self, owner: Any, slot: str, name: str, depth: int) -> bool:
+    def _slot(self, owner: Any, slot: str, name: str, depth: int) -> None:
         if slot not in self._names or not hasattr(owner, slot):
-            return False
+            return
         value = getattr(owner, slot)
         mode = self._mode(value, name, depth)
         if mode != _IGNORED:
             self._watched.attribute(owner, slot, mode, name)
-        return mode != _IGNORED
 
-    def _class_of(self, owner: Any, own: dict[str, Any], name: str, depth: int) -> bool:
+    def _class_of(self, owner: Any, own: dict[str, Any], name: str, depth: int) -> None:
         """What an object has from its class, and that it has none of its own instead."""
-        found = False
         for kind in type(owner).__mro__:
             if not _is_standard(kind):
                 for key in self._attributes(kind):
                     self._watched.item(own, key, _SAME if key not in own else _IGNORED, f"{name}.{key}")
-                found = self._class(kind, kind.__name__, depth) or found
-        return found
+                self._class(kind, kind.__name__, depth)
 
-    def _class(self, kind: type, name: str, depth: int) -> bool:
+    def _class(self, kind: type, name: str, depth: int) -> None:
         """The attributes of a class of the program that its functions name, methods aside."""
         if _is_standard(kind) or issubclass(kind, Enum):
-            return False
+            return
         # What vars() gives only shows the dictionary.
         (own,) = gc.get_referents(vars(kind))
-        found = [self._variable(own, k, own[k], f"{name}.{k}", depth + 1) for k in self._attributes(kind)]
-        return any(found)
+        for key in self._attributes(kind):
+            self._variable(own, key, own[key], f"{name}.{key}", depth + 1)
 
     def _attributes(self, kind: type) -> list[str]:
         methods = (FunctionType, property, staticmethod, classmethod)

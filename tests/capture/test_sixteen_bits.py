@@ -107,8 +107,11 @@ def training(dtype: torch.dtype, autocast: bool) -> tuple[nn.Module, Step]:
 
 def results(model: nn.Module, step: Step, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """The loss and the gradients."""
-    loss = step(x, y).clone()
-    return {"loss": loss} | {name: weight.grad.clone() for name, weight in model.named_parameters()}  # type: ignore[union-attr]
+    found = {"loss": step(x, y).clone()}
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None
+        found[name] = weight.grad.clone()
+    return found
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "autocast"])

@@ -283,6 +283,17 @@ def test_nan_and_infinities_are_reduced(isa: str, dtype: torch.dtype, how: str) 
                 assert how == "sum" or torch.equal(output.nan_to_num(), wanted.nan_to_num())
 
 
+@pytest.mark.parametrize("columns", [1, 5, 16, 37])
+@pytest.mark.parametrize("how", ["max", "min"])
+def test_the_largest_of_negative_zeros_is_one(isa: str, dtype: torch.dtype, how: str, columns: int) -> None:
+    a = torch.full((3, columns), -0.0, dtype=dtype)
+    for shape in ((1, columns), (3, 1)):
+        output = torch.ones(shape, dtype=dtype)
+        run([a], [], [(output, 0, how, 1.0)])
+        assert torch.equal(output, torch.zeros_like(output))
+        assert output.signbit().all()
+
+
 @pytest.mark.parametrize("count", [5, 600])
 def test_in_place(isa: str, dtype: torch.dtype, count: int) -> None:
     """Inputs may be overwritten, also by an output that is ready long before they were read last."""

@@ -116,9 +116,9 @@ template <class T> struct Elements {
         fold_into<R>(total, into + j);
         continue;
       }
-      double some[lanes] = {};
-      fold_into<Sum>(total, some);
-      for (int64_t l = 0; l < left; l++) into[j + l] = R::fold(into[j + l], some[l]);
+      T some[lanes];
+      M::store(some, total);
+      for (int64_t l = 0; l < left; l++) into[j + l] = R::fold(into[j + l], double(some[l]));
     }
   }
 
