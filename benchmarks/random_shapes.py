@@ -1,44 +1,35 @@
-"""Layers of random shapes, dtypes, layouts and activations, so that no table decides what is fast.
+"""Layers and networks of random shapes, so that no table decides what is fast.
 
-Rows, columns and depth of the product are log-uniform from 1 to 4096. A draw of more than `MOST`
-multiplications is drawn again, for float16 at fewer: eager needs up to 2 ns for one of those. Every case
-is checked, then timed against eager, round by round. Those found slower than `FLOOR` are timed again,
-longer, and the second time counts.
+Rows, columns and depth of a layer's product are log-uniform from 1 to 4096; dtype, layouts and activation
+are drawn too. Networks have one to five layers, ReLU between them, and widths that are log-uniform from 1
+to 1024. A draw of more than `MOST` multiplications is drawn again, for float16 at fewer: eager needs up to
+2 ns for one of those. Every case is checked, then timed against eager, round by round. Those found slower
+than `FLOOR` are timed again, longer, and the second time counts.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
-from math import log
 from pathlib import Path
-from random import Random
-from statistics import median, quantiles
-from typing import Literal
+from statistics import quantiles
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
 import fastmlp
-from benchmarks.check import SPREAD, Estimate, compare, unit
 from benchmarks.machine import describe, dtype_name
 from benchmarks.plots import histogram
+from benchmarks.random_cases import MOST, Drawn, Result
+from benchmarks.random_layers import LARGEST, draw
+from benchmarks.random_nets import draw_nets
 from benchmarks.tables import console
 from benchmarks.targets import Outcome
-from benchmarks.timing import Effort, race
-from fastmlp import _C
-from fastmlp.activations import DEFAULTS, Activation, module_of
-
-#: "row-major", its transpose, or every second element of a larger matrix's rows.
-Storage = Literal["row-major", "transposed", "strided"]
-
-LARGEST = 4096
-MOST = {torch.float32: 1 << 30, torch.float64: 1 << 30, torch.bfloat16: 1 << 30, torch.float16: 1 << 27}
+from benchmarks.timing import Effort
 
 #: Its id among the targets.
 RANDOM = "random"
@@ -47,210 +38,36 @@ RANDOM = "random"
 CLASSES = ((1, 8), (9, 64), (65, 512), (513, LARGEST))
 
 #: The speed relative to eager below which a case needs a reason.
-FLOOR = 0.9
+FLOOR = 0.95
 
 FIRST, SECOND = Effort(rounds=15, patience=0.5), Effort(rounds=101, patience=4.0)
 
-#: Units of the last place that an activation or its derivative, evaluated on the data, may lose.
-ULPS = 8
 
-
-@dataclass(frozen=True)
-class Case:
-    """A layer and a batch.
-
-    Attributes:
-        rows: M, of the input.
-        columns: N, features of the output.
-        depth: K, features of the input.
-        dtype: by name.
-        input: how it is stored.
-        weight: how it is stored.
-        activation: by name.
-        backward: whether the gradients of input, weight and bias are computed too.
-    """
-
-    rows: int
-    columns: int
-    depth: int
-    dtype: str
-    input: Storage
-    weight: Storage
-    activation: str
-    backward: bool
-
-    def __str__(self) -> str:
-        task = "forward_backward" if self.backward else "infer"
-        return (
-            f"{self.rows}x{self.columns}x{self.depth} {self.dtype} {self.input}/{self.weight} {self.activation} {task}"
-        )
-
-
-@dataclass(frozen=True)
-class Result:
-    """A case and our speed on it.
-
-    Attributes:
-        case: what was computed.
-        speedup: median over the rounds of eager's time divided by ours.
-        low: first quartile of the same.
-        high: third quartile of the same.
-        eager_us: eager's time.
-        obstacle: what keeps the case from our kernels; None if they compute it.
-    """
-
-    case: Case
-    speedup: float
-    low: float
-    high: float
-    eager_us: float
-    obstacle: str | None
-
-
-def draw(count: int, seed: int) -> Iterator[Case]:
-    """Yield random cases, the same for the same seed.
-
-    Args:
-        count: how many.
-        seed: of the random numbers.
-
-    Example:
-        >>> max(case.rows for case in draw(100, seed=0)) <= LARGEST
-        True
-    """
-    random = Random(seed)
-    stores: tuple[Storage, ...] = ("row-major", "transposed", "strided")
-
-    def size() -> int:
-        return round(2 ** random.uniform(0, log(LARGEST, 2)))
-
-    while count:
-        dtype, (rows, columns, depth) = random.choice(list(MOST)), (size(), size(), size())
-        rest = (random.choice(stores), random.choice(stores), random.choice(list(DEFAULTS)), random.random() < 0.5)
-        if rows * columns * depth <= MOST[dtype]:
-            count -= 1
-            yield Case(rows, columns, depth, dtype_name(dtype), *rest)
-
-
-class Layers:
-    """Both ways to compute a case, on the same data."""
-
-    def __init__(self, case: Case) -> None:
-        generator = torch.Generator().manual_seed(1)
-
-        def make(rows: int, columns: int, storage: Storage) -> Tensor:
-            if storage == "transposed":
-                return make(columns, rows, "row-major").T
-            if storage == "strided":
-                return make(rows, 2 * columns, "row-major")[:, ::2]
-            return torch.randn(rows, columns, generator=generator).to(getattr(torch, case.dtype))
-
-        self.case = case
-        self.input = make(case.rows, case.depth, case.input)
-        self.weight = make(case.columns, case.depth, case.weight).mul_(case.depth**-0.5)
-        self.bias = make(1, case.columns, "row-major")[0]
-        self.grad = make(case.rows, case.columns, "row-major")
-        self.backward = case.backward
-        self.activation = Activation(case.activation)
-        self.module = module_of(self.activation)
-        self.leaves = (self.input, self.weight, self.bias)
-        for leaf in self.leaves:
-            leaf.requires_grad_(case.backward)
-
-    def eager(self) -> tuple[Tensor, ...]:
-        with torch.set_grad_enabled(self.backward):
-            return self._finish(self.module(F.linear(*self.leaves)))
-
-    def ours(self) -> tuple[Tensor, ...]:
-        with torch.set_grad_enabled(self.backward):
-            return self._finish(fastmlp.functional.linear(*self.leaves, self.activation))
-
-    def _finish(self, output: Tensor) -> tuple[Tensor, ...]:
-        return (output, *torch.autograd.grad(output, self.leaves, self.grad)) if self.backward else (output,)
-
-    def verify(self) -> None:
-        """Compare ours with float64.
-
-        Raises:
-            AssertionError: if a result is farther from the expected one than rounding explains.
-        """
-        names = ("output", "gradient of input", "gradient of weight", "gradient of bias")
-        pairs = zip(self._expected(), self.ours(), strict=True)
-        for name, (estimate, found) in zip(names, pairs, strict=False):
-            compare(found, estimate, f"{name} of {self.case}")
-
-    def time(self, effort: Effort) -> Result:
-        """Time both ways, round by round."""
-        samples = race({"eager": self.eager, "ours": self.ours}, effort)
-        ratios = [eager / ours for eager, ours in zip(samples["eager"], samples["ours"], strict=True)]
-        low, speedup, high = quantiles(ratios, n=4, method="inclusive")
-        obstacle = _C.obstacle(self.input, (self.weight, self.bias))
-        return Result(self.case, speedup, low, high, median(samples["eager"]) * 1e6, obstacle)
-
-    def _expected(self) -> Iterator[Estimate]:
-        input, weight, grad = map(Estimate.exact, (self.input, self.weight, self.grad))
-        ones = torch.ones(len(self.input), 1, dtype=torch.float64)
-        dtype = self.input.dtype
-        augmented = Estimate.exact(torch.column_stack((self.weight.detach(), self.bias.detach())))
-        # The bias is one more column of the weight, for which the input has a column of ones.
-        columns = Estimate.exact(torch.column_stack((input.value, ones)))._replace(dtype=dtype)
-        # PyTorch stores what the activation takes.
-        total = (columns @ augmented.T).stored()
-        yield self._through(total, self.module).stored()
-        if not self.backward:
-            return
-
-        def slope(at: Tensor) -> Tensor:
-            with torch.enable_grad():
-                leaf = at.clone().requires_grad_()
-                return torch.autograd.grad(self.module(leaf).sum(), leaf)[0]
-
-        derivative = self._through(total, slope)
-        # It may follow from the output as stored, as 1 - y**2 of tanh does, and is then off by twice that.
-        error = grad.value.abs() * (derivative.error + 2 * unit(dtype) * (1 + derivative.value.abs()))
-        inner = Estimate(grad.value * derivative.value, SPREAD * error, dtype).stored(SPREAD)
-        yield (inner @ weight).stored()
-        both = (inner.T @ columns).stored()
-        yield Estimate(both.value[:, :-1], both.error[:, :-1], dtype)
-        yield Estimate(both.value[:, -1], both.error[:, -1], dtype)
-
-    def _through(self, argument: Estimate, function: Callable[[Tensor], Tensor]) -> Estimate:
-        """Apply a function element by element: it may be off as much as it changes over its argument's error."""
-        value, error, dtype = argument
-        result = function(value)
-        change = torch.zeros_like(result)
-        for part in (-1, -0.5, 0.5, 1):
-            change = torch.maximum(change, (function(value + part * error) - result).abs())
-        computed = unit(torch.float64 if dtype is torch.float64 else torch.float32)
-        own = ULPS * computed * (1 + result.abs() + value.abs())
-        return Estimate(result, change + own, dtype)
-
-
-def run(count: int, seed: int, threads: int, out: Console, folder: Path) -> Outcome:
-    """Check and time random cases, the slow ones twice, and say whether one is slower than it may be.
+def run(cases: Sequence[Drawn], what: str, threads: int, out: Console, folder: Path) -> Outcome:
+    """Check and time cases, the slow ones twice, and say whether one is slower than it may be.
 
     Prints the distribution of the speed, and the slow cases; writes all of them, and a histogram.
 
     Args:
-        count: how many.
-        seed: of the random numbers.
+        cases: what to compute, with the instruction set that is active.
+        what: they are, such as "random shapes".
         threads: of both contenders.
         out: where to print.
         folder: where to write.
     """
-    machine = describe(threads)
+    machine, isa = describe(threads), fastmlp.get_isa()
     results = []
-    for case in track(list(draw(count, seed)), description="random shapes", console=out, transient=True):
-        layers = Layers(case)
+    for case in track(cases, description=what, console=out, transient=True):
+        subject = case.prepare()
         try:
-            layers.verify()
+            subject.verify()
         except AssertionError as error:
             out.print(f"[red]wrong:[/] {error}")
             continue
-        result = layers.time(FIRST)
-        results.append(layers.time(SECOND) if result.speedup < FLOOR else result)
+        result = subject.time(FIRST)
+        results.append(subject.time(SECOND) if result.speedup < FLOOR else result)
 
-    out.print(_distribution(results, f"random shapes, seed {seed}: {machine}"))
+    out.print(_distribution(results, f"{what}, kernels of {isa}: {machine}"))
     slow = sorted((result for result in results if result.speedup < FLOOR), key=lambda result: result.speedup)
     if slow:
         out.print(_slow(slow))
@@ -258,25 +75,60 @@ def run(count: int, seed: int, threads: int, out: Console, folder: Path) -> Outc
     for result in results:
         speedups.setdefault(result.case.dtype, []).append(result.speedup)
     folder.mkdir(parents=True, exist_ok=True)
-    histogram(speedups, folder / "random_shapes.png")
+    name = f"{what.replace(' ', '_')}_{isa}"
+    histogram(speedups, folder / f"{name}.png")
     text = json.dumps([asdict(result) for result in results], indent=2)
-    (folder / "random_shapes.json").write_text(text + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
     worst = min(results, key=lambda result: result.speedup)
     met = len(results) - len(slow)
-    measured = f"{worst.speedup:.2f}, {met} of {count} met"
-    if wrong := count - len(results):
+    measured = f"{worst.speedup:.2f}, {met} of {len(cases)} met"
+    if wrong := len(cases) - len(results):
         measured += f", {wrong} wrong"
     if outside := sum(result.obstacle is not None for result in slow):
         measured += f", {outside} not in our kernels"
-    return Outcome(RANDOM, "random shapes", f">= {FLOOR:.2f} x eager", measured, met == count, str(worst.case))
+    goal = f">= {FLOOR:.2f} x eager"
+    return Outcome(RANDOM, f"{what}, {isa}", goal, measured, met == len(cases), str(worst.case))
+
+
+def every_way(
+    layers: Sequence[Drawn], nets: Sequence[Drawn], threads: int, out: Console, folder: Path
+) -> Iterator[Outcome]:
+    """Run layers and networks with the kernels of each instruction set that users may meet.
+
+    Those are the one that is active and, on a processor with AVX-512, AVX2's too, so that whoever works on
+    such a machine sees both.
+
+    Args:
+        layers: from `draw`.
+        nets: from `draw_nets`.
+        threads: of both contenders.
+        out: where to print.
+        folder: where to write.
+    """
+    active = fastmlp.get_isa()
+    for isa in dict.fromkeys((active, "avx2") if active.startswith("avx512") else (active,)):
+        with _forced(isa):
+            for cases, what in ((layers, "random shapes"), (nets, "random networks")):
+                if cases:
+                    yield run(cases, what, threads, out, folder)
+
+
+@contextmanager
+def _forced(isa: str) -> Iterator[None]:
+    active = fastmlp.get_isa()
+    fastmlp.set_isa(isa)
+    try:
+        yield
+    finally:
+        fastmlp.set_isa(active)
 
 
 def _distribution(results: Sequence[Result], title: str) -> Table:
     table = Table("cases", title=title, caption="x eager; M: rows of the input")
     for name in ("number", "least", "5 %", "25 %", "median", "75 %", "95 %", "most", f"< {FLOOR}", "< 1"):
         table.add_column(name, justify="right")
-    groups: dict[str, Callable[[Case], bool]] = {"all": lambda case: True}
+    groups: dict[str, Callable[[Drawn], bool]] = {"all": lambda case: True}
     groups |= {dtype_name(dtype): partial(_has_dtype, dtype_name(dtype)) for dtype in MOST}
     groups |= {f"M {low} to {high}": partial(_has_rows, low, high) for low, high in CLASSES}
     groups |= {"infer": lambda case: not case.backward, "forward_backward": lambda case: case.backward}
@@ -290,11 +142,11 @@ def _distribution(results: Sequence[Result], title: str) -> Table:
     return table
 
 
-def _has_dtype(dtype: str, case: Case) -> bool:
+def _has_dtype(dtype: str, case: Drawn) -> bool:
     return case.dtype == dtype
 
 
-def _has_rows(low: int, high: int, case: Case) -> bool:
+def _has_rows(low: int, high: int, case: Drawn) -> bool:
     return low <= case.rows <= high
 
 
@@ -312,15 +164,21 @@ def _slow(results: Sequence[Result]) -> Table:
 def main() -> None:
     """Draw, measure and report what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.random_shapes", description=__doc__)
-    parser.add_argument("--count", type=int, default=200, metavar="N", help="of cases (200)")
+    parser.add_argument("--count", type=int, default=200, metavar="N", help="of layers (200)")
+    parser.add_argument("--nets", type=int, default=60, metavar="N", help="of networks (60)")
+    parser.add_argument("--dtype", choices=[dtype_name(dtype) for dtype in MOST], help="of all cases (each its own)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random numbers (0)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of PyTorch and fastmlp (1)")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), metavar="FOLDER", help="for files (out/bench)")
     options = parser.parse_args()
 
     out = console()
-    outcome = run(options.count, options.seed, options.threads, out, options.out)
-    out.print(f"{outcome.goal}: {outcome.measured}")
+    dtypes = [getattr(torch, options.dtype)] if options.dtype else list(MOST)
+    layers, nets = (
+        list(make(n, options.seed, dtypes)) for make, n in ((draw, options.count), (draw_nets, options.nets))
+    )
+    for outcome in every_way(layers, nets, options.threads, out, options.out):
+        out.print(f"{outcome.what}, {outcome.goal}: {outcome.measured}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import get_args
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import capture_targets, costs, data, random_shapes
+from benchmarks import capture_targets, costs, data, random_layers, random_nets, random_shapes
 from benchmarks.capture_targets import CAPTURE_CLAIMS
 from benchmarks.contenders import absent, versions
 from benchmarks.machine import describe
@@ -78,9 +78,9 @@ def main() -> None:
     for name in track([name for name in measures if name in wanted], description="costs", console=out, transient=True):
         outcomes += measures[name]()
     if RANDOM in wanted:
-        outcomes.append(
-            random_shapes.run(20 if options.quick else 200, options.seed, machine.threads, out, options.out)
-        )
+        layers = list(random_layers.draw(20 if options.quick else 200, options.seed))
+        nets = list(random_nets.draw_nets(10 if options.quick else 60, options.seed))
+        outcomes += random_shapes.every_way(layers, nets, machine.threads, out, options.out)
     out.print(_table(outcomes, str(machine)))
 
     report = {

@@ -2,17 +2,24 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
+import fastmlp
 from benchmarks import machine
 from benchmarks.check import verify
 from benchmarks.contenders import CONTENDERS, OURS, OWN, YARDSTICK, Contender, absent, base, contenders
 from benchmarks.contenders.pytorch import Eager, Fastmlp, FastmlpOptim, Frozen, OneDnn, TrainStep
 from benchmarks.contenders.training import Captured, CapturedUnfused
-from benchmarks.random_shapes import LARGEST, MOST, Case, Layers, draw
+from benchmarks.random_cases import MOST
+from benchmarks.random_layers import LARGEST, Case, Layers, draw
+from benchmarks.random_nets import DEEPEST, WIDEST, draw_nets
+from benchmarks.random_shapes import every_way
 from benchmarks.targets import CLAIMS, PARALLEL, PEAK, Claim, find, judge
 from benchmarks.timing import Effort, Row, measure, race, ratio
 from benchmarks.workloads import Tier, burgers, product, select
@@ -152,6 +159,29 @@ def test_draws_are_repeatable_and_within_their_limits() -> None:
     for case in cases:
         assert all(1 <= size <= LARGEST for size in (case.rows, case.columns, case.depth))
         assert case.rows * case.columns * case.depth <= MOST[getattr(torch, case.dtype)]
+
+
+def test_drawn_networks_are_repeatable_and_within_their_limits() -> None:
+    cases = list(draw_nets(300, seed=1))
+    assert cases == list(draw_nets(300, seed=1))
+    assert {len(case.widths) for case in cases} == set(range(2, DEEPEST + 2))
+    for case in cases:
+        assert 1 <= case.rows <= LARGEST
+        assert all(1 <= width <= WIDEST for width in case.widths)
+        products = sum(a * b for a, b in pairwise(case.widths))
+        assert case.rows * products <= MOST[getattr(torch, case.dtype)]
+
+
+def test_layers_and_networks_are_run_with_each_instruction_set(tmp_path: Path) -> None:
+    dtypes = [torch.float32]
+    cases = list(draw(1, 0, dtypes)), list(draw_nets(1, 0, dtypes))
+    before = fastmlp.get_isa()
+    outcomes = list(every_way(*cases, torch.get_num_threads(), Console(quiet=True), tmp_path))
+    assert fastmlp.get_isa() == before
+    sets = [before, "avx2"] if before.startswith("avx512") else [before]
+    expected = [f"{what}, {isa}" for isa in sets for what in ("random shapes", "random networks")]
+    assert [outcome.what for outcome in outcomes] == expected
+    assert len(list(tmp_path.glob("*.json"))) == len(expected)
 
 
 def test_layouts_are_those_of_the_three_products() -> None:

@@ -182,10 +182,10 @@ struct Gelu {
   static constexpr bool keeps_output = false;
   static constexpr double inverse_sqrt_2pi = 0.39894228040143267794;
   template <class M> static constexpr typename M::V value(typename M::V z, Scalars) {
-    return z * cumulative<M>(z, M::exp(M::fill(-0.5) * z * z));
+    return z * cumulative<M>(z, M::exp_of_negative(M::fill(-0.5) * z * z));
   }
   template <class M> static constexpr typename M::V gradient(typename M::V g, typename M::V s, Scalars) {
-    const auto bell = M::exp(M::fill(-0.5) * s * s);
+    const auto bell = M::exp_of_negative(M::fill(-0.5) * s * s);
     return g * (cumulative<M>(s, bell) + s * (bell * M::fill(inverse_sqrt_2pi)));
   }
   template <class M> static constexpr typename M::V cumulative(typename M::V z, typename M::V bell) {
@@ -195,7 +195,7 @@ struct Gelu {
   template <class M> static constexpr Taylor<M> expand(typename M::V z, Scalars) {
     // Beyond 40 the density is 0 in both dtypes, and powers of z could overflow.
     const auto top = M::fill(40), below = z > top ? top : z, x = below < -top ? -top : below, square = x * x;
-    const auto bell = M::exp(M::fill(-0.5) * square), phi = cumulative<M>(z, bell);
+    const auto bell = M::exp_of_negative(M::fill(-0.5) * square), phi = cumulative<M>(z, bell);
     const auto density = bell * M::fill(inverse_sqrt_2pi);
     return {z * phi, phi + x * density, density * (M::fill(2) - square), density * x * (square - M::fill(4))};
   }

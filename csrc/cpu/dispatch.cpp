@@ -2,12 +2,16 @@
 // new instruction set needs a file in isa/, and its declaration and its line in tables() below. Runs no vector code.
 #include "dispatch.h"
 
+#include <algorithm>
 #include <atomic>
+#include <deque>
 #include <stdexcept>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+
+#include "caches.h"
 
 namespace fastmlp::cpu {
 
@@ -86,6 +90,28 @@ const KernelTable* best() {
   return found;
 }
 
+// A table of an ISA's file with the blocks of A that suit a processor.
+struct FittedTable {
+  Kernels<float> float32;
+  Kernels<double> float64;
+  Kernels<BFloat16> bfloat16;
+  Kernels<Float16> float16;
+  KernelTable table;
+
+  FittedTable(const KernelTable& base, int64_t l2)
+      : float32(fit_rows(*base.float32, l2)),
+        float64(fit_rows(*base.float64, l2)),
+        bfloat16(fit_rows(*base.bfloat16, l2)),
+        float16(fit_rows(*base.float16, l2)),
+        table(base) {
+    table.float32 = &float32;
+    table.float64 = &float64;
+    table.bfloat16 = &bfloat16;
+    table.float16 = &float16;
+  }
+  FittedTable(const FittedTable&) = delete;
+};
+
 std::atomic<const KernelTable*>& active_slot() {
   static std::atomic<const KernelTable*> slot{best()};
   return slot;
@@ -93,8 +119,21 @@ std::atomic<const KernelTable*>& active_slot() {
 
 }  // namespace
 
+template <class S> Kernels<S> fit_rows(Kernels<S> kernels, int64_t l2) {
+  if (l2 <= 0) return kernels;
+  const int64_t row_bytes = kernels.units(kernels.kc) * int64_t(sizeof(Compute<S>));
+  const int64_t rows = std::clamp(l2, smallest_l2, largest_l2) * 3 / 8 / row_bytes;
+  kernels.mc = std::max<int64_t>(1, rows / kernels.mr) * kernels.mr;
+  return kernels;
+}
+
+template Kernels<float> fit_rows(Kernels<float>, int64_t);
+template Kernels<double> fit_rows(Kernels<double>, int64_t);
+template Kernels<BFloat16> fit_rows(Kernels<BFloat16>, int64_t);
+template Kernels<Float16> fit_rows(Kernels<Float16>, int64_t);
+
 const std::vector<const KernelTable*>& tables() {
-  static const std::vector<const KernelTable*> all = {
+  static const std::vector<const KernelTable*> built = {
       &portable::table,
 #if defined(__x86_64__)
       &avx2::table,
@@ -102,6 +141,12 @@ const std::vector<const KernelTable*>& tables() {
       &avx512_bf16::table,
 #endif
   };
+  static std::deque<FittedTable> fitted;
+  static const std::vector<const KernelTable*> all = [] {
+    std::vector<const KernelTable*> found;
+    for (const KernelTable* table : built) found.push_back(&fitted.emplace_back(*table, l2_bytes()).table);
+    return found;
+  }();
   return all;
 }
 

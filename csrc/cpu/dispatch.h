@@ -22,7 +22,14 @@ struct CpuidWords {
 // A set of Feature bits: what both the processor and the operating system support.
 unsigned decode_features(const CpuidWords& words);
 
-// Every table of this build, the most portable first.
+// What an L2 cache has at least and at most, whatever the system says: several cores may share one that is larger.
+constexpr int64_t smallest_l2 = 256 << 10, largest_l2 = 2048 << 10;
+
+// The kernels with as many rows in a block of A as fill three eighths of an L2 cache of so many bytes, which a panel of
+// B and what is prefetched share with it; or as they are, where that is 0.
+template <class S> Kernels<S> fit_rows(Kernels<S> kernels, int64_t l2);
+
+// Every table of this build, the most portable first, fitted to this processor.
 const std::vector<const KernelTable*>& tables();
 bool supported(const KernelTable& table);
 

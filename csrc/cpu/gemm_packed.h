@@ -43,11 +43,37 @@ template <class S> class PackedTask : Task<S> {
   }
 
  private:
-  // The next line to prefetch of the rows of A that are packed next, after so many lines that were prefetched before,
-  // or null. The products of the rows before them keep the core busy meanwhile. Only rows that lie gapless in memory
-  // are prefetched, and after them what they saved.
-  const void* input_ahead(Range rows, Range depth, int64_t lines) const {
-    if (rows.size() <= 0 || p.a.k_stride != 1 || p.a.stride != depth.size()) return nullptr;
+  struct Ahead {
+    const void* line = nullptr;
+    int64_t step = line_bytes;
+  };
+
+  // What the tile at (i, j) prefetches of the rows of A that are packed after `block`, or nothing. The products of this
+  // block keep the core busy meanwhile.
+  Ahead input_ahead(Range rows, Range block, Range columns, Range depth, int64_t i, int64_t j) const {
+    const int64_t first = i + kernels.mc;
+    if (first >= rows.end) return {};
+    const int64_t panel = (j - columns.begin) / kernels.nr;
+    if (p.a.stride != 1) {
+      return {
+          along_k_ahead({first, std::min(rows.end, first + kernels.mr)}, depth, panel * kernels.units(depth.size()))};
+    }
+    // The last tiles of each panel of A prefetch one line of each row of the operand: the first of them what saved
+    // gradients are computed from, the last one the operand.
+    const int64_t left = (columns.size() - 1) / kernels.nr - panel;
+    if (kernels.k_unit != 1 || left > (p.a.form == Form::gradient ? 1 : 0)) return {};
+    const int64_t line = (i - block.begin) / kernels.mr * (line_bytes / int64_t(sizeof(S)));
+    const int64_t at = block.end + line;
+    if (at >= std::min(rows.end, block.end + kernels.mc)) return {};
+    if (left == 0) return {p.a.data + at + depth.begin * p.a.k_stride, p.a.k_stride * int64_t(sizeof(S))};
+    if (p.a.saved_stride != 1) return {};
+    return {p.a.saved + at + depth.begin * p.a.saved_k_stride, p.a.saved_k_stride * int64_t(sizeof(S))};
+  }
+
+  // The next line to prefetch of rows of A that run along k, after so many lines that were prefetched before, or null.
+  // Only rows that lie gapless in memory are prefetched, and after them what they saved.
+  const void* along_k_ahead(Range rows, Range depth, int64_t lines) const {
+    if (p.a.k_stride != 1 || p.a.stride != depth.size()) return nullptr;
     const int64_t bytes = rows.size() * p.a.stride * int64_t(sizeof(S));
     const int64_t units = kernels.units(depth.size());
     if (lines * line_bytes < bytes) {
@@ -85,7 +111,9 @@ template <class S> class PackedTask : Task<S> {
         t.b = scratch.b + (j - columns.begin) * units;
         t.columns = std::min(kernels.nr, columns.end - j);
         const int64_t asked = (j - columns.begin) / kernels.nr * units;
-        t.input_ahead = input_ahead({i + kernels.mc, std::min(rows.end, i + kernels.mc + kernels.mr)}, depth, asked);
+        const Ahead input = input_ahead(rows, block, columns, depth, i, j);
+        t.input_ahead = input.line;
+        t.input_step = input.step;
         t.output_ahead = along_rows
                              ? output_ahead({i + kernels.mr, std::min(rows.end, i + 2 * kernels.mr)}, columns, asked)
                              : nullptr;

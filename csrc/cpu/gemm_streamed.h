@@ -15,7 +15,7 @@ template <class S> class StreamedTask : Task<S> {
   using Task<S>::Task;
 
   void run() {
-    const int64_t kc = even_block(k.size(), kernels.chain, kernels.k_unit);
+    const int64_t kc = even_block(k.size(), most_streamed(kernels, p), kernels.k_unit);
     int64_t jc = n.begin;
     do {
       const Range columns{jc, std::min(n.end, jc + kernels.nc)};

@@ -19,6 +19,19 @@ enum class Path { packed, streamed, dots };
 // Sums of 16-bit products over several blocks of K are kept in float32 for at most so many rows at once.
 constexpr int64_t summed_rows = 1024;
 
+// With so few rows of C, a B that no L2 cache holds is streamed in strips of so many elements of k, over all columns:
+// memory then delivers each row of the strip in one long run, and setting the sums aside costs little.
+constexpr int64_t strip_rows = 6, strip_depth = 16, strip_bytes = int64_t(1) << 20;
+
+template <class S> bool goes_by_strips(const Product<S>& p) {
+  return p.m <= strip_rows && p.n * p.k * int64_t(sizeof(S)) > strip_bytes;
+}
+
+// The most elements of k that a stream kernel sums at once.
+template <class S> int64_t most_streamed(const Kernels<S>& kernels, const Product<S>& p) {
+  return goes_by_strips(p) ? strip_depth : kernels.chain;
+}
+
 // Scratch of one thread, large enough for the largest block that it computes: m x n of C, over k of the sum.
 template <class S> struct TaskScratch {
   using C = Compute<S>;
@@ -27,7 +40,7 @@ template <class S> struct TaskScratch {
 
   TaskScratch(Carver& carver, const Kernels<S>& kernels, const Product<S>& p, Path path, int64_t m, int64_t n,
               int64_t k) {
-    const int64_t kc = std::min(k, path == Path::streamed ? kernels.chain : kernels.kc);
+    const int64_t kc = std::min(k, path == Path::streamed ? most_streamed(kernels, p) : kernels.kc);
     const int64_t units = kernels.units(kc);
     const int64_t mc = std::min(kernels.mc, round_up(m, kernels.mr));
     const int64_t nc = std::min(kernels.nc, round_up(n, kernels.nr));

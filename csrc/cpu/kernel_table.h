@@ -91,9 +91,11 @@ template <class S> struct Tile {
   int64_t b_step;            // from one row of unpacked_b, or of row kernels' b, to the next
   int64_t a_step, a_k_step;  // of row kernels, whose a is not packed: from one row to the next, and along k
   bool b_padded;             // of row kernels: b may be read to the end of a vector
-  // Null, or memory that is used soon: the micro-kernel prefetches one cache line of each with each unit of k.
+  // Null, or memory that is used soon: the micro-kernel prefetches one cache line of each with each unit of k, of the
+  // output the next one, of the input one that lies `input_step` bytes further.
   const void* input_ahead;
   const void* output_ahead;
+  int64_t input_step = line_bytes;
   int64_t columns;  // nothing is written past these
   // Sums of earlier blocks of K, which these are added to, or the place for them.
   Compute<S>* sums;
@@ -187,7 +189,8 @@ template <class S> struct Kernels {
   int64_t lanes;       // elements of one vector of C; buffers may be read this far past their end
   int64_t k_unit;
   int64_t stream_rows, stream_columns;  // the tile of the stream kernels
-  // Lane i of unit u is source[i * stride + p * k_stride] for the p of that unit, zero for i >= count.
+  // Lane i of unit u is source[i * stride + p * k_stride] for the p of that unit, zero for i >= count. There may be
+  // more rows than lanes.
   void (*pack_a)(const S* source, int64_t stride, int64_t k_stride, int64_t count, int64_t k, C* panel);
   void (*pack_b)(const S* source, int64_t stride, int64_t k_stride, int64_t count, int64_t k, C* panel);
   // One for each number of rows and of vectors per row that hold anything.

@@ -60,8 +60,8 @@ void pack_block(const Kernels<S>& kernels, const Operand<S>& x, Range i, Range p
     const int64_t step = x.stride == 1 ? staged_k : k;
     for (int64_t q = p.begin; q < p.end; q += step) {
       for (int64_t j = i.begin; j < i.end; j += width) {
-        pack(x.data + j * x.stride + q * x.k_stride, x.stride, x.k_stride, std::min(width, i.end - j),
-             std::min(step, p.end - q), panels + (j - i.begin) * units + kernels.units(q - p.begin) * width);
+        pack(x.data + j * x.stride + q * x.k_stride, x.stride, x.k_stride, i.end - j, std::min(step, p.end - q),
+             panels + (j - i.begin) * units + kernels.units(q - p.begin) * width);
       }
     }
   } else if (x.stride == 1) {
@@ -74,7 +74,7 @@ void pack_block(const Kernels<S>& kernels, const Operand<S>& x, Range i, Range p
             x.saved_k_stride, x.saved_stride},
            run, staging);
       for (int64_t j = 0; j < n; j += width) {
-        pack(staging + j, 1, n, std::min(width, n - j), count, panels + j * units + kernels.units(q - p.begin) * width);
+        pack(staging + j, 1, n, n - j, count, panels + j * units + kernels.units(q - p.begin) * width);
       }
     }
   } else {

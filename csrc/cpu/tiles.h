@@ -10,7 +10,8 @@ namespace fastmlp::cpu {
 struct Tiles {
   int mr;       // rows of the register tile
   int vectors;  // vectors in a row of it: NR is so many times the lanes of a vector
-  int64_t mc, nc;
+  int64_t mc;   // where nothing is known of the L2 cache, from whose size dispatch.h takes it
+  int64_t nc;
   int64_t kc;     // in units, of k_unit elements each
   int64_t chain;  // units that are summed one after another; rounding errors grow with its square root
   int stream_rows, stream_vectors;  // the tile of the kernels that read B in place

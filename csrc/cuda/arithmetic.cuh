@@ -16,6 +16,7 @@ template <class C> struct ScalarMath {
   using V = C;
   static __device__ V fill(double x) { return C(x); }
   static __device__ V exp(V x) { return std::exp(x); }
+  static __device__ V exp_of_negative(V x) { return exp(x); }
   static __device__ V expm1_of_negative(V x) { return std::expm1(x); }
   static __device__ V abs(V x) { return std::abs(x); }
   static __device__ V log1p_of_unit(V x) { return std::log1p(x); }

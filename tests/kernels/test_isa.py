@@ -10,7 +10,7 @@ import torch
 
 import fastmlp
 from fastmlp import _C
-from tests.support.axes import ISAS
+from tests.support.axes import ISAS, tiles
 
 # CPUID bits: OSXSAVE, FMA and F16C in leaf 1 ECX; AVX2, AVX-512 F, DQ, BW, VL in leaf 7 EBX; AVX512-BF16 in
 # subleaf 1 of leaf 7, EAX.
@@ -112,3 +112,17 @@ def test_best_is_the_default() -> None:
     slow = "avx512_bf16" if cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text(encoding="utf-8") else None
     supported = [str(i["name"]) for i in _C.instruction_sets() if i["supported"] and i["name"] != slow]
     assert done.stdout.strip() == supported[-1]
+
+
+L2 = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+
+
+@pytest.mark.skipif(not L2.exists(), reason="the system says nothing of caches")
+def test_blocks_fill_their_share_of_the_cache(isa: str, dtype: torch.dtype) -> None:
+    """A block of A takes three eighths of an L2 cache of 256 KiB to 2 MiB, in whole panels."""
+    kilobytes = int(L2.read_text(encoding="ascii").strip().removesuffix("K"))
+    size = tiles(isa, dtype)
+    share = min(max(kilobytes, 256), 2048) * 1024 * 3 / 8
+    row = 4096  # bytes of one row of a block: KC of the type that is computed in
+    assert size["MC"] % size["MR"] == 0
+    assert size["MC"] * row <= share < (size["MC"] + size["MR"]) * row

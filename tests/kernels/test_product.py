@@ -126,6 +126,13 @@ def test_shapes_around_cache_blocks(isa: str, dtype: torch.dtype, form: Form) ->
         check(*operands(m, n, k, dtype, form), sums=True)
 
 
+def test_few_rows_beside_an_operand_that_no_cache_holds(isa: str, dtype: torch.dtype, form: Form) -> None:
+    """Those are streamed in strips of k, whose last one is shorter, and sums are set aside after each."""
+    for m, n, k in ((1, 3500, 151), (6, 4100, 130), (7, 3500, 151), (2, 33000, 17)):
+        check(*operands(m, n, k, dtype, form), torch.randn(n, dtype=dtype), resolve("relu"))
+        check(*operands(m, n, k, dtype, form), sums=True, gap=3)
+
+
 def test_rows_that_share_lines_of_a_cache(isa: str, dtype: torch.dtype, form: Form) -> None:
     """Operands whose rows, or columns, lie multiples of 4096 bytes apart."""
     page = 4096 // dtype.itemsize

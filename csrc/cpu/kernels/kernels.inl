@@ -91,7 +91,8 @@ template <class S> struct Leaf {
     }
   }
 
-  // Packs one group of rows that are gapless across k.
+  // Packs one group of rows that are gapless across k. Where rows follow that belong to other panels, whole vectors are
+  // loaded, because a load with a mask takes longer; what is too much is overwritten by the next group.
   template <int width, int from>
   static void pack_across_k(const S* source, int64_t k_stride, int64_t count, int64_t k, int64_t group, int64_t groups,
                             C* panel) {
@@ -110,7 +111,7 @@ template <class S> struct Leaf {
         return;
       }
     }
-    const V v = left > 0 ? F::load_across_k(row, k_stride, k - p, left < rows ? left : rows) : V{};
+    const V v = left > 0 ? F::load_across_k(row, k_stride, k - p, left) : V{};
     store_group<width, from>(panel, group, groups, v);
     if constexpr (from + rows < width) {
       pack_across_k<width, from + rows>(source, k_stride, count, k, group, groups, panel);
@@ -125,7 +126,7 @@ template <class S> struct Leaf {
     } else if (k_stride == 1) {
       pack_along_k<width, 0>(source, stride, count, k, panel);
     } else {
-      pack_strided<width>(source, stride, k_stride, count, k, panel);
+      pack_strided<width>(source, stride, k_stride, count < width ? count : width, k, panel);
     }
   }
 
@@ -186,8 +187,8 @@ template <class S> struct Leaf {
     int64_t step;
   };
   // Nothing to prefetch: prefetch B's panel again, so that the loop stays free of branches.
-  static Ahead ahead_of(const void* from, const Tile<S>& t) {
-    return {static_cast<const char*>(from ? from : t.b), from ? line_bytes : 0};
+  static Ahead ahead_of(const void* from, int64_t step, const Tile<S>& t) {
+    return {static_cast<const char*>(from ? from : t.b), from ? step : 0};
   }
 
   // Adds `units` products to each sum, and moves all pointers on. Prefetches come one by one, because a burst of them
@@ -220,7 +221,7 @@ template <class S> struct Leaf {
     V sum[rows][used] = {};
     const C* a = t.a;
     const C* b = t.b;
-    Ahead input = ahead_of(t.input_ahead, t), output = ahead_of(t.output_ahead, t);
+    Ahead input = ahead_of(t.input_ahead, t.input_step, t), output = ahead_of(t.output_ahead, line_bytes, t);
     int64_t left = t.k < size.chain ? t.k : size.chain;
     multiply_panels<rows, used>(left, a, b, input, output, sum);
     for (left = t.k - left; left > 0; left -= size.chain) {
@@ -284,7 +285,7 @@ template <class S> struct Leaf {
 #pragma GCC unroll 4
     for (int i = 0; i < rows; i += group) a[i / group] = t.a + i * t.a_step;
     const C* b = t.b;
-    Ahead input = ahead_of(t.input_ahead, t), output = ahead_of(t.output_ahead, t);
+    Ahead input = ahead_of(t.input_ahead, t.input_step, t), output = ahead_of(t.output_ahead, line_bytes, t);
     for (int64_t p = 0; p < t.k; p++) {
       __builtin_prefetch(input.line);
       __builtin_prefetch(output.line, 1);

@@ -120,6 +120,15 @@ template <class T> struct Math {
     return p * power_of_2(half - offset / 2) * power_of_2(rest - (offset - offset / 2));
   }
 
+  // e^x for x <= 0, with the bits of exp: n is at most 0, so that one of the two factors can be a constant.
+  static V exp_of_negative(V x) {
+    const V low = fill(R::exp_low);
+    x = x < low ? low : x;
+    I n;
+    const V p = fill(1) + expm1_reduced(x, n);
+    return p * power_of_2(n + Bits(R::up_exponent)) * fill(1 / R::up);
+  }
+
   // 1 - e^x for x <= 0, and up to 40; 0 for either zero.
   static V one_minus_exp(V x) {
     const V low = fill(-50);
@@ -225,10 +234,23 @@ template <class T> struct Math {
   static constexpr Bits offset = 2048;
 
   template <int N> static V polynomial(const T (&c)[N], V x) {
-    V p = fill(c[N - 1]);
+    if constexpr (N < 16) {
+      V p = fill(c[N - 1]);
 #pragma GCC unroll 32
-    for (int i = N - 2; i >= 0; i--) p = p * x + fill(c[i]);
-    return p;
+      for (int i = N - 2; i >= 0; i--) p = p * x + fill(c[i]);
+      return p;
+    } else {
+      // In two halves, of even and of odd powers, because one long chain of additions would be waited for.
+      static_assert(N % 2 == 0);
+      const V square = x * x;
+      V odd = fill(c[N - 1]), even = fill(c[N - 2]);
+#pragma GCC unroll 32
+      for (int i = N - 3; i > 0; i -= 2) {
+        odd = odd * square + fill(c[i]);
+        even = even * square + fill(c[i - 1]);
+      }
+      return odd * x + even;
+    }
   }
 
   // Of the last bits of n alone, so that it does not matter what is added to n by R::round.
