@@ -26,7 +26,7 @@ export MAX_JOBS ?= $(JOBS)
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test tested checked build lint pytest other-isas sanitize sanitized-sources attack bench account models gpu-proof gpu-proof-quick gpu-test tiles format clean
+.PHONY: demo test tested checked build lint pytest other-isas sanitize sanitized-sources attack bench account models gpu-proof gpu-proof-quick gpu-test tiles product-account format clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -143,13 +143,17 @@ gpu-test: build
 	python -m pytest tests/cuda/test_gpu_kernels.py tests/cuda/test_cuda.py tests/cuda/test_cuda_capture.py
 
 # The measurements behind the cache blocks of csrc/cpu/tiles.h: make tiles TILES='avx2 float64'
-build/tune_tiles: tools/tune_tiles.cpp $(SOURCES)
+build/tune_tiles build/account_products: build/%: tools/%.cpp $(SOURCES)
 	mkdir -p build
 	$(CXX) -std=c++20 -O3 -fopenmp -Wno-psabi -o $@ $< csrc/contract/activation_info.cpp \
 	  $(addprefix csrc/cpu/,gemm.cpp dispatch.cpp workspace.cpp) csrc/cpu/isa/*.cpp
 
 tiles: build/tune_tiles
 	build/tune_tiles $(TILES)
+
+# Where the time of square products goes: make product-account TILES=avx2
+product-account: build/account_products
+	build/account_products $(TILES)
 
 format: build
 	ruff check --fix .
