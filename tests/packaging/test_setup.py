@@ -2,9 +2,11 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import setuptools
@@ -140,6 +142,60 @@ def test_metadata_need_no_torch(tmp_path: Path) -> None:
 def test_a_wheel_depends_on_the_minor_version_of_the_torch_around_it(tmp_path: Path) -> None:
     (state,) = without_torch(tmp_path, "2.13.0+cpu")
     assert json.loads(state) == ["torch==2.13.*", True]
+
+
+FLAGS = ["-O3"]
+
+
+def compile_in(folder: Path, extra: list[str] | dict[str, list[str]]) -> list[tuple[list[str], dict[str, Any]]]:
+    """What `compile_groups` of setup.py asks of torch, of which every answer is a new object."""
+    asked = []
+
+    def compile_all(sources: list[str], **options: Any) -> list[str]:
+        asked.append((sources, options))
+        objects = [Path(options["output_dir"], f"{source.replace('/', '.')}.o") for source in sources]
+        for path in objects:
+            if not path.exists():
+                path.write_text("new")
+        return [str(path) for path in objects]
+
+    sources = ["csrc/cpu/a.cpp", "csrc/python/b.cpp", "csrc/capture/c.cpp", "csrc/tensors/d.cpp", "csrc/cuda/e.cu"]
+    options = {"output_dir": str(folder), "extra_postargs": extra}
+    objects = runpy.run_path(str(SETUP))["compile_groups"](compile_all, sources, **options)
+    assert sorted(Path(path).name for path in objects) == sorted(f"{path.replace('/', '.')}.o" for path in sources)
+    return asked
+
+
+@pytest.mark.parametrize("extra", [FLAGS, {"cxx": FLAGS, "nvcc": ["-O2"]}], ids=["cpu", "cuda"])
+def test_only_units_that_know_torch_get_its_precompiled_headers(
+    extra: list[str] | dict[str, list[str]], tmp_path: Path
+) -> None:
+    first, python, torchs = compile_in(tmp_path, extra)
+    headers = [str(tmp_path / name / "precompiled.hpp") for name in ("python", "capture")]
+    assert first == (
+        ["csrc/cpu/a.cpp", "csrc/cuda/e.cu", *headers],
+        {"output_dir": str(tmp_path), "extra_postargs": extra},
+    )
+    assert [python[0], torchs[0]] == [["csrc/python/b.cpp"], ["csrc/capture/c.cpp", "csrc/tensors/d.cpp"]]
+    for header, (_, options) in zip(headers, (python, torchs), strict=True):
+        assert options["extra_postargs"] == [*FLAGS, "-Wno-sign-compare", "-include", header]
+        assert Path(f"{header}.gch").read_text() == "new"
+
+
+def test_units_older_than_their_precompiled_header_are_compiled_again(tmp_path: Path) -> None:
+    compile_in(tmp_path, FLAGS)
+    old, kept = tmp_path / "python/csrc.python.b.cpp.o", tmp_path / "capture/csrc.tensors.d.cpp.o"
+    for path in (old, kept):
+        path.write_text("old")
+    os.utime(old, (0, 0))
+    compile_in(tmp_path, FLAGS)
+    assert (old.read_text(), kept.read_text()) == ("new", "old")
+
+
+def test_a_compiler_without_precompiled_headers_is_known() -> None:
+    precompiles = runpy.run_path(str(SETUP))["precompiles"]
+    assert precompiles([os.environ.get("CXX", "c++")])
+    assert not precompiles(["false"])
 
 
 def test_devices_are_those_of_the_build() -> None:
