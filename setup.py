@@ -25,6 +25,9 @@ from typing import Any
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+#: The oldest version of torch that has what the extension calls.
+OLDEST_TORCH = (2, 11)
+
 #: Where packages of the environment are. In an environment that pip makes for a build alone they are not on the path.
 AROUND = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 
@@ -38,15 +41,21 @@ def installed_torch() -> str | None:
 def required_torch() -> str:
     """What a wheel depends on: an extension runs with the minor version of torch that it was built with."""
     found = installed_torch()
-    return "torch>=2.11" if found is None or "sdist" in sys.argv else f"torch=={'.'.join(found.split('.')[:2])}.*"
+    if found is None or "sdist" in sys.argv:
+        return f"torch>={'.'.join(map(str, OLDEST_TORCH))}"
+    return f"torch=={'.'.join(found.split('.')[:2])}.*"
 
 
 def provide_torch() -> None:
     """Lets torch be imported: the one that is installed, in an environment of pip's own for this build too."""
-    if installed_torch() is None:
+    found = installed_torch()
+    if found is None or tuple(map(int, found.split(".")[:2])) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        state = "is not installed here" if found is None else f"{found} is installed"
         raise SystemExit(
-            "fastmlp: torch is not installed, expected 2.11 or newer, because the extension is built for the torch "
-            "that it will run with; run: pip install torch, and then this command again"
+            f"fastmlp: torch {state}, expected {oldest} or newer, because the extension is built for the torch that it "
+            f"will run with; where fastmlp is wanted run: pip install 'torch>={oldest}' 'setuptools>=77' ninja numpy, "
+            "and then in its source tree: pip install --no-build-isolation ."
         )
     sys.path += [path for path in AROUND if path not in sys.path]
 
