@@ -178,10 +178,12 @@ def compile_groups(compile_all: Callable[..., list[str]], sources: list[str], **
 
     Headers are compiled like sources, so that their flags are those of the units, and ninja compiles them again when
     torch's change. Of a unit ninja does not learn what its precompiled header is made of, so older units are removed.
+    The place of a header is the same in each build, which ccache needs: pip has a new folder for objects each time.
     """
+    place = Path("build", f"precompiled-{sys.implementation.cache_tag}")
     groups = {}
     for folders, names in PRECOMPILED.items():
-        header = Path(options["output_dir"], Path(folders[0]).name, "precompiled.hpp")
+        header = place / Path(folders[0]).name / "precompiled.hpp"
         header.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(f"#include <{name}>\n" for name in names)
         if not header.exists() or header.read_text(encoding="utf-8") != text:
@@ -196,13 +198,12 @@ def compile_groups(compile_all: Callable[..., list[str]], sources: list[str], **
         link = Path(f"{header}.gch")
         link.unlink(missing_ok=True)
         link.symlink_to(Path(made).absolute())
-        for unit in header.parent.rglob("*.o"):
+        folder = Path(options["output_dir"], header.parent.name)
+        for unit in folder.rglob("*.o"):
             if unit.stat().st_mtime < link.stat().st_mtime:
                 unit.unlink()
-        grouped = options | {
-            "output_dir": str(header.parent),
-            "extra_postargs": [*flags, "-include", str(header.absolute())],
-        }
+        include = ["-include", str(header.absolute())]
+        grouped = options | {"output_dir": str(folder), "extra_postargs": [*flags, *include]}
         objects += compile_all(units, **grouped)
     return objects[: len(others)] + objects[len(others) + len(groups) :]
 

@@ -1,5 +1,6 @@
 """What FASTMLP_CUDA asks of the build, in a process without CUDA."""
 
+import contextlib
 import email
 import json
 import os
@@ -192,13 +193,15 @@ def compile_in(folder: Path, extra: list[str] | dict[str, list[str]]) -> list[tu
         asked.append((sources, options))
         objects = [Path(options["output_dir"], f"{source.replace('/', '.')}.o") for source in sources]
         for path in objects:
+            path.parent.mkdir(exist_ok=True)
             if not path.exists():
                 path.write_text("new")
         return [str(path) for path in objects]
 
     sources = ["csrc/cpu/a.cpp", "csrc/python/b.cpp", "csrc/capture/c.cpp", "csrc/tensors/d.cpp", "csrc/cuda/e.cu"]
     options = {"output_dir": str(folder), "extra_postargs": extra}
-    objects = runpy.run_path(str(SETUP))["compile_groups"](compile_all, sources, **options)
+    with contextlib.chdir(folder):
+        objects = runpy.run_path(str(SETUP))["compile_groups"](compile_all, sources, **options)
     assert sorted(Path(path).name for path in objects) == sorted(f"{path.replace('/', '.')}.o" for path in sources)
     return asked
 
@@ -208,15 +211,16 @@ def test_only_units_that_know_torch_get_its_precompiled_headers(
     extra: list[str] | dict[str, list[str]], tmp_path: Path
 ) -> None:
     first, python, torchs = compile_in(tmp_path, extra)
-    headers = [str(tmp_path / name / "precompiled.hpp") for name in ("python", "capture")]
+    place = f"build/precompiled-{sys.implementation.cache_tag}"
+    headers = [f"{place}/{name}/precompiled.hpp" for name in ("python", "capture")]
     assert first == (
         ["csrc/cpu/a.cpp", "csrc/cuda/e.cu", *headers],
         {"output_dir": str(tmp_path), "extra_postargs": extra},
     )
     assert [python[0], torchs[0]] == [["csrc/python/b.cpp"], ["csrc/capture/c.cpp", "csrc/tensors/d.cpp"]]
     for header, (_, options) in zip(headers, (python, torchs), strict=True):
-        assert options["extra_postargs"] == [*FLAGS, "-Wno-sign-compare", "-include", header]
-        assert Path(f"{header}.gch").read_text() == "new"
+        assert options["extra_postargs"] == [*FLAGS, "-Wno-sign-compare", "-include", str(tmp_path / header)]
+        assert Path(tmp_path, f"{header}.gch").read_text() == "new"
 
 
 def test_units_older_than_their_precompiled_header_are_compiled_again(tmp_path: Path) -> None:
