@@ -1,15 +1,21 @@
 """What FASTMLP_CUDA asks of the build, in a process without CUDA."""
 
+import contextlib
+import email
 import json
 import os
+import runpy
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import setuptools
 import torch
 
+import fastmlp
 from fastmlp import _C
 from fastmlp._load import read_build
 
@@ -132,14 +138,105 @@ def without_torch(around: Path, installed: str | None) -> list[str]:
 
 def test_metadata_need_no_torch(tmp_path: Path) -> None:
     said, state = without_torch(tmp_path, None)
-    assert "torch is not installed, expected 2.11 or newer" in said
-    assert "pip install torch" in said
+    assert "torch is not installed here, expected 2.11 or newer" in said
+    assert said.endswith("pip install --no-build-isolation .")
     assert json.loads(state) == ["torch>=2.11", False]
 
 
 def test_a_wheel_depends_on_the_minor_version_of_the_torch_around_it(tmp_path: Path) -> None:
     (state,) = without_torch(tmp_path, "2.13.0+cpu")
     assert json.loads(state) == ["torch==2.13.*", True]
+
+
+def test_a_torch_that_is_too_old_is_refused_before_anything_is_compiled(tmp_path: Path) -> None:
+    said, _ = without_torch(tmp_path, "2.9.1+cpu")
+    assert "torch 2.9.1+cpu is installed, expected 2.11 or newer" in said
+
+
+def run_setup(folder: Path, *commands: str) -> None:
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder), *commands]
+    subprocess.run(command, cwd=SETUP.parent, check=True, capture_output=True)
+
+
+def test_an_archive_of_the_source_holds_what_tests_and_documents_need(tmp_path: Path) -> None:
+    run_setup(tmp_path, "sdist", "--dist-dir", str(tmp_path))
+    with tarfile.open(tmp_path / f"fastmlp-{fastmlp.__version__}.tar.gz") as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+        metadata = archive.extractfile(f"fastmlp-{fastmlp.__version__}/PKG-INFO")
+        assert metadata is not None
+        assert b"\nRequires-Dist: torch>=2.11\n" in metadata.read()
+    folders = ("csrc", "fastmlp", "tests", "tools", "benchmarks", "examples", "docs", ".ci", ".github")
+    source = [path.relative_to(SETUP.parent) for name in folders for path in (SETUP.parent / name).rglob("*.*")]
+    wanted = {str(path) for path in source if path.suffix not in (".so", ".pyc") and path.name != "_build.json"}
+    assert {path for path in wanted if (SETUP.parent / path).is_file()} - held == set()
+    assert {"LICENSE", "Makefile", "CITATION.cff", "SECURITY.md", ".clang-format", "pyproject.toml"} - held == set()
+    assert [path for path in held if path.endswith((".so", ".pyc", "_build.json"))] == []
+
+
+def test_a_wheel_names_its_version_and_its_torch_and_holds_the_license(tmp_path: Path) -> None:
+    run_setup(tmp_path, "dist_info", "--output-dir", str(tmp_path))
+    (folder,) = tmp_path.glob("*.dist-info")
+    metadata = email.message_from_string((folder / "METADATA").read_text(encoding="utf-8"))
+    assert metadata["Version"] == fastmlp.__version__
+    assert f"torch=={'.'.join(torch.__version__.split('.')[:2])}.*" in metadata.get_all("Requires-Dist", [])
+    assert (folder / "licenses/LICENSE").read_bytes() == (SETUP.parent / "LICENSE").read_bytes()
+
+
+FLAGS = ["-O3"]
+
+
+def compile_in(folder: Path, extra: list[str] | dict[str, list[str]]) -> list[tuple[list[str], dict[str, Any]]]:
+    """What `compile_groups` of setup.py asks of torch, of which every answer is a new object."""
+    asked = []
+
+    def compile_all(sources: list[str], **options: Any) -> list[str]:
+        asked.append((sources, options))
+        objects = [Path(options["output_dir"], f"{source.replace('/', '.')}.o") for source in sources]
+        for path in objects:
+            path.parent.mkdir(exist_ok=True)
+            if not path.exists():
+                path.write_text("new")
+        return [str(path) for path in objects]
+
+    sources = ["csrc/cpu/a.cpp", "csrc/python/b.cpp", "csrc/capture/c.cpp", "csrc/tensors/d.cpp", "csrc/cuda/e.cu"]
+    options = {"output_dir": str(folder), "extra_postargs": extra}
+    with contextlib.chdir(folder):
+        objects = runpy.run_path(str(SETUP))["compile_groups"](compile_all, sources, **options)
+    assert sorted(Path(path).name for path in objects) == sorted(f"{path.replace('/', '.')}.o" for path in sources)
+    return asked
+
+
+@pytest.mark.parametrize("extra", [FLAGS, {"cxx": FLAGS, "nvcc": ["-O2"]}], ids=["cpu", "cuda"])
+def test_only_units_that_know_torch_get_its_precompiled_headers(
+    extra: list[str] | dict[str, list[str]], tmp_path: Path
+) -> None:
+    first, python, torchs = compile_in(tmp_path, extra)
+    place = f"build/precompiled-{sys.implementation.cache_tag}"
+    headers = [f"{place}/{name}/precompiled.hpp" for name in ("python", "capture")]
+    assert first == (
+        ["csrc/cpu/a.cpp", "csrc/cuda/e.cu", *headers],
+        {"output_dir": str(tmp_path), "extra_postargs": extra},
+    )
+    assert [python[0], torchs[0]] == [["csrc/python/b.cpp"], ["csrc/capture/c.cpp", "csrc/tensors/d.cpp"]]
+    for header, (_, options) in zip(headers, (python, torchs), strict=True):
+        assert options["extra_postargs"] == [*FLAGS, "-Wno-sign-compare", "-include", str(tmp_path / header)]
+        assert Path(tmp_path, f"{header}.gch").read_text() == "new"
+
+
+def test_units_older_than_their_precompiled_header_are_compiled_again(tmp_path: Path) -> None:
+    compile_in(tmp_path, FLAGS)
+    old, kept = tmp_path / "python/csrc.python.b.cpp.o", tmp_path / "capture/csrc.tensors.d.cpp.o"
+    for path in (old, kept):
+        path.write_text("old")
+    os.utime(old, (0, 0))
+    compile_in(tmp_path, FLAGS)
+    assert (old.read_text(), kept.read_text()) == ("new", "old")
+
+
+def test_a_compiler_without_precompiled_headers_is_known() -> None:
+    precompiles = runpy.run_path(str(SETUP))["precompiles"]
+    assert precompiles([os.environ.get("CXX", "c++")])
+    assert not precompiles(["false"])
 
 
 def test_devices_are_those_of_the_build() -> None:
