@@ -26,13 +26,14 @@ from torch import Tensor
 
 import fastmlp
 from benchmarks.check import SPREAD, Estimate, compare, unit
-from benchmarks.machine import describe, dtype_name
+from benchmarks.machine import describe
 from benchmarks.plots import histogram
 from benchmarks.tables import console
 from benchmarks.targets import Outcome
-from benchmarks.timing import Effort, race
 from fastmlp import _C
 from fastmlp.activations import DEFAULTS, Activation, module_of
+from fastmlp.benchmark.machine import dtype_name
+from fastmlp.benchmark.timing import Effort, race
 
 #: "row-major", its transpose, or every second element of a larger matrix's rows.
 Storage = Literal["row-major", "transposed", "strided"]

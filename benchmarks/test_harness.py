@@ -14,8 +14,10 @@ from benchmarks.contenders.pytorch import Eager, Fastmlp, FastmlpOptim, Frozen, 
 from benchmarks.contenders.training import Captured, CapturedUnfused
 from benchmarks.random_shapes import LARGEST, MOST, Case, Layers, draw
 from benchmarks.targets import CLAIMS, PARALLEL, PEAK, Claim, find, judge
-from benchmarks.timing import Effort, Row, measure, race, ratio
+from benchmarks.timing import Row, measure
 from benchmarks.workloads import Tier, burgers, product, select
+from fastmlp.benchmark.machine import dtype_name
+from fastmlp.benchmark.timing import Effort, race, ratio
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -39,7 +41,7 @@ class Spoiled(Eager):
         return [*others, spoiled(last)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=machine.dtype_name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("name", ["NT 256x256x256 float32", "33x257x129 infer", "33x257x129 forward_backward"])
 def test_one_wrong_element_is_found(name: str, dtype: torch.dtype) -> None:
     (workload,) = find([name])
@@ -72,7 +74,7 @@ class SpoiledOptimizer(FastmlpOptim):
         return [spoiled(first), *others]
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=machine.dtype_name)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_name)
 @pytest.mark.parametrize(
     ("right", "wrong", "name"),
     [
@@ -104,7 +106,7 @@ class SpoiledGradient(Eager):
         return loss
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=machine.dtype_name)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_name)
 @pytest.mark.parametrize("kind", [Spoiled, SpoiledGradient])
 def test_one_wrong_element_of_a_physics_step_is_found(kind: type[Eager], dtype: torch.dtype) -> None:
     (workload,) = find(["burgers b128 physics adam"])
@@ -131,13 +133,13 @@ def test_not_a_number_is_found() -> None:
         verify(contender)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=machine.dtype_name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("activation", ["relu", "gelu", "softplus"])
 @pytest.mark.parametrize("wrong", range(4), ids=["output", "input", "weight", "bias"])
 def test_one_wrong_element_of_a_random_shape_is_found(
     activation: str, dtype: torch.dtype, wrong: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layers = Layers(Case(33, 17, 65, machine.dtype_name(dtype), "strided", "transposed", activation, backward=True))
+    layers = Layers(Case(33, 17, 65, dtype_name(dtype), "strided", "transposed", activation, backward=True))
     layers.verify()
     given = [spoiled(result) if i == wrong else result for i, result in enumerate(layers.ours())]
     monkeypatch.setattr(layers, "ours", lambda: given)

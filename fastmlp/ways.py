@@ -15,7 +15,7 @@ from fastmlp.frozen import freeze
 from fastmlp.tape.report import Report as Recorded
 from fastmlp.walking import unfused_calls
 
-__all__ = ["Answer", "Explanation", "explain_captured", "explain_model"]
+__all__ = ["Answer", "Explanation", "explain_captured", "explain_model", "target_for"]
 
 #: Losses whose target is a class for each row.
 _OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
@@ -162,7 +162,7 @@ def _captured(
             outputs = _tensors(copied(*inputs))
         if not outputs:
             return Answer("capture", False, ("the forward returns no tensor, and there is nothing to train",))
-        wanted = _target_of(outputs[0], loss_fn) if target is None else target
+        wanted = target_for(outputs[0], loss_fn) if target is None else target
 
         @capture
         def step(*arguments: Any) -> Tensor:
@@ -201,8 +201,8 @@ def _tensors(output: Any) -> list[Tensor]:
     return [tensor for one in inner for tensor in _tensors(one)]
 
 
-def _target_of(output: Tensor, loss_fn: Callable[..., Tensor]) -> Tensor:
-    """What the loss compares with, if nobody said."""
+def target_for(output: Tensor, loss_fn: Callable[..., Tensor]) -> Tensor:
+    """What a loss compares an output with, if nobody said: zeros, or the first class of each row."""
     if isinstance(problems.module_of_loss(loss_fn), _OF_CLASSES):
         classes = (*output.shape[:1], *output.shape[2:]) if output.dim() > 1 else ()
         return torch.zeros(classes, dtype=torch.int64, device=output.device)

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 import fastmlp
-from fastmlp import bench
+from fastmlp.benchmark import standard
 from fastmlp.__main__ import main
 
 
 def test_the_report_has_what_was_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "SAMPLE_SECONDS", 1e-4)
+    monkeypatch.setattr(standard, "SAMPLE_SECONDS", 1e-4)
     file = tmp_path / "report.json"
     assert main(["bench", "--network", "tutorial", "--quick", "--output", str(file)]) == 0
     report = json.loads(file.read_text())
