@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import fastmlp
-from fastmlp.benchmark import standard
 from fastmlp.__main__ import main
+from fastmlp.benchmark import standard
 
 
 def test_the_report_has_what_was_printed(
