@@ -1,10 +1,11 @@
 """A neural field learns an image: `python examples/neural_field.py --steps 400`.
 
 A network from two coordinates to three colors, with sines for activations as SIREN has them (Sitzmann et al., Implicit
-Neural Representations with Periodic Activation Functions, 2020), is fitted to a photograph of scikit-learn's, made smaller. The plain loop of PyTorch, a `fastmlp.TrainStep` and a step recorded by `fastmlp.capture` see the same
-pixels in the same order, and take turns. The image is then asked of the network frozen, between the pixels too, and
-must be about as near to the photograph as that of the plain loop. It needs scikit-learn and Matplotlib: pip install
-'fastmlp[demo]'.
+Neural Representations with Periodic Activation Functions, 2020), is fitted to a photograph of scikit-learn's, made
+smaller. The plain loop of PyTorch, a `fastmlp.TrainStep` and a step recorded by `fastmlp.capture` see the same pixels
+in the same order, and take turns. The image is then asked of the network frozen, between the pixels too, and must be
+about as near to the photograph as that of the plain loop. It needs scikit-learn and Matplotlib:
+pip install 'fastmlp[demo]'.
 """
 
 import argparse
@@ -132,7 +133,7 @@ def main() -> None:
         times = runs["plain loop"].seconds / run.seconds
         print(
             f"{way:12}loss {run.found[0]:.4f} at first, {run.found[-1]:.4f} at the end; {found[way]:.1f} dB, "
-            f"{run.seconds:.2f} s, {times:.2f} times the plain loop's speed"
+            f"{run.seconds:.2f} s, {times:.2f} times as fast as the loop"
         )
         if found[way] < found["plain loop"] - MAY_DIFFER:
             raise SystemExit(f"the image of {way} is worse")

@@ -108,9 +108,7 @@ def main() -> None:
     print(f"off by {error:.3f} at most, where the solution goes from -1 to 1")
     print(", ".join(f"{run.seconds:.1f} s {name}" for name, run in runs.items()))
     curves = {name: (run.clock, [part.mean().log10().item() for part, _ in run.found]) for name, run in runs.items()}
-    draw(
-        options.output / "physics_informed.png", "the heat equation", "logarithm of the loss, to the base of 10", curves
-    )
+    draw(options.output / "physics_informed.png", "the heat equation", "logarithm of the loss, base 10", curves)
 
 
 if __name__ == "__main__":

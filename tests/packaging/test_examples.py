@@ -43,9 +43,8 @@ def printed(name: str, *options: str, cwd: Path) -> list[str]:
 
 def test_digits(tmp_path: Path) -> None:
     *ways, frozen = printed("digits.py", "--epochs", "3", cwd=tmp_path)
-    found = [
-        re.match(r"(.{14})\s*([\d.]+)% of held-out digits, .* s, .* times as fast as the loop$", way) for way in ways
-    ]
+    form = r"(.{14})\s*([\d.]+)% of held-out digits, .* s, .* times as fast as the loop$"
+    found = [re.match(form, way) for way in ways]
     assert [one[1].strip() for one in found if one] == ["plain loop", "fastmlp.optim", "TrainStep", "capture"]
     assert all(float(one[2]) > 80 for one in found if one)
     assert re.fullmatch(r"frozen, the network of the TrainStep reads the same \d+ of all 1797", frozen)
