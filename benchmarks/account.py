@@ -27,9 +27,9 @@ from benchmarks.machine import describe, peak
 from benchmarks.plots import stacked
 from benchmarks.tables import console
 from benchmarks.targets import find
-from benchmarks.timing import AWAKE, Effort, race
 from benchmarks.workloads import Workload
 from fastmlp import _C
+from fastmlp.benchmark.timing import AWAKE, Effort, race
 
 #: What is taken apart unless the command line says otherwise.
 WORKLOADS = ("tutorial b32 step sgd", "tutorial b32 step adam")

@@ -25,7 +25,8 @@ from benchmarks.contenders.training import (
 from benchmarks.machine import describe
 from benchmarks.programs import PROGRAMS, SMALL, Program
 from benchmarks.targets import Claim, Outcome, Value, over
-from benchmarks.timing import Effort, Row, race
+from benchmarks.timing import Row
+from fastmlp.benchmark.timing import Effort, race
 
 #: Of a run in which captured programs are compared with eager ones.
 STEPS = 50

@@ -11,8 +11,9 @@ from rich.progress import track
 from benchmarks.contenders import absent, versions
 from benchmarks.machine import describe
 from benchmarks.tables import console, tables
-from benchmarks.timing import Effort, measure
+from benchmarks.timing import measure
 from benchmarks.workloads import SUITES, Tier, works
+from fastmlp.benchmark.timing import Effort
 
 
 def main() -> None:

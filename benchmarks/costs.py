@@ -22,11 +22,12 @@ from torch import Tensor
 
 import fastmlp
 from benchmarks.contenders.pytorch import Fastmlp
-from benchmarks.machine import describe, dtype_name, multiply_adds
+from benchmarks.machine import describe, multiply_adds
 from benchmarks.targets import PARALLEL, Outcome, find
-from benchmarks.timing import Effort, race, ratio
 from benchmarks.workloads import NARROW
 from fastmlp import _C
+from fastmlp.benchmark.machine import dtype_name
+from fastmlp.benchmark.timing import Effort, race, ratio
 
 MIB = 1 << 20
 

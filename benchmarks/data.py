@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastmlp
 from benchmarks.machine import describe
 from benchmarks.targets import Outcome
-from benchmarks.timing import Effort, race, ratio
+from fastmlp.benchmark.timing import Effort, race, ratio
 
 #: Of the tutorial's data: the rows that it trains with, and some thousand.
 ROWS = (800, 4000)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fastmlp
 from benchmarks.programs.fields import VISCOSITY
 from benchmarks.tables import console
-from benchmarks.timing import Effort, race, ratio
+from fastmlp.benchmark.timing import Effort, race, ratio
 
 POINTS = (128, 512, 1024, 4096)
 ACTIVATIONS = ("tanh", "sin", "softplus", "gelu", "sigmoid", "silu")

@@ -11,8 +11,8 @@ from torch import nn
 
 from benchmarks.machine import describe
 from benchmarks.tables import console
-from benchmarks.timing import Effort, race, ratio
 from fastmlp import freeze
+from fastmlp.benchmark.timing import Effort, race, ratio
 from tests.support.graphs import Actor, Critic, NeRF, ResNet, Twins
 
 #: Models in sizes that programs use, and the features of their inputs.

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import platform
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from time import perf_counter
 import torch
 
 import fastmlp
+from fastmlp.benchmark.machine import dtype_name, keep_memory, processor
 
 SOURCE = Path(__file__).with_name("peak.c")
 CACHE = SOURCE.parents[1] / "build" / "benchmarks"
@@ -67,21 +67,11 @@ def describe(threads: int) -> Machine:
     Args:
         threads: at least 1.
     """
-    _keep_memory()
+    keep_memory()
     torch.set_num_threads(threads)
     peaks = {dtype_name(dtype): round(peak(dtype), 1) for dtype in (torch.float32, torch.float64, torch.bfloat16)}
     isa, versions = fastmlp.get_isa(), (fastmlp.__version__, torch.__version__)
-    return Machine(threads, isa, *versions, _processor(), peaks, round(_read_rate(), 1))
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Its name without the module.
-
-    Example:
-        >>> dtype_name(torch.bfloat16)
-        'bfloat16'
-    """
-    return str(dtype).removeprefix("torch.")
+    return Machine(threads, isa, *versions, processor(), peaks, round(_read_rate(), 1))
 
 
 @cache
@@ -132,7 +122,7 @@ def _library() -> ctypes.CDLL:
             f"{compiler!r}, which was not found; install gcc or clang, or set CC to one"
         )
     command = [compiler, "-O2", "-march=native", "-shared", "-fPIC"]
-    key = sha256(" ".join((*command, _processor(), SOURCE.read_text(encoding="utf-8"))).encode())
+    key = sha256(" ".join((*command, processor(), SOURCE.read_text(encoding="utf-8"))).encode())
     path = CACHE / f"peak-{key.hexdigest()[:16]}.so"
     if not path.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -142,22 +132,3 @@ def _library() -> ctypes.CDLL:
             raise RuntimeError(f"{compiler} could not compile {SOURCE}:\n{done.stderr}")
         unfinished.replace(path)
     return ctypes.CDLL(str(path))
-
-
-def _keep_memory() -> None:
-    """Let freed memory stay with the process.
-
-    By default glibc returns large blocks to the system or not, as the process's history has it, and a
-    large output then costs its page faults at every call or at none: 65536x3x64 took eager 3 or 20 ms.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in musl
-    if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large allocation
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

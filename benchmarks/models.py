@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks.machine import describe
 from benchmarks.tables import console
-from benchmarks.timing import Effort, race, ratio
+from fastmlp.benchmark.timing import Effort, race, ratio
 from tests.support import ways
 from tests.support.comparison import PARTS, Reference, plain_of
 from tests.support.subjects import SUBJECTS, Maker, Subject, in_a_loop

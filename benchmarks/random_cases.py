@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import fastmlp
-from benchmarks.timing import Effort, race
+from fastmlp.benchmark.timing import Effort, race
 
 #: The most multiplications of a forward pass.
 MOST = {torch.float32: 1 << 30, torch.float64: 1 << 30, torch.bfloat16: 1 << 30, torch.float16: 1 << 27}

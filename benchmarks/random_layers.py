@@ -11,10 +11,10 @@ from torch import Tensor
 
 import fastmlp
 from benchmarks.check import SPREAD, Estimate, compare, unit
-from benchmarks.machine import dtype_name
 from benchmarks.random_cases import MOST, Drawn, Subject, log_uniform
 from fastmlp import _C
 from fastmlp.activations import DEFAULTS, Activation, module_of
+from fastmlp.benchmark.machine import dtype_name
 
 #: "row-major", its transpose, or every second element of a larger matrix's rows.
 Storage = Literal["row-major", "transposed", "strided"]

@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.check import verify
 from benchmarks.contenders.pytorch import Eager, Fastmlp
-from benchmarks.machine import dtype_name
 from benchmarks.random_cases import MOST, Drawn, Subject, log_uniform
 from benchmarks.random_layers import LARGEST
 from benchmarks.workloads import Net, Tier, Workload
+from fastmlp.benchmark.machine import dtype_name
 
 WIDEST, DEEPEST = 1024, 5
 

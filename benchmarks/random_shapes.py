@@ -22,14 +22,15 @@ from rich.progress import track
 from rich.table import Table
 
 import fastmlp
-from benchmarks.machine import describe, dtype_name
+from benchmarks.machine import describe
 from benchmarks.plots import histogram
 from benchmarks.random_cases import MOST, Drawn, Result
 from benchmarks.random_layers import LARGEST, draw
 from benchmarks.random_nets import draw_nets
 from benchmarks.tables import console
 from benchmarks.targets import Outcome
-from benchmarks.timing import Effort
+from fastmlp.benchmark.machine import dtype_name
+from fastmlp.benchmark.timing import Effort
 
 #: Its id among the targets.
 RANDOM = "random"

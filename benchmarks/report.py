@@ -18,8 +18,9 @@ from benchmarks.plots import roofline, speedups
 from benchmarks.random_shapes import RANDOM
 from benchmarks.tables import console, tables
 from benchmarks.targets import CLAIMS, Claim, Outcome, find, judge
-from benchmarks.timing import Effort, Refusal, Row, measure
+from benchmarks.timing import Refusal, Row, measure
 from benchmarks.workloads import Suite, Tier, Training, Work, select
+from fastmlp.benchmark.timing import Effort
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 import fastmlp.sklearn
 from benchmarks.machine import describe
 from benchmarks.tables import console
-from benchmarks.timing import Effort, race
+from fastmlp.benchmark.timing import Effort, race
 
 #: Whose estimators run: the yardstick first.
 MODULES: dict[str, Any] = {"scikit-learn": neural_network, "fastmlp": fastmlp.sklearn}

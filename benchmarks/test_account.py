@@ -9,7 +9,7 @@ from benchmarks import account
 from benchmarks.account import LINES, REST, STEP, STEPS, Clocked, take_apart
 from benchmarks.contenders.pytorch import Fastmlp
 from benchmarks.targets import find
-from benchmarks.timing import Effort
+from fastmlp.benchmark.timing import Effort
 
 WAIT = 2e-3
 

@@ -7,7 +7,7 @@ import torch
 
 import fastmlp
 from benchmarks import data
-from benchmarks.timing import Effort
+from fastmlp.benchmark.timing import Effort
 
 EFFORT = Effort(rounds=2, patience=0)
 

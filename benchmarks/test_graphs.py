@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.graphs import MODELS, check, measured
-from benchmarks.timing import Effort
+from fastmlp.benchmark.timing import Effort
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -21,8 +21,10 @@ from benchmarks.random_layers import LARGEST, Case, Layers, draw
 from benchmarks.random_nets import DEEPEST, WIDEST, draw_nets
 from benchmarks.random_shapes import every_way
 from benchmarks.targets import CLAIMS, PARALLEL, PEAK, Claim, find, judge
-from benchmarks.timing import Effort, Row, measure, race, ratio
+from benchmarks.timing import Row, measure
 from benchmarks.workloads import Tier, burgers, product, select
+from fastmlp.benchmark.machine import dtype_name
+from fastmlp.benchmark.timing import Effort, race, ratio
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -46,7 +48,7 @@ class Spoiled(Eager):
         return [*others, spoiled(last)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=machine.dtype_name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("name", ["NT 256x256x256 float32", "33x257x129 infer", "33x257x129 forward_backward"])
 def test_one_wrong_element_is_found(name: str, dtype: torch.dtype) -> None:
     (workload,) = find([name])
@@ -79,7 +81,7 @@ class SpoiledOptimizer(FastmlpOptim):
         return [spoiled(first), *others]
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=machine.dtype_name)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_name)
 @pytest.mark.parametrize(
     ("right", "wrong", "name"),
     [
@@ -111,7 +113,7 @@ class SpoiledGradient(Eager):
         return loss
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=machine.dtype_name)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_name)
 @pytest.mark.parametrize("kind", [Spoiled, SpoiledGradient])
 def test_one_wrong_element_of_a_physics_step_is_found(kind: type[Eager], dtype: torch.dtype) -> None:
     (workload,) = find(["burgers b128 physics adam"])
@@ -138,13 +140,13 @@ def test_not_a_number_is_found() -> None:
         verify(contender)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=machine.dtype_name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("activation", ["relu", "gelu", "softplus"])
 @pytest.mark.parametrize("wrong", range(4), ids=["output", "input", "weight", "bias"])
 def test_one_wrong_element_of_a_random_shape_is_found(
     activation: str, dtype: torch.dtype, wrong: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layers = Layers(Case(33, 17, 65, machine.dtype_name(dtype), "strided", "transposed", activation, backward=True))
+    layers = Layers(Case(33, 17, 65, dtype_name(dtype), "strided", "transposed", activation, backward=True))
     layers.verify()
     given = [spoiled(result) if i == wrong else result for i, result in enumerate(layers.ours())]
     monkeypatch.setattr(layers, "ours", lambda: given)

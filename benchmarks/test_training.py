@@ -20,8 +20,9 @@ from benchmarks.machine import describe
 from benchmarks.programs import PROGRAMS, SMALL, Program
 from benchmarks.tables import tables
 from benchmarks.targets import over
-from benchmarks.timing import Effort, Row, measure
+from benchmarks.timing import Row, measure
 from benchmarks.workloads import SUITES, Tier, Training, trainings, works
+from fastmlp.benchmark.timing import Effort
 from fastmlp.tape.lower import lower
 
 QUICK = Effort(rounds=3, patience=0, fewest=2)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.machine import dtype_name
 from benchmarks.programs import PROGRAMS, SMALL
 from benchmarks.programs.fields import VISCOSITY
+from fastmlp.benchmark.machine import dtype_name
 
 Suite = Literal["products", "layers", "nets", "steps"]
 Task = Literal["product", "infer", "forward_backward", "step", "physics"]

@@ -5,18 +5,20 @@ functions are captured whole: a step of all carts with the policy's choice of wh
 stands Python as anywhere else; what runs once a round, such as the advantages, is not worth a recording.
 
 It runs from the same seed with functions as they are, captured with `fuse=False`, which gives the same bits, and
-captured as by default, with the optimizer's step by fastmlp's kernels. The first two see the same poles fall, which is
-asserted at the end.
+captured as by default, with the optimizer's step by fastmlp's kernels. The three take turns, round by round. The first
+two see the same poles fall, which is asserted at the end. The picture needs Matplotlib: pip install 'fastmlp[demo]'.
 """
 
 import argparse
-from collections.abc import Callable
-from time import perf_counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from turns import draw, in_turns
 
 import fastmlp
 
@@ -45,16 +47,16 @@ def mlp(outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs))
 
 
-def train(rounds: int, seed: int, capture: Callable[..., Any]) -> tuple[list[int], float]:
-    """Trains a policy.
+def train(rounds: int, seed: int, capture: Callable[..., Any]) -> Iterator[int]:
+    """Trains a policy, and yields after each round.
 
     Args:
         rounds: of a rollout and updates on it.
         seed: of everything that is random.
         capture: what to do with both functions.
 
-    Returns:
-        For each round how many poles fell, and the seconds of all.
+    Yields:
+        How many poles fell in the round.
     """
     torch.manual_seed(seed)
     policy, value = mlp(2), mlp(1)
@@ -97,8 +99,7 @@ def train(rounds: int, seed: int, capture: Callable[..., Any]) -> tuple[list[int
         optimizer.step()
         return loss.detach()
 
-    start = perf_counter()
-    state, falls = torch.zeros(CARTS, 4), []
+    state = torch.zeros(CARTS, 4)
     for _ in range(rounds):
         seen = []
         for _ in range(STEPS):
@@ -109,24 +110,30 @@ def train(rounds: int, seed: int, capture: Callable[..., Any]) -> tuple[list[int
         gains = advantages(values, ends, state)
         rollout = [part.flatten(0, 1) for part in (states, actions, old, gains, gains + values)]
         fastmlp.epochs(update, *rollout, epochs=EPOCHS, batch_size=BATCH, shuffle=True)
-        falls.append(int(ends.sum()))
-    return falls, perf_counter() - start
+        yield int(ends.sum())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=30, metavar="N", help="of a rollout and updates on it (30)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything that is random (0)")
+    parser.add_argument("--output", type=Path, default=Path("out"), metavar="DIR", help="folder for ppo.png (out)")
     options = parser.parse_args()
 
     torch.set_num_threads(1)  # networks of this size gain nothing from more
-    falls, seconds = train(options.rounds, options.seed, lambda function: function)
-    same, unfused = train(options.rounds, options.seed, fastmlp.capture(fuse=False))
-    _, fused = train(options.rounds, options.seed, fastmlp.capture)
+    ways: dict[str, Callable[..., Any]] = {
+        "as it is": lambda function: function,
+        "captured with fuse=False": fastmlp.capture(fuse=False),
+        "captured": fastmlp.capture,
+    }
+    runs = in_turns({name: partial(train, options.rounds, options.seed, way) for name, way in ways.items()})
+    falls, same = (runs[name].found for name in ("as it is", "captured with fuse=False"))
     if same != falls:
         raise SystemExit("other poles fell in the captured training")
     print(f"{falls[0]} poles fell in the first {CARTS * STEPS} steps, {falls[-1]} in the last, captured or not")
-    print(f"{seconds:.1f} s as it is, {unfused:.1f} s captured with fuse=False, {fused:.1f} s captured")
+    print(", ".join(f"{run.seconds:.1f} s {name}" for name, run in runs.items()))
+    curves = {name: (run.clock, run.found) for name, run in runs.items()}
+    draw(options.output / "ppo.png", "poles on carts", f"poles that fell in {CARTS * STEPS} steps", curves)
 
 
 if __name__ == "__main__":

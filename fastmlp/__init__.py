@@ -3,13 +3,14 @@
 from fastmlp import _moved as _moved  # so that pickles of an earlier version find their names
 from fastmlp import functional, optim, reference
 from fastmlp.activations import Activation
+from fastmlp.bench import bench
 from fastmlp.capture import Captured, CaptureError, capture
 from fastmlp.clip import clip_grad_norm_, clip_grad_value_
 from fastmlp.config import get_isa, set_isa, show_config
 from fastmlp.convert import convert, revert
 from fastmlp.data import batches, epochs
 from fastmlp.derivatives import Derivatives, derivatives
-from fastmlp.explain import Route, explain, fusion_report
+from fastmlp.explain import Explanation, Route, explain, fusion_report
 from fastmlp.frozen import FrozenMLP, freeze
 from fastmlp.linear import Linear
 from fastmlp.modules import MLP, Sequential
@@ -25,6 +26,7 @@ __all__ = [
     "CaptureError",
     "Captured",
     "Derivatives",
+    "Explanation",
     "FrozenMLP",
     "Linear",
     "Route",
@@ -34,6 +36,7 @@ __all__ = [
     "__version__",
     "autotune",
     "batches",
+    "bench",
     "capture",
     "clip_grad_norm_",
     "clip_grad_value_",

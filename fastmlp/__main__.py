@@ -1,17 +1,19 @@
-"""The command line: `python -m fastmlp info`, `demo` and `bench`."""
+"""The command line: `python -m fastmlp info`, `demo`, `bench` and `check`."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import fastmlp
+from fastmlp import commands
+from fastmlp.commands import DTYPES, EXTRAS, OPTIMIZERS, missing
 
-#: What the demo and the bench need besides the library: the module that is imported, and the package's name.
-EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
+__all__ = ["EXTRAS", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "demo":
         return run_demo(options.output, options.epochs, options.seed, options.threads)
     if options.command == "bench":
-        return run_bench(options.device, options.output, options.network, options.quick)
+        return commands.run_bench(options)
+    if options.command == "check":
+        return commands.run_check(options)
     parser.print_help()
     return 2
 
@@ -39,9 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     parser = argparse.ArgumentParser(prog="python -m fastmlp", description=fastmlp.__doc__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser("info", help="print versions, the build, instruction sets and threads")
-    demo = commands.add_parser("demo", help="train on real data beside PyTorch and compare")
+    version = f"fastmlp {fastmlp.__version__}, torch {torch.__version__}"
+    parser.add_argument("--version", action="version", version=version, help="print versions and end")
+    found = parser.add_subparsers(dest="command", metavar="COMMAND")
+    found.add_parser("info", help="print versions, the build, instruction sets and threads")
+    demo = found.add_parser("demo", help="train on real data beside PyTorch and compare")
     demo.add_argument(
         "--output", type=Path, default=Path("out"), metavar="DIR", help="folder for demo.png (default: out)"
     )
@@ -50,12 +56,61 @@ def make_parser() -> argparse.ArgumentParser:
     # One thread is the default, because networks of this size gain nothing from more and lose on a busy processor.
     threads = whole(1, os.cpu_count() or 1)
     demo.add_argument("--threads", type=threads, default=1, metavar="N", help="for both contenders (default: 1)")
-    bench = commands.add_parser("bench", help="time networks beside PyTorch's own modules, and write a report")
-    bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
-    bench.add_argument("--output", type=Path, metavar="FILE", help="JSON to write, with what was measured and on what")
-    bench.add_argument("--network", action="append", metavar="NAME", help="one of them, again for more (default: all)")
-    bench.add_argument("--quick", action="store_true", help="the smallest batch of each network alone")
+    add_bench(found, threads)
+    add_check(found)
     return parser
+
+
+def add_bench(found: Any, threads: Callable[[str], int]) -> None:
+    """The options of `bench`."""
+    bench = found.add_parser(
+        "bench", help="time your own network, or the standard ones, beside PyTorch and other libraries"
+    )
+    bench.add_argument("--output", type=Path, metavar="FILE", help="JSON to write, with what was measured and on what")
+    bench.add_argument("--threads", type=threads, metavar="N", help="of all contenders (default: PyTorch's number)")
+    own = bench.add_argument_group("your own network, on the processor")
+    own.add_argument("--widths", type=wholes(2), metavar="N,N,...", help="from input to output, such as 20,64,64,2")
+    own.add_argument(
+        "--activation", choices=commands.ACTIVATIONS, metavar="NAME", help="between the layers (default: relu)"
+    )
+    own.add_argument("--batch", type=wholes(1), metavar="N,...", help="rows of the input (default: 1,256)")
+    own.add_argument("--dtype", choices=DTYPES, help="of everything (default: float32)")
+    own.add_argument("--optimizer", choices=OPTIMIZERS, help="of the training step (default: Adam)")
+    own.add_argument("--no-peers", action="store_true", help="without ONNX Runtime, OpenVINO and JAX")
+    own.add_argument("--picture", type=Path, metavar="FILE", help="bars of all times to draw, such as bench.png")
+    standard = bench.add_argument_group("the standard networks")
+    standard.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    standard.add_argument(
+        "--network", action="append", metavar="NAME", help="one of them, again for more (default: all)"
+    )
+    standard.add_argument("--quick", action="store_true", help="the smallest batch of each network alone")
+
+
+def add_check(found: Any) -> None:
+    """The options of `check`."""
+    check = found.add_parser("check", help="say what of your model runs fused, frozen, in a TrainStep and captured")
+    check.add_argument(
+        "model", metavar="MODULE:FACTORY", help="what returns the model: a function, a class or a module"
+    )
+    check.add_argument(
+        "--input", action="append", type=wholes(1), metavar="N,...", help="shape of an example input, again for more"
+    )
+    check.add_argument("--dtype", choices=[*DTYPES, "int64"], default="float32", help="of them (default: float32)")
+    check.add_argument("--loss", default="MSELoss", metavar="NAME", help="class of torch.nn (default: MSELoss)")
+    check.add_argument("--optimizer", choices=OPTIMIZERS, default="Adam", help="of torch.optim (default: Adam)")
+
+
+def wholes(least: int) -> Callable[[str], tuple[int, ...]]:
+    """What reads an option's value, whole numbers from 1 with commas between them, `least` or more of them."""
+
+    def read(text: str) -> tuple[int, ...]:
+        parts = text.split(",")
+        if len(parts) < least or not all(part.isdecimal() and int(part) >= 1 for part in parts):
+            many = "whole numbers" if least == 1 else f"{least} or more whole numbers"
+            raise argparse.ArgumentTypeError(f"must be {many} from 1 with commas between them, got {text!r}")
+        return tuple(map(int, parts))
+
+    return read
 
 
 def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
@@ -83,33 +138,6 @@ def run_demo(output: Path, epochs: int | None, seed: int, threads: int) -> int:
         print(f"The demo failed: {failure}", file=sys.stderr)
         return 1
     return 0
-
-
-def run_bench(device: str, output: Path | None, networks: list[str] | None, quick: bool) -> int:
-    """Runs the benchmark if its package is there, and tells in one line what went wrong."""
-    try:
-        from fastmlp import bench
-    except ModuleNotFoundError as error:
-        return missing("bench", error)
-    unknown = sorted(set(networks or ()) - set(bench.NETWORKS))
-    if unknown:
-        print(f"network must be one of {', '.join(bench.NETWORKS)}, got {', '.join(unknown)}", file=sys.stderr)
-        return 2
-    try:
-        bench.main(device, output, networks or list(bench.NETWORKS), quick)
-    except (bench.WrongResult, RuntimeError, OSError) as failure:
-        print(f"The bench failed: {str(failure).removeprefix('fastmlp: ')}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def missing(command: str, error: ModuleNotFoundError) -> int:
-    """Names the package that a command needs; raises what is none of `EXTRAS`."""
-    package = EXTRAS.get((error.name or "").partition(".")[0])
-    if package is None:
-        raise error
-    print(f"The {command} needs {package}, which is missing: pip install 'fastmlp[demo]'", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

@@ -83,7 +83,10 @@ class Captured(Generic[P, R]):
     Attributes:
         calls: how often it was called.
         replays: how many of these calls were replays.
+        refused: why the last call that could not be recorded ran as it is; None if there was none, or it raised.
     """
+
+    refused: str | None
 
     def __init__(self, function: Callable[P, R], fuse: bool, otherwise: str | None) -> None:
         functools.update_wrapper(self, function, updated=())
@@ -102,6 +105,7 @@ class Captured(Generic[P, R]):
             self._eager: list[Any] = []
             self._is_eager = False
             self._warned = False
+            self.refused = None
             self._recordings.alive = {}
             self._tapes: dict[int, Lowered] = {}
             self._graphs: list[graphs.Graph] = []
@@ -267,6 +271,7 @@ class Captured(Generic[P, R]):
         """Raises, or warns once where the caller's frame is `depth` frames above this one's `warn`."""
         if self._otherwise is None:
             raise _refusal(self._name, why)
+        self.refused = why
         if not self._warned:
             self._warned = True
             text = f"{_refusal(self._name, why)}. It runs as it is, not captured"

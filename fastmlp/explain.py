@@ -1,11 +1,12 @@
-"""Why something does not run fused: `explain` says it of a call, `fusion_report` of a model.
+"""Why something does not run fused: `explain` says it of a call, of a model and of a captured function.
 
 The reasons for a child of a `Sequential` are those of runs.py; those for an input are those of csrc/python/route.cpp.
-`TrainStep.explain`, in training.py, says what a training loop would have to change.
+walking.py walks models of any class, ways.py asks each way of fastmlp what it makes of a model. `fusion_report` is the
+part of it that says what of a model runs fused as it is; `TrainStep.explain`, in training.py, what `TrainStep` says.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,41 +15,86 @@ from fastmlp import reference
 from fastmlp._errors import described, not_a_module, not_a_tensor
 from fastmlp._load import _C
 from fastmlp.autograd import autocast, why_not_direct
+from fastmlp.capture import Captured
 from fastmlp.linear import Linear
 from fastmlp.modules import Sequential
 from fastmlp.runs import Alone, Child, Layer, Run, parts
 from fastmlp.trace import activation_of, held, names_in, run_chain
+from fastmlp.walking import Findings, Route, is_piece, joined, reached
+from fastmlp.ways import Explanation, explain_captured, explain_model
 
-__all__ = ["Entry", "Report", "Route", "explain", "fusion_report"]
-
-
-class Route(NamedTuple):
-    """How a call would run, and why; see `explain`."""
-
-    name: str
-    reason: str
+__all__ = ["Entry", "Explanation", "Report", "Route", "explain", "fusion_report"]
 
 
-def explain(target: nn.Module | Tensor, input: Tensor | None = None) -> Route:
-    """Says which route a call would take now, and why.
+@overload
+def explain(target: Tensor) -> Route: ...
 
-    Plain tensors on the CPU, and on a GPU if the build has CUDA kernels, go directly to the fused kernels, under
-    autocast once they are cast. Under transforms of `torch.func`, forward-mode AD, tensor subclasses, and for dtypes
-    and devices without kernels, the same function runs as a composition of PyTorch's operations; for CUDA tensors the
-    reason names the command that builds the kernels. Under `torch.compile` the fused kernels run as registered
-    operators, which this function, called outside, cannot see.
+
+@overload
+def explain(target: nn.Module, input: Tensor | tuple[Any, ...]) -> Route: ...
+
+
+@overload
+def explain(
+    target: nn.Module,
+    input: None = None,
+    *,
+    inputs: tuple[Any, ...] | None = None,
+    target_of_loss: Tensor | None = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Explanation: ...
+
+
+@overload
+def explain(target: Captured[..., Any]) -> Explanation: ...
+
+
+def explain(
+    target: nn.Module | Tensor | Captured[..., Any],
+    input: Tensor | tuple[Any, ...] | None = None,
+    *,
+    inputs: tuple[Any, ...] | None = None,
+    target_of_loss: Tensor | None = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Route | Explanation:
+    """Says why something runs fused, or why it does not: of a call, of a whole model, or of a captured function.
+
+    **Of a call**, `explain(model, input)`: which route the call would take now. Plain tensors on the CPU, and on a GPU
+    if the build has CUDA kernels, go directly to the fused kernels, under autocast once they are cast. Under transforms
+    of `torch.func`, forward-mode AD, tensor subclasses, and for dtypes and devices without kernels, the same function
+    runs as a composition of PyTorch's operations; for CUDA tensors the reason names the command that builds the
+    kernels. Under `torch.compile` the fused kernels run as registered operators, which this function, called outside,
+    cannot see. The model may be of any class. What is neither a layer of fastmlp nor a `Sequential` is walked: a copy
+    of it is called with the input, so that each fused part is judged by the input that reaches it.
+
+    **Of a model**, `explain(model)` without an input: what each way of fastmlp makes of the model as it is written, and
+    the reason where a way does not take it: `convert`, `convert(trace=True)`, `freeze`, and `TrainStep` with the loss
+    and the optimizer that are given. With `inputs`, examples of what the forward is called with, also what `capture`
+    makes of a training step; then copies of the model are called and trained for three steps. The model itself stays as
+    it is.
+
+    **Of a captured function**: what was recorded, or why nothing is.
 
     Args:
-        target: the `Linear`, `Sequential` or `MLP` that is called, or the input itself.
-        input: the input, if `target` is a module.
+        target: a module, the input itself, or what `capture` returned.
+        input: the input of the call, a tensor of any shape that the module takes; for a module of several inputs a
+            tuple of them.
+        inputs: for the question about a whole model, a tuple of examples of the forward's arguments by position.
+        target_of_loss: for the same, what the loss compares the output with. By default zeros: classes for
+            `CrossEntropyLoss` and `NLLLoss`, and otherwise of the output's shape.
+        loss_fn: for the same, the loss; by default `torch.nn.MSELoss()`.
+        optimizer: for the same, of the model's parameters; by default `torch.optim.Adam`.
 
     Returns:
-        The route's name and the reason for it. "direct": everything goes to the kernels, and the reason
-        is empty. "composite": PyTorch's operations. "children": some children of a `Sequential` are called by
-        themselves; the reason names each.
+        Of a call or a tensor a `Route`: its name and the reason for it. "direct": everything goes to the kernels, and
+        the reason is empty. "composite": PyTorch's operations. "children": parts of the model are called by themselves;
+        the reason names each. Otherwise an `Explanation`, with an answer for each way; printed, it is text.
 
     Raises:
-        TypeError: if there is no input tensor or there are two, or `target` is another module.
+        TypeError: if `target` is something else, if there are two inputs, or if a module that has to be walked cannot
+            be copied.
         RuntimeError: as the call would on the direct route, for shapes or dtypes that do not belong together.
 
     Example:
@@ -58,7 +104,32 @@ def explain(target: nn.Module | Tensor, input: Tensor | None = None) -> Route:
         Route(name='composite', reason='there are no kernels for the dtype')
         >>> explain(Sequential(nn.Linear(10, 5), nn.LayerNorm(5)), torch.zeros(3, 10))
         Route(name='children', reason='1: LayerNorm is not a module that is fused')
+        >>> explain(nn.Linear(10, 5), torch.zeros(3, 10))
+        Route(name='composite', reason='model: it is not converted')
+        >>> explain(nn.Sequential(nn.Linear(10, 5), nn.ReLU()))
+        as it is                    fused  nothing
+                                    kept   0: it is not converted
+                                    kept   1: it is called by itself; trace=True sees what comes before it
+        convert(model)              fused  0 + 1
+        convert(model, trace=True)  fused  0 + 1
+        freeze(model)               FrozenMLP(10 -> 5 relu, torch.float32)
+        TrainStep                   takes it with MSELoss and Adam
+        capture                     not tried: it needs examples of the forward's arguments, inputs=(...)
     """
+    more = {"inputs": inputs, "target_of_loss": target_of_loss, "loss_fn": loss_fn, "optimizer": optimizer}
+    given = [name for name, value in more.items() if value is not None]
+    if given and (input is not None or not isinstance(target, nn.Module)):
+        raise TypeError(
+            f"fastmlp: {given[0]} was given, which is of the question about a whole model: explain(model, "
+            f"{given[0]}=...) with a module as target and without input"
+        )
+    if isinstance(target, Captured):
+        if input is not None:
+            raise TypeError(
+                f"fastmlp: target is a captured function, which is explained without an input, and input was given, "
+                f"{described(input)}; call the function with it instead"
+            )
+        return explain_captured(target)
     if isinstance(target, Tensor):
         if input is not None:
             raise TypeError(
@@ -66,26 +137,57 @@ def explain(target: nn.Module | Tensor, input: Tensor | None = None) -> Route:
                 "pass one of them, or the module that is called as target"
             )
         return _route(target, None)
-    if not isinstance(target, (Linear, Sequential)):
-        expected = "a fastmlp.Linear, a fastmlp.Sequential or a tensor"
-        advice = "; fusion_report says what of it runs fused" if isinstance(target, nn.Module) else ""
-        raise TypeError(f"fastmlp: target must be {expected}, got {described(target)}{advice}")
-    if not isinstance(input, Tensor):
-        raise not_a_tensor("input", input, next((p.dtype for p in target.parameters()), None))
+    if not isinstance(target, nn.Module):
+        expected = "a torch.nn.Module, a tensor or a captured function"
+        raise TypeError(f"fastmlp: target must be {expected}, got {described(target)}")
+    if input is None:
+        return explain_model(target, inputs, target_of_loss, loss_fn, optimizer, fusion_report)
+    arguments = input if isinstance(input, tuple) else (input,)
+    if not arguments or not isinstance(arguments[0], Tensor):
+        given_input = arguments[0] if arguments else input
+        raise not_a_tensor("input", given_input, next((p.dtype for p in target.parameters()), None))
+    if is_piece(target) and len(arguments) == 1:
+        return joined(_of_piece(target, arguments[0]))
+    return _walked(target, arguments)
+
+
+def _of_piece(target: nn.Module, input: Tensor) -> Findings:
+    """The route of a `Linear` or a `Sequential`, and what of it is called by itself."""
     if isinstance(target, Linear):
-        return _route(input, Run([""], [Layer("", target.weight, target.bias, target.activation)]))
-    alone: list[str] = []
+        return Findings(_route(input, Run([""], [Layer("", target.weight, target.bias, target.activation)])), {})
+    return _of_children(target._modules, input)
+
+
+def _of_children(children: Mapping[str, Child | None], input: Tensor) -> Findings:
+    """The same of what a `Sequential`, or a chain of a recorded model, runs."""
+    alone: dict[str, str] = {}
     drops = why_not_direct(input, ()) is None and not torch.is_autocast_enabled(input.device.type)
-    for part in parts(target._modules, drops):
+    for part in parts(children, drops):
         if isinstance(part, Alone):
-            alone.append(f"{part.name}: {part.reason}")
+            alone[part.name] = part.reason
         elif not alone:
             # Only the first run is checked with the input, because the inputs of later runs are not known before they
             # are computed.
             route = _route(input, part)
             if route.reason:
-                return route
-    return Route("children", "; ".join(alone)) if alone else Route("direct", "")
+                return Findings(route, {})
+    return Findings(Route("direct", ""), alone)
+
+
+def _walked(model: nn.Module, arguments: tuple[Any, ...]) -> Route:
+    """The route of a call of a module of any class, whose fused parts are judged by the inputs that reach them."""
+    kept = {" + ".join(entry.names): entry.reason for entry in fusion_report(model) if entry.reason}
+    found = reached(model, arguments, _of_piece, _of_children)
+    pieces = {name: piece for name, piece in found.pieces.items() if piece.route.name == "direct"}
+    reasons = {name: piece.route.reason for name, piece in found.pieces.items() if piece.route.reason}
+    for name, piece in pieces.items():
+        reasons.update({f"{name}.{child}".removeprefix("model."): reason for child, reason in piece.alone.items()})
+    for name, reason in {**kept, **found.others}.items():
+        reasons.setdefault(name, reason)
+    if not pieces:
+        reasons = reasons or {"model": "it has no layer that fastmlp computes"}
+        return Route("composite", "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    return joined(Findings(Route("direct", ""), reasons))
 
 
 def _route(input: Tensor, run: Run | None) -> Route:

@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from fastmlp import _C
 from fastmlp.activations import IDENTITY, resolve
-from fastmlp.bench import Call, device_time
+from fastmlp.benchmark.standard import Call, device_time
 from fastmlp.ops import stack_of
 
 Cost = Callable[[list[float], dict[str, Any]], float]

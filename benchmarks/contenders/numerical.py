@@ -1,8 +1,6 @@
 """Libraries that bring arrays and gradients of their own."""
 
-import os
 from collections.abc import Callable, Sequence
-from math import log
 from typing import Any
 
 import numpy as np
@@ -11,12 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.contenders.base import Contender, linears, relus
 from benchmarks.workloads import Workload
-
-
-def start_jax() -> None:
-    """Let JAX have PyTorch's number of threads, on the processor; it reads this once, when it starts them."""
-    os.environ.setdefault("NPROC", str(torch.get_num_threads()))
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+from fastmlp.benchmark.peers import adam_step, first_state, forward, from_jax, sgd_step, start_jax, to_jax
 
 
 class Jax(Contender):
@@ -35,18 +28,18 @@ class Jax(Contender):
         import jax
 
         data = workload.data()
-        self.layers = [(_array(layer.weight.T), _array(layer.bias)) for layer in linears(workload)]
-        self.input, self.target, self.grad = _array(data.input), _array(data.target), _array(data.grad)
+        self.layers = [(to_jax(layer.weight.T), to_jax(layer.bias)) for layer in linears(workload)]
+        self.input, self.target, self.grad = (to_jax(each) for each in (data.input, data.target, data.grad))
         self.wait = jax.block_until_ready
         if workload.task == "infer":
             self.run = jax.jit(self._forward)
         elif workload.task == "forward_backward":
             self.run = jax.jit(self._forward_backward)
+        elif workload.optimizer == "sgd":
+            self.run = sgd_step(self._loss, *_settings(workload))
         else:
-            self.run = jax.jit(self._sgd if workload.optimizer == "sgd" else self._adam, donate_argnums=0)
-        zeros = jax.tree.map(jax.numpy.zeros_like, self.layers)
-        moments = (zeros, jax.tree.map(jax.numpy.copy, zeros), jax.numpy.zeros(()))
-        self.state = (self.layers,) if workload.optimizer == "sgd" else (self.layers, *moments)
+            self.run = adam_step(self._loss, *_settings(workload))
+        self.state = first_state(self.layers, workload.optimizer != "sgd")
 
     def infer(self) -> Any:
         return self.wait(self.run(self.layers, self.input))
@@ -63,21 +56,18 @@ class Jax(Contender):
 
     def results(self, returned: Any) -> list[Tensor]:
         if self.workload.task != "forward_backward":
-            return [_tensor(returned)]
+            return [from_jax(returned)]
         output, layers, *input = returned
-        return [_tensor(output), *self._tensors(layers), *map(_tensor, input)]
+        return [from_jax(output), *self._tensors(layers), *map(from_jax, input)]
 
     @staticmethod
     def _tensors(layers: Sequence[tuple[Any, Any]]) -> list[Tensor]:
-        return [tensor for weight, bias in layers for tensor in (_tensor(weight).T, _tensor(bias))]
+        return [tensor for weight, bias in layers for tensor in (from_jax(weight).T, from_jax(bias))]
 
     def _forward(self, layers: Any, output: Any) -> Any:
         from jax.nn import relu
 
-        for (weight, bias), activated in zip(layers, relus(self.workload), strict=True):
-            output = output @ weight + bias
-            output = relu(output) if activated else output
-        return output
+        return forward(layers, [relu if activated else None for activated in relus(self.workload)], output)
 
     def _forward_backward(self, layers: Any, input: Any, grad: Any) -> Any:
         import jax
@@ -95,29 +85,6 @@ class Jax(Contender):
         if self.workload.net.loss is nn.MSELoss:
             return ((output - target) ** 2).mean()
         return -jax.numpy.take_along_axis(jax.nn.log_softmax(output), target[:, None], 1).mean()
-
-    def _sgd(self, state: Any, input: Any, target: Any) -> Any:
-        import jax
-
-        (layers,), (rate, *_) = state, _settings(self.workload)
-        loss, grads = jax.value_and_grad(self._loss)(layers, input, target)
-        return (jax.tree.map(lambda p, g: p - rate * g, layers, grads),), loss
-
-    def _adam(self, state: Any, input: Any, target: Any) -> Any:
-        import jax
-
-        (layers, means, squares, steps), (rate, beta1, beta2, epsilon) = state, _settings(self.workload)
-        loss, grads = jax.value_and_grad(self._loss)(layers, input, target)
-        steps = steps + 1
-        means = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, means, grads)
-        squares = jax.tree.map(lambda s, g: beta2 * s + (1 - beta2) * g * g, squares, grads)
-        # 1 - beta**steps would lose four digits in the first steps.
-        first, second = (-jax.numpy.expm1(steps * log(beta)) for beta in (beta1, beta2))
-
-        def updated(p: Any, m: Any, s: Any) -> Any:
-            return p - rate * (m / first) / (jax.numpy.sqrt(s / second) + epsilon)
-
-        return (jax.tree.map(updated, layers, means, squares), means, squares, steps), loss
 
 
 class ScikitLearn(Contender):
@@ -174,16 +141,6 @@ class ScikitLearn(Contender):
     def parameters(self) -> Sequence[Tensor]:
         layers = zip(self.model.coefs_, self.model.intercepts_, strict=True)
         return [torch.from_numpy(p) for weight, bias in layers for p in (weight.T, bias)]
-
-
-def _array(tensor: Tensor) -> Any:
-    import jax
-
-    return jax.numpy.array(tensor.detach().numpy())
-
-
-def _tensor(array: Any) -> Tensor:
-    return torch.from_numpy(np.array(array))
 
 
 def _settings(workload: Workload) -> tuple[float, ...]:

@@ -1,13 +1,12 @@
 """Runtimes for trained networks, which read the ONNX format."""
 
-import sys
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.contenders.base import Contender, linears, relus
 from benchmarks.workloads import Workload
+from fastmlp.benchmark.peers import onnx_runtime, openvino
 
 
 class OnnxRuntime(Contender):
@@ -19,21 +18,11 @@ class OnnxRuntime(Contender):
 
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-        session = onnxruntime.InferenceSession(onnx_model(workload), options, providers=["CPUExecutionProvider"])
-        self.output = np.empty((workload.batch, workload.net.widths[-1]), np.float32)
-        self.input = onnxruntime.OrtValue.ortvalue_from_numpy(workload.data().input.numpy())
-        self.binding = session.io_binding()
-        self.binding.bind_ortvalue_input("input", self.input)
-        self.binding.bind_output("output", "cpu", 0, np.float32, self.output.shape, self.output.ctypes.data)
-        self.run = session.run_with_iobinding
+        data = workload.data().input
+        self.run = onnx_runtime(onnx_model(workload), [data.numpy()])
 
     def infer(self) -> np.ndarray[Any, Any]:
-        self.run(self.binding)
-        return self.output
+        return self.run()[0]
 
 
 class OpenVino(Contender):
@@ -45,30 +34,11 @@ class OpenVino(Contender):
 
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
-        # It would send usage statistics, from a process that it forks while others are timed. An
-        # absent package is one that it does without.
-        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
-        import openvino
-
-        core = openvino.Core()
-        settings = {
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",  # by itself it takes bfloat16 where the processor has it
-        }
-        model = core.compile_model(core.read_model(onnx_model(workload)), "CPU", settings)
-        self.input = workload.data().input.numpy()
-        self.request = model.create_infer_request()
-        self.request.set_input_tensor(openvino.Tensor(self.input, shared_memory=True))
-        self.output = self.request.get_output_tensor(0).data
-        # The pair of calls costs microseconds less than `infer`, which looks through its arguments.
-        self.start, self.wait = self.request.start_async, self.request.wait
+        data = workload.data().input
+        self.run = openvino(onnx_model(workload), [data.numpy()])
 
     def infer(self) -> np.ndarray[Any, Any]:
-        self.start()
-        self.wait()
-        return self.output
+        return self.run()[0]
 
 
 def onnx_model(workload: Workload) -> bytes:

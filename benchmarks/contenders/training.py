@@ -11,9 +11,9 @@ from torch import Tensor
 
 import fastmlp
 from benchmarks.contenders.base import Participant, Refused
-from benchmarks.contenders.numerical import start_jax
 from benchmarks.programs import BATCHES, PROGRAMS, SMALL, Program
 from benchmarks.workloads import Tier, Training
+from fastmlp.benchmark.peers import start_jax
 
 #: Of all contenders' programs, and of what their first calls draw.
 SEED = 0

@@ -18,6 +18,7 @@ def printed(name: str, *options: str, cwd: Path) -> str:
     script = ROOT / "examples" / name
     if not script.exists():
         pytest.skip("the examples are not beside an installed library")
+    pytest.importorskip("matplotlib")
     done = subprocess.run(
         [sys.executable, "-W", "error", str(script), *options],
         cwd=cwd,
@@ -29,6 +30,7 @@ def printed(name: str, *options: str, cwd: Path) -> str:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     assert re.search(r"s as it is, \d+\.\d s captured with fuse=False, \d+\.\d s captured\n$", done.stdout)
+    assert (cwd / "out" / script.with_suffix(".png").name).read_bytes().startswith(b"\x89PNG")
     return done.stdout
 
 

@@ -1,4 +1,4 @@
-"""The code in README.md, docs/capture.md and docs/sklearn.md runs, and does what stands beside it."""
+"""The code in README.md, docs/capture.md, docs/sklearn.md and docs/bench.md runs, and does what stands beside it."""
 
 import functools
 import random
@@ -76,6 +76,19 @@ def test_the_page_of_scikit_learn(capsys: pytest.CaptureFixture[str]) -> None:
     for block in blocks(text):
         run(block, variables)
     assert capsys.readouterr().out.splitlines() == comments_of_prints(text) == ["True"] * 3
+
+
+def test_the_page_of_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("rich", "matplotlib"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    text, variables = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8"), dict[str, Any]()
+    for block in blocks(text):
+        run(block, variables)
+    lines = capsys.readouterr().out.splitlines()
+    assert {"children", "None"} <= set(lines)
+    assert any("graph of 2 networks" in line for line in lines)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"bench.json", "bench.png"}
 
 
 def test_the_introduction(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ PREFIX = "fastmlp: "
 OTHERS = {
     "ArgumentTypeError": "argparse puts the name of the option before it",
     "DemoFailure": "the command line puts 'The demo failed' before it",
+    "Refused": "a report puts the name of the contender before it",
     "TraceError": "what records a forward puts it at the end of an error of its own",
     "WrongResult": "the command line puts 'The bench failed' before it",
 }
