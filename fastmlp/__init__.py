@@ -14,6 +14,7 @@ from fastmlp.frozen import FrozenMLP, freeze
 from fastmlp.linear import Linear
 from fastmlp.modules import MLP, Sequential
 from fastmlp.reference import Sin
+from fastmlp.serving import FrozenModule, load_frozen
 from fastmlp.training import TrainStep
 from fastmlp.tuning import autotune
 
@@ -26,6 +27,7 @@ __all__ = [
     "Captured",
     "Derivatives",
     "FrozenMLP",
+    "FrozenModule",
     "Linear",
     "Route",
     "Sequential",
@@ -45,6 +47,7 @@ __all__ = [
     "functional",
     "fusion_report",
     "get_isa",
+    "load_frozen",
     "optim",
     "reference",
     "revert",
