@@ -5,11 +5,12 @@ compiled graph a frozen network is the operator `fastmlp::frozen`, which is give
 operators take no objects.
 """
 
+import math
 import os
 import uuid
 from collections.abc import Sequence
-from typing import Any
-from weakref import WeakValueDictionary
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -126,14 +127,43 @@ class FrozenModule(nn.Module):
         self._key = _registered(self.network)
 
 
+class _Form(NamedTuple):
+    """What the shapes of a network's outputs follow from.
+
+    Attributes:
+        widths: features of each output.
+        squeezed: of each output, whether it has no dimension of features.
+        flattens: whether all dimensions of the input but the first are one.
+        reshapings: calls that give the output another shape.
+    """
+
+    widths: Sequence[int]
+    squeezed: Sequence[bool]
+    flattens: bool
+    reshapings: Sequence[tuple[str, Sequence[int]]]
+
+    def rows(self, first: Tensor) -> Sequence[int]:
+        """The dimensions of rows, of the first input."""
+        return first.shape[:1] if self.flattens else first.shape[:-1]
+
+
 #: The networks that operators may be asked for.
 _NETWORKS: WeakValueDictionary[str, FrozenMLP] = WeakValueDictionary()
+#: Read when they were registered, because what asks for shapes runs within modes in which models cannot be read.
+_FORMS: WeakKeyDictionary[FrozenMLP, _Form] = WeakKeyDictionary()
 
 
 def _registered(network: FrozenMLP) -> str:
     """A key that no other network has in any process, because what compilers make may be kept and used in others."""
+    graph = _C.unload_frozen_graph(network)
+    if graph is not None:
+        memories, _, squeezed = graph[1]
+        form = _Form([size for kind, size in memories if kind == "output"], squeezed, False, ())
+    else:
+        sizes, _, _, _, _, flattens, _, reshapings, *_ = _C.describe_frozen(network)
+        form = _Form(sizes[-1:], [False], flattens, reshapings)
     key = uuid.uuid4().hex
-    _NETWORKS[key] = network
+    _NETWORKS[key], _FORMS[network] = network, form
     return key
 
 
@@ -149,27 +179,31 @@ def _network_of(key: str) -> FrozenMLP:
 
 @torch.library.custom_op("fastmlp::frozen", mutates_args=())
 def _frozen(inputs: Sequence[Tensor], key: str) -> list[Tensor]:
-    outputs = _network_of(key)(*(each.detach() for each in inputs))
-    return list(outputs) if isinstance(outputs, tuple) else [outputs]
+    network = _network_of(key)
+    outputs = network(*(each.detach() for each in inputs))
+    found, form = list(outputs) if isinstance(outputs, tuple) else [outputs], _FORMS[network]
+    rows = math.prod(form.rows(inputs[0]))
+    if [each.numel() for each in found] != [rows * width for width in form.widths]:
+        raise RuntimeError(
+            "fastmlp: the model of a frozen network has got layers of other sizes since the network became a "
+            "FrozenModule; make a new FrozenModule, and compile it"
+        )
+    return found
 
 
 @_frozen.register_fake
 def _(inputs: Sequence[Tensor], key: str) -> list[Tensor]:
-    network = _network_of(key)
-    graph = _C.unload_frozen_graph(network)
-    first = inputs[0]
-    if graph is not None:
-        sizes = [size for kind, size in graph[1][0] if kind == "output"]
-        rows = first.shape[:-1]
-        shapes = [rows if one else (*rows, size) for one, size in zip(graph[1][2], sizes, strict=True)]
-        return [first.new_empty(shape) for shape in shapes]
-    sizes, _, _, _, _, flattens, _, reshapings, *_ = _C.describe_frozen(network)
-    output = first.new_empty((first.shape[0], sizes[-1]) if flattens else (*first.shape[:-1], sizes[-1]))
-    for name, numbers in reshapings:
+    first, form = inputs[0], _FORMS[_network_of(key)]
+    rows = form.rows(first)
+    outputs = [
+        first.new_empty(rows if squeezed else (*rows, width))
+        for width, squeezed in zip(form.widths, form.squeezed, strict=True)
+    ]
+    for name, numbers in form.reshapings:
         # Of unflatten the first number is the dimension, and of view all are sizes.
         arguments = (numbers[0], numbers[1:]) if name == "unflatten" else (numbers,) if name == "view" else numbers
-        output = getattr(output, name)(*arguments)
-    return [output.contiguous() if reshapings else output]
+        outputs = [getattr(output, name)(*arguments).contiguous() for output in outputs]
+    return outputs
 
 
 def _refuse_gradients(ctx: Any, *grads: Any) -> Any:
