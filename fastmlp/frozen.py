@@ -112,7 +112,8 @@ class FrozenMLP(Exports):
     - An input that requires grad is refused while gradients are recorded, as by `Tensor.numpy`: pass
       `input.detach()`, or call under `torch.no_grad()`.
     - Autocast has no effect. In transforms of `torch.func`, under dispatch modes, and with subclasses of
-      tensors, it raises: call the model. `torch.compile` breaks its graph at the call.
+      tensors, it raises: call the model. `torch.compile` breaks its graph at the call, but not at one of a
+      `FrozenModule`.
     - As long as the model exists, each call looks whether it is as it was, and reads it again before it computes where
       it is not; so do `repr`, copies, pickles and the properties. It sees: parameters and buffers that were replaced,
       written to (by their counters of versions), or given other memory, another view of it or another dtype through

@@ -1,4 +1,4 @@
-"""The code in README.md, docs/capture.md and docs/sklearn.md runs, and does what stands beside it."""
+"""The code in README.md, docs/capture.md, docs/serving.md and docs/sklearn.md runs, and does what stands beside it."""
 
 import functools
 import random
@@ -76,6 +76,13 @@ def test_the_page_of_scikit_learn(capsys: pytest.CaptureFixture[str]) -> None:
     for block in blocks(text):
         run(block, variables)
     assert capsys.readouterr().out.splitlines() == comments_of_prints(text) == ["True"] * 3
+
+
+def test_the_page_of_serving(capsys: pytest.CaptureFixture[str]) -> None:
+    text, variables = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8"), dict[str, Any]()
+    for block in blocks(text):
+        run(block, variables)
+    assert capsys.readouterr().out.splitlines() == comments_of_prints(text) == ["True", "torch.Size([4, 1])"]
 
 
 def test_the_introduction(capsys: pytest.CaptureFixture[str]) -> None:
