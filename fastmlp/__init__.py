@@ -15,6 +15,7 @@ from fastmlp.frozen import FrozenMLP, freeze
 from fastmlp.linear import Linear
 from fastmlp.modules import MLP, Sequential
 from fastmlp.reference import Sin
+from fastmlp.serving import FrozenModule, load_frozen
 from fastmlp.training import TrainStep
 from fastmlp.tuning import autotune
 
@@ -28,6 +29,7 @@ __all__ = [
     "Derivatives",
     "Explanation",
     "FrozenMLP",
+    "FrozenModule",
     "Linear",
     "Route",
     "Sequential",
@@ -48,6 +50,7 @@ __all__ = [
     "functional",
     "fusion_report",
     "get_isa",
+    "load_frozen",
     "optim",
     "reference",
     "revert",

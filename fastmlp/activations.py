@@ -1,6 +1,6 @@
 """Activations by name, by PyTorch's function, module class or instance, as one immutable value."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, TypeAlias
@@ -182,6 +182,25 @@ def is_meant_as_activation(value: object) -> bool:
         return nearest(value, DEFAULTS, _SYNONYMS) != ""
     # A device is callable, since it is a context manager and a decorator too.
     return isinstance(value, Activation) or (callable(value) and not isinstance(value, torch.device))
+
+
+def activations_of(kinds: Sequence[int], scalars: Sequence[float]) -> list[Activation]:
+    """The activations that the lists of an operator's schema describe.
+
+    Args:
+        kinds: the number of each activation.
+        scalars: two numbers for each; those of a parameter that there is not are ignored.
+
+    Example:
+        >>> activations_of([2, 0], [0.25, 0.0, 0.0, 0.0])
+        [leaky_relu(negative_slope=0.25), identity]
+    """
+    names = list(DEFAULTS)
+    pairs = zip(scalars[::2], scalars[1::2], strict=True)
+    return [
+        Activation(names[kind], **dict(zip(DEFAULTS[names[kind]], pair, strict=False)))
+        for kind, pair in zip(kinds, pairs, strict=True)
+    ]
 
 
 def module_of(activation: Activation) -> nn.Module:

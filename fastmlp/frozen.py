@@ -13,8 +13,10 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
+from fastmlp._errors import described
 from fastmlp._load import _C
-from fastmlp.activations import DEFAULTS, IDENTITY, Activation
+from fastmlp.activations import IDENTITY, Activation, activations_of
+from fastmlp.exports import Exports
 from fastmlp.recipe import Recipe
 from fastmlp.stages import GraphPlan, Plan, Tensors, check_alike, layers_of_stages, seen
 
@@ -86,7 +88,7 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None, inputs: tuple[
     return frozen
 
 
-class FrozenMLP(_C.Frozen):
+class FrozenMLP(Exports):
     """A network that was frozen by `freeze`; it has no parameters and no gradients.
 
     `frozen(input, out=None)` takes a tensor of any strides, on the device that the model is on, or on the CPU a
@@ -110,7 +112,8 @@ class FrozenMLP(_C.Frozen):
     - An input that requires grad is refused while gradients are recorded, as by `Tensor.numpy`: pass
       `input.detach()`, or call under `torch.no_grad()`.
     - Autocast has no effect. In transforms of `torch.func`, under dispatch modes, and with subclasses of
-      tensors, it raises: call the model. `torch.compile` breaks its graph at the call.
+      tensors, it raises: call the model. `torch.compile` breaks its graph at the call, but not at one of a
+      `FrozenModule`.
     - As long as the model exists, each call looks whether it is as it was, and reads it again before it computes where
       it is not; so do `repr`, copies, pickles and the properties. It sees: parameters and buffers that were replaced,
       written to (by their counters of versions), or given other memory, another view of it or another dtype through
@@ -193,7 +196,7 @@ class FrozenMLP(_C.Frozen):
             return f"{type(self).__name__}({error})"
         steps = [
             f" -> {size}" if act == IDENTITY else f" -> {size} {act!r}"
-            for size, act in zip(sizes[1:], _activations(kinds, scalars), strict=True)
+            for size, act in zip(sizes[1:], activations_of(kinds, scalars), strict=True)
         ]
         ends = _ends(dtype, float32_ends)
         first = f"{'flatten -> ' if flattens else ''}{sizes[0]}"
@@ -216,11 +219,11 @@ class FrozenMLP(_C.Frozen):
         graph = _C.unload_frozen_graph(self)
         if graph is not None:
             networks, recipe, constants, *more = graph
-            layers = [(*_raw_layers(w, b), _activations(kinds, scalars)) for w, b, kinds, scalars in networks]
+            layers = [(*_raw_layers(w, b), activations_of(kinds, scalars)) for w, b, kinds, scalars in networks]
             return _rebuild_graph, (type(self), layers, recipe, [_raw(constant) for constant in constants], *more)
         weights, biases, kinds, scalars, *rest = _C.unload_frozen(self)
         raw = _raw_layers(weights, biases)
-        return _rebuild, (type(self), str(weights[0].device), *raw, _activations(kinds, scalars), *rest)
+        return _rebuild, (type(self), str(weights[0].device), *raw, activations_of(kinds, scalars), *rest)
 
     def __copy__(self) -> Self:
         copied = type(self)()
@@ -229,7 +232,7 @@ class FrozenMLP(_C.Frozen):
             _C.load_frozen_graph(copied, None, *graph)
             return copied
         weights, biases, kinds, scalars, float32_ends, only, flattens, head, reshapings = _C.unload_frozen(self)
-        activations = _activations(kinds, scalars)
+        activations = activations_of(kinds, scalars)
         _load(copied, None, weights, biases, activations, float32_ends, only, flattens, head, reshapings)
         return copied
 
@@ -395,15 +398,6 @@ def _ends(dtype: str, float32_ends: bool) -> str:
     return f"torch.float32, weights {dtype}" if float32_ends else dtype
 
 
-def _activations(kinds: Sequence[int], scalars: Sequence[float]) -> list[Activation]:
-    names = list(DEFAULTS)
-    pairs = zip(scalars[::2], scalars[1::2], strict=True)
-    return [
-        Activation(names[kind], **dict(zip(DEFAULTS[names[kind]], pair, strict=False)))
-        for kind, pair in zip(kinds, pairs, strict=True)
-    ]
-
-
 # How frozen networks are pickled.
 
 #: A tensor in a pickle: the name of its dtype, its shape, and the bytes of its elements in order.
@@ -434,6 +428,12 @@ def _tensor_of(raw: _Raw) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
 
 
+def _check_kind(kind: Any) -> None:
+    """Because torch.load calls what rebuilds for any pickle, and it may be given any class and function there."""
+    if not (isinstance(kind, type) and issubclass(kind, FrozenMLP)):
+        raise TypeError(f"fastmlp: the pickle of a frozen network is damaged: it is to become a {described(kind)}")
+
+
 def _rebuild(
     kind: type[FrozenMLP],
     device: str,
@@ -446,6 +446,7 @@ def _rebuild(
     head: str = "none",
     reshapings: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> FrozenMLP:
+    _check_kind(kind)
     obstacle = _C.device_obstacle(str(torch.device(device)))
     if obstacle is not None:
         raise RuntimeError(f"fastmlp: the pickle of a frozen network is for {device}, and {obstacle}")
@@ -464,6 +465,7 @@ def _rebuild_graph(
     float32_ends: bool,
     matrices_only: bool,
 ) -> FrozenMLP:
+    _check_kind(kind)
     frozen = kind()
     networks: list[_Layers] = [
         ([_tensor_of(raw) for raw in weights], [None if raw is None else _tensor_of(raw) for raw in biases], acts)

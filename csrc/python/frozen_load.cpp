@@ -2,6 +2,7 @@
 // checked here before memory is taken for it; it is made, by the operations of its device, and put in place without
 // letting other threads in between. Must name no device.
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <iterator>
@@ -151,6 +152,8 @@ py::tuple describe(const py::handle& self) {
 // What load takes, of one moment; tensors of a device are its own and not copies.
 py::tuple unload(const py::handle& self) {
   const State& state = followed(self);
+  // Whatever modes and transforms the caller is in: weights are unpacked into ordinary memory.
+  const c10::impl::ForceDispatchKeyGuard plain(c10::default_included_set, c10::default_excluded_set);
   check_chain(state);
   const std::shared_ptr<const FrozenNetwork> network = state.network;
   const bool matrices_only = state.matrices_only, flattens = state.flattens;

@@ -1,5 +1,6 @@
 // Fills frozen networks with graphs and reads them again, for fastmlp/frozen.py, rarely. Reads the description of a
 // graph that Python has made; FrozenGraph checks it. Must name no device.
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
@@ -101,6 +102,8 @@ void load_graph(const py::handle& self, const std::shared_ptr<Watch>& watch, con
 // What load_graph takes, of one moment; None for a chain.
 py::object unload_graph(const py::handle& self) {
   const State& state = followed(self);
+  // Whatever modes and transforms the caller is in: weights are unpacked into ordinary memory.
+  const c10::impl::ForceDispatchKeyGuard plain(c10::default_included_set, c10::default_excluded_set);
   if (!state.graph) return py::none();
   const std::shared_ptr<const FrozenGraph> graph = state.graph;
   py::list networks;

@@ -91,6 +91,13 @@ def test_the_page_of_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"bench.json", "bench.png"}
 
 
+def test_the_page_of_serving(capsys: pytest.CaptureFixture[str]) -> None:
+    text, variables = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8"), dict[str, Any]()
+    for block in blocks(text):
+        run(block, variables)
+    assert capsys.readouterr().out.splitlines() == comments_of_prints(text) == ["True", "torch.Size([4, 1])"]
+
+
 def test_the_introduction(capsys: pytest.CaptureFixture[str]) -> None:
     """It prints what stands in its comments, and a report of the form that is shown."""
     variables: dict[str, Any] = {}
