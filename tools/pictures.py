@@ -1,6 +1,7 @@
 """The pictures of the documentation, made when it is built: each shows what the code of its page computes.
 
-MkDocs calls `on_files` (mkdocs.yml names this file as a hook). `python -m tools.pictures FOLDER` writes them to a folder.
+MkDocs calls `on_files`, because mkdocs.yml names this file as a hook. `python -m tools.pictures FOLDER` writes them to a
+folder.
 """
 
 import sys
@@ -225,7 +226,7 @@ def heat() -> Figure:
     def step() -> Tensor:
         optimizer.zero_grad()
         x, t = 2 * torch.rand(128, 1) - 1, torch.rand(128, 1)
-        u, first, second, _ = fastmlp.derivatives(model, torch.cat((x, t), dim=1), first=[1], second=[0])
+        _, first, second, _ = fastmlp.derivatives(model, torch.cat((x, t), dim=1), first=[1], second=[0])
         start = model(torch.cat((x, torch.zeros_like(t)), dim=1))
         ends = model(torch.cat((x.sign(), t), dim=1))
         loss = (first[..., 0] - 0.1 * second[..., 0]).square().mean()
@@ -264,10 +265,15 @@ def field() -> Figure:
     axis = torch.linspace(-1, 1, 64)
     places = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).flatten(0, 1)
     shown = {"the image": image}
-    for name, activation in (("64-64-64 with ReLU", "relu"), ("64-64-64 with sines", fastmlp.Sin(10.0))):
-        model = fastmlp.MLP(2, [64, 64, 64], 1, activation)
+    ways: dict[str, list[nn.Module]] = {
+        "64-64-64 with ReLU": [nn.ReLU()] * 3,
+        "64-64-64 with sines": [fastmlp.Sin(20.0), fastmlp.Sin(2.0), fastmlp.Sin(2.0)],
+    }
+    for name, (first, second, third) in ways.items():
+        layers = [nn.Linear(2, 64), first, nn.Linear(64, 64), second, nn.Linear(64, 64), third, nn.Linear(64, 1)]
+        model = fastmlp.Sequential(*layers)
         step = fastmlp.TrainStep(model, nn.MSELoss(), fastmlp.optim.Adam(model.parameters(), lr=1e-3))
-        fastmlp.epochs(step, places, image.flatten(0, 1), epochs=60, batch_size=256, shuffle=True)
+        fastmlp.epochs(step, places, image.flatten(0, 1), epochs=40, batch_size=256, shuffle=True)
         shown[name] = fastmlp.freeze(model)(places).view(64, 64, 1)
     figure, panels = plt.subplots(1, 3, figsize=(9, 3.1), layout="constrained")
     for axes, (name, pixels) in zip(panels, shown.items(), strict=True):

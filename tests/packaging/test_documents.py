@@ -245,7 +245,9 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 def test_the_site_lists_every_page() -> None:
-    listed = re.findall(r"^ +- (?:[^:\n]+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    listed = re.findall(
+        r"^ +- (?:[^:\n]+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert sorted(listed) == sorted([*PAGES, "capture.md"])
 
 
