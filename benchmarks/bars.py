@@ -207,13 +207,9 @@ def _panel(axes: Any, found: Sequence[dict[str, Any]]) -> None:
 
 
 def _time(seconds: float) -> str:
-    return (
-        f"{seconds * 1e6:.0f} us"
-        if seconds < 1e-3
-        else f"{seconds * 1e3:.3g} ms"
-        if seconds < 1
-        else f"{seconds:.2g} s"
-    )
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} us"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2g} s"
 
 
 def main() -> None:

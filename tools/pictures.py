@@ -1,7 +1,6 @@
 """The pictures of the documentation, made when it is built: each shows what the code of its page computes.
 
-MkDocs calls `on_files`, because mkdocs.yml names this file as a hook. `python -m tools.pictures FOLDER` writes them to a
-folder.
+MkDocs calls `on_files`, because mkdocs.yml names this file as a hook. `python -m tools.pictures OUT` writes them there.
 """
 
 import sys
