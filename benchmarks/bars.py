@@ -17,12 +17,12 @@ from typing import Any, ClassVar
 
 import fastmlp
 from benchmarks.check import verify
-from benchmarks.contenders import Contender
+from benchmarks.contenders import YARDSTICK, Contender
 from benchmarks.contenders.pytorch import Eager, Fastmlp, FastmlpOptim, Frozen, TrainStep
 from benchmarks.contenders.runtimes import OnnxRuntime
 from benchmarks.machine import describe
 from benchmarks.targets import find
-from benchmarks.timing import YARDSTICK, Effort, race
+from benchmarks.timing import Effort, race
 from benchmarks.workloads import Task, Workload
 
 ROOT = Path(__file__).parents[1]

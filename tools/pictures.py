@@ -42,7 +42,7 @@ def picture(path: str) -> Callable[[Draw], Draw]:
 
 def drawn(path: str) -> bytes:
     """Return a picture in SVG, drawn from the same seed each time."""
-    settings = {"svg.hashsalt": "fastmlp", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    settings: Any = {"svg.hashsalt": "fastmlp", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     with torch.random.fork_rng(devices=[]), plt.rc_context(settings):
         torch.manual_seed(0)
         figure = PICTURES[path]()
