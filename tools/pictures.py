@@ -64,6 +64,7 @@ def on_files(files: Any, config: Any) -> Any:
 @picture("tutorial/pictures/layer.svg")
 def layer() -> Figure:
     """Three inputs, two neurons, and a line for each weight of a real layer."""
+    torch.manual_seed(3)  # none of these weights is near zero, where its line could not be seen
     weights = fastmlp.Linear(3, 2).weight.detach()
     figure, axes = plt.subplots(figsize=(6, 2.8), layout="constrained")
     inputs, neurons = [(0.0, 1.0 - i) for i in range(3)], [(2.0, 0.5 - i) for i in range(2)]
@@ -72,7 +73,8 @@ def layer() -> Figure:
             weight = weights[neuron, source].item()
             color = "tab:green" if weight > 0 else "tab:red"
             axes.plot((left, x), (bottom, y), color=color, lw=6 * abs(weight), zorder=1)
-            place = left + 0.3 * (x - left), bottom + 0.3 * (y - bottom)
+            part = (0.2, 0.72)[neuron]  # where no other line is near
+            place = left + part * (x - left), bottom + part * (y - bottom)
             axes.annotate(f"{weight:.2f}", place, fontsize=8, ha="center", va="bottom")
     for name, places in (("x", inputs), ("neuron ", neurons)):
         for i, place in enumerate(places, 1):
