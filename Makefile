@@ -5,6 +5,7 @@
 #   make demo VENV=/path                with the environment elsewhere
 #   make bench BENCH=--quick            with options of `python -m benchmarks.report`
 #   make models MODELS='--only siren'   programs converted, in a TrainStep, captured, frozen: what is taken, how fast it is
+#   make docs                           the site with tutorial, guides and reference, into out/docs
 #   make account                        where the time of a training step goes
 #   make attack                         20,000 random programs against PyTorch; `make test` runs two minutes of them
 #   make attack ATTACK='--surface frozen --seed 7'  one of them again, as a failure names it
@@ -26,7 +27,7 @@ export MAX_JOBS ?= $(JOBS)
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test tested checked build lint pytest other-isas sanitize sanitized-sources attack bench account models gpu-proof gpu-proof-quick gpu-test tiles product-account format clean
+.PHONY: demo test tested checked build lint pytest other-isas sanitize sanitized-sources attack bench account models docs gpu-proof gpu-proof-quick gpu-test tiles product-account format clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -35,11 +36,11 @@ demo: build
 # Lint, types, all tests, the kernels once more on the other instruction sets and under sanitizers, and the quick part of
 # what is proved of the CUDA kernels. The tests run beside all else, because most of them use one core. Their output is
 # seen as it comes, that of the rest when it ends: out/checks.log. pytest's closing line is the last.
-CHECKS := lint sanitize other-isas gpu-proof-quick
+CHECKS := lint docs sanitize other-isas gpu-proof-quick
 # In tests OpenMP's threads sleep while they wait, because on a busy core one that spins keeps others from what it waits
 # for: of a test on two such cores that took 44 s, 2 s remained.
 test pytest other-isas sanitize attack: export OMP_WAIT_POLICY = passive
-test: build $(VENV)/models $(VENV)/gpu-proof
+test: build $(VENV)/models $(VENV)/docs $(VENV)/gpu-proof
 	$(MAKE) --no-print-directory --jobs=2 tested checked
 	cat out/checks.log
 	tail -n 1 out/pytest.log
@@ -115,9 +116,13 @@ attack: build
 # that go with it, and does not replace it.
 EXTRA := import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
   print(*project["optional-dependencies"][sys.argv[1]])
-$(VENV)/bench $(VENV)/models $(VENV)/gpu-proof: $(VENV)/built
+$(VENV)/bench $(VENV)/models $(VENV)/docs $(VENV)/gpu-proof: $(VENV)/built
 	python -m pip install --quiet '$(TORCH)' $$(python -c '$(EXTRA)' $(@F))
 	touch $@
+
+# The site, into out/docs. A warning is an error: a link or an anchor that leads nowhere, a page that is not listed.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
 
 bench: $(VENV)/bench
 	python -m benchmarks.report $(BENCH)

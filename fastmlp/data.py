@@ -198,12 +198,14 @@ def batches(
     loader indexes each tensor once for each row and stacks what it finds; here all rows of some batches, together
     about 256 KiB, are gathered by one `index_select`.
 
-    Each batch is a list with one tensor for each of `tensors`, on the same device, contiguous, and a copy also where
-    nothing is shuffled: writes into a batch reach neither the data nor another batch. Batches that were gathered
-    together lie in one piece of memory, so whoever keeps one of them keeps these 256 KiB, and `torch.save` writes them;
-    `clone` takes a batch out. A write into the data in place is seen by the next batch, as a loader sees it; not so a
-    write that PyTorch does not count, through NumPy or `.data`, which the next 256 KiB see. Data that require a
-    gradient get it; these, and subclasses of `Tensor`, are gathered for each batch.
+    Each batch is a list with one tensor for each of `tensors`, contiguous and on the same device. It is a copy, also
+    where nothing is shuffled, so a write into a batch reaches neither the data nor another batch. Batches that were
+    gathered together lie in one piece of memory of about 256 KiB. If you keep one of them, the whole piece is kept, and
+    `torch.save` writes all of it; `clone` takes a batch out.
+
+    The next batch sees what was written into the data in place, as with a loader. A write that PyTorch does not count,
+    through NumPy or `.data`, is seen only when the next 256 KiB are gathered. Data that require a gradient get it.
+    These data, and subclasses of `Tensor`, are gathered for each batch by itself.
 
     Args:
         tensors: at least one, of any dtype and shape, dense, with the same size of the first dimension, which counts

@@ -45,16 +45,20 @@ class TrainStep:
         loss.backward()
         optimizer.step()
 
-    Loop and `TrainStep` may take turns. Everything is read afresh at each call: parameters, learning rates, the
-    optimizer's state, modes; so checkpoints, `load_state_dict` and learning rate schedulers work as ever. Only a
-    forward that is no container's is recorded once, as by `convert(model, trace=True)`: what it reads of Python
-    besides modules, such as `self.flag`, stays as it was. Where hooks want to see the optimizer's step, its `step` was
-    replaced, or some parameters are for PyTorch to move, `optimizer.step` is called. What wants to see anything else of
-    the loop is refused by name: hooks of modules and of parameters, also those of `DistributedDataParallel`, replaced
-    methods, `torch.autograd.detect_anomaly` and `saved_tensors_hooks`. Functions that a loss calls, such as
-    `torch.nn.functional.mse_loss`, are not looked at. Memory of a gradient is written again by the next call unless
-    somebody else holds it; memory for activations stays with the object. `.grad` holds the gradient also where
-    torch's SGD with Nesterov momentum adds the momentum to it in place.
+    Loop and `TrainStep` may take turns. Parameters, learning rates, modes and the optimizer's state are read afresh at
+    each call, so checkpoints, `load_state_dict` and learning rate schedulers work as ever. One thing is read only once:
+    a forward that you wrote yourself (that is, of a class other than a `Sequential`) is recorded, as by
+    `convert(model, trace=True)`. What it reads of Python besides modules, such as `self.flag`, stays as it was.
+
+    `optimizer.step` is called where hooks want to see the optimizer's step, where its `step` was replaced, and where
+    PyTorch has to move some of the parameters. Whatever wants to see another part of the loop is refused by name: hooks
+    of modules and parameters (those of `DistributedDataParallel` too), replaced methods,
+    `torch.autograd.detect_anomaly` and `saved_tensors_hooks`. If you replace a function that a loss calls, such as
+    `torch.nn.functional.mse_loss`, the `TrainStep` does not see it.
+
+    The next call writes the memory of a gradient again, unless somebody else holds that tensor. Memory for activations
+    stays with the object. `.grad` holds the gradient itself; in the loop torch's SGD with Nesterov momentum adds the
+    momentum to it in place.
 
     Args:
         model: a `fastmlp.Sequential`, `MLP` or `Linear`, their counterparts of `torch.nn`, or any module whose forward
@@ -62,28 +66,29 @@ class TrainStep:
             may begin by flattening its input: with a `torch.nn.Flatten()`, or by a call such as `x.flatten(1)` or
             `x.view(x.size(0), -1)`. It may end by giving its output another shape, with a `torch.nn.Flatten` or
             `Unflatten`, or by calls such as `x.squeeze(-1)` and `x.view(-1, 2, 3)`. Parameters are float32 or float64,
-            each once, and on the CPU: on another device the loop's own four lines are the way. Dropout draws the masks
-            of the loop from torch's default generator, and leaves it where the loop does; running statistics of norms
-            and `num_batches_tracked` move as in the loop. In training mode a `Dropout(inplace=True)`, and one before
-            the first layer for an input with gaps in memory, are refused.
+            on the CPU, and none of them is used twice; on another device write the loop's four lines. Dropout draws the
+            masks that the loop draws, from torch's default generator. Running statistics of norms and
+            `num_batches_tracked` move as in the loop. Two things are refused in training mode: a
+            `Dropout(inplace=True)`, and a `Dropout` before the first layer if the input has gaps in memory.
         loss_fn: exactly an `nn.MSELoss`, `L1Loss`, `HuberLoss`, `SmoothL1Loss`, `BCEWithLogitsLoss` (without `weight`)
             or `CrossEntropyLoss`, with the reduction "mean" or "sum"; after a `Sigmoid` at the end of the model also a
             `BCELoss` (without `weight`), and after a `LogSoftmax` along the features only an `NLLLoss`. Or one of
             torch.nn.functional's `mse_loss`, `l1_loss`, `huber_loss`, `smooth_l1_loss`,
             `binary_cross_entropy_with_logits`, `cross_entropy`, `binary_cross_entropy` and `nll_loss`, which stand for
             these modules as they are by default.
-        optimizer: exactly an `SGD`, `Adam`, `AdamW` or `RMSprop` of `torch.optim` or `fastmlp.optim`. It has a
-            parameter of the model, at least one; those that it lacks get gradients, which are added up, and do not
-            move. Parameters that the model does not have keep no gradient, and so do not move.
+        optimizer: exactly an `SGD`, `Adam`, `AdamW` or `RMSprop` of `torch.optim` or `fastmlp.optim`. It has at
+            least one parameter of the model. Parameters of the model that the optimizer does not have stay as they are,
+            and their gradients are added up from call to call, as in the loop. Parameters that only the optimizer has
+            get no gradient, so they stay as they are too.
         max_norm: clips the gradients of the model's parameters as `torch.nn.utils.clip_grad_norm_` does, before the
             optimizer steps. At least 0; infinity clips nothing.
         clip_value: clips them as `torch.nn.utils.clip_grad_value_` does. At least 0.
-        accumulate: the optimizer steps at the last of so many calls; the gradients of all of them, each of its loss
-            divided by `accumulate`, are summed in `.grad`. `flush` steps before, `restart` begins anew.
+        accumulate: how many calls make one step of the optimizer, which steps at the last of them. Each loss is divided
+            by `accumulate`, and gradients are summed in `.grad`. `flush` steps earlier, and `restart` begins anew.
         keep_grads: whether each call leaves its gradients in `.grad`, as the loop would. If not, `.grad` of all of the
             model's parameters is None.
 
-    All of them can be read as attributes of the same names, and not be set.
+    Each argument can be read as an attribute of its name, and cannot be set.
 
     Raises:
         TypeError: if any of the three is not as above; the message says what would have to change, as `explain` does.
@@ -179,8 +184,8 @@ class TrainStep:
 
         The loop's counterpart is `optimizer.step()` after clipping, without a further batch. Each of the losses has
         been divided by `accumulate`, however few there were: a short window makes a smaller step (of SGD) than a whole
-        one, and no example weighs more than others. Whoever wants the mean over a window of n calls multiplies each
-        `.grad` by `accumulate / n` before. The next call begins a new window.
+        one, and no example weighs more than others. To have the mean over a window of n calls, multiply each
+        `.grad` by `accumulate / n` first. The next call begins a new window.
 
         Returns:
             Whether the optimizer stepped: not if nothing was waiting, as after every `accumulate` calls.
