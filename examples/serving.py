@@ -1,4 +1,4 @@
-"""A network behind HTTP, as it is and frozen: `python examples/serving.py --requests 2000`.
+"""A network behind HTTP, as it is and frozen: `python examples/serving.py --requests 1000`.
 
 A server of Starlette and uvicorn answers one request at a time, without batching: a row of ten numbers comes as JSON,
 and three probabilities go back. It has three addresses: `/nothing` answers without a network, `/eager` calls the module
@@ -171,7 +171,7 @@ def table(times: dict[str, list[tuple[float, float]]]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--requests", type=int, default=2000, metavar="N", help="to each address (2000)")
+    parser.add_argument("--requests", type=int, default=1000, metavar="N", help="to each address (1000)")
     parser.add_argument("--serve", type=Path, metavar="FILE", help="run the server alone, with the network of a file")
     options = parser.parse_args()
     if options.serve:
