@@ -96,7 +96,7 @@ def decibels(found: Tensor, image: Tensor) -> float:
 def draw(path: Path, image: Tensor, seen: Tensor, finer: Tensor, runs: dict[str, Run[float]]) -> None:
     """Draws the photograph, what the network makes of it, and losses by seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    figure = Figure(figsize=(12.5, 4), layout="constrained")
     FigureCanvasAgg(figure)  # no window
     *panels, curves = figure.subplots(1, 4)
     titles = (

@@ -74,6 +74,21 @@ def bench(
         raise ModuleNotFoundError(
             "fastmlp: bench prints its tables with rich, which is missing: pip install 'fastmlp[demo]'", name="rich"
         )
+    loss_fn = nn.MSELoss() if loss_fn is None else module_of_loss(loss_fn)
+    return _measured(model, inputs, target, loss_fn, optimizer, threads, peers, seconds)
+
+
+def _measured(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    target: Tensor | None,
+    loss_fn: Callable[..., Tensor],
+    optimizer: type[torch.optim.Optimizer],
+    threads: int | None,
+    peers: bool,
+    seconds: float,
+) -> "Report":
+    """What `bench` returns; threads and random numbers are as before afterwards."""
     from fastmlp.benchmark.contest import Contest, Refusal, Row
     from fastmlp.benchmark.machine import about, keep_memory
     from fastmlp.benchmark.report import Report
@@ -83,7 +98,6 @@ def bench(
     keep_memory()
     try:
         torch.set_num_threads(threads or before)
-        loss_fn = nn.MSELoss() if loss_fn is None else module_of_loss(loss_fn)
         target = _target(model, inputs, loss_fn) if target is None else target
         contest = Contest(model, inputs, target, loss_fn, optimizer, peers)
         found = list(contest.measured(Effort(31, seconds)))

@@ -123,6 +123,18 @@ def explain(
             f"fastmlp: {given[0]} was given, which is of the question about a whole model: explain(model, "
             f"{given[0]}=...) with a module as target and without input"
         )
+    if isinstance(target, (Captured, Tensor)):
+        return _of_no_module(target, input)
+    if not isinstance(target, nn.Module):
+        expected = "a torch.nn.Module, a tensor or a captured function"
+        raise TypeError(f"fastmlp: target must be {expected}, got {described(target)}")
+    if input is None:
+        return explain_model(target, inputs, target_of_loss, loss_fn, optimizer, fusion_report)
+    return _of_call(target, input)
+
+
+def _of_no_module(target: Tensor | Captured[..., Any], input: Any) -> Route | Explanation:
+    """The answer for a tensor, or for a captured function."""
     if isinstance(target, Captured):
         if input is not None:
             raise TypeError(
@@ -130,18 +142,16 @@ def explain(
                 f"{described(input)}; call the function with it instead"
             )
         return explain_captured(target)
-    if isinstance(target, Tensor):
-        if input is not None:
-            raise TypeError(
-                f"fastmlp: target is a tensor, which is the input itself, and input was given too, {described(input)}; "
-                "pass one of them, or the module that is called as target"
-            )
-        return _route(target, None)
-    if not isinstance(target, nn.Module):
-        expected = "a torch.nn.Module, a tensor or a captured function"
-        raise TypeError(f"fastmlp: target must be {expected}, got {described(target)}")
-    if input is None:
-        return explain_model(target, inputs, target_of_loss, loss_fn, optimizer, fusion_report)
+    if input is not None:
+        raise TypeError(
+            f"fastmlp: target is a tensor, which is the input itself, and input was given too, {described(input)}; "
+            "pass one of them, or the module that is called as target"
+        )
+    return _route(target, None)
+
+
+def _of_call(target: nn.Module, input: Any) -> Route:
+    """The route of a call of a module."""
     arguments = input if isinstance(input, tuple) else (input,)
     if not arguments or not isinstance(arguments[0], Tensor):
         given_input = arguments[0] if arguments else input
