@@ -2,7 +2,8 @@
 
 `taskset -c 1 python -m benchmarks.bars` measures (under two minutes on an idle core), writes
 benchmarks/results/bars.json, draws docs/pictures/speed.png, and writes the line below it in README.md and the tables of
-docs/performance.md anew. With `--draw` it draws what was measured before. Every result is checked against float64 before it is timed, as everywhere in benchmarks.
+docs/performance.md anew. With `--draw` it draws what was measured before. Every result is checked against float64
+before it is timed, as everywhere in benchmarks.
 """
 
 import argparse
