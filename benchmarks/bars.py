@@ -1,8 +1,9 @@
 """README's picture: three networks, in every way that they can be trained and served, as bars.
 
 `taskset -c 1 python -m benchmarks.bars` measures (under two minutes on an idle core), writes
-benchmarks/results/bars.json, and draws docs/pictures/speed.png with the line below it in README.md. With `--draw` it
-draws what was measured before. Every result is checked against float64 before it is timed, as everywhere in benchmarks.
+benchmarks/results/bars.json, draws docs/pictures/speed.png, and writes the line below it in README.md and the tables of
+docs/performance.md anew. With `--draw` it draws what was measured before. Every result is checked against float64
+before it is timed, as everywhere in benchmarks.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from statistics import median, quantiles
 from typing import Any, ClassVar
 
 import fastmlp
+from benchmarks import performance
 from benchmarks.check import verify
 from benchmarks.contenders import YARDSTICK, Contender
 from benchmarks.contenders.pytorch import Eager, Fastmlp, FastmlpOptim, Frozen, TrainStep
@@ -233,6 +235,7 @@ def main() -> None:
     if not mark:
         raise SystemExit(f"README.md has no place for the line below the picture: {MARKS[0]}...{MARKS[1]}")
     readme.write_text(f"{before}{MARKS[0]}{caption(results)}{mark}{after}", encoding="utf-8")
+    performance.PAGE.write_text(performance.write(performance.PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
