@@ -1,10 +1,10 @@
 """Reads a model that is no chain for `fastmlp.freeze`: as networks, and what lies between them, for one row.
 
-Called by stages.py, once a model and after changes of its modules. `fastmlp.trace` records the forward, and what it
-does is executed once within a recorder of tapes, on a few rows: each stretch of layers as one network, all else as it
-is. What comes of that is fused as for any tape (`fastmlp/tape`), and described without its rows (recipe.py). Several
-numbers of rows must have the same description; what has none is refused, because only what is described so gives a row
-the same bits in any batch.
+Called by stages.py, once a model and after changes of its modules. `fastmlp.trace` records the forward, and that
+recording is executed within a recorder of tapes, for each of several numbers of rows: each stretch of layers as one
+network, all else as it is. What comes of that is fused as for any tape (`fastmlp/tape`), and described without its rows
+(recipe.py). All numbers of rows must have the same description; what has none is refused, because only what is
+described so gives a row the same bits in any batch.
 """
 
 import re

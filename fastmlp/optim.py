@@ -20,7 +20,7 @@ from fastmlp._load import _C
 __all__ = ["SGD", "Adam", "AdamW", "RMSprop"]
 
 #: Of each class the number of the rule by which it moves parameters, and whether that counts its steps: then it keeps
-#: a state for every parameter that has a gradient.
+#: a state for every parameter that has a gradient. Of other rules only the step knows which parameters have one.
 RULES: dict[str, tuple[int, bool]] = {
     name: (rule, counts) for rule, (names, counts) in enumerate(_C.rules()) for name in names
 }
@@ -49,8 +49,13 @@ def _step(base: type[torch.optim.Optimizer]) -> Callable[..., Any]:
         if left is None:
             _step_of_torch(self, watched)
         elif left:
-            _step_of_others(self, watched, left, counts)
-            _C.step_optimizer(self, rule, True)
+            begun = _begin_states(self)
+            try:
+                _step_of_others(self, watched, left)
+                _C.step_optimizer(self, rule, True)
+            finally:
+                if not counts:
+                    _drop_empty_states(self, begun)
         return loss
 
     step.__qualname__ = f"{base.__name__}.step"
@@ -67,9 +72,28 @@ def _step_of_torch(optimizer: torch.optim.Optimizer, step: Callable[..., Any], *
     return result
 
 
-def _step_of_others(
-    optimizer: torch.optim.Optimizer, step: Callable[..., Any], left: list[Tensor], counts: bool
-) -> None:
+def _begin_states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Gives every parameter that moves an empty state, so that states come in the order in which torch makes them.
+
+    Returns:
+        The parameters that had none.
+    """
+    begun = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and parameter not in optimizer.state:
+                optimizer.state[parameter] = {}
+                begun.append(parameter)
+    return begun
+
+
+def _drop_empty_states(optimizer: torch.optim.Optimizer, begun: list[Tensor]) -> None:
+    for parameter in begun:
+        if parameter in optimizer.state and not optimizer.state[parameter]:
+            del optimizer.state[parameter]
+
+
+def _step_of_others(optimizer: torch.optim.Optimizer, step: Callable[..., Any], left: list[Tensor]) -> None:
     """PyTorch's step for these parameters alone: it passes over what has no gradient.
 
     Its fused step reads and writes memory as if it had no gaps, which the memory of these may have.
@@ -79,11 +103,7 @@ def _step_of_others(
     hidden = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            if counts or group["momentum"] != 0:
-                optimizer.state[parameter]  # empty, so that states come in the order in which torch would make them
-            if id(parameter) not in others:
+            if parameter.grad is not None and id(parameter) not in others:
                 hidden.append((parameter, parameter.grad))
     try:
         for group, _ in fused:

@@ -27,9 +27,11 @@ from fastmlp.runs import why_called
 __all__ = [
     "CALLS",
     "FORWARDS",
+    "FUNCTIONS",
     "LOSSES",
     "OPTIMIZERS",
     "STEPS",
+    "TAKEN",
     "ZERO_GRADS",
     "explain",
     "module_of_loss",
@@ -63,7 +65,7 @@ LOSSES: dict[type[nn.Module], Loss] = {
 }
 
 #: Functions that compute, with their default arguments, what modules of these classes do.
-_FUNCTIONS: dict[Callable[..., Any], type[nn.Module]] = {
+FUNCTIONS: dict[Callable[..., Any], type[nn.Module]] = {
     F.mse_loss: nn.MSELoss,
     F.l1_loss: nn.L1Loss,
     F.smooth_l1_loss: nn.SmoothL1Loss,
@@ -114,7 +116,7 @@ def module_of_loss(loss_fn: Any) -> Any:
         (HuberLoss(), True)
     """
     # What is called as a loss need not be hashable.
-    found = [kind for function, kind in _FUNCTIONS.items() if function is loss_fn]
+    found = [kind for function, kind in FUNCTIONS.items() if function is loss_fn]
     return found[0]() if found else loss_fn
 
 
@@ -344,7 +346,7 @@ def _loss_problems(loss_fn: nn.Module | Callable[..., Tensor]) -> list[str]:
         expected = ", ".join(loss.__name__ for loss in LOSSES)
         given = getattr(loss_fn, "__name__", None) if isinstance(loss_fn, FunctionType) else None
         what = f"the function {given}" if given else f"of type {kind.__name__}"
-        functions = ", ".join(function.__name__ for function in _FUNCTIONS)
+        functions = ", ".join(function.__name__ for function in FUNCTIONS)
         text = (
             f"loss_fn is {what}, expected exactly one of torch.nn's {expected}, or of torch.nn.functional's {functions}"
         )
@@ -412,7 +414,7 @@ def _optimizer_problems(optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 #: What losses that follow an activation or a softmax take, and the loss that takes what the layer before it gives.
-_TAKEN = {
+TAKEN = {
     "sigmoid": ("probabilities", nn.Sigmoid, nn.BCEWithLogitsLoss),
     "log_softmax": ("logarithms of probabilities", nn.LogSoftmax, nn.CrossEntropyLoss),
 }
@@ -428,7 +430,7 @@ def _ending_problems(model: nn.Module, loss_fn: nn.Module) -> list[str]:
     last = head if head != "none" else _last_activation(layers_of(chain))
     if follows in (None, last):
         return []
-    what, module, other = _TAKEN[follows]
+    what, module, other = TAKEN[follows]
     text = f"loss_fn is {name}, which takes {what}, and model does not end with {module.__name__}"
     return [_beyond(f"{text}: {other.__name__} takes what a layer gives")]
 

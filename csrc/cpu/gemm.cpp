@@ -1,6 +1,6 @@
 // The macro-kernel declared in gemm.h: chooses a path, divides C and K among tasks, gives each its scratch, and adds up
-// the chunks of a split K. Called by network.cpp. Baseline code: it runs on every processor of the architecture, and
-// leaves arithmetic to the kernels of the table.
+// the chunks of a split K. Called by network.cpp and matrix_product.cpp. Baseline code: it runs on every processor of
+// the architecture, and leaves arithmetic to the kernels of the table.
 //
 // There are three paths, chosen by the shape and the layout alone (path_of):
 //   packed    A and B are packed into panels: A's block of MC x KC stays in the L2 cache, and a panel of B, KC x NR,

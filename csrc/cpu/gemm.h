@@ -1,6 +1,6 @@
 // The macro-kernel: products of wide layers, with cache blocking, packing, split-K and threads. Called by network.cpp
-// for forward, dgrad and wgrad. Takes its scratch before it starts threads, and leaves all arithmetic to the kernels of
-// the table.
+// for forward, dgrad and wgrad, and by matrix_product.cpp for products of tapes. Takes its scratch before it starts
+// threads, and leaves all arithmetic to the kernels of the table.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,7 @@
 // The step that an optimizer of torch.optim whose rule is in contract/update.h, or a subclass of ours, would take now.
 // Groups and states are read at each call, because schedulers and load_state_dict replace what is in them. Used by
-// fastmlp/optim.py through bindings.cpp and by train_step.cpp, with the GIL. Computes nothing: cpu/step.cpp does.
+// fastmlp/optim.py through bindings.cpp, by train_step.cpp and by capture_replay.cpp, with the GIL. Computes nothing:
+// cpu/step.cpp does.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,6 +1,7 @@
 """What may happen to a training between two calls of its step."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import nn
 import fastmlp
 from fastmlp import reference
 from fastmlp.activations import IDENTITY, module_of
+from fastmlp.problems import LOSSES
 from tests.attack import drawn
 from tests.attack.cases import attempt
 from tests.attack.sides import Training
@@ -146,14 +148,12 @@ def loss_broken(training: Training) -> None:
     """A number of the loss that PyTorch refuses, or not."""
     case = training.case
     for loss in (training.side.loss_fn, training.plain_loss):
-        if isinstance(loss, nn.HuberLoss):
-            loss.delta = -1.0
-        elif isinstance(loss, nn.SmoothL1Loss):
-            loss.beta = -1.0
-        elif isinstance(loss, nn.CrossEntropyLoss):
-            loss.label_smoothing = 1.5
-        elif isinstance(loss, (nn.MSELoss, nn.BCELoss, nn.NLLLoss)):
-            loss.reduction = "average"
+        number = LOSSES[type(loss)].number
+        if number is None:
+            loss.reduction = "average"  # type: ignore[assignment]
+        else:
+            name, _, most, _ = number
+            setattr(loss, name, -1.0 if math.isinf(most) else most + 0.5)
     case.note(f"  {training.plain_loss}")
 
 
@@ -161,12 +161,10 @@ def loss_changed(training: Training) -> None:
     reduction = training.case.choice(["mean", "sum"])
     for loss in (training.side.loss_fn, training.plain_loss):
         loss.reduction = reduction  # type: ignore[assignment]
-        if isinstance(loss, nn.HuberLoss):
-            loss.delta = 0.75
-        elif isinstance(loss, nn.SmoothL1Loss):
-            loss.beta = 0.75
-        elif isinstance(loss, nn.CrossEntropyLoss):
-            loss.label_smoothing = 0.25
+        number = LOSSES[type(loss)].number
+        if number is not None:
+            name, _, most, _ = number
+            setattr(loss, name, min(0.75, most / 4))
 
 
 def isa(training: Training) -> None:

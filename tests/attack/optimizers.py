@@ -12,7 +12,7 @@ from tests.attack import drawn, oracle
 from tests.attack.after import compare, unless_overflowing
 from tests.attack.cases import Case, attempt
 from tests.support.intervals import Arithmetic, Interval, State
-from tests.support.training import OPTIMIZERS, Optimizer, draw_optimizer
+from tests.support.training import FUSED, OPTIMIZERS, Optimizer, draw_optimizer
 
 SHAPES: tuple[tuple[int, ...], ...] = (
     *((), (1,), (1,), (7,), (16,), (67,), (300,), (0,), (3, 0)),
@@ -54,7 +54,7 @@ def drawn_optimizer(case: Case, name: str, parameters: list[nn.Parameter]) -> Op
     arguments, other = draw_optimizer(case.random, name), draw_optimizer(case.random, name)
     if case.chance(0.4):
         arguments |= case.choice([{"foreach": True}, {"foreach": False}])
-    elif name != "RMSprop" and case.chance(0.1) and all(p.dtype.itemsize > 2 for p in parameters):
+    elif name in FUSED and case.chance(0.1) and all(p.dtype.itemsize > 2 for p in parameters):
         arguments |= {"fused": True}
     if any(p.dtype == torch.float16 for p in parameters) and name != "SGD":
         arguments["eps"] = other["eps"] = 1e-3

@@ -14,12 +14,13 @@ from tests.attack import after, drawn, nets, oracle, passes, watching
 from tests.attack.cases import Case, Disagreement, attempt
 from tests.attack.meddling import MEDDLING
 from tests.attack.sides import Side, Training, owned
+from tests.support.endings import LOSSES_AFTER
 from tests.support.training import LOSSES, OPTIMIZERS, draw_loss, draw_optimizer, optimizer_of, targets
 
 DTYPES = (torch.float32, torch.float64)
 FORMS = ("nn", "fast", "nested", "functional", "attributes", "fused", "converted")
 #: Losses that are taken after one activation or softmax, by the names of what that is called.
-FOLLOWING = {"sigmoid": nn.BCELoss, "log_softmax": nn.NLLLoss}
+FOLLOWING = {name: kind for kind, name in LOSSES_AFTER.items()}
 
 
 def play(case: Case) -> None:

@@ -1,7 +1,7 @@
 """What a drawn training function does with gradients: zeroes, clips, steps and averages, as source text."""
 
 from tests.attack.scripts import Draft, split
-from tests.support.training import OPTIMIZERS, draw_optimizer
+from tests.support.training import FUSED, OPTIMIZERS, draw_optimizer
 
 
 def optimizer(draft: Draft, name: str, of: str) -> None:
@@ -19,7 +19,7 @@ def optimizer(draft: Draft, name: str, of: str) -> None:
         # With `foreach`, torch's Nesterov momentum writes to gradients, and ours does not.
         if more == "foreach" and not (draft.fuse and options.get("nesterov") == "True"):
             options["foreach"] = case.choice(["True", "False"])
-        elif more == "fused" and kind != "RMSprop" and not draft.fuse:
+        elif more == "fused" and kind in FUSED and not draft.fuse:
             options["fused"] = "True"
         elif case.chance(0.3):
             options["lr"] = f"torch.tensor({options['lr']}, dtype={draft.dtype})"

@@ -1,6 +1,7 @@
 """The four lines of a training loop, the networks that they are tried with, and what a step may give."""
 
 import copy
+import inspect
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -408,6 +409,8 @@ def clipped(loop: Loop, gradients: list[Interval], arithmetic: Arithmetic) -> li
 
 LOSSES = ("mse", "l1", "huber", "smooth l1", "bce", "ce", "ce")
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop")
+#: Those among them that torch has a fused step of.
+FUSED = tuple(name for name in OPTIMIZERS if "fused" in inspect.signature(getattr(torch.optim, name)).parameters)
 
 
 def draw_loss(random_: random.Random, name: str, number: int, classes: int, dtype: torch.dtype) -> nn.Module:

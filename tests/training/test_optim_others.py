@@ -9,7 +9,7 @@ from torch import nn
 
 from fastmlp import optim
 from tests.support.optimizers import checked_step, form, made, parameters, set_gradients
-from tests.support.training import OPTIMIZERS
+from tests.support.training import FUSED, OPTIMIZERS
 
 
 @pytest.fixture(params=OPTIMIZERS)
@@ -77,9 +77,38 @@ def test_among_others(name: str, case: str) -> None:
         assert form(dict(optimizer.state[special])) == form(dict(alone.state[same]))
 
 
+def test_states_in_the_order_of_parameters(name: str) -> None:
+    """Also where torch steps for the last one first; and where there is nothing to keep, there is no state."""
+    params = [*parameters(), OwnParameter(torch.randn(4, 3)), nn.Parameter(torch.randn(2))]
+    optimizer = made(name, params)
+    set_gradients(params)
+    optimizer.step()
+    assert all(p is q for p, q in zip(optimizer.state, params, strict=True))
+    plain = optim.SGD(params, lr=0.1)
+    plain.step()
+    assert not plain.state
+
+
+def test_torchs_step_of_an_optimizer_with_other_options() -> None:
+    class Signs(torch.optim.Optimizer):
+        """Neither counts its steps, nor has a momentum."""
+
+        def step(self) -> None:  # type: ignore[override]
+            for p in self.param_groups[0]["params"]:
+                if p.grad is not None:
+                    p.data.sub_(p.grad.sign())
+
+    moved, kept = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    moved.grad, kept.grad = torch.ones(2), torch.ones(2)
+    optim._step_of_others(Signs([moved, kept], {}), Signs.step, [moved])
+    assert torch.equal(moved.detach(), -torch.ones(2))
+    assert torch.equal(kept.detach(), torch.zeros(2))
+    assert torch.equal(kept.grad, torch.ones(2))
+
+
 def test_fused_with_gaps(name: str) -> None:
     """torch's own fused step reads and writes memory with gaps as if it had none: it gives other numbers."""
-    if name == "RMSprop":  # which torch has no fused step for
+    if name not in FUSED:
         return
     torch.manual_seed(0)
     memory = torch.randn(4, 6)
@@ -185,7 +214,7 @@ def test_what_does_not_fit(name: str, case: str) -> None:
 def test_gradient_scaler(name: str, fused: bool) -> None:
     """Fused optimizers undo the scale themselves, and skip a step where a gradient is not finite."""
     params = parameters()
-    optimizer = made(name, params, **({"fused": fused} if name != "RMSprop" else {}))
+    optimizer = made(name, params, **({"fused": fused} if name in FUSED else {}))
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for call in range(4):
         optimizer.zero_grad()

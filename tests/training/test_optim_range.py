@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import fastmlp
-from fastmlp import optim
+from fastmlp import optim, problems
 from tests.support.axes import ISAS
 from tests.support.bounds import gamma
+from tests.support.endings import LOSSES_AFTER
 from tests.support.training import OPTIMIZERS, Optimizer, optimizer_of
 
 pytestmark = pytest.mark.usefixtures("as_before")
@@ -37,6 +38,11 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("RMSprop", {"lr": 1e30, "eps": 1e-30}),
     ("SGD", {"lr": 1e30}),
 ]
+
+
+def test_what_is_enumerated() -> None:
+    assert {name for name, _ in VARIANTS} == set(OPTIMIZERS)
+    assert {type(build("mean")) for build in LOSSES.values()} == set(problems.LOSSES) - set(LOSSES_AFTER)
 
 
 def ends(dtype: torch.dtype) -> list[float]:

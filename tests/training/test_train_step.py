@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import fastmlp
-from fastmlp import Activation
+from fastmlp import Activation, problems
 from fastmlp.activations import IDENTITY
 from tests.support.axes import ACTIVATIONS, ISAS
+from tests.support.endings import LOSSES_AFTER
+from tests.support.optimizers import ARGUMENTS
 from tests.support.rounding import Results
 from tests.support.training import (
     FORMS,
@@ -133,7 +135,7 @@ DRAWN = [draw(seed) for seed in range(200)]
 def test_what_is_drawn() -> None:
     """Every activation, loss, optimizer, form and option, and what may go wrong together."""
     assert {act for d in DRAWN for act in d.net.activations} == set(SMOOTH)
-    losses = (nn.MSELoss, nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
+    losses = [kind for kind in problems.LOSSES if kind not in LOSSES_AFTER]
     for dtype in DTYPES:
         drawn = [d for d in DRAWN if d.dtype == dtype]
         assert {d.form for d in drawn} == set(FORMS)
@@ -219,10 +221,7 @@ F64 = torch.float64
 #: They keep all kinds of state.
 STATEFUL: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"lr": 0.05}),
-    ("SGD", {"lr": 0.05, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01}),
-    ("Adam", {"lr": 1e-2, "amsgrad": True, "weight_decay": 0.01}),
-    ("AdamW", {"lr": 1e-2}),
-    ("RMSprop", {"lr": 1e-3, "momentum": 0.9, "centered": True, "weight_decay": 0.01}),
+    *((name, arguments | {"weight_decay": 0.01}) for name, arguments in ARGUMENTS.items()),
 ]
 
 #: What steps, one letter for each call: the loop, or what is tried in its place.

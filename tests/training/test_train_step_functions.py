@@ -11,20 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastmlp
+from fastmlp import problems
 from tests.support.axes import ISAS
+from tests.support.endings import LOSSES_AFTER
 from tests.support.rounding import Results
 from tests.support.training import Maker, assert_equal_to_rounding, everything
 
 pytestmark = pytest.mark.usefixtures("as_before")
 
-#: Each function, and the module that computes the same.
+#: Each function that is taken after any layer, and the module that computes the same.
 FUNCTIONS: dict[Callable[..., Tensor], type[nn.Module]] = {
-    F.mse_loss: nn.MSELoss,
-    F.l1_loss: nn.L1Loss,
-    F.smooth_l1_loss: nn.SmoothL1Loss,
-    F.huber_loss: nn.HuberLoss,
-    F.cross_entropy: nn.CrossEntropyLoss,
-    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    function: kind for function, kind in problems.FUNCTIONS.items() if kind not in LOSSES_AFTER
 }
 LOSSES = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
 

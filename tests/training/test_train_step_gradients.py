@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import fastmlp
 from tests.support.axes import ISAS
 from tests.support.memory import JUNK
+from tests.support.optimizers import ARGUMENTS
 from tests.support.rounding import Results
 from tests.support.steps import F64, batch, gradients_left_behind, network, sgd
 from tests.support.training import Loop, Maker, Optimizer, assert_equal_to_rounding, everything
@@ -118,14 +119,10 @@ def versions(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("ours", [False, True], ids=["torch", "fastmlp"])
-@pytest.mark.parametrize(
-    ("kind", "arguments"),
-    [("SGD", {"momentum": 0.9}), ("Adam", {"amsgrad": True}), ("AdamW", {}), ("RMSprop", {"centered": True})],
-    ids=str,
-)
+@pytest.mark.parametrize(("kind", "arguments"), ARGUMENTS.items(), ids=str)
 def test_version_counters_grow(kind: str, arguments: dict[str, Any], ours: bool) -> None:
     model = network()
-    optimizer = getattr(fastmlp.optim if ours else torch.optim, kind)(model.parameters(), lr=0.01, **arguments)
+    optimizer = getattr(fastmlp.optim if ours else torch.optim, kind)(model.parameters(), **arguments)
     step = fastmlp.TrainStep(model, nn.MSELoss(), optimizer)
     step(*batch())
     before = versions(model, optimizer)

@@ -23,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import StepLR
 
 import fastmlp
-from fastmlp import _C
+from fastmlp import _C, problems
 from tests.support.axes import ISAS
+from tests.support.endings import LOSSES_AFTER
 from tests.support.rounding import Results
 from tests.support.steps import F64, batch, losses, network, refused, sgd, snapshot, unchanged
 from tests.support.training import Loop, Maker, Optimizer, assert_equal_to_rounding, everything
@@ -576,6 +577,11 @@ OPTIONS: dict[str, tuple[Callable[[], Any], str, list[Any]]] = {
 }
 
 
+def test_options_of_all_losses() -> None:
+    numbers = {loss.number[0] for loss in problems.LOSSES.values() if loss.number is not None}
+    assert set(OPTIONS) == numbers | {loss.index for loss in problems.LOSSES.values() if loss.index is not None}
+
+
 @pytest.mark.parametrize("case", OPTIONS)
 def test_options_of_losses_that_torch_refuses(case: str) -> None:
     kind, name, values = OPTIONS[case]
@@ -661,11 +667,9 @@ def test_objects_whose_init_was_never_called() -> None:
 
 
 ROWS = 2**36
+#: Of all losses of elements that are taken after any layer.
 SUMS = [
-    nn.MSELoss(reduction="sum"),
-    nn.HuberLoss("sum"),
-    nn.SmoothL1Loss(reduction="sum"),
-    nn.BCEWithLogitsLoss(reduction="sum"),
+    kind(reduction="sum") for kind, loss in problems.LOSSES.items() if loss.index is None and kind not in LOSSES_AFTER
 ]
 
 

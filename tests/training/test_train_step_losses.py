@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import fastmlp
+from fastmlp import problems
 from tests.support.axes import ISAS
+from tests.support.endings import LOSSES_AFTER
 from tests.support.rounding import Results
 from tests.support.training import Loop, Maker, assert_equal_to_rounding, everything
 
@@ -40,6 +42,11 @@ CASES = list(itertools.product(LOSSES, ["mean", "sum"]))
 
 
 pytestmark = pytest.mark.usefixtures("as_before")
+
+
+def test_what_is_enumerated() -> None:
+    enumerated = {type(build(F64, "mean")) for build in LOSSES.values()}
+    assert enumerated == set(problems.LOSSES) - set(LOSSES_AFTER)
 
 
 def network(dtype: torch.dtype) -> Any:
