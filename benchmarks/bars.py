@@ -24,8 +24,8 @@ from benchmarks.contenders.pytorch import Eager, Fastmlp, FastmlpOptim, Frozen, 
 from benchmarks.contenders.runtimes import OnnxRuntime
 from benchmarks.machine import describe
 from benchmarks.targets import find
-from benchmarks.timing import Effort, race
 from benchmarks.workloads import Task, Workload
+from fastmlp.benchmark.timing import Effort, race
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "bars.json"

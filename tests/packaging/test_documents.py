@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fastmlp
 from benchmarks import bars, performance
 from benchmarks.targets import find
-from benchmarks.timing import Effort
+from fastmlp.benchmark.timing import Effort
 from tests.support.rounding import distance, rounding_bounds
 from tools.pictures import PICTURES, drawn
 
