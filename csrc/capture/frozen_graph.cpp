@@ -118,6 +118,10 @@ FrozenGraph::FrozenGraph(GraphForm form, std::vector<std::shared_ptr<FrozenNetwo
   }
   TORCH_CHECK_VALUE(!inputs_.empty() && !outputs_.empty() && form_.squeezed.size() == outputs_.size(),
                     "fastmlp: a frozen graph needs inputs, and a flag for each of its outputs");
+  for (size_t k = 0; k < outputs_.size(); k++) {
+    TORCH_CHECK_VALUE(!form_.squeezed[k] || outputs_[k] == 1, "fastmlp: an output of a frozen graph has ", outputs_[k],
+                      " features a row, and no dimension for them");
+  }
   pools_.front().free.push_back(made(1));
 }
 

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 import fastmlp
 from fastmlp import Activation, FrozenMLP, export_c, freeze
 from fastmlp.frozen_file import Graph, Layers
-from tests.frozen.test_frozen_endings import expected_of
 from tests.support import bounds
 from tests.support.axes import ACTIVATIONS
-from tests.support.bounds import Bounded, assert_within
+from tests.support.bounds import Bounded, assert_within, of_softmax
 from tests.support.compiled_c import COMPILER, STRICT, Compiled, as_program, run_compiler
 from tests.support.endings import FORMS, HEADS, body
 from tests.support.graphs import GRAPHS, assert_near
@@ -107,7 +106,7 @@ def test_heads(name: str, classes: int, dtype: torch.dtype, tmp_path: Path) -> N
     x = 3 * torch.randn(20, 6, dtype=dtype)
     (found,) = Compiled(network, tmp_path).results(network, x)
     (z,) = Compiled(freeze(layers), tmp_path, name="layers").results(freeze(layers), x)
-    assert_within(found, expected_of(head, z), name)
+    assert_within(found, of_softmax(head, z), name)
 
 
 @pytest.mark.parametrize("form", ["x.squeeze(-1)", "x.view(-1, 2, 3)", "several", "Flatten(0)"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastmlp
 from fastmlp import freeze
-from tests.support.bounds import ULPS, Bounded, assert_within, working
+from tests.support.bounds import assert_within, of_softmax
 from tests.support.derivatives import assert_same
 from tests.support.endings import FORMS, GRAPHS, HEADS, OTHERWISE, Called, body
 
@@ -32,25 +32,6 @@ def batch(rows: int, dtype: torch.dtype = F64, features: int = 6) -> Tensor:
     return torch.randn(rows, features, dtype=F64).to(dtype)
 
 
-def expected_of(head: str, z: Tensor) -> Bounded:
-    """From rows of the last layer, which are exact.
-
-    An exponential errs by what its argument, a difference of two numbers, was rounded by, and by some units in the last
-    place; a sum of them by no more than each, and the logarithm of the sum by as much, absolutely.
-    """
-    eps = torch.finfo(working(z.dtype)).eps
-    exact = z.double()
-    spread = exact.amax(1, keepdim=True) - exact
-    of_exponential = eps * (spread + ULPS)
-    # A summand counts by its share, and s e^-s is below 1 for any spread s.
-    of_sum = eps * (ULPS + z.shape[1])
-    if head == "softmax":
-        value = exact.softmax(1)
-        return Bounded(value, value * (of_exponential + of_sum + eps) + torch.finfo(working(z.dtype)).tiny)
-    value = exact.log_softmax(1)
-    return Bounded(value, eps * (spread + value.abs()) + of_sum)
-
-
 @both
 @pytest.mark.parametrize("classes", CLASSES)
 def test_values(isa: str, dtype: torch.dtype, classes: int, head: str) -> None:
@@ -59,7 +40,7 @@ def test_values(isa: str, dtype: torch.dtype, classes: int, head: str) -> None:
     for rows in (1, 3, 40):
         for scale in (1, 30):
             x = scale * batch(rows, dtype)
-            assert_within(frozen(x), expected_of(head, of_layers(x)), f"{rows} rows, {scale}")
+            assert_within(frozen(x), of_softmax(head, of_layers(x)), f"{rows} rows, {scale}")
     assert fastmlp._C.last_isa() in (isa, "avx512")
 
 
@@ -97,7 +78,7 @@ def test_bfloat16_weights(isa: str, head: str) -> None:
     for rows in (1, 40):
         x = batch(rows, torch.float32)
         assert frozen(x).dtype == torch.float32
-        assert_within(frozen(x), expected_of(head, of_layers(x)), f"{rows} rows")
+        assert_within(frozen(x), of_softmax(head, of_layers(x)), f"{rows} rows")
 
 
 @pytest.mark.parametrize("form", HEADS)

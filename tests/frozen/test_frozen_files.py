@@ -371,6 +371,7 @@ GRAPHS_DAMAGED: dict[str, tuple[Callable[[Description], Any], str]] = {
     "size of a constant": (setting(4, "memories", -1, 1), r"tensor 'constants.\d+' is of shape \[17\]"),
     "squeezed": (setting([0], "squeezed"), "squeezed holds something else than true and false"),
     "more squeezed": (setting([False, False], "squeezed"), "a flag for each of its outputs"),
+    "squeezed features": (setting([True], "squeezed"), "features a row, and no dimension for them"),
     "kind of step": (setting("exec", "steps", 0, "kind"), r"the kind of steps\[0\] is 'exec', which is unknown"),
     "step": (setting("exec", "steps", 0), r"the kind of steps\[0\] is None"),
     "no steps": (setting([], "steps"), "a memory of a frozen graph is never written"),

@@ -230,3 +230,22 @@ def assert_within(found: Tensor, expected: Bounded, what: str) -> None:
             f"{what}: at {worst.item()} {found.flatten()[worst].item():.9g} for "
             f"{expected.value.flatten()[worst].item():.9g}, allowed {allowed.flatten()[worst].item():.3g}"
         )
+
+
+def of_softmax(head: str, z: Tensor) -> Bounded:
+    """The softmax of rows, or its logarithm, of a last layer that is exact.
+
+    An exponential errs by what its argument, a difference of two numbers, was rounded by, and by some units in the last
+    place; a sum of them by no more than each, and the logarithm of the sum by as much, absolutely.
+    """
+    eps = torch.finfo(working(z.dtype)).eps
+    exact = z.double()
+    spread = exact.amax(1, keepdim=True) - exact
+    of_exponential = eps * (spread + ULPS)
+    # A summand counts by its share, and s e^-s is below 1 for any spread s.
+    of_sum = eps * (ULPS + z.shape[1])
+    if head == "softmax":
+        value = exact.softmax(1)
+        return Bounded(value, value * (of_exponential + of_sum + eps) + torch.finfo(working(z.dtype)).tiny)
+    value = exact.log_softmax(1)
+    return Bounded(value, eps * (spread + value.abs()) + of_sum)
