@@ -27,21 +27,21 @@ export MAX_JOBS ?= $(JOBS)
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test tested checked build lint pytest kernels other-isas sanitize sanitized-sources attack bench account models docs gpu-proof gpu-proof-quick gpu-test tiles product-account format clean
+.PHONY: demo test tested checked build lint pytest beside other-isas sanitize sanitized-sources attack bench account models docs gpu-proof gpu-proof-quick gpu-test tiles product-account format clean
 .DELETE_ON_ERROR:
 
 demo: build
 	python -m fastmlp demo
 
 # Lint, types, all tests, the kernels once more on the other instruction sets and under sanitizers, and the quick part of
-# what is proved of the CUDA kernels. The tests run beside all else, because most of them use one core; those of kernels,
-# on the CPU and on the emulator, are among the rest, so that both parts take about as long. The output of the tests is
+# what is proved of the CUDA kernels. The tests run beside all else, because most of them use one core; those of kernels
+# and frozen networks are among the rest, so that both parts take about as long. The output of the tests is
 # seen as it comes, that of the rest when it ends: out/checks.log. pytest's closing line is the last.
-BESIDE := tests/kernels tests/cuda
-CHECKS := lint docs sanitize other-isas kernels gpu-proof-quick
+BESIDE := tests/kernels tests/cuda tests/frozen
+CHECKS := lint docs sanitize other-isas beside gpu-proof-quick
 # In tests OpenMP's threads sleep while they wait, because on a busy core one that spins keeps others from what it waits
 # for: of a test on two such cores that took 44 s, 2 s remained.
-test pytest kernels other-isas sanitize attack: export OMP_WAIT_POLICY = passive
+test pytest beside other-isas sanitize attack: export OMP_WAIT_POLICY = passive
 test: build $(VENV)/models $(VENV)/docs $(VENV)/gpu-proof
 	$(MAKE) --no-print-directory --jobs=2 tested checked
 	cat out/checks.log
@@ -83,7 +83,7 @@ lint: build
 pytest: $(VENV)/models $(VENV)/gpu-proof
 	python -m pytest
 
-kernels: $(VENV)/gpu-proof
+beside: $(VENV)/gpu-proof
 	python -m pytest -q -p no:cacheprovider $(BESIDE)
 
 # On a processor without one of them the list that the tests enumerate is shorter.
