@@ -73,7 +73,7 @@ $(VENV)/built: $(INSTALLED) $(SOURCES)
 
 CXX_FILES := find csrc tools tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cuh' -o -name '*.cu'
 
-lint: build
+lint: build $(VENV)/docs
 	ruff check .
 	ruff format --check .
 	$(CXX_FILES) | xargs clang-format --dry-run --Werror
